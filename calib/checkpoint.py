@@ -1,0 +1,47 @@
+"""A finished block on disk, so that a killed calibration continues where it was, to the same bytes."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from calib.errors import CalibError
+from calib.files import read_safetensors, write_atomically
+from calib.reconstruct import BlockResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockState:
+    """What the following blocks need: integer codes by layer name, the sample scores, and the result."""
+
+    codes: dict[str, Tensor]
+    scores: Tensor
+    result: BlockResult
+
+
+def save_block(folder: Path, index: int, key: str, state: BlockState) -> None:
+    """Write block number `index`; `key` identifies the calibration it belongs to."""
+    tensors = {f"codes.{name}": codes.contiguous() for name, codes in state.codes.items()} | {"scores": state.scores}
+    header = {"key": key, "result": json.dumps(asdict(state.result))}
+    write_atomically(folder / f"{index:03d}.safetensors", save(tensors, header))
+
+
+def load_block(folder: Path, index: int, key: str) -> BlockState | None:
+    """Return block number `index`, or None if it is absent, unreadable or of another calibration."""
+    path = folder / f"{index:03d}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        header, tensors = read_safetensors(path)
+    except CalibError:
+        return None
+    if header.get("key") != key:
+        return None
+    result = json.loads(header["result"])
+    return BlockState(
+        codes={name.removeprefix("codes."): v for name, v in tensors.items() if name != "scores"},
+        scores=tensors["scores"],
+        result=BlockResult(**{**result, "layers": tuple(result["layers"])}),
+    )

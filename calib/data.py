@@ -1,0 +1,78 @@
+"""The calibration set: what the float network saw, at every sampling step, for every image.
+
+`t` is a training timestep, `step` an index into the sampling steps; 0 is the noisiest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.errors import CalibError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSet:
+    """N network inputs: `x` (N, C, H, W) float32, `t` (N,) int64, `step` (N,) int64."""
+
+    x: Tensor
+    t: Tensor
+    step: Tensor
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.x), len(self.t), len(self.step)}
+        if len(sizes) != 1 or 0 in sizes:
+            raise CalibError(
+                f"A calibration set needs as many x as t and step, at least one; found {len(self.x)} x, "
+                f"{len(self.t)} t and {len(self.step)} step."
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: Tensor) -> "CalibrationSet":
+        """Return the samples at `index` (M,) int64."""
+        return CalibrationSet(x=self.x[index], t=self.t[index], step=self.step[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Training samples, and validation samples with the task group (0 .. K-1) of each."""
+
+    train: CalibrationSet
+    validation: CalibrationSet
+    group: Tensor
+
+
+def thin_steps(data: CalibrationSet, steps: int) -> CalibrationSet:
+    """Keep the samples of every k-th sampling step, k chosen so that about `steps` remain (at least one)."""
+    present = torch.unique(data.step)
+    kept = present[:: max(1, len(present) // steps)]
+    return data.take(torch.isin(data.step, kept).nonzero()[:, 0])
+
+
+def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.Generator) -> Split:
+    """Set aside the same number of samples of every step for validation; group the steps in order.
+
+    Args:
+        data: the samples; each step must have at least two.
+        fraction: share of each step's samples that validate (rounded, at least one).
+        groups: number of contiguous groups of steps; fewer if there are fewer steps.
+        generator: draws the validation samples.
+
+    Raises:
+        CalibError: a step has fewer than two samples.
+    """
+    steps, position = torch.unique(data.step, return_inverse=True)
+    chosen = torch.zeros(len(data), dtype=torch.bool)
+    for k in range(len(steps)):
+        members = (position == k).nonzero()[:, 0]
+        if len(members) < 2:
+            raise CalibError(f"Step {int(steps[k])} has {len(members)} sample; collect at least 2 images.")
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    group = position * min(groups, len(steps)) // len(steps)
+    validation = chosen.nonzero()[:, 0]
+    return Split(
+        train=data.take((~chosen).nonzero()[:, 0]), validation=data.take(validation), group=group[validation]
+    )

@@ -1,0 +1,186 @@
+"""Find out what a network is made of, by running it: which layers can be quantized, and why the others stay float.
+
+Goes by structure, never by name, so that any module called as `(x, t) -> epsilon` will do. Two forward passes with
+different `x` and the same `t` show which layers depend on the timestep alone; call counts show which layers are run
+by other means than their own `forward` (fused attention reads the weights of its projections directly).
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from calib.errors import CalibError
+
+QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
+OTHER_WEIGHTED: tuple[type[nn.Module], ...] = (
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+    nn.Embedding,
+)
+_SIMPLE = (Tensor, bool, int, float, str, type(None))
+PROBE_BATCH = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What one forward pass showed of a module."""
+
+    name: str
+    count: int
+    digest: bytes  # of the first tensor input
+    plain: bool  # tensors and plain values in, one tensor out, the batch first in both
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A weighted layer in call order; `depends_on_x` is False where the timestep alone decides its input."""
+
+    name: str
+    kind: str
+    quantizable: bool
+    calls: int
+    depends_on_x: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Layers in call order, and every module's call; `calls` is keyed by module name."""
+
+    layers: tuple[Layer, ...]
+    calls: Mapping[str, Call]
+
+
+def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> Trace:
+    """Run `model` twice on noise of `shape` (C, H, W) at one timestep below `timesteps` and report what was called.
+
+    Raises:
+        CalibError: the output is not one tensor of the input's shape.
+    """
+    generator = torch.Generator().manual_seed(0)
+    t = torch.full((PROBE_BATCH,), timesteps // 2)
+    first, second = (
+        _calls(model, torch.randn(PROBE_BATCH, *shape, generator=generator), t) for _ in range(2)
+    )
+    layers = []
+    modules = dict(model.named_modules())
+    for name, call in first.items():
+        if isinstance(modules[name], QUANTIZABLE + OTHER_WEIGHTED):
+            changed = call.digest != second[name].digest
+            layers.append(_layer(name, modules[name], call.count, changed))
+    for name, module in modules.items():  # never called by their own forward
+        if isinstance(module, QUANTIZABLE) and name not in first:
+            layers.append(_layer(name, module, 0, True))
+    return Trace(layers=tuple(layers), calls=first)
+
+
+def _layer(name: str, module: nn.Module, calls: int, depends_on_x: bool) -> Layer:
+    able = isinstance(module, QUANTIZABLE)
+    return Layer(name=name, kind=type(module).__name__, quantizable=able, calls=calls, depends_on_x=depends_on_x)
+
+
+def _calls(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Call]:
+    """Return calls in order of first entry."""
+    order: dict[str, Call] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            tensors = [v for v in leaves if isinstance(v, Tensor)]
+            simple = all(isinstance(v, _SIMPLE) for v in (*args, *kwargs.values()))
+            batched = bool(tensors) and tensors[0].ndim > 0 and len(tensors[0]) == len(x)
+            digest = hashlib.sha256(tensors[0].detach().float().contiguous().numpy().tobytes()).digest() if tensors else b""
+            count = order[name].count + 1 if name in order else 1
+            order[name] = Call(name=name, count=count, digest=digest, plain=simple and batched)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+            one = isinstance(out, Tensor) and out.ndim > 0 and len(out) == len(x)
+            call = order[name]
+            order[name] = Call(name=name, count=call.count, digest=call.digest, plain=call.plain and one)
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
+    try:
+        with torch.no_grad():
+            out = model(x, t)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise CalibError(f"The network must return one tensor of its input's shape {tuple(x.shape)}; found {found}.")
+    return order
+
+
+def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return layer name -> why it stays float; layers not in it are quantized.
+
+    Args:
+        found: what `trace` saw.
+        convention: a key of CONVENTIONS.
+        keep_float: shell patterns of further layer names.
+
+    Raises:
+        CalibError: unknown convention, a pattern that matches no layer, or nothing left to quantize.
+    """
+    if convention not in CONVENTIONS:
+        raise CalibError(f"Unknown convention {convention!r}. Choose one of {sorted(CONVENTIONS)}.")
+    reasons: dict[str, str] = {}
+    for layer in found.layers:
+        if layer.calls == 0:
+            reasons[layer.name] = "its weight is used without calling it as a module"
+        elif not layer.quantizable:
+            reasons[layer.name] = f"{layer.kind} has no quantized form here"
+    usable = tuple(layer for layer in found.layers if layer.name not in reasons)
+    reasons |= CONVENTIONS[convention](usable)
+    for pattern in keep_float:
+        matches = [layer.name for layer in found.layers if fnmatchcase(layer.name, pattern)]
+        if not matches:
+            raise CalibError(f"--keep-float {pattern!r} matches no layer; names look like {usable[0].name!r}.")
+        reasons |= dict.fromkeys(matches, f"asked for by {pattern!r}")
+    if all(layer.name in reasons for layer in found.layers):
+        raise CalibError(f"Nothing left to quantize: all {len(reasons)} layers stay float.")
+    return reasons
+
+
+def _deploy(layers: tuple[Layer, ...]) -> dict[str, str]:
+    """Keep the first and last layer and whatever depends on the step alone; quantize the rest."""
+    reasons = {layer.name: "depends on the step alone (temporal table)" for layer in layers if not layer.depends_on_x}
+    return _ends(layers) | reasons
+
+
+def _tfmq(layers: tuple[Layer, ...]) -> dict[str, str]:
+    """Keep what TFMQ-DM keeps: first embedding layer, first and last convolution, shortcuts, down-sampling."""
+    first_embedding = next((layer.name for layer in layers if not layer.depends_on_x), None)
+    reasons = _ends(layers)
+    if first_embedding:
+        reasons[first_embedding] = "first time-embedding layer (TFMQ-DM)"
+    for layer in layers:
+        if any(word in layer.name for word in ("shortcut", "skip")):
+            reasons[layer.name] = "shortcut (TFMQ-DM)"
+        elif "downsample" in layer.name:
+            reasons[layer.name] = "down-sampling (TFMQ-DM)"
+    return reasons
+
+
+def _ends(layers: tuple[Layer, ...]) -> dict[str, str]:
+    spatial = [layer.name for layer in layers if layer.depends_on_x]
+    return {spatial[0]: "first layer", spatial[-1]: "last layer"} if spatial else {}
+
+
+CONVENTIONS: dict[str, Callable[[tuple[Layer, ...]], dict[str, str]]] = {"deploy": _deploy, "tfmq": _tfmq}

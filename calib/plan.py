@@ -1,0 +1,145 @@
+"""The quantization plan: integer weights and scales, exactly what an engine will hold, and how they came about.
+
+On disk a plan is `plan.safetensors` (tensors; codes of 4 bits and fewer packed two a byte, low nibble first) beside
+`plan.json` (everything a person might read). Each names the other's sha256, so a mixed or altered pair is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from calib import config as configs
+from calib.config import QuantConfig
+from calib.errors import CalibError
+from calib.files import read_safetensors, write_atomically
+from calib.reconstruct import BlockResult
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerQuant:
+    """One quantized layer.
+
+    Attributes:
+        codes: int8, the shape of the float weight; value = codes * weight_scale along axis 0.
+        weight_scale: (C,) float32.
+        weight_bits: width of the weight grid, 2 to 8.
+        input_scale: float32 value, scale of the layer's input.
+        input_bits: width of the activation grid, 2 to 8.
+        output_scale: float32 value, 8-bit scale of the layer's output; only the `ort-cpu` profile uses it.
+    """
+
+    codes: Tensor
+    weight_scale: Tensor
+    weight_bits: int
+    input_scale: float
+    input_bits: int
+    output_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantPlan:
+    """Everything an exporter needs, by module name; `about` says which model and sampler the plan belongs to."""
+
+    layers: Mapping[str, LayerQuant]
+    float_layers: Mapping[str, str]
+    blocks: tuple[BlockResult, ...]
+    scores: Tensor
+    config: QuantConfig
+    about: Mapping[str, Any]
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack int8 codes in [-8, 7] two a byte, low nibble first; returns (ceil(n / 2),) uint8.
+
+    >>> pack_nibbles(torch.tensor([1, -1, 7], dtype=torch.int8)).tolist()
+    [241, 7]
+    """
+    flat = codes.flatten().to(torch.uint8) & 0xF
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack_nibbles`; returns int8 of `shape`."""
+    flat = torch.stack([packed & 0xF, packed >> 4], 1).flatten()[: math.prod(shape)].to(torch.int8)
+    return torch.where(flat > 7, flat - 16, flat).reshape(shape)
+
+
+def save_plan(plan: QuantPlan, path: Path) -> None:
+    """Write `path` (.safetensors) and the .json beside it; the same plan gives the same bytes."""
+    tensors: dict[str, Tensor] = {"omega_scores": plan.scores}
+    layers: dict[str, Any] = {}
+    for name, q in plan.layers.items():
+        tensors[f"{name}.codes"] = pack_nibbles(q.codes) if q.weight_bits <= 4 else q.codes.contiguous()
+        tensors[f"{name}.weight_scale"] = q.weight_scale.contiguous()
+        plain = {f.name: getattr(q, f.name) for f in dataclasses.fields(q) if f.name not in ("codes", "weight_scale")}
+        layers[name] = {"shape": list(q.codes.shape), **plain}
+    readable = {
+        "format": FORMAT,
+        "about": dict(plan.about),
+        "config": configs.to_json(plan.config),
+        "layers": layers,
+        "float_layers": dict(plan.float_layers),
+        "blocks": [dataclasses.asdict(b) for b in plan.blocks],
+        "tensors_sha256": _digest(tensors),
+    }
+    text = json.dumps(readable, indent=1).encode()
+    blob = save(tensors, {"json_sha256": hashlib.sha256(text).hexdigest()})
+    for file, content in ((path.with_suffix(".json"), text), (path, blob)):
+        write_atomically(file, content)
+
+
+def load_plan(path: Path) -> QuantPlan:
+    """Read a plan back.
+
+    Raises:
+        CalibError: a file is missing, cut short, altered, of another format, or not the other's partner.
+    """
+    readable_path = path.with_suffix(".json")
+    for file in (path, readable_path):
+        if not file.is_file():
+            raise CalibError(f"No {file.name} in {file.parent}: run `gaq-export calibrate` first.")
+    text = readable_path.read_bytes()
+    header, tensors = read_safetensors(path)
+    if header.get("json_sha256") != hashlib.sha256(text).hexdigest():
+        raise CalibError(f"{path.name} and {readable_path.name} do not belong together: run calibrate again.")
+    data = json.loads(text)
+    if data["format"] != FORMAT:
+        raise CalibError(f"{path.name} has format {data['format']}, this version reads {FORMAT}: run calibrate again.")
+    if data["tensors_sha256"] != _digest(tensors):
+        raise CalibError(f"{path.name} was altered since it was written (sha256 differs): run calibrate again.")
+    return QuantPlan(
+        layers={name: _layer(name, fields, tensors) for name, fields in data["layers"].items()},
+        float_layers=data["float_layers"],
+        blocks=tuple(BlockResult(**{**b, "layers": tuple(b["layers"])}) for b in data["blocks"]),
+        scores=tensors["omega_scores"],
+        config=configs.from_json(data["config"]),
+        about=data["about"],
+    )
+
+
+def _layer(name: str, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerQuant:
+    shape = tuple(fields.pop("shape"))
+    codes = tensors[f"{name}.codes"]
+    codes = unpack_nibbles(codes, shape) if fields["weight_bits"] <= 4 else codes
+    return LayerQuant(codes=codes, weight_scale=tensors[f"{name}.weight_scale"], **fields)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].contiguous().numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,123 @@
+"""Fit the rounding of one block so that its output matches the float block's (BRECQ / AdaRound, asymmetric inputs)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calib import adaround, affine
+from calib.blocks import BlockIO
+from calib.config import ReconstructionConfig
+from calib.omega import PerSample, batch_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """Mean block loss over the training samples with nearest rounding and with the rounding that was kept.
+
+    `rounding` is "adaround", or "nearest" where learning did not beat it, or where a layer that is called several times
+    belongs to no block (its losses are None).
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    loss_before: float | None
+    loss_after: float | None
+    rounding: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeight:
+    """A float weight (C, ...), its scale (C,) and bits; `key` names it inside the block, e.g. "conv1.weight"."""
+
+    key: str
+    weight: Tensor
+    scale: Tensor
+    bits: int
+
+
+def output_loss(out: Tensor, target: Tensor) -> Tensor:
+    """Return (n,) squared error, summed over axis 1 and averaged over the rest."""
+    error = (out - target).square().sum(1)
+    return error.flatten(1).mean(1) if error.ndim > 1 else error
+
+
+def block_loss(block: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO, index: Tensor) -> Tensor:
+    """Return (m,) losses of the samples at `index` with the block's weights replaced by `weights`."""
+    args, kwargs, target = io.take(index)
+    named = {layer.key: w for layer, w in zip(layers, weights, strict=True)}
+    return output_loss(torch.func.functional_call(block, named, args, kwargs), target)
+
+
+def per_sample_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> PerSample:
+    """Return the block's loss as a function of its rounding logits."""
+
+    def loss(logits: Sequence[Tensor], io: BlockIO, index: Tensor) -> Tensor:
+        soft = [adaround.soft_weight(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
+        return block_loss(block, layers, soft, io, index)
+
+    return loss
+
+
+def fit(
+    loss: PerSample,
+    logits: Sequence[Tensor],
+    io: BlockIO,
+    scores: Tensor,
+    temperature: float,
+    config: ReconstructionConfig,
+    generator: torch.Generator,
+    on_iteration: Callable[[int], None],
+) -> list[Tensor]:
+    """Return the logits after minimising sum_i omega_i l_i + lambda sum(1 - |2h - 1|^beta) with Adam.
+
+    Args:
+        loss: per-sample block loss.
+        logits: start.
+        io: recording of the training samples.
+        scores: (N,) sample scores; equal scores give plain AdaRound.
+        temperature: of the softmax over a mini-batch.
+        config: iterations, batch, learning rate and annealing.
+        generator: draws the mini-batches.
+        on_iteration: called with the number of finished iterations.
+    """
+    values = [v.detach().clone().requires_grad_() for v in logits]
+    optimiser = torch.optim.Adam(values, lr=config.learning_rate)
+    for i in range(config.iterations):
+        index = torch.randperm(len(io), generator=generator)[: config.batch]
+        objective = (batch_weights(scores, index, temperature) * loss(values, io, index)).sum()
+        sharpness = adaround.beta(i, config.iterations, config.warmup, config.beta_start, config.beta_end)
+        if sharpness is not None:
+            objective = objective + config.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
+        optimiser.zero_grad()
+        objective.backward()
+        optimiser.step()
+        on_iteration(i + 1)
+    return [v.detach() for v in values]
+
+
+def decide(
+    block: nn.Module, name: str, names: tuple[str, ...], layers: Sequence[LayerWeight], logits: Sequence[Tensor], io: BlockIO
+) -> tuple[list[Tensor], BlockResult]:
+    """Harden the rounding, keep nearest rounding where that has the lower loss; return codes and the result."""
+    nearest = [affine.quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
+    learned = [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
+    before, after = (mean_loss(block, layers, codes, io) for codes in (nearest, learned))
+    keep = after <= before
+    result = BlockResult(
+        name=name,
+        layers=names,
+        loss_before=before,
+        loss_after=after if keep else before,
+        rounding="adaround" if keep else "nearest",
+    )
+    return (learned if keep else nearest), result
+
+
+def mean_loss(block: nn.Module, layers: Sequence[LayerWeight], codes: Sequence[Tensor], io: BlockIO) -> float:
+    """Return the block loss with integer `codes`, averaged over all samples."""
+    weights = [c * affine.per_channel(w.scale, c.ndim) for w, c in zip(layers, codes, strict=True)]
+    with torch.no_grad():
+        parts = [block_loss(block, layers, weights, io, i).double() for i in torch.arange(len(io)).split(32)]
+    return float(torch.cat(parts).mean())

@@ -1,0 +1,176 @@
+"""Engines: an ONNX file in, a plan file and its audit out; a plan file in, a callable network out.
+
+Knows neither quantization nor diffusion. The story is three functions: `build`, `load_engine_file`, `open_engine`.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from engines import ort, ov, trt, trt_rtx
+from engines.base import (
+    Audit,
+    Engine,
+    EngineConfig,
+    EngineFile,
+    Kernel,
+    TensorSpec,
+    load_engine_file,
+    read_plan,
+)
+from engines.errors import EngineError
+from engines.graph import read_onnx, tensor_specs
+from engines.running import check_feeds
+
+__all__ = [
+    "BACKENDS",
+    "Audit",
+    "Backend",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "EngineFile",
+    "Kernel",
+    "TensorSpec",
+    "best_backend",
+    "build",
+    "check_feeds",
+    "find_backend",
+    "load_engine_file",
+    "open_engine",
+]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One runtime.
+
+    Attributes:
+        name: Its key in `BACKENDS`.
+        profile: The QDQ profile of the ONNX graph it wants.
+        can_build: Returns None, or why it cannot build here and what to install.
+        can_run: The same for running.
+        build: Writes the plan file and returns its audit.
+        open: Makes a callable engine of a plan file's bytes.
+    """
+
+    name: str
+    profile: str
+    can_build: Callable[[], str | None]
+    can_run: Callable[[], str | None]
+    build: Callable[[onnx.ModelProto, Path, EngineConfig], Audit]
+    open: Callable[[EngineFile, bytes], Engine]
+
+
+# In order of preference.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("tensorrt", "trt", trt.cannot_build, trt.cannot_run, trt.build, trt.open_plan),
+        Backend("tensorrt-rtx", "trt", trt_rtx.cannot_build, trt_rtx.cannot_run, trt_rtx.build, trt_rtx.open_plan),
+        Backend("openvino", "trt", ov.missing, ov.missing, ov.build, ov.open_plan),
+        Backend("onnxruntime", "ort-cpu", ort.missing, ort.missing, ort.build, ort.open_plan),
+    )
+}
+
+
+def find_backend(name: str) -> Backend:
+    """Look a backend up by name.
+
+    Raises:
+        EngineError: There is none of that name; the message lists those there are and the nearest.
+    """
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise EngineError(f"Unknown backend {name!r}. Choose one of {list(BACKENDS)}.{hint}")
+    return BACKENDS[name]
+
+
+def best_backend() -> str:
+    """Return the first backend that can both build and run on this machine.
+
+    Raises:
+        EngineError: None can; the message says why for each.
+    """
+    reasons = {name: backend.can_build() or backend.can_run() for name, backend in BACKENDS.items()}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise EngineError(f"No backend can build and run here ({listed}).")
+
+
+def build(
+    onnx_path: str | Path, plan_path: str | Path, config: EngineConfig, about: dict[str, Any] | None = None
+) -> EngineFile:
+    """Build a plan file and its record from an ONNX file; on failure whatever was there before stays.
+
+    Args:
+        onnx_path: The ONNX file, in the QDQ profile the backend wants.
+        plan_path: Where the plan goes; the record goes to `<plan_path>.json`.
+        config: Backend and batch profile.
+        about: Any JSON object to keep in the record.
+
+    Raises:
+        EngineError: The backend is unknown or absent, or it cannot build this model.
+    """
+    backend = find_backend(config.backend)
+    if reason := backend.can_build():
+        raise EngineError(f"{backend.name} cannot build here: {reason}")
+    if config.targets and backend.name != "tensorrt-rtx":
+        raise EngineError(f"Found targets {list(config.targets)} for {backend.name}; only tensorrt-rtx takes targets.")
+    try:
+        about = json.loads(json.dumps(about or {}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise EngineError(f"`about` must hold JSON values only: {error}.") from None
+    model = read_onnx(onnx_path)
+    inputs, outputs = tensor_specs(model)
+    plan = Path(plan_path)
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.") as folder:
+        started = time.perf_counter()
+        made = Path(folder, plan.name)
+        audit = backend.build(model, made, config)
+        seconds = time.perf_counter() - started
+        sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
+        os.replace(made, plan)
+    file = EngineFile(
+        path=plan,
+        backend=backend.name,
+        inputs=inputs,
+        outputs=outputs,
+        batch=config.batch,
+        sha256=sha256,
+        audit=audit,
+        build_seconds=seconds,
+        about=about,
+        targets=config.targets,
+        threads=config.threads,
+        optimisation=config.optimisation,
+    )
+    # Last, so that a build cut short leaves an old or no record, which the checksum or its absence gives away.
+    file.save()
+    return file
+
+
+def open_engine(source: str | Path | EngineFile) -> Engine:
+    """Open a plan file as a callable engine; use it in a `with` statement.
+
+    Raises:
+        EngineError: The plan is damaged, its backend is unknown, or that backend cannot run here.
+    """
+    file = source if isinstance(source, EngineFile) else load_engine_file(source)
+    backend = find_backend(file.backend)
+    if reason := backend.can_run():
+        raise EngineError(f"{file.path} was built for {backend.name}, which cannot run here: {reason}")
+    return backend.open(file, read_plan(file))

@@ -1,0 +1,104 @@
+"""Read what a runtime says it made of a network: which kernel runs each weight layer, and what weights are held.
+
+In: the weight layers of the ONNX graph and a runtime's own account (here TensorRT's layer list). Out: an `Audit`. A
+layer the runtime does not mention is counted as "unknown", never guessed.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+
+from engines.base import Audit, Kernel
+
+UNKNOWN = "unknown"
+
+
+def name_kernels(layers: Mapping[str, str], precisions: Mapping[str, set[str]]) -> tuple[Kernel, ...]:
+    """Join the graph's weight layers (name to kind) with the precisions a runtime reports for them."""
+    return tuple(
+        Kernel(name=name, kind=kind, precision="+".join(sorted(precisions.get(name, ()))) or UNKNOWN)
+        for name, kind in layers.items()
+    )
+
+
+# TensorRT's names of element types: (NumPy-style name, bits).
+_TYPES = {
+    "Int4": ("int4", 4),
+    "Int8": ("int8", 8),
+    "UInt8": ("uint8", 8),
+    "Bool": ("bool", 8),
+    "FP8": ("float8", 8),
+    "Half": ("float16", 16),
+    "BFloat16": ("bfloat16", 16),
+    "Float": ("float32", 32),
+    "Int32": ("int32", 32),
+    "Int64": ("int64", 64),
+}
+_TENSOR = re.compile(r"\{ Name: ([^,]+), Dimensions: \[([-\d,]*)\][^}]*?Datatype: (\w+)")
+_MATRIX_LAYER = re.compile(r"LayerType: \w*(correlation|conv|gemm|matmul|matrixmultiply|runtime_fusion)", re.IGNORECASE)
+
+
+def read_layer_list(text: str, layers: Mapping[str, str]) -> Audit:
+    """Read the layer list that TensorRT's verbose logger (or engine inspector) prints with detailed profiling.
+
+    Each line gives one kernel with its inputs, constants, outputs and the ONNX layers it came from; several ONNX
+    layers may share a kernel (q, k and v), and each counts. The format is not an API: what cannot be read becomes
+    "unknown", not an error.
+
+    Args:
+        text: The whole verbose build log.
+        layers: ONNX node name to kind for every weight layer.
+    """
+    lines = [line for line in text.partition("Layers:\n")[2].splitlines() if line.startswith("Name: ")]
+    precisions: dict[str, set[str]] = {}
+    for line in lines:
+        if not _MATRIX_LAYER.search(line):
+            continue
+        precision = _precision(_TENSOR.findall(line.partition("Outputs: ")[0]))
+        for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", line):
+            precisions.setdefault(name, set()).add(precision)
+    kernels = name_kernels(layers, precisions)
+    missing = sum(kernel.precision == UNKNOWN for kernel in kernels)
+    weight_bytes, note = _weight_bytes(text, lines)
+    if missing:
+        note = f"{missing} of {len(kernels)} weight layers are not in the layer list. {note}"
+    return Audit(kernels=kernels, weight_bytes=weight_bytes, note=note)
+
+
+def _precision(operands: list[tuple[str, str, str]]) -> str:
+    """Return the dtype a kernel multiplies in: that of its first operand and of its weights, if they agree."""
+    if len(operands) < 2:
+        return UNKNOWN
+    # Bias, scales and residual stand among the operands too; the weights are the largest without a batch dimension.
+    weights = max(operands[1:], key=lambda operand: 0 if "-1" in operand[1] else _elements(operand[1]))
+    found = {_TYPES.get(kind, (UNKNOWN, 0))[0] for kind in (operands[0][2], weights[2])}
+    return "x".join(sorted(found))
+
+
+def _elements(dims: str) -> int:
+    return prod(int(size) for size in dims.split(",") if size)
+
+
+def _weight_bytes(text: str, lines: list[str]) -> tuple[dict[str, int], str]:
+    """Split the reported total by element type: integers as listed, floats as the rest."""
+    reported = re.search(r"Total Weights Memory: (\d+)", text)
+    if not reported:
+        return {}, "The builder reported no weight memory."
+    total = int(reported[1])
+    constants: dict[str, tuple[str, int]] = {}
+    for line in lines:
+        for name, dims, kind in _TENSOR.findall(line.partition("Constants: ")[2].partition("Outputs: ")[0]):
+            if kind not in _TYPES:
+                return {"total": total}, f"The layer list has constants of unknown type {kind}."
+            dtype, bits = _TYPES[kind]
+            constants[name] = (dtype, (_elements(dims) * bits + 7) // 8)
+    held: Counter[str] = Counter()
+    for dtype, size in constants.values():
+        held[dtype] += size
+    floats = {dtype for dtype in held if "float" in dtype}
+    rest = total - sum(size for dtype, size in held.items() if dtype not in floats)
+    if len(floats) != 1 or rest < 0:
+        return {"total": total}, "The layer list does not split the weights by type."
+    # The list names equal float constants (bias, scale) once per use although they are stored once.
+    return {**held, floats.pop(): rest}, "Total as the builder reports it, integers by the layer list, floats the rest."

@@ -1,0 +1,85 @@
+"""OpenVINO on the CPU: the plan is the self-contained ONNX file itself, compiled when the engine is opened.
+
+The ONNX file is kept, rather than OpenVINO's own blob, because it is smaller (INT4 stays packed) and compiling it
+takes about a second. Arithmetic outside the INT8 layers is pinned to FP32: a CPU with BF16 would otherwise use it,
+and the same plan would give other numbers on another machine.
+"""
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from engines.audit import UNKNOWN, name_kernels
+from engines.base import Audit, EngineConfig, EngineFile
+from engines.errors import EngineError
+from engines.graph import initializer_bytes, layer_kinds
+from engines.running import Arrays, OpenEngine
+
+_PRECISIONS = {"u8": "int8", "i8": "int8", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_MATRIX_LAYERS = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
+
+
+def missing() -> str | None:
+    """Return why OpenVINO cannot be used here, or None."""
+    if importlib.util.find_spec("openvino") is None:
+        return "OpenVINO is not installed: pip install openvino"
+    return None
+
+
+def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+    """Write the plan and audit what OpenVINO makes of it on this CPU."""
+    onnx_bytes = model.SerializeToString(deterministic=True)
+    compiled = _compile(onnx_bytes, config.threads)
+    plan.write_bytes(onnx_bytes)
+    layers = layer_kinds(model)
+    precisions: dict[str, set[str]] = {}
+    held: Counter[str] = Counter()
+    for op in compiled.get_runtime_model().get_ops():
+        info = {key: value.astype(str) for key, value in op.get_rt_info().items()}
+        if info["layerType"] == "Const":
+            element = op.output(0).element_type
+            held[element.get_type_name()] += int(np.prod(op.output(0).shape)) * element.size
+        if info["layerType"] not in _MATRIX_LAYERS:
+            continue
+        for part in info["originalLayersNames"].split(","):  # "node_conv/WithoutBiases,Multiply_7,node_conv"
+            name = next((n for n in layers if part == n or part.startswith(n + "/")), None)
+            if name:
+                precisions.setdefault(name, set()).add(_PRECISIONS.get(info["runtimePrecision"], UNKNOWN))
+    memory = ", ".join(f"{dtype} {size}" for dtype, size in sorted(held.items()) if size)
+    return Audit(
+        kernels=name_kernels(layers, precisions),
+        weight_bytes=initializer_bytes(model),
+        note=f"Bytes as stored in the plan. OpenVINO expands INT4 to INT8 when it compiles; it then holds: {memory}.",
+    )
+
+
+def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
+    """Compile the plan for this CPU."""
+    request = _compile(plan, file.threads).create_infer_request()
+
+    def run(feeds: Arrays, batch: int) -> Arrays:
+        # Inputs are only read, so they are shared; outputs are copied because the next call reuses their memory.
+        results = request.infer(feeds, share_inputs=True, share_outputs=False)
+        return {spec.name: results[spec.name] for spec in file.outputs}
+
+    return OpenEngine(file, run)
+
+
+def _compile(onnx_bytes: bytes, threads: int | None) -> Any:
+    import openvino
+
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = openvino.Core()
+        return core.compile_model(core.read_model(onnx_bytes), "CPU", options)
+    except RuntimeError as error:
+        # Its messages run over several lines and begin with the places in its source that passed the error on.
+        frames = ("Exception from", "Check ", "FrontEnd API", "To facilitate")
+        reason = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith(frames))
+        raise EngineError(f"openvino cannot compile this model: {reason.strip()[:400]}") from None

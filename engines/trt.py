@@ -1,0 +1,34 @@
+"""Standard TensorRT: builds and runs on a machine with an NVIDIA GPU; a plan fits the GPU it was built on."""
+
+import importlib.util
+from pathlib import Path
+
+import onnx
+
+from engines import nvinfer
+from engines.base import Audit, EngineConfig, EngineFile
+from engines.running import OpenEngine
+
+
+def cannot_build() -> str | None:
+    """Return why no plan can be built here, or None; the builder times kernels, so it needs the GPU."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return "tensorrt is not installed: pip install tensorrt"
+    return nvinfer.no_gpu()
+
+
+def cannot_run() -> str | None:
+    """Return why no plan can run here, or None."""
+    return nvinfer.cannot_run("tensorrt", "tensorrt")
+
+
+def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+    """Build the plan for the GPU of this machine."""
+    return nvinfer.build("tensorrt", model, plan, config)
+
+
+def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
+    """Load the plan on the first GPU."""
+    import tensorrt
+
+    return nvinfer.open_plan(tensorrt, file, plan)

@@ -1,0 +1,44 @@
+"""TensorRT-RTX: builds on any machine, GPU or not; runs on RTX GPUs, where the kernels are compiled on first use."""
+
+import importlib.util
+from pathlib import Path
+
+import onnx
+
+from engines import nvinfer
+from engines.base import Audit, EngineConfig, EngineFile
+from engines.errors import EngineError
+from engines.running import OpenEngine
+
+# What TensorRT-RTX 1.7 can build for. The builder only logs a target it does not know, and goes on without it.
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+def cannot_build() -> str | None:
+    """Return why no plan can be built here, or None."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return "tensorrt_rtx is not installed: pip install tensorrt-rtx"
+    return None
+
+
+def cannot_run() -> str | None:
+    """Return why no plan can run here, or None."""
+    return nvinfer.cannot_run("tensorrt_rtx", "tensorrt-rtx")
+
+
+def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+    """Build the plan for `config.targets`, or a portable one (Ampere and later) if there are none.
+
+    Raises:
+        EngineError: A target is unknown, or the build failed.
+    """
+    if unknown := [target for target in config.targets if target not in TARGETS]:
+        raise EngineError(f"Unknown tensorrt-rtx targets {unknown}. Choose from {list(TARGETS)}.")
+    return nvinfer.build("tensorrt_rtx", model, plan, config)
+
+
+def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
+    """Load the plan on the first GPU."""
+    import tensorrt_rtx
+
+    return nvinfer.open_plan(tensorrt_rtx, file, plan)

@@ -1,0 +1,262 @@
+"""Train one of the known architectures on images of your own; the result is a folder that `--weights` accepts.
+
+    python examples/train_ddpm.py --images mnist.npz --arch ddpm-mnist --out my-model --minutes 85
+    gaq-export calibrate --weights my-model
+
+In: an .npz or .npy file of uint8 images, (N, H, W) or (N, H, W, C), or a folder of PNG and JPEG files. Smaller images
+are padded with black to the architecture's size. Out: the EMA weights and their configs, `samples.png`, and
+`state.safetensors` to go on from: the same command again continues where the last one stopped.
+
+The recipe is Ho et al. 2020 with the habits of today: the mean square error of the predicted noise, AdamW, a linear
+warm-up and a cosine to 3 % of the peak, gradients clipped at 1, bf16 autocast, and an exponential moving average whose
+decay ramps up.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gaq_export import checkpoint, samplers
+from gaq_export.denoiser import as_denoiser
+from gaq_export.errors import GaqError
+from gaq_export.images import save_grid
+from gaq_export.models import MODELS, ModelSpec
+from gaq_export.schedule import NoiseSchedule, SamplerSpec, schedule_from_scheduler_config
+
+WARM_UP, FLOOR, EMA_DECAY, CLIP_NORM = 300, 0.03, 0.9995, 1.0
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one training run is asked to do; `steps` and `minutes` both end it, whichever comes first."""
+
+    steps: int | None
+    minutes: float | None
+    batch: int
+    lr: float
+    seed: int
+    device: str
+    bf16: bool
+
+
+def main(
+    images: Annotated[Path, typer.Option(help=".npz or .npy of uint8 images, or a folder of PNG and JPEG files.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an unfinished run in it is continued.")],
+    arch: Annotated[str, typer.Option(help=f"Architecture: {', '.join(MODELS)}.")] = "ddpm-mnist",
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after this long.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps in all.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; slower on processors without it.")] = True,
+) -> None:
+    """Train a diffusion model that gaq-export can quantize."""
+    if arch not in MODELS:
+        raise typer.BadParameter(f"unknown architecture {arch!r}; choose one of {list(MODELS)}", param_hint="--arch")
+    if steps is None and minutes is None:
+        raise typer.BadParameter("say how long to train: --minutes or --steps", param_hint="--minutes")
+    spec = MODELS[arch]
+    try:
+        data = load_images(images, int(spec.config["in_channels"]), int(spec.config["sample_size"]))
+        settings = Settings(steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, device=device, bf16=bf16)
+        train(spec, data, out, settings)
+    except GaqError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def load_images(path: Path, channels: int, size: int) -> Tensor:
+    """Read images into (N, C, H, W) uint8, padded with black to `size`.
+
+    Args:
+        path: .npz (its first image array, a training set if one is named so), .npy, or a folder.
+        channels: 1 or 3.
+        size: Height and width the architecture needs.
+
+    Raises:
+        GaqError: If there are no images, or they do not fit.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if not files:
+            raise GaqError(f"The folder {path} holds no PNG or JPEG files.")
+        pictures = [np.asarray(Image.open(file).convert("L" if channels == 1 else "RGB")) for file in files]
+        if len({picture.shape for picture in pictures}) > 1:
+            raise GaqError(f"The images in {path} have different sizes; scale them to {size}x{size} first.")
+        array = np.stack(pictures)
+    else:
+        array = _load_array(path)
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != channels or max(array.shape[1:3]) > size:
+        raise GaqError(
+            f"Expected uint8 images of at most {size}x{size} with {channels} channels; found {array.dtype} of shape "
+            f"{array.shape} in {path}."
+        )
+    down, right = size - array.shape[1], size - array.shape[2]
+    padding = ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0))
+    return torch.from_numpy(np.pad(array, padding)).permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise GaqError(f"The images {path} cannot be read as .npz or .npy: {error}") from error
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    names = sorted((name for name in loaded.files if "image" in name), key=lambda name: "train" not in name)
+    if not names:
+        raise GaqError(f"{path} has no array with 'image' in its name; it holds {loaded.files}.")
+    array: np.ndarray = loaded[names[0]]
+    return array
+
+
+def train(spec: ModelSpec, data: Tensor, out: Path, settings: Settings) -> None:
+    """Train until the steps or the minutes are used up, then write the model folder.
+
+    Args:
+        spec: Architecture and scheduler.
+        data: (N, C, H, W) uint8.
+        out: Folder to write.
+        settings: How long and how.
+    """
+    schedule = schedule_from_scheduler_config(spec.scheduler)
+    torch.manual_seed(settings.seed)
+    unet = checkpoint.build_unet(spec.config, spec.name).to(settings.device).train()
+    ema = {name: value.detach().clone() for name, value in unet.state_dict().items()}
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=1e-4)
+    out.mkdir(parents=True, exist_ok=True)
+    done, elapsed = _resume(out / STATE, unet, ema, optimizer)
+    started, last_saved, running = time.monotonic() - elapsed, time.monotonic(), math.nan
+    for step, share in _clock(done, started, settings):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(
+                (step + 1) / WARM_UP, FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
+            )
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        loss = noise_loss(unet, data, schedule, settings, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(unet.parameters(), CLIP_NORM)
+        optimizer.step()
+        _average(ema, unet, min(EMA_DECAY, (step + 1) / (step + 10)))
+        now = loss.item()
+        running = now if math.isnan(running) else 0.99 * running + 0.01 * now
+        done = step + 1
+        if done % 100 == 0:
+            typer.echo(f"step {done}  loss {running:.4f}  {(time.monotonic() - started) / 60:.1f} min")
+        if time.monotonic() - last_saved > 300:
+            _save_state(out / STATE, unet, ema, optimizer, done, time.monotonic() - started)
+            last_saved = time.monotonic()
+    _save_state(out / STATE, unet, ema, optimizer, done, time.monotonic() - started)
+    _write_model(out, spec, unet, ema, schedule)
+    typer.echo(f"{done} steps, running loss {running:.4f}. Model and samples.png are in {out}")
+
+
+def noise_loss(
+    unet: UNet2DModel, data: Tensor, schedule: NoiseSchedule, settings: Settings, generator: torch.Generator
+) -> Tensor:
+    """Return the mean square error of the predicted noise (Ho et al. 2020, equation 14) on one random batch."""
+    rows = torch.randint(len(data), (settings.batch,), generator=generator)
+    clean = (data[rows].float() / 127.5 - 1).to(settings.device)
+    noise = torch.randn(clean.shape, generator=generator).to(settings.device)
+    t = torch.randint(schedule.num_train, (settings.batch,), generator=generator)
+    a = schedule.alpha_bar[t].float().view(-1, 1, 1, 1).to(settings.device)
+    with torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16, enabled=settings.bf16):
+        predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t.to(settings.device), return_dict=False)[0]
+    return nn.functional.mse_loss(predicted.float(), noise)
+
+
+def _clock(done: int, started: float, settings: Settings) -> Iterator[tuple[int, float]]:
+    """Yield each step with the share of the whole run that lies behind it."""
+    step = done
+    while True:
+        shares = [0.0]
+        if settings.steps is not None:
+            shares.append(step / settings.steps)
+        if settings.minutes is not None:
+            shares.append((time.monotonic() - started) / 60 / settings.minutes if settings.minutes else 1.0)
+        if max(shares) >= 1:
+            return
+        yield step, max(shares)
+        step += 1
+
+
+def _average(ema: dict[str, Tensor], unet: nn.Module, decay: float) -> None:
+    with torch.no_grad():
+        for name, value in unet.state_dict().items():
+            ema[name].lerp_(value, 1 - decay)
+
+
+def _save_state(
+    path: Path,
+    unet: nn.Module,
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    elapsed: float,
+) -> None:
+    tensors = {f"unet/{name}": value for name, value in unet.state_dict().items()}
+    tensors |= {f"ema/{name}": value for name, value in ema.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam/{index}/{name}": value for name, value in moments.items()}
+    progress = {"step": str(step), "elapsed_s": str(elapsed)}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=progress)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, unet: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Take up an earlier state if there is one; return the steps done and the seconds they took."""
+    if not path.exists():
+        return 0, 0.0
+    tensors = load_file(path)
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    try:
+        unet.load_state_dict({n.removeprefix("unet/"): v for n, v in tensors.items() if n.startswith("unet/")})
+    except RuntimeError as error:
+        raise GaqError(f"{path} belongs to another architecture; choose another --out or delete it.") from error
+    for name in ema:
+        ema[name].copy_(tensors[f"ema/{name}"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "adam":
+            index, _, moment = rest.partition("/")
+            moments.setdefault(int(index), {})[moment] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    progress = header["__metadata__"]
+    return int(progress["step"]), float(progress["elapsed_s"])
+
+
+def _write_model(
+    out: Path, spec: ModelSpec, unet: UNet2DModel, ema: dict[str, Tensor], schedule: NoiseSchedule
+) -> None:
+    unet.load_state_dict(ema)
+    unet.cpu().eval().save_pretrained(out)
+    (out / "scheduler_config.json").write_text(json.dumps(dict(spec.scheduler), indent=2) + "\n", encoding="utf-8")
+    size = int(spec.config["sample_size"])
+    shape = (int(spec.config["in_channels"]), size, size)
+    drawn = samplers.run(as_denoiser(unet), range(16), shape, schedule, SamplerSpec(steps=20))
+    save_grid(out / "samples.png", [("", drawn[:8]), ("", drawn[8:])])
+
+
+if __name__ == "__main__":
+    typer.run(main)

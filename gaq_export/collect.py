@@ -1,0 +1,112 @@
+"""Run the float sampler and keep what the network saw at every step: the calibration set.
+
+Images are drawn in groups of GROUP, the last one filled up, each image from a seed of its own. Since a group's
+arithmetic never changes, neither does an image, however many are asked for. A finished group is saved, so that a
+killed collection continues; asking for more images later draws only the new ones.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from calib.data import CalibrationSet
+from calib.errors import CalibError
+from calib.files import read_safetensors, write_atomically
+from gaq_export import samplers
+from gaq_export.denoiser import Denoiser
+from gaq_export.errors import GaqError
+from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
+
+GROUP = 16
+
+
+def image_seed(seed: int, image: int) -> int:
+    """Return the seed of calibration image number `image`, far from the small seeds that users sample with."""
+    digest = hashlib.sha256(f"calibration:{seed}:{image}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def collect(
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    schedule: NoiseSchedule,
+    spec: SamplerSpec,
+    *,
+    images: int,
+    seed: int = 0,
+    folder: Path | None = None,
+    key: str = "",
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> CalibrationSet:
+    """Draw `images` trajectories and return the network's inputs, ordered by step, then by image.
+
+    Args:
+        denoiser: the float network.
+        shape: (C, H, W).
+        schedule: its noise schedule.
+        spec: the sampler that it will be used with.
+        images: number of trajectories.
+        seed: base of the per-image seeds.
+        folder: where finished groups are kept; None keeps nothing.
+        key: identifies model and weights; groups of another key, sampler or seed are drawn again.
+        on_step: told (steps done, steps in all) over all groups.
+
+    Raises:
+        GaqError: `images` is less than 2.
+    """
+    if images < 2:
+        raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
+    groups = -(-images // GROUP)
+    identity = hashlib.sha256(f"{key}:{spec}:{seed}:{shape}".encode()).hexdigest()
+    parts = []
+    for g in range(groups):
+        path = folder / f"{g:04d}.safetensors" if folder else None
+        part = _load(path, identity) if path else None
+        if part is None:
+            seeds = [image_seed(seed, i) for i in range(g * GROUP, (g + 1) * GROUP)]
+            start = g * spec.steps
+            part = _trajectories(
+                denoiser, seeds, shape, schedule, spec, lambda s, b=start: on_step(b + s + 1, groups * spec.steps)
+            )
+            if path:
+                write_atomically(path, save({"x": part}, {"identity": identity}))
+        parts.append(part)
+    x = torch.cat(parts, 1)[:, :images]  # (S, N, C, H, W)
+    return CalibrationSet(
+        x=x.flatten(0, 1),
+        t=timesteps(spec, schedule.num_train).repeat_interleave(images),
+        step=torch.arange(spec.steps).repeat_interleave(images),
+    )
+
+
+def _trajectories(
+    denoiser: Denoiser,
+    seeds: list[int],
+    shape: tuple[int, int, int],
+    schedule: NoiseSchedule,
+    spec: SamplerSpec,
+    on_step: Callable[[int], None],
+) -> Tensor:
+    """Return (S, len(seeds), C, H, W): what the network saw at each step."""
+    seen = []
+
+    def keep(step: int, x: Tensor, t: Tensor) -> None:
+        seen.append(x.clone())
+        on_step(step)
+
+    samplers.run(denoiser, seeds, shape, schedule, spec, keep)
+    return torch.stack(seen)
+
+
+def _load(path: Path, identity: str) -> Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        header, tensors = read_safetensors(path)
+    except CalibError:
+        return None
+    return tensors["x"] if header.get("identity") == identity else None

@@ -1,0 +1,150 @@
+"""Pictures: PNG files that say how they were made, contact sheets to look at, and the distance between two images.
+
+In: images in [-1, 1], (C, H, W) or (N, C, H, W), with one or three channels. Out: PNG files, or decibels.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from gaq_export.errors import GaqError
+
+METADATA_KEY = "gaq-export"
+_GAP = 4
+_GRID_SIDE = 96
+
+
+def to_uint8(images: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Convert images to bytes, rounding to the nearest.
+
+    Args:
+        images: (..., C, H, W) in [-1, 1]; values outside are clamped.
+
+    Returns:
+        (..., H, W, C), 0 to 255.
+
+    Raises:
+        GaqError: If there are other than one or three channels, or a value is not finite.
+    """
+    if images.dim() < 3 or images.shape[-3] not in (1, 3):
+        raise GaqError(f"An image needs 1 or 3 channels, (C, H, W); found shape {tuple(images.shape)}.")
+    if not bool(images.isfinite().all()):
+        raise GaqError("The image holds NaN or infinite values, so there is no picture to write.")
+    scaled = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array: npt.NDArray[np.uint8] = scaled.movedim(-3, -1).numpy()  # (..., C, H, W) -> (..., H, W, C)
+    return array
+
+
+def save_png(path: Path, image: torch.Tensor, metadata: Mapping[str, Any]) -> None:
+    """Write one image as a PNG that carries how it was made.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        image: (C, H, W) in [-1, 1].
+        metadata: JSON object, kept in the text chunk "gaq-export".
+
+    Raises:
+        GaqError: If the image cannot be converted, see `to_uint8`.
+    """
+    _write(path, _to_pil(to_uint8(image)), metadata)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read back what `save_png` wrote beside the pixels.
+
+    Raises:
+        GaqError: If the file is no PNG, or was not written by this tool.
+    """
+    try:
+        with Image.open(path) as picture:
+            text = picture.info[METADATA_KEY]
+    except KeyError as error:
+        raise GaqError(f"{path} carries no {METADATA_KEY!r} text, so it was not written by this tool.") from error
+    except OSError as error:
+        raise GaqError(f"{path} cannot be read as an image: {error}") from error
+    fields: dict[str, Any] = json.loads(text)
+    return fields
+
+
+def save_grid(
+    path: Path,
+    rows: Sequence[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write labelled rows of images as one PNG, small images enlarged to whole multiples.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        rows: Label and images (N, C, H, W) of each row; all images of one size, rows may differ in length.
+        metadata: JSON object for the text chunk.
+
+    Raises:
+        GaqError: If there is nothing to draw, the sizes differ, or an image cannot be converted.
+    """
+    sizes = {tuple(images.shape[-2:]) for _, images in rows}
+    if len(sizes) != 1 or any(images.dim() != 4 or len(images) == 0 for _, images in rows):
+        shapes = [tuple(images.shape) for _, images in rows]
+        raise GaqError(f"A grid needs rows of images (N, C, H, W), all of one height and width; found {shapes}.")
+    height, width = sizes.pop()
+    factor = max(1, _GRID_SIDE // max(height, width))
+    cell_h, cell_w = height * factor + _GAP, width * factor + _GAP
+    font = ImageFont.load_default(size=13)
+    labels = [max((font.getlength(line) for line in label.splitlines()), default=0) for label, _ in rows]
+    margin = int(max(labels)) + 2 * _GAP
+    columns = max(len(images) for _, images in rows)
+    sheet = Image.new("RGB", (margin + columns * cell_w, len(rows) * cell_h + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, images) in enumerate(rows):
+        top = row * cell_h + _GAP
+        draw.multiline_text((_GAP, top + cell_h / 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(to_uint8(images)):
+            picture = _to_pil(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + column * cell_w, top))
+    _write(path, sheet, metadata or {})
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Measure peak signal-to-noise ratio, image by image, against the full range of 2.
+
+    Args:
+        a: Images in [-1, 1], (N, C, H, W).
+        b: Images of the same shape.
+
+    Returns:
+        Decibels, (N,) float64; infinite where two images are equal.
+
+    Raises:
+        GaqError: If the shapes differ.
+    """
+    if a.shape != b.shape or a.dim() != 4:
+        raise GaqError(f"PSNR compares batches (N, C, H, W) of one shape; found {tuple(a.shape)}, {tuple(b.shape)}.")
+    error = (a.double() - b.double()).square().mean(dim=(1, 2, 3))  # (N, C, H, W) -> (N,)
+    return 10 * torch.log10(4 / error)
+
+
+def _to_pil(array: npt.NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def _write(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
+    info = PngInfo()
+    info.add_text(METADATA_KEY, json.dumps(metadata, sort_keys=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            picture.save(stream, format="PNG", pnginfo=info)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

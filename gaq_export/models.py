@@ -1,0 +1,299 @@
+"""The table of known models, and the one function that turns a name or a folder into a network.
+
+In: a name from `MODELS`, or a diffusers folder. Out: a `LoadedModel`: the float U-Net, the noise schedule it was
+trained with, and a `source` that finds the same weights again. What a known model looks like is written once, in
+`weights/<name>/config.json` and `scheduler_config.json`; the weights themselves lie beside it only for the bundled
+model.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from gaq_export import checkpoint, hub
+from gaq_export.denoiser import EpsilonModel
+from gaq_export.errors import GaqError
+from gaq_export.schedule import NoiseSchedule, SamplerSpec, read_scheduler_config, schedule_from_scheduler_config
+
+MODELS_VARIABLE = "GAQ_EXPORT_MODELS"
+_WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What is known about a model before its weights are loaded.
+
+    Attributes:
+        name: What the user calls it.
+        source: "bundled", a hub repository "owner/name", or the folder it was read from.
+        revision: Hub commit, or None for the newest, which the plan then records.
+        sampler: How its images are drawn unless the user says otherwise.
+        config: Architecture, the fields of a diffusers `UNet2DModel` config.
+        scheduler: Noise schedule, the fields of a diffusers scheduler config.
+        description: One line for a list of models.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    sampler: SamplerSpec
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A network ready to run, and how to find it again.
+
+    Attributes:
+        spec: Name, sampler and architecture.
+        unet: The network as it was loaded, float32, in evaluation mode, on the CPU.
+        schedule: The noise schedule it was trained with.
+        source: What to pass as `load_model`'s `weights` to get the same network: "bundled", "random" (or
+            "random:SEED"), "hub:OWNER/NAME@COMMIT", or an absolute folder.
+        fingerprint: sha256 of the weights, see `checkpoint.fingerprint`.
+        meaningless: True if the weights are random, so that images show nothing.
+    """
+
+    spec: ModelSpec
+    unet: nn.Module
+    schedule: NoiseSchedule
+    source: str
+    fingerprint: str
+    meaningless: bool
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network as a module called `(x, t)`; plans and graphs use its layers' names."""
+        return EpsilonModel(self.unet) if isinstance(self.unet, UNet2DModel) else self.unet
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        size = self.spec.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.spec.config["in_channels"]), int(height), int(width)
+
+
+def _row(name: str, source: str, revision: str | None, sampler: SamplerSpec, description: str) -> ModelSpec:
+    def read(file: str) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads((_WEIGHTS / name / file).read_text(encoding="utf-8"))
+        return fields
+
+    return ModelSpec(
+        name=name,
+        source=source,
+        revision=revision,
+        sampler=sampler,
+        config=read("config.json"),
+        scheduler=read("scheduler_config.json"),
+        description=description,
+    )
+
+
+MODELS: dict[str, ModelSpec] = {
+    row.name: row
+    for row in (
+        _row("ddpm-mnist", "bundled", None, SamplerSpec(steps=50), "MNIST digits, 32x32, 1.1 M parameters, bundled"),
+        _row(
+            "ddpm-cifar10",
+            "google/ddpm-cifar10-32",
+            "267b167dc01f0e4e61923ea244e8b988f84deb80",
+            SamplerSpec(steps=100, spacing="quad"),
+            "CIFAR-10, 32x32, 35.7 M parameters, from the Hugging Face hub",
+        ),
+        _row(
+            "ddpm-church",
+            "google/ddpm-church-256",
+            None,
+            SamplerSpec(steps=100),
+            "LSUN churches, 256x256, 113.7 M parameters, from the Hugging Face hub",
+        ),
+        _row(
+            "ddpm-bedroom",
+            "google/ddpm-bedroom-256",
+            None,
+            SamplerSpec(steps=100),
+            "LSUN bedrooms, 256x256, 113.7 M parameters, from the Hugging Face hub",
+        ),
+    )
+}
+
+
+def load_model(
+    name: str | None = None, weights: str | Path | None = None, revision: str | None = None, seed: int = 0
+) -> LoadedModel:
+    """Load a model by name, from a folder, or with random weights.
+
+    Without `weights`, a name is looked for in the folder that GAQ_EXPORT_MODELS names (one sub-folder per model),
+    then among the bundled models, then on the Hugging Face hub.
+
+    Args:
+        name: A key of `MODELS`. With a folder it is only what to call the model (the folder's name if None), and
+            lends its sampler if it is a known one; the folder's own config decides the structure.
+        weights: A diffusers folder, "random" for seeded random weights, or the `source` of an earlier `LoadedModel`.
+        revision: Hub commit to use in place of the table's.
+        seed: Seed of random weights.
+
+    Raises:
+        GaqError: If the model is unknown, out of reach, damaged or of a kind that is not supported.
+    """
+    choice = None if weights is None else str(weights)
+    if choice == "bundled":
+        return _bundled(_known(name))
+    if choice is not None and choice.partition(":")[0] == "random":
+        return _random(_known(name), choice, seed)
+    if choice is not None and choice.startswith("hub:"):
+        repo, _, commit = choice.removeprefix("hub:").partition("@")
+        return _from_hub(name or repo.rpartition("/")[2], repo, revision or commit or None)
+    if weights is not None:
+        folder = Path(weights).expanduser().resolve()
+        return _from_folder(folder, name or folder.name, str(folder))
+    spec = _known(name)
+    local = _models_folder(spec.name)
+    if local is not None:
+        return _from_folder(local, spec.name, str(local))
+    if spec.source == "bundled":
+        return _bundled(spec)
+    return _from_hub(spec.name, spec.source, revision or spec.revision)
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    shape: tuple[int, int, int],
+    schedule: NoiseSchedule,
+    sampler: SamplerSpec | None = None,
+    name: str = "module",
+) -> LoadedModel:
+    """Make a model of any module called as `(x (N, C, H, W), t (N,)) -> predicted noise (N, C, H, W)`.
+
+    Args:
+        module: The network; it is put into evaluation mode.
+        shape: (C, H, W) of an image.
+        schedule: The noise schedule it was trained with.
+        sampler: How its images are drawn; 50 DDIM steps if None.
+        name: What to call it.
+    """
+    channels, height, width = shape
+    spec = ModelSpec(
+        name=name,
+        source="module",
+        revision=None,
+        sampler=sampler or SamplerSpec(),
+        config={"in_channels": channels, "sample_size": (height, width)},
+        scheduler={},
+        description="a module of the caller's",
+    )
+    module.eval()
+    return LoadedModel(
+        spec=spec,
+        unet=module,
+        schedule=schedule,
+        source="module",
+        fingerprint=checkpoint.fingerprint(module),
+        meaningless=False,
+    )
+
+
+def _known(name: str | None) -> ModelSpec:
+    if name is None:
+        raise GaqError(f"No model was named. Choose one of {list(MODELS)}, or give a diffusers folder with --weights.")
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise GaqError(
+            f"Unknown model {name!r}.{hint} Choose one of {list(MODELS)}, or give a diffusers folder with --weights."
+        )
+    return MODELS[name]
+
+
+def _models_folder(name: str) -> Path | None:
+    value = os.environ.get(MODELS_VARIABLE)
+    if not value:
+        return None
+    parent = Path(value).expanduser().resolve()
+    if not parent.is_dir():
+        raise GaqError(f"{MODELS_VARIABLE} names {parent}, which is not a folder; correct or unset it.")
+    return parent / name if (parent / name).is_dir() else None
+
+
+def _bundled(spec: ModelSpec) -> LoadedModel:
+    if spec.source != "bundled":
+        bundled = [row.name for row in MODELS.values() if row.source == "bundled"]
+        raise GaqError(f"The weights of {spec.name!r} are not bundled. Bundled models: {bundled}.")
+    return _from_folder(_WEIGHTS / spec.name, spec.name, "bundled")
+
+
+def _random(spec: ModelSpec, choice: str, seed: int) -> LoadedModel:
+    _, _, given = choice.partition(":")
+    if given and not given.isdecimal():
+        raise GaqError(f"The seed in --weights {choice} must be a whole number, as in random:7.")
+    seed = int(given) if given else seed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = checkpoint.build_unet(spec.config, f"the table, model {spec.name!r}")
+    return LoadedModel(
+        spec=spec,
+        unet=unet,
+        schedule=schedule_from_scheduler_config(spec.scheduler),
+        source=f"random:{seed}" if seed else "random",
+        fingerprint=checkpoint.fingerprint(unet),
+        meaningless=True,
+    )
+
+
+def _from_hub(name: str, repo: str, revision: str | None) -> LoadedModel:
+    try:
+        folder, commit = hub.fetch(repo, revision)
+    except GaqError as error:
+        bundled = [row.name for row in MODELS.values() if row.source == "bundled"]
+        raise GaqError(
+            f"{error} Give a local diffusers folder with --weights, set {MODELS_VARIABLE} to a folder with a "
+            f"sub-folder {name!r}, try the tool with --weights random, or use a bundled model: {bundled}."
+        ) from error
+    return _from_folder(folder, name, f"hub:{repo}@{commit}", allow_pickle=True)
+
+
+def _from_folder(folder: Path, name: str, source: str, *, allow_pickle: bool = False) -> LoadedModel:
+    unet = checkpoint.load_unet(checkpoint.unet_folder(folder), allow_pickle=allow_pickle)
+    row = MODELS.get(name)
+    spec = ModelSpec(
+        name=name,
+        source=row.source if row else source,
+        revision=row.revision if row else None,
+        sampler=row.sampler if row else SamplerSpec(),
+        config={k: v for k, v in unet.config.items() if not k.startswith("_")},
+        scheduler=_scheduler(folder, row),
+        description=row.description if row else f"UNet2DModel from {source}",
+    )
+    return LoadedModel(
+        spec=spec,
+        unet=unet,
+        schedule=schedule_from_scheduler_config(spec.scheduler),
+        source=source,
+        fingerprint=checkpoint.fingerprint(unet),
+        meaningless=False,
+    )
+
+
+def _scheduler(folder: Path, row: ModelSpec | None) -> Mapping[str, Any]:
+    file = checkpoint.scheduler_file(folder)
+    if file is not None:
+        return read_scheduler_config(file)
+    if row is not None:
+        return row.scheduler
+    raise GaqError(
+        f"The model folder {folder} has no scheduler_config.json, neither at its top nor in scheduler/; it says "
+        "which noise schedule the model was trained with."
+    )

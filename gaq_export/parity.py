@@ -1,0 +1,108 @@
+"""Does the engine compute what fake-quantized PyTorch computes? Signal over difference, step by step.
+
+Two correct implementations never agree to the last bit, and where a value sits on a rounding edge a difference in its
+seventh digit moves it by a whole quantization step, which moves others. So a quantized network has a resolution: the
+SQNR it has against itself when its input changes by one part in a million. No engine can be expected to come closer
+than that, and at the last sampling steps it can be far below 40 dB. An engine passes if every step reaches its floor
+or comes within `margin_db` of the network's own resolution.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.data import CalibrationSet
+from gaq_export.denoiser import Denoiser
+
+IMAGES = 4  # of each checked step
+PERTURBATION = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Least SQNR of a step, in dB: `floor_db`, or the network's resolution less `margin_db` where that is lower."""
+
+    floor_db: float
+    margin_db: float
+
+
+# ort-cpu also rounds the output of every convolution, which no other graph does.
+TOLERANCES: Mapping[str, Tolerance] = {
+    "reference": Tolerance(floor_db=40.0, margin_db=6.0),
+    "trt": Tolerance(floor_db=40.0, margin_db=6.0),
+    "ort-cpu": Tolerance(floor_db=30.0, margin_db=20.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """SQNR of an engine against its reference, and of the reference against itself: one value a checked step, in dB."""
+
+    steps: tuple[int, ...]
+    sqnr_db: tuple[float, ...]
+    resolution_db: tuple[float, ...]
+    tolerance: Tolerance
+
+    @property
+    def worst(self) -> int:
+        """Index of the step that is furthest below, or least above, what is asked of it."""
+        return min(range(len(self.steps)), key=lambda i: self.sqnr_db[i] - self.required_db(i))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step is as close as is asked."""
+        return self.sqnr_db[self.worst] >= self.required_db(self.worst)
+
+    def required_db(self, i: int) -> float:
+        """Return what is asked of the checked step number `i`."""
+        return min(self.tolerance.floor_db, self.resolution_db[i] - self.tolerance.margin_db)
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """Return 10 log10(|reference|^2 / |reference - other|^2), at most 200.
+
+    >>> round(sqnr_db(torch.ones(4), torch.full((4,), 0.9)), 3)
+    20.0
+    """
+    signal, noise = reference.double().square().sum(), (reference.double() - other.double()).square().sum()
+    return float((10 * torch.log10(signal / noise.clamp(min=1e-300))).clamp(max=200.0))
+
+
+def compare(
+    reference: Denoiser,
+    other: Denoiser,
+    data: CalibrationSet,
+    tolerance: Tolerance,
+    *,
+    steps: int = 10,
+    images: int = IMAGES,
+) -> Parity:
+    """Run both on the same inputs and compare.
+
+    Args:
+        reference: fake-quantized module.
+        other: engine.
+        data: calibration samples to take the inputs from.
+        tolerance: what `Parity.passed` asks.
+        steps: how many sampling steps, evenly spaced.
+        images: how many images of each.
+    """
+    present = torch.unique(data.step)
+    chosen = present[torch.linspace(0, len(present) - 1, min(steps, len(present))).round().long()]
+    generator = torch.Generator().manual_seed(0)
+    measured, resolution = [], []
+    with torch.no_grad():
+        for step in chosen:
+            sample = data.take((data.step == step).nonzero()[:images, 0])
+            expected = reference(sample.x, sample.t)
+            nearby = sample.x * (1 + PERTURBATION * torch.randn(sample.x.shape, generator=generator))
+            measured.append(sqnr_db(expected, other(sample.x, sample.t)))
+            resolution.append(sqnr_db(expected, reference(nearby, sample.t)))
+    return Parity(
+        steps=tuple(int(s) for s in chosen),
+        sqnr_db=tuple(measured),
+        resolution_db=tuple(resolution),
+        tolerance=tolerance,
+    )

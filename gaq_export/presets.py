@@ -1,0 +1,81 @@
+"""Calibration schedules by name: how many images, and how long each block is fitted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
+from gaq_export.errors import GaqError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A calibration schedule.
+
+    Attributes:
+        images: trajectories to collect; each gives one sample at every sampling step.
+        config: the rest, its bits and seed still at their defaults.
+    """
+
+    images: int
+    config: QuantConfig
+    description: str
+
+
+def _tiny() -> Preset:
+    config = QuantConfig(
+        reconstruction=ReconstructionConfig(iterations=4, batch=4, learning_rate=1e-2),
+        omega=OmegaConfig(meta_steps=1, batch=4, validation_batch=2),
+        activation=ActivationConfig(batches=2, batch=4),
+        weight_steps=2,
+        micro_batch=4,
+    )
+    return Preset(images=4, config=config, description="a smoke test: every stage runs, nothing is learned")
+
+
+def _fast() -> Preset:
+    config = QuantConfig(
+        reconstruction=ReconstructionConfig(iterations=300, batch=16, learning_rate=1e-2),
+        omega=OmegaConfig(meta_steps=6, batch=16, validation_batch=4),
+        activation=ActivationConfig(batches=60),
+        weight_steps=10,
+    )
+    return Preset(images=64, config=config, description="minutes on two cores for ddpm-mnist")
+
+
+def _paper() -> Preset:
+    return Preset(images=256, config=QuantConfig(), description="20 000 iterations a block, batch 32, as published")
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {"tiny": _tiny, "fast": _fast, "paper": _paper}
+
+
+def preset(
+    name: str,
+    *,
+    wbits: int = 4,
+    abits: int = 8,
+    omega: str = "gac",
+    convention: str = "deploy",
+    keep_float: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Preset:
+    """Return the preset `name` with the user's choices filled in.
+
+    Raises:
+        GaqError: there is no such preset.
+        CalibError: bits outside 2 to 8, or an unknown omega rule.
+    """
+    if name not in PRESETS:
+        raise GaqError(f"Unknown preset {name!r}. Choose one of {list(PRESETS)}.")
+    chosen = PRESETS[name]()
+    c = chosen.config
+    config = replace(
+        c,
+        weight=replace(c.weight, bits=wbits),
+        activation=replace(c.activation, bits=abits),
+        omega=replace(c.omega, rule=omega),
+        convention=convention,
+        keep_float=keep_float,
+        seed=seed,
+    )
+    return replace(chosen, config=config)

@@ -1,0 +1,59 @@
+"""What a plan and an engine file say of the model they came from, and how to find it again from that."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from gaq_export.errors import GaqError
+from gaq_export.models import LoadedModel, load_model
+from gaq_export.schedule import NoiseSchedule, SamplerSpec
+
+
+def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
+    """Return what a plan and an engine say of the model and its sampler."""
+    schedule = model.schedule
+    return {
+        "model": {
+            "name": model.spec.name,
+            "source": model.source,
+            "fingerprint": model.fingerprint,
+            "shape": list(model.shape),
+            "meaningless": model.meaningless,
+        },
+        "sampler": asdict(spec),
+        "schedule": {
+            "alpha_bar": schedule.alpha_bar.tolist(),
+            "clip": schedule.clip,
+            "variance": schedule.variance,
+        },
+    }
+
+
+def schedule_of(about: Mapping[str, Any]) -> NoiseSchedule:
+    """Return the noise schedule that `describe` wrote down, to the bit."""
+    fields = about["schedule"]
+    alpha_bar = torch.tensor(fields["alpha_bar"], dtype=torch.float64)
+    return NoiseSchedule(alpha_bar=alpha_bar, clip=fields["clip"], variance=fields["variance"])
+
+
+def shape_of(about: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return (C, H, W)."""
+    channels, height, width = about["model"]["shape"]
+    return channels, height, width
+
+
+def model_of(about: Mapping[str, Any], model: LoadedModel | None) -> LoadedModel:
+    """Return the float model that `about` describes, found again unless given; raise GaqError for any other."""
+    wanted = about["model"]
+    if model is None:
+        if wanted["source"] == "module":
+            raise GaqError(f"{wanted['name']!r} is a module of your own: call this from Python with model=wrap(...).")
+        model = load_model(wanted["name"], wanted["source"])
+    if model.fingerprint != wanted["fingerprint"]:
+        raise GaqError(
+            f"This plan belongs to another model: it was made from {wanted['name']} with weights "
+            f"{wanted['fingerprint'][:12]}, found {model.spec.name} with {model.fingerprint[:12]}. Calibrate again."
+        )
+    return model

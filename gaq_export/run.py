@@ -1,0 +1,96 @@
+"""The run folder: where a calibration keeps its files, and the journal of what was done in it."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.files import write_atomically
+from gaq_export import __version__
+from gaq_export.errors import GaqError
+
+FORMAT = 1
+DEFAULT = Path("gaq-run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """File names inside one run folder."""
+
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """Settings and journal."""
+        return self.folder / "run.json"
+
+    @property
+    def plan(self) -> Path:
+        """The result of calibration; plan.json is beside it."""
+        return self.folder / "plan.safetensors"
+
+    @property
+    def calibration(self) -> Path:
+        """Folder of collected trajectories."""
+        return self.folder / "calibration"
+
+    @property
+    def blocks(self) -> Path:
+        """Folder of finished blocks."""
+        return self.folder / "blocks"
+
+    def onnx(self, profile: str) -> Path:
+        """The QDQ graph of one profile."""
+        return self.folder / f"unet.{profile}.onnx"
+
+
+def begin(run: Run, settings: Mapping[str, Any]) -> None:
+    """Claim the folder for `settings`, or continue a run that has the same.
+
+    Raises:
+        GaqError: the folder holds a run with other settings, or its record cannot be read.
+        CalibError: the folder cannot be written.
+    """
+    record = _read(run)
+    if record is None:
+        _write(run, {"format": FORMAT, "settings": dict(settings), "journal": []})
+        return
+    old = record["settings"]
+    changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+    if changed:
+        k = changed[0]
+        raise GaqError(
+            f"{run.folder} holds a run with other settings ({k}: {_short(old.get(k))}, now {_short(settings.get(k))}). "
+            "Give --run another folder, or delete this one."
+        )
+
+
+def note(run: Run, step: str, **facts: Any) -> None:
+    """Add one line to the journal."""
+    record = _read(run) or {"format": FORMAT, "settings": {}, "journal": []}
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record["journal"].append({"step": step, "when": when, "version": __version__, **facts})
+    _write(run, record)
+
+
+def _read(run: Run) -> dict[str, Any] | None:
+    if not run.record.exists():
+        return None
+    try:
+        record = json.loads(run.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GaqError(f"Cannot read {run.record} ({error}). Give --run another folder, or delete this one.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise GaqError(f"{run.record} is not a run record of format {FORMAT}. Give --run another folder.")
+    return record
+
+
+def _write(run: Run, record: Mapping[str, Any]) -> None:
+    write_atomically(run.record, json.dumps(record, indent=1).encode())
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

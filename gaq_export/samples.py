@@ -1,0 +1,106 @@
+"""Drawing images in batches, and writing them down with everything needed to draw them again."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calib.files import write_atomically
+from engines import EngineFile
+from gaq_export import images, samplers
+from gaq_export.denoiser import Denoiser
+from gaq_export.schedule import NoiseSchedule, SamplerSpec
+
+GRID_COLUMNS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What `sample` drew: images (N, C, H, W) in [-1, 1], and their PSNR in dB against the float model if compared."""
+
+    images: Tensor
+    seeds: tuple[int, ...]
+    psnr_db: tuple[float, ...] | None
+    seconds: float
+    folder: Path
+    grid: Path
+    meaningless: bool
+
+
+def draw(
+    denoiser: Denoiser,
+    seeds: Sequence[int],
+    batch: int,
+    shape: tuple[int, int, int],
+    schedule: NoiseSchedule,
+    spec: SamplerSpec,
+    on_step: Callable[[int, int], None],
+) -> Tensor:
+    """Draw all images in batches of one size, the last one filled up, so that no image's arithmetic depends on it."""
+    groups = range(0, len(seeds), batch)
+    parts = []
+    for g, start in enumerate(groups):
+        rows = [*seeds[start : start + batch]]
+        padded = rows + rows[-1:] * (batch - len(rows))
+        done = g * spec.steps
+        parts.append(
+            samplers.run(
+                denoiser,
+                padded,
+                shape,
+                schedule,
+                spec,
+                lambda step, x, t, d=done: on_step(d + step + 1, len(groups) * spec.steps),
+            )[: len(rows)]
+        )
+    return torch.cat(parts)
+
+
+def write(
+    out: Path,
+    file: EngineFile,
+    spec: SamplerSpec,
+    seeds: tuple[int, ...],
+    drawn: Tensor,
+    reference: Tensor | None,
+    seconds: float,
+) -> Sampled:
+    """Write one PNG an image, the grid and samples.json."""
+    about = file.about["model"]
+    conditions = {
+        "model": about["name"],
+        "meaningless": about["meaningless"],
+        "backend": file.backend,
+        "engine_sha256": file.sha256,
+        "sampler": asdict(spec),
+    }
+    psnr = None if reference is None else tuple(images.psnr(drawn, reference).tolist())
+    for i, (seed, image) in enumerate(zip(seeds, drawn, strict=True)):
+        images.save_png(out / f"{seed:06d}.png", image, {**conditions, "seed": seed})
+        if reference is not None:
+            images.save_png(out / f"{seed:06d}-float.png", reference[i], {**conditions, "backend": "float", "seed": seed})
+    shown = min(len(drawn), 16)
+    rows = [("" if reference is None else "float", reference)] if reference is not None else []
+    grid = out / "grid.png"
+    images.save_grid(grid, [(n, r[:shown]) for n, r in [*rows, (file.backend, drawn)] if r is not None], conditions)
+    record = {
+        **conditions,
+        "seconds": round(seconds, 3),
+        "images": [
+            {"seed": s, "file": f"{s:06d}.png"} | ({} if psnr is None else {"psnr_db": round(psnr[i], 3)})
+            for i, s in enumerate(seeds)
+        ],
+    }
+    write_atomically(out / "samples.json", json.dumps(record, indent=1).encode())
+    return Sampled(
+        images=drawn,
+        seeds=seeds,
+        psnr_db=psnr,
+        seconds=seconds,
+        folder=out,
+        grid=grid,
+        meaningless=about["meaningless"],
+    )

@@ -1,0 +1,227 @@
+"""When to denoise: the noise schedule a model was trained with, and the timesteps a sampler visits.
+
+In: a diffusers scheduler config, and a `SamplerSpec` (what the user asked for). Out: a `NoiseSchedule` and the
+timesteps in the order they run. Two words never mix: `t` is a training timestep (0 to T-1), `step` an index into the
+S sampling steps, and step 0 is the noisiest.
+"""
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+from gaq_export.errors import GaqError
+
+SAMPLER_NAMES = ("ddim", "ddpm")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NoiseSchedule:
+    """The forward process a model was trained to undo.
+
+    Attributes:
+        alpha_bar: Share of signal variance left at each training timestep, (T,) float64, falling, inside (0, 1).
+        clip: Largest magnitude allowed for the predicted clean image, or None for no clipping.
+        variance: Which variance ancestral sampling adds, "fixed_small" or "fixed_large"; DDIM does not use it.
+
+    Raises:
+        GaqError: If `alpha_bar` or `clip` is outside those bounds.
+    """
+
+    alpha_bar: torch.Tensor
+    clip: float | None
+    variance: str
+
+    def __post_init__(self) -> None:
+        a = self.alpha_bar
+        if a.dim() != 1 or a.dtype != torch.float64 or len(a) == 0:
+            raise GaqError(f"alpha_bar must be a float64 vector, not {a.dtype} of shape {tuple(a.shape)}.")
+        if not (a.min() > 0 and a.max() < 1 and bool((a.diff() < 0).all())):
+            raise GaqError(
+                "alpha_bar must fall steadily and stay inside (0, 1); schedules that end in pure noise "
+                "(rescale_betas_zero_snr) cannot be used with a model that predicts noise."
+            )
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise GaqError(f"The clipping range must be positive and finite, or None, not {self.clip}.")
+
+    @property
+    def num_train(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.alpha_bar)
+
+
+def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> NoiseSchedule:
+    """Read a noise schedule from a diffusers scheduler config.
+
+    diffusers' own `DDPMScheduler` computes the numbers, so every beta schedule it knows is understood and images
+    agree with its pipelines.
+
+    Args:
+        source: The config as a mapping, its JSON file, or the folder that holds `scheduler_config.json`.
+
+    Raises:
+        GaqError: If the file is missing or unreadable, or the model predicts anything but noise.
+    """
+    config = dict(source) if isinstance(source, Mapping) else read_scheduler_config(Path(source))
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise GaqError(
+            f"The scheduler config says prediction_type {prediction!r}; only models that predict noise ('epsilon') "
+            "are supported."
+        )
+    if config.get("thresholding"):
+        raise GaqError("The scheduler config asks for dynamic thresholding, which is not supported; set it to false.")
+    known = inspect.signature(DDPMScheduler.__init__).parameters
+    try:
+        scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in known})
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise GaqError(f"diffusers cannot make a noise schedule from this scheduler config: {error}") from error
+    clip = float(scheduler.config["clip_sample_range"]) if scheduler.config["clip_sample"] else None
+    return NoiseSchedule(
+        alpha_bar=scheduler.alphas_cumprod.double(), clip=clip, variance=str(scheduler.config["variance_type"])
+    )
+
+
+def linear_schedule(
+    *,
+    num_train: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 2e-2,
+    clip: float | None = 1.0,
+    variance: str = "fixed_small",
+) -> NoiseSchedule:
+    """Make the linear-beta schedule of the DDPM paper (Ho et al. 2020, section 4).
+
+    Args:
+        num_train: T, the number of training timesteps.
+        beta_start: Noise variance added at the first timestep.
+        beta_end: Noise variance added at the last timestep.
+        clip: Largest magnitude allowed for the predicted clean image, or None.
+        variance: Variance of ancestral sampling, see `NoiseSchedule`.
+    """
+    return schedule_from_scheduler_config(
+        {
+            "num_train_timesteps": num_train,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": "linear",
+            "clip_sample": clip is not None,
+            "clip_sample_range": 1.0 if clip is None else clip,
+            "variance_type": variance,
+        }
+    )
+
+
+def read_scheduler_config(path: Path) -> dict[str, Any]:
+    """Read a scheduler config as it stands.
+
+    Args:
+        path: The JSON file, or the folder that holds `scheduler_config.json`.
+
+    Raises:
+        GaqError: If it is missing, unreadable or no JSON object.
+    """
+    file = path / "scheduler_config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise GaqError(f"There is no scheduler config at {file}; it says which noise schedule to use.") from error
+    except (OSError, ValueError) as error:
+        raise GaqError(f"The scheduler config {file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise GaqError(f"The scheduler config {file} must be a JSON object, not a {type(config).__name__}.")
+    return config
+
+
+def _uniform(steps: int, num_train: int) -> torch.Tensor:
+    """Equal strides from 0, diffusers' "leading" spacing."""
+    return torch.arange(steps) * (num_train // steps)
+
+
+def _quad(steps: int, num_train: int) -> torch.Tensor:
+    """Squares of equal strides, dense near t = 0 (Song et al. 2021, appendix D.2; Q-Diffusion on CIFAR-10).
+
+    With many steps several of the first squares truncate to the same timestep. They stay: the published protocol
+    visits them as often as that, and a repeat changes nothing but what clipping changes.
+    """
+    # numpy, because torch rounds some squares to the other side of an integer than the published code does.
+    squares = np.linspace(0, np.sqrt(0.8 * num_train), steps) ** 2
+    return torch.from_numpy(squares.astype(np.int64))
+
+
+SPACINGS: dict[str, Callable[[int, int], torch.Tensor]] = {"uniform": _uniform, "quad": _quad}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """How to draw images: which sampler, over how many steps.
+
+    Attributes:
+        name: Sampler, one of `SAMPLER_NAMES`.
+        steps: S, how often the network is called for each image.
+        spacing: How the steps are spread over the training timesteps, a key of `SPACINGS`.
+        eta: Noise added by DDIM, from 0 (deterministic) to 1 (as much as ancestral sampling).
+
+    Raises:
+        GaqError: If a field is outside its range.
+    """
+
+    name: str = "ddim"
+    steps: int = 50
+    spacing: str = "uniform"
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in SAMPLER_NAMES:
+            raise GaqError(f"Unknown sampler {self.name!r}. Choose one of {list(SAMPLER_NAMES)}.")
+        if self.spacing not in SPACINGS:
+            raise GaqError(f"Unknown spacing {self.spacing!r}. Choose one of {sorted(SPACINGS)}.")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise GaqError(f"The number of sampling steps must be a whole number from 1 up, not {self.steps!r}.")
+        if isinstance(self.eta, bool) or not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
+            raise GaqError(f"eta must lie between 0 and 1, not {self.eta!r}.")
+        if self.name != "ddim" and self.eta != 0:
+            raise GaqError(f"eta belongs to 'ddim'; the {self.name!r} sampler takes none, so leave it at 0.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "SamplerSpec":
+        """Build a spec from `to_json`'s object.
+
+        Raises:
+            GaqError: If a field is unknown or its value is outside its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise GaqError(f"Unknown sampler fields {unknown}. Known fields: {known}.")
+        return cls(**fields)
+
+
+def timesteps(spec: SamplerSpec, num_train: int) -> torch.Tensor:
+    """List the training timesteps a sampler visits, in execution order.
+
+    Args:
+        spec: The sampler's settings.
+        num_train: T, the number of training timesteps.
+
+    Returns:
+        (S,) int64, noisiest first.
+
+    Raises:
+        GaqError: If there are more sampling steps than training timesteps.
+    """
+    if spec.steps > num_train:
+        raise GaqError(f"{spec.steps} sampling steps were asked for, but the model has only {num_train} timesteps.")
+    return SPACINGS[spec.spacing](spec.steps, num_train).flip(0)

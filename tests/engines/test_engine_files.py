@@ -1,0 +1,107 @@
+"""A plan and its record are read back as written, and anything else is noticed."""
+
+import json
+
+import pytest
+
+from engines import EngineConfig, EngineError, TensorSpec, build, load_engine_file, open_engine
+
+
+@pytest.fixture
+def file(tiny_onnx, tmp_path):
+    return build(
+        tiny_onnx("int4cast"),
+        tmp_path / "out" / "unet.plan",
+        EngineConfig(backend="onnxruntime", batch=(1, 2, 8), threads=1, optimisation="basic"),
+        {"sampler": {"steps": 20}, "seeds": [1, 2]},
+    )
+
+
+def record(file):
+    return file.path.with_name("unet.plan.json")
+
+
+def rewrite(file, **changes):
+    values = json.loads(record(file).read_text()) | changes
+    record(file).write_text(json.dumps({key: value for key, value in values.items() if value != "drop"}))
+
+
+def test_an_engine_file_is_read_back_as_it_was_written(file):
+    assert load_engine_file(file.path) == file
+    assert file.inputs == (
+        TensorSpec(name="x", dtype="float32", shape=(None, 4, 8, 8)),
+        TensorSpec(name="t", dtype="int64", shape=(None,)),
+    )
+    assert file.outputs == (TensorSpec(name="eps", dtype="float32", shape=(None, 16, 8, 8)),)
+    assert file.about == {"sampler": {"steps": 20}, "seeds": [1, 2]}
+    assert file.audit.total_weight_bytes == sum(file.audit.weight_bytes.values()) > 0
+
+
+def test_the_same_model_gives_the_same_plan(file, tiny_onnx, tmp_path):
+    again = build(tiny_onnx("int4cast"), tmp_path / "again.plan", EngineConfig(backend="onnxruntime"))
+    assert again.sha256 == file.sha256
+
+
+def test_a_truncated_plan_is_refused(file):
+    file.path.write_bytes(file.path.read_bytes()[:-1])
+    with pytest.raises(EngineError, match=f"its record says {file.sha256[:12]}.*Build the engine again"):
+        load_engine_file(file.path)
+
+
+def test_a_plan_edited_after_it_was_loaded_is_refused(file):
+    loaded = load_engine_file(file.path)
+    content = bytearray(file.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.path.write_bytes(content)
+    with pytest.raises(EngineError, match="has SHA-256"):
+        open_engine(loaded)
+
+
+def test_a_missing_plan_or_record_is_refused(file):
+    file.path.unlink()
+    with pytest.raises(EngineError, match=r"Cannot read the plan .*unet\.plan: No such file"):
+        load_engine_file(file.path)
+    record(file).unlink()
+    with pytest.raises(EngineError, match=r"Cannot read the engine record .*unet\.plan\.json: No such file"):
+        open_engine(file.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_a_record_that_is_not_json_is_refused(file, content):
+    record(file).write_bytes(content)
+    with pytest.raises(EngineError, match=r"unet\.plan\.json is not JSON"):
+        load_engine_file(file.path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99}, "has format 99, this version reads 1"),
+        ({"format": "drop"}, "has format None"),
+        ({"colour": "red"}, r"unknown keys \['colour'\]"),
+        ({"batch": "drop"}, r"missing keys \['batch'\]"),
+        ({"batch": "all"}, "a value of the wrong kind"),
+        ({"batch": 4}, "a value of the wrong kind"),
+        ({"inputs": [{"name": "x"}]}, "a value of the wrong kind"),
+        ({"inputs": [{"name": "x", "dtype": "float31", "shape": [1]}]}, "float31"),
+        ({"audit": {"kernels": []}}, "weight_bytes"),
+        ({"about": 3}, "a value of the wrong kind"),
+    ],
+)
+def test_a_record_of_another_shape_is_refused(file, changes, message):
+    rewrite(file, **changes)
+    with pytest.raises(EngineError, match=message) as error:
+        load_engine_file(file.path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_is_not_a_record(file):
+    record(file).write_text("[1]")
+    with pytest.raises(EngineError, match="has format None"):
+        load_engine_file(file.path)
+
+
+def test_a_plan_for_a_backend_this_version_does_not_have_is_refused(file):
+    rewrite(file, backend="onnxruntine")
+    with pytest.raises(EngineError, match=r"Unknown backend 'onnxruntine'.*Did you mean 'onnxruntime'"):
+        open_engine(file.path)

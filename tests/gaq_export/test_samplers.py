@@ -1,0 +1,163 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+from gaq_export.denoiser import EpsilonModel, as_denoiser
+from gaq_export.errors import GaqError
+from gaq_export.samplers import image_generators, initial_noise, run
+from gaq_export.schedule import NoiseSchedule, SamplerSpec, linear_schedule, timesteps
+
+SHAPE = (1, 16, 16)
+SEEDS = [3, 14, 15]
+
+
+def _smooth(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A stand-in network with a bounded, t-dependent answer, so that clipping acts at some steps and not at others."""
+    return torch.tanh(1.5 * x + torch.sin(t.float() / 50).view(-1, 1, 1, 1))
+
+
+def _diffusers_loop(
+    scheduler: DDIMScheduler | DDPMScheduler, steps: int, step: Callable[..., torch.Tensor], seeds: list[int]
+) -> torch.Tensor:
+    scheduler.set_timesteps(steps)
+    generators = image_generators(seeds)
+    x = initial_noise(generators, SHAPE)
+    for t in scheduler.timesteps:
+        x = step(_smooth(x, t.expand(len(x))), t, x, generators)
+    return x.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("steps", [10, 50, 70])
+def test_ddim_equals_diffusers_over_a_full_loop(clip: float | None, steps: int) -> None:
+    reference = DDIMScheduler(clip_sample=clip is not None)
+    expected = _diffusers_loop(reference, steps, lambda e, t, x, _: reference.step(e, t, x).prev_sample, SEEDS)
+    images = run(_smooth, SEEDS, SHAPE, linear_schedule(clip=clip), SamplerSpec(steps=steps))
+    assert torch.allclose(images, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_noise_equals_diffusers_over_a_full_loop(eta: float) -> None:
+    reference = DDIMScheduler()
+
+    def step(
+        epsilon: torch.Tensor, t: torch.Tensor, x: torch.Tensor, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        noise = initial_noise(generators, SHAPE)
+        result: torch.Tensor = reference.step(epsilon, t, x, eta=eta, variance_noise=noise).prev_sample
+        return result
+
+    expected = _diffusers_loop(reference, 20, step, SEEDS)
+    images = run(_smooth, SEEDS, SHAPE, linear_schedule(), SamplerSpec(steps=20, eta=eta))
+    assert torch.allclose(images, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("steps", [10, 70])
+def test_ancestral_sampling_equals_diffusers_over_a_full_loop(variance: str, steps: int) -> None:
+    reference = DDPMScheduler(variance_type=variance)
+    # One image, because diffusers draws a batch's noise from one generator.
+    expected = _diffusers_loop(
+        reference, steps, lambda e, t, x, g: reference.step(e, t, x, generator=g[0]).prev_sample, SEEDS[:1]
+    )
+    schedule = linear_schedule(variance=variance)
+    images = run(_smooth, SEEDS[:1], SHAPE, schedule, SamplerSpec(name="ddpm", steps=steps))
+    assert torch.allclose(images, expected, atol=1e-5)
+
+
+def test_uneven_spacing_uses_the_timestep_it_really_goes_to() -> None:
+    # Three quad steps over 125 timesteps visit t = 100, 25 and 0. Against a network that always knows the clean image,
+    # DDIM must carry one and the same noise through every visit; a wrong alpha_bar anywhere would change it.
+    schedule = linear_schedule(num_train=125, clip=None)
+    clean = torch.linspace(-1, 1, 4).view(1, 1, 2, 2)
+    noises: list[torch.Tensor] = []
+
+    def oracle(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
+        noises.append((x - a.sqrt() * clean) / (1 - a).sqrt())
+        return noises[-1]
+
+    images = run(oracle, [0], (1, 2, 2), schedule, SamplerSpec(steps=3, spacing="quad"))
+    assert len(noises) == 3
+    for noise in noises[1:]:
+        assert torch.allclose(noise, noises[0], atol=1e-3)
+    assert torch.allclose(images, clean, atol=1e-5)
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(
+    tiny_unet: UNet2DModel, tiny_schedule: NoiseSchedule
+) -> None:
+    denoiser = as_denoiser(tiny_unet)
+    for spec in (SamplerSpec(steps=4), SamplerSpec(steps=4, eta=1.0), SamplerSpec(name="ddpm", steps=4)):
+        together = run(denoiser, [7, 8, 9], SHAPE, tiny_schedule, spec)
+        alone = run(denoiser, [9], SHAPE, tiny_schedule, spec)
+        assert torch.allclose(together[2:], alone, atol=1e-5)
+        assert not torch.allclose(together[0], together[2], atol=1e-2)
+
+
+def test_noise_of_an_image_is_bit_for_bit_the_same_in_any_batch() -> None:
+    together, alone = image_generators([5, 6]), image_generators([6])
+    for _ in range(3):
+        assert torch.equal(initial_noise(together, SHAPE)[1], initial_noise(alone, SHAPE)[0])
+
+
+def test_sampling_leaves_the_global_random_stream_alone(tiny_schedule: NoiseSchedule) -> None:
+    before = torch.random.get_rng_state()
+    run(_smooth, SEEDS, SHAPE, tiny_schedule, SamplerSpec(name="ddpm", steps=3))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_on_step_sees_what_the_network_sees_noisiest_first(tiny_schedule: NoiseSchedule) -> None:
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    called: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        called.append((x.clone(), t))
+        return _smooth(x, t)
+
+    spec = SamplerSpec(steps=5)
+    run(network, SEEDS, SHAPE, tiny_schedule, spec, lambda step, x, t: seen.append((step, x, t)))
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3, 4]
+    assert [int(t[0]) for _, _, t in seen] == timesteps(spec, 100).tolist() == [80, 60, 40, 20, 0]
+    for (_, x, t), (x_called, t_called) in zip(seen, called, strict=True):
+        assert torch.equal(x, x_called)
+        assert torch.equal(t, t_called)
+        assert (t.dtype, tuple(t.shape), x.dtype) == (torch.int64, (3,), torch.float32)
+
+
+def test_images_are_within_range_even_when_nothing_was_clipped() -> None:
+    images = run(lambda x, t: -x, SEEDS, SHAPE, linear_schedule(clip=None), SamplerSpec(steps=5))
+    assert images.abs().max() == 1
+
+
+def test_a_network_of_the_wrong_shape_is_refused(tiny_schedule: NoiseSchedule) -> None:
+    with pytest.raises(GaqError, match=r"shape \(3, 2, 16, 16\) for images of shape \(3, 1, 16, 16\)"):
+        run(lambda x, t: x.repeat(1, 2, 1, 1), SEEDS, SHAPE, tiny_schedule, SamplerSpec(steps=2))
+
+
+def test_images_that_are_not_finite_are_refused_by_seed(tiny_schedule: NoiseSchedule) -> None:
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(3).view(3, 1, 1, 1) == 1, torch.nan, x)
+
+    with pytest.raises(GaqError, match=r"not finite .* for seeds \[14\]"):
+        run(network, SEEDS, SHAPE, tiny_schedule, SamplerSpec(steps=2))
+
+
+def test_a_loop_without_seeds_is_refused(tiny_schedule: NoiseSchedule) -> None:
+    with pytest.raises(GaqError, match="No seeds"):
+        run(_smooth, [], SHAPE, tiny_schedule, SamplerSpec())
+
+
+def test_ancestral_sampling_refuses_a_variance_it_does_not_know() -> None:
+    with pytest.raises(GaqError, match=r"\['fixed_large', 'fixed_small'\].*'learned'"):
+        run(_smooth, SEEDS, SHAPE, linear_schedule(variance="learned"), SamplerSpec(name="ddpm", steps=2))
+
+
+def test_a_unet_becomes_a_denoiser_and_a_plain_module_stays_itself(tiny_unet: UNet2DModel) -> None:
+    x, t = torch.zeros(2, *SHAPE), torch.tensor([3, 70])
+    denoiser = as_denoiser(tiny_unet)
+    assert isinstance(denoiser, EpsilonModel)
+    assert torch.equal(denoiser(x, t), tiny_unet(x, t).sample)
+    assert as_denoiser(denoiser) is denoiser

@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from gaq_export import samplers
+from gaq_export.errors import GaqError
+from gaq_export.schedule import (
+    SAMPLER_NAMES,
+    SPACINGS,
+    NoiseSchedule,
+    SamplerSpec,
+    linear_schedule,
+    read_scheduler_config,
+    schedule_from_scheduler_config,
+    timesteps,
+)
+
+
+def test_a_linear_schedule_is_the_running_product_of_one_minus_beta() -> None:
+    schedule = linear_schedule(num_train=4, beta_start=0.1, beta_end=0.4)
+    expected = torch.tensor([0.9, 0.72, 0.504, 0.3024], dtype=torch.float64)  # 0.9, *0.8, *0.7, *0.6
+    assert schedule.alpha_bar.dtype == torch.float64
+    assert torch.allclose(schedule.alpha_bar, expected, atol=1e-7)
+    assert schedule.num_train == 4
+
+
+def test_a_schedule_is_read_from_a_folder_a_file_and_a_mapping(tmp_path: Path) -> None:
+    config = {"_class_name": "DDPMScheduler", "num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2"}
+    config |= {"clip_sample": False, "variance_type": "fixed_large"}
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(config))
+    schedules = [schedule_from_scheduler_config(source) for source in (tmp_path, file, config)]
+    for schedule in schedules:
+        assert torch.equal(schedule.alpha_bar, schedules[0].alpha_bar)
+        assert (schedule.clip, schedule.variance, schedule.num_train) == (None, "fixed_large", 50)
+
+
+def test_the_clipping_range_comes_from_the_config() -> None:
+    assert schedule_from_scheduler_config({"clip_sample": True, "clip_sample_range": 3.0}).clip == 3.0
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_a_model_that_does_not_predict_noise_is_refused(prediction: str) -> None:
+    with pytest.raises(GaqError, match=f"prediction_type '{prediction}'"):
+        schedule_from_scheduler_config({"prediction_type": prediction})
+
+
+def test_scheduler_configs_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(GaqError, match="dynamic thresholding"):
+        schedule_from_scheduler_config({"thresholding": True})
+    with pytest.raises(GaqError, match="zigzag"):
+        schedule_from_scheduler_config({"beta_schedule": "zigzag"})
+    with pytest.raises(GaqError, match="rescale_betas_zero_snr"):
+        schedule_from_scheduler_config({"rescale_betas_zero_snr": True})
+    with pytest.raises(GaqError, match=r"no scheduler config at .*nowhere"):
+        read_scheduler_config(tmp_path / "nowhere")
+    broken = tmp_path / "scheduler_config.json"
+    broken.write_text("{")
+    with pytest.raises(GaqError, match="cannot be read"):
+        read_scheduler_config(tmp_path)
+    broken.write_text("[]")
+    with pytest.raises(GaqError, match="JSON object, not a list"):
+        read_scheduler_config(tmp_path)
+
+
+def test_a_noise_schedule_checks_its_fields() -> None:
+    rising = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    with pytest.raises(GaqError, match="must fall steadily"):
+        NoiseSchedule(alpha_bar=rising, clip=None, variance="fixed_small")
+    with pytest.raises(GaqError, match=r"not torch.float32 of shape \(2,\)"):
+        NoiseSchedule(alpha_bar=rising.flip(0).float(), clip=None, variance="fixed_small")
+    with pytest.raises(GaqError, match="not -1"):
+        NoiseSchedule(alpha_bar=rising.flip(0), clip=-1.0, variance="fixed_small")
+
+
+@pytest.mark.parametrize(("steps", "num_train"), [(1, 1000), (7, 1000), (50, 1000), (100, 1000), (100, 100)])
+def test_uniform_spacing_is_the_leading_spacing_of_diffusers(steps: int, num_train: int) -> None:
+    reference = DDIMScheduler(num_train_timesteps=num_train)
+    reference.set_timesteps(steps)
+    assert timesteps(SamplerSpec(steps=steps), num_train).tolist() == reference.timesteps.tolist()
+
+
+def test_quad_spacing_agrees_with_a_case_worked_by_hand() -> None:
+    # sqrt(0.8 * 125) = 10, so the roots are 0, 2.5, 5, 7.5, 10 and the squares 0, 6.25, 25, 56.25, 100.
+    assert timesteps(SamplerSpec(steps=5, spacing="quad"), 125).tolist() == [100, 56, 25, 6, 0]
+
+
+def test_quad_spacing_keeps_the_repeats_of_the_published_protocol() -> None:
+    published = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), 100) ** 2]
+    visited = timesteps(SamplerSpec(steps=100, spacing="quad"), 1000)
+    assert visited.tolist() == published[::-1]
+    assert visited.tolist()[-5:] == [1, 0, 0, 0, 0]
+    assert visited.dtype == torch.int64
+
+
+def test_more_steps_than_timesteps_are_refused() -> None:
+    with pytest.raises(GaqError, match="101 sampling steps were asked for, but the model has only 100"):
+        timesteps(SamplerSpec(steps=101), 100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "plms"}, r"Unknown sampler 'plms'. Choose one of \['ddim', 'ddpm'\]"),
+        ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['quad', 'uniform'\]"),
+        ({"steps": 0}, "from 1 up, not 0"),
+        ({"steps": 2.5}, "from 1 up, not 2.5"),
+        ({"eta": 1.5}, "between 0 and 1, not 1.5"),
+        ({"eta": float("nan")}, "between 0 and 1, not nan"),
+        ({"name": "ddpm", "eta": 0.5}, "the 'ddpm' sampler takes none"),
+        ({"step": 5}, r"Unknown sampler fields \['step'\]"),
+    ],
+)
+def test_a_sampler_spec_refuses_fields_outside_their_range(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(GaqError, match=message):
+        SamplerSpec.from_json(fields)
+
+
+def test_a_sampler_spec_survives_json() -> None:
+    spec = SamplerSpec(name="ddim", steps=20, spacing="quad", eta=0.3)
+    assert SamplerSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert SamplerSpec.from_json({}) == SamplerSpec()
+
+
+def test_every_name_in_the_tables_works() -> None:
+    assert tuple(samplers.SAMPLERS) == SAMPLER_NAMES
+    for name in SAMPLER_NAMES:
+        for spacing in SPACINGS:
+            assert len(timesteps(SamplerSpec(name=name, spacing=spacing, steps=3), 10)) == 3
