@@ -1,12 +1,12 @@
 """The story: float network and calibration set in, quantization plan out (GAC, arXiv 2602.01289, Algorithm 1).
 
-    find the layers and blocks; search weight scales; set aside validation samples; start from equal scores
-    for each block in network order:
-        record its inputs from the already quantized prefix and its output in the float network
-        update the sample scores by gradient alignment
-        reconstruct: learn the rounding with the weights that the scores give
-        harden the rounding, quantize the block in place, save it
-    then observe the activation ranges of the quantized network
+find the layers and blocks; search weight scales; set aside validation samples; start from equal scores
+for each block in network order:
+    record its inputs from the already quantized prefix and its output in the float network
+    update the sample scores by gradient alignment
+    reconstruct: learn the rounding with the weights that the scores give
+    harden the rounding, quantize the block in place, save it
+then observe the activation ranges of the quantized network
 """
 
 import copy
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import adaround, affine, blocks, checkpoint, config as configs, omega, ranges, reconstruct
+from calib import adaround, affine, blocks, checkpoint, omega, ranges, reconstruct
+from calib import config as configs
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
@@ -113,7 +114,9 @@ def _calibrate_block(
     train = _record(model, network, block, subset.train, config, folder and folder / "scratch" / "train")
     loss = reconstruct.per_sample_loss(module, layers)
     if config.omega.rule == "gac":
-        held_out = _record(model, network, block, subset.validation, config, folder and folder / "scratch" / "validation")
+        held_out = _record(
+            model, network, block, subset.validation, config, folder and folder / "scratch" / "validation"
+        )
         scores = omega.align(loss, logits, train, held_out, subset.group, scores, config.omega, generator)
     logits = reconstruct.fit(
         loss, logits, train, scores, config.omega.temperature, config.reconstruction, generator, on_iteration

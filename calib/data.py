@@ -73,6 +73,4 @@ def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.G
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     group = position * min(groups, len(steps)) // len(steps)
     validation = chosen.nonzero()[:, 0]
-    return Split(
-        train=data.take((~chosen).nonzero()[:, 0]), validation=data.take(validation), group=group[validation]
-    )
+    return Split(train=data.take((~chosen).nonzero()[:, 0]), validation=data.take(validation), group=group[validation])

@@ -67,9 +67,7 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> Trace:
     """
     generator = torch.Generator().manual_seed(0)
     t = torch.full((PROBE_BATCH,), timesteps // 2)
-    first, second = (
-        _calls(model, torch.randn(PROBE_BATCH, *shape, generator=generator), t) for _ in range(2)
-    )
+    first, second = (_calls(model, torch.randn(PROBE_BATCH, *shape, generator=generator), t) for _ in range(2))
     layers = []
     modules = dict(model.named_modules())
     for name, call in first.items():
@@ -97,7 +95,9 @@ def _calls(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Call]:
             tensors = [v for v in leaves if isinstance(v, Tensor)]
             simple = all(isinstance(v, _SIMPLE) for v in (*args, *kwargs.values()))
             batched = bool(tensors) and tensors[0].ndim > 0 and len(tensors[0]) == len(x)
-            digest = hashlib.sha256(tensors[0].detach().float().contiguous().numpy().tobytes()).digest() if tensors else b""
+            digest = (
+                hashlib.sha256(tensors[0].detach().float().contiguous().numpy().tobytes()).digest() if tensors else b""
+            )
             count = order[name].count + 1 if name in order else 1
             order[name] = Call(name=name, count=count, digest=digest, plain=simple and batched)
 

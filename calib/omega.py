@@ -18,7 +18,10 @@ root-mean-square change of V is `inner_step`: the paper gives no eta, and a rela
 scale of a block's output.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +30,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from calib.blocks import BlockIO
 from calib.config import OmegaConfig
 
-PerSample = Callable[[Sequence[Tensor], BlockIO, Tensor], Tensor]  # (logits, recording, index (m,)) -> losses (m,)
+
+class PerSample(Protocol):
+    """The loss of each of some samples as a function of a block's rounding logits."""
+
+    def __call__(self, logits: Sequence[Tensor], io: BlockIO, index: Tensor) -> Tensor:
+        """Return (m,) losses of the samples of `io` at `index` (m,)."""
 
 
 def initial_scores(samples: int, batch: int) -> Tensor:
@@ -76,15 +84,15 @@ def align(
             tasks = [m[torch.randperm(len(m), generator=generator)[: config.validation_batch]] for m in members]
             omega = batch_weights(scores, index, config.temperature)
             gradient = surrogate_gradient(
-                lambda v, i=index: loss(v, train, i),
-                [lambda v, i=task: loss(v, validation, i).mean() for task in tasks],
+                partial(loss, io=train, index=index),
+                [_mean(partial(loss, io=validation, index=task)) for task in tasks],
                 logits,
                 omega,
                 config.inner_step,
             )
             step = softmax_gradient(omega, gradient, config.temperature).to(scores.dtype)
             scores.grad = torch.sparse_coo_tensor(index[None], step, scores.shape, check_invariants=False)
-            optimiser.step()
+            optimiser.step()  # type: ignore[no-untyped-call]
     return scores.detach()
 
 
@@ -115,7 +123,10 @@ def surrogate_gradient(
     def times_jt(u: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad((u * losses).sum(), point, retain_graph=True)
 
-    eta = inner_step / max(_rms(weighted), 1e-30)
+    size = _rms(weighted)
+    if size == 0:  # the samples cancel: the inner update goes nowhere, whatever eta is
+        return torch.zeros_like(omega)
+    eta = inner_step / size
     ahead = [(v - eta * w).detach().requires_grad_() for v, w in zip(point, weighted, strict=True)]
     g = [torch.autograd.grad(task(ahead), ahead, create_graph=True) for task in tasks]
     big_g = [-eta * times_j([x.detach() for x in g_k]) for g_k in g]
@@ -131,10 +142,15 @@ def surrogate_gradient(
     return mean_loss - c * eta**2 * times_j(inner)
 
 
+def _mean(losses: Callable[[Sequence[Tensor]], Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+    return lambda logits: losses(logits).mean()
+
+
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
 def _rms(tensors: Sequence[Tensor]) -> float:
     count = sum(v.numel() for v in tensors)
-    return float(torch.stack([v.detach().double().square().sum() for v in tensors]).sum() / count) ** 0.5
+    total = sum(float(v.detach().double().square().sum()) for v in tensors)
+    return math.sqrt(total / count)

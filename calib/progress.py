@@ -85,10 +85,19 @@ class Meter:
 
     def ranges(self, batches: int) -> Callable[[int], None]:
         """Return what to call with the number of observed batches."""
-        return lambda done: self._send(len(self._costs) - 1, stage="ranges", name="activation ranges", share=done / batches)
+        return lambda done: self._send(
+            len(self._costs) - 1, stage="ranges", name="activation ranges", share=done / batches
+        )
 
     def _send(
-        self, index: int, *, stage: str, name: str, share: float, result: BlockResult | None = None, resumed: bool = False
+        self,
+        index: int,
+        *,
+        stage: str,
+        name: str,
+        share: float,
+        result: BlockResult | None = None,
+        resumed: bool = False,
     ) -> None:
         work = sum(self._costs[:index]) + share * self._costs[index]
         self._report(

@@ -43,7 +43,9 @@ def output_loss(out: Tensor, target: Tensor) -> Tensor:
     return error.flatten(1).mean(1) if error.ndim > 1 else error
 
 
-def block_loss(block: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO, index: Tensor) -> Tensor:
+def block_loss(
+    block: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO, index: Tensor
+) -> Tensor:
     """Return (m,) losses of the samples at `index` with the block's weights replaced by `weights`."""
     args, kwargs, target = io.take(index)
     named = {layer.key: w for layer, w in zip(layers, weights, strict=True)}
@@ -91,14 +93,19 @@ def fit(
         if sharpness is not None:
             objective = objective + config.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
         optimiser.zero_grad()
-        objective.backward()
+        torch.autograd.backward(objective)
         optimiser.step()
         on_iteration(i + 1)
     return [v.detach() for v in values]
 
 
 def decide(
-    block: nn.Module, name: str, names: tuple[str, ...], layers: Sequence[LayerWeight], logits: Sequence[Tensor], io: BlockIO
+    block: nn.Module,
+    name: str,
+    names: tuple[str, ...],
+    layers: Sequence[LayerWeight],
+    logits: Sequence[Tensor],
+    io: BlockIO,
 ) -> tuple[list[Tensor], BlockResult]:
     """Harden the rounding, keep nearest rounding where that has the lower loss; return codes and the result."""
     nearest = [affine.quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
@@ -119,5 +126,5 @@ def mean_loss(block: nn.Module, layers: Sequence[LayerWeight], codes: Sequence[T
     """Return the block loss with integer `codes`, averaged over all samples."""
     weights = [c * affine.per_channel(w.scale, c.ndim) for w, c in zip(layers, codes, strict=True)]
     with torch.no_grad():
-        parts = [block_loss(block, layers, weights, io, i).double() for i in torch.arange(len(io)).split(32)]
+        parts = [block_loss(block, layers, weights, io, i).double() for i in torch.split(torch.arange(len(io)), 32)]
     return float(torch.cat(parts).mean())

@@ -1,19 +1,13 @@
 """The command line: parse, call the pipeline, print. No logic, and no heavy import before a command runs."""
 
 import contextlib
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gaq_export import __version__
-
-if TYPE_CHECKING:
-    from calib.progress import Progress as Done
-    from gaq_export.pipeline import Built
+from gaq_export import __version__, terminal
 
 app = typer.Typer(
     name="gaq-export",
@@ -37,10 +31,10 @@ def main(
 ) -> None:
     """Quantize a diffusion model, build a low-bit engine, draw with it."""
     if version:
-        print(__version__)
+        typer.echo(__version__)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -88,12 +82,14 @@ def calibrate(
             chosen = replace(chosen, config=replace(chosen.config, reconstruction=fitting))
         loaded = pipeline.load_model(model, weights)
         _warn_if_meaningless(loaded.meaningless)
-        with _Bars(quiet) as bars:
+        with terminal.Bars(quiet) as bars:
             plan = pipeline.calibrate(loaded, chosen, folder=run, on_collect=bars.collect, on_progress=bars.calibrate)
         bits = f"W{wbits}A{abits}"
-        print(f"{bits}: {len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float -> {run}/plan.safetensors")
+        typer.echo(
+            f"{bits}: {len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float -> {run}/plan.safetensors"
+        )
         if not quiet:
-            print("next: gaq-export build-engine" + ("" if run == Path("gaq-run") else f" --run {run}"))
+            typer.echo("next: gaq-export build-engine" + ("" if run == Path("gaq-run") else f" --run {run}"))
 
 
 @app.command()
@@ -128,10 +124,12 @@ def build_engine(
         )
         built = pipeline.build_engine(folder=run, out=out, config=config)
         if not quiet:
-            _print_audit(built)
-        print(f"{config.backend} engine -> {out} ({out.stat().st_size / 1e6:.1f} MB, {built.file.build_seconds:.1f} s)")
+            terminal.print_audit(built)
+        typer.echo(
+            f"{config.backend} engine -> {out} ({out.stat().st_size / 1e6:.1f} MB, {built.file.build_seconds:.1f} s)"
+        )
         if not quiet and built.not_run is None:
-            print(f"next: gaq-export sample --engine {out}")
+            typer.echo(f"next: gaq-export sample --engine {out}")
 
 
 @app.command()
@@ -157,15 +155,17 @@ def sample(
         wishes = {"steps": steps, "name": sampler, "spacing": spacing, "eta": eta}
         asked = {key: value for key, value in wishes.items() if value is not None}
         spec = SamplerSpec.from_json({**engines.load_engine_file(engine).about["sampler"], **asked}) if asked else None
-        with _Bars(quiet) as bars:
+        with terminal.Bars(quiet) as bars:
             drawn = pipeline.sample(
                 engine, num=num, seed=seed, batch=batch, sampler=spec, out=out, compare=compare, on_step=bars.sample
             )
         _warn_if_meaningless(drawn.meaningless)
-        print(f"{num} images in {drawn.seconds:.1f} s ({num / drawn.seconds:.2f} images/s) -> {drawn.grid}")
+        typer.echo(f"{num} images in {drawn.seconds:.1f} s ({num / drawn.seconds:.2f} images/s) -> {drawn.grid}")
         if drawn.psnr_db is not None:
             ordered = sorted(drawn.psnr_db)
-            print(f"PSNR against float from the same noise: median {ordered[len(ordered) // 2]:.1f} dB, worst {ordered[0]:.1f} dB")
+            typer.echo(
+                f"PSNR against float from the same noise: median {ordered[len(ordered) // 2]:.1f} dB, worst {ordered[0]:.1f} dB"
+            )
 
 
 @app.command()
@@ -178,7 +178,7 @@ def export(
     with _one_line_errors():
         from gaq_export import pipeline
 
-        print(pipeline.export_onnx(profile, folder=run, out=out))
+        typer.echo(pipeline.export_onnx(profile, folder=run, out=out))
 
 
 @app.command()
@@ -188,7 +188,7 @@ def models() -> None:
         from gaq_export.models import MODELS
 
         for spec in MODELS.values():
-            print(f"{spec.name:14} {spec.description}")
+            typer.echo(f"{spec.name:14} {spec.description}")
 
 
 @contextlib.contextmanager
@@ -199,100 +199,13 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it was", file=sys.stderr)
+        typer.echo("interrupted; the same command continues where it was", err=True)
         raise typer.Exit(130) from None
     except user_errors() as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
 
 
 def _warn_if_meaningless(meaningless: bool) -> None:
     if meaningless:
-        print("note: random weights, so the pictures are meaningless", file=sys.stderr)
-
-
-def _print_audit(built: "Built") -> None:
-    """Print layers by precision, weight bytes by type, what stayed float and why, and the parity."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, audit = Console(), built.file.audit
-    table = Table("layers", "arithmetic", "count", title=f"{built.file.backend} audit")
-    for (kind, precision), count in sorted(audit.counts.items()):
-        table.add_row(kind, precision, str(count))
-    console.print(table)
-    held = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sorted(audit.weight_bytes.items()))
-    console.print(f"weights: {held}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}", highlight=False)
-    reasons: dict[str, int] = {}
-    for reason in built.plan.float_layers.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    kept = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    console.print(f"quantized by the plan: {len(built.plan.layers)}; kept float: {kept}", highlight=False)
-    if built.parity is None:
-        console.print(f"not run here: {built.not_run}", highlight=False)
-    else:
-        p, w = built.parity, built.parity.worst
-        console.print(
-            f"against fake-quantized PyTorch: median SQNR {sorted(p.sqnr_db)[len(p.steps) // 2]:.1f} dB over "
-            f"{len(p.steps)} steps; closest to its limit at step {p.steps[w]}: {p.sqnr_db[w]:.1f} dB, "
-            f"{p.required_db(w):.1f} dB required",
-            highlight=False,
-        )
-
-
-class _Bars:
-    """Progress on a terminal: a bar with the time left; finished blocks as lines. Silent if quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
-        self._tasks: dict[str, Any] = {}
-        self._first: dict[str, tuple[float, float]] = {}
-
-    def __enter__(self) -> "_Bars":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def _show(self, stage: str, text: str, fraction: float) -> None:
-        """Move the bar; the time left follows from the work done since this process began."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(text, total=1.0, left="")
-            self._first[stage] = (time.perf_counter(), fraction)
-        started, offset = self._first[stage]
-        done, elapsed = fraction - offset, time.perf_counter() - started
-        left = f"{_duration(elapsed * (1 - fraction) / done)} left" if done > 0 else ""
-        self._bar.update(self._tasks[stage], completed=fraction, description=text, left=left)
-
-    def collect(self, done: int, total: int) -> None:
-        """Show how many network calls of the float sampler are done."""
-        self._show("collect", f"collecting {done}/{total}", done / total)
-
-    def calibrate(self, progress: "Done") -> None:
-        """Show the block at work, and a line for each finished one."""
-        result = progress.result
-        if progress.resumed:
-            self._first["calibrate"] = (time.perf_counter(), progress.fraction)
-        if result is not None and not self._bar.disable:
-            how = " (kept from before)" if progress.resumed else ""
-            self._bar.console.print(
-                f"{progress.index + 1:3}/{progress.total} {result.name}: loss {result.loss_before:.3g} -> "
-                f"{result.loss_after:.3g}{how}",
-                highlight=False,
-            )
-        self._show("calibrate", f"{progress.index + 1}/{progress.total} {progress.name}", progress.fraction)
-
-    def sample(self, who: str, done: int, total: int) -> None:
-        """Show how many network calls are done."""
-        self._show(who, f"drawing ({who}) {done}/{total}", done / total)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+        typer.echo("note: random weights, so the pictures are meaningless", err=True)

@@ -7,6 +7,7 @@ killed collection continues; asking for more images later draws only the new one
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,10 +69,7 @@ def collect(
         part = _load(path, identity) if path else None
         if part is None:
             seeds = [image_seed(seed, i) for i in range(g * GROUP, (g + 1) * GROUP)]
-            start = g * spec.steps
-            part = _trajectories(
-                denoiser, seeds, shape, schedule, spec, lambda s, b=start: on_step(b + s + 1, groups * spec.steps)
-            )
+            part = _trajectories(denoiser, seeds, shape, schedule, spec, partial(_tell, on_step, g, groups, spec.steps))
             if path:
                 write_atomically(path, save({"x": part}, {"identity": identity}))
         parts.append(part)
@@ -81,6 +79,10 @@ def collect(
         t=timesteps(spec, schedule.num_train).repeat_interleave(images),
         step=torch.arange(spec.steps).repeat_interleave(images),
     )
+
+
+def _tell(on_step: Callable[[int, int], None], group: int, groups: int, steps: int, step: int) -> None:
+    on_step(group * steps + step + 1, groups * steps)
 
 
 def _trajectories(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import engines
@@ -22,11 +23,11 @@ from calib import config as configs
 from calib.calibrate import calibrate as quantize
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from engines import EngineConfig, EngineFile
-from gaq_export import parity, provenance, run as runs, samples
+from gaq_export import parity, provenance, samples
+from gaq_export import run as runs
 from gaq_export.collect import collect
 from gaq_export.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
@@ -161,7 +162,8 @@ def build_engine(
     plan = load_plan(run.plan)
     model = provenance.model_of(plan.about, model)
     graph = export_onnx(backend.profile, folder=run.folder, model=model)
-    about = {**plan.about, "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)}}
+    bits = f"W{plan.config.weight.bits}A{plan.config.activation.bits}"
+    about = {**plan.about, "bits": bits, "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)}}
     with _staging(out) as staged:
         file = engines.build(graph, staged / out.name, config, about)
         not_run = backend.can_run()
@@ -216,11 +218,11 @@ def sample(
     float_model = provenance.model_of(file.about, model) if compare else None
     with engines.open_engine(file) as opened:
         started = time.perf_counter()
-        drawn = samples.draw(engine_denoiser(opened), seeds, size, shape, schedule, spec, lambda d, n: on_step("engine", d, n))
+        drawn = samples.draw(engine_denoiser(opened), seeds, size, shape, schedule, spec, partial(on_step, "engine"))
         seconds = time.perf_counter() - started
     reference = None
     if float_model is not None:
-        reference = samples.draw(float_model.network, seeds, size, shape, schedule, spec, lambda d, n: on_step("float", d, n))
+        reference = samples.draw(float_model.network, seeds, size, shape, schedule, spec, partial(on_step, "float"))
     return samples.write(Path(out), file, spec, seeds, drawn, reference, seconds)
 
 

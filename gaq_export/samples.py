@@ -40,22 +40,19 @@ def draw(
     on_step: Callable[[int, int], None],
 ) -> Tensor:
     """Draw all images in batches of one size, the last one filled up, so that no image's arithmetic depends on it."""
-    groups = range(0, len(seeds), batch)
+    total = -(-len(seeds) // batch) * spec.steps
+    done = 0
+
+    def tell(step: int, x: Tensor, t: Tensor) -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
     parts = []
-    for g, start in enumerate(groups):
+    for start in range(0, len(seeds), batch):
         rows = [*seeds[start : start + batch]]
         padded = rows + rows[-1:] * (batch - len(rows))
-        done = g * spec.steps
-        parts.append(
-            samplers.run(
-                denoiser,
-                padded,
-                shape,
-                schedule,
-                spec,
-                lambda step, x, t, d=done: on_step(d + step + 1, len(groups) * spec.steps),
-            )[: len(rows)]
-        )
+        parts.append(samplers.run(denoiser, padded, shape, schedule, spec, tell)[: len(rows)])
     return torch.cat(parts)
 
 
@@ -81,11 +78,13 @@ def write(
     for i, (seed, image) in enumerate(zip(seeds, drawn, strict=True)):
         images.save_png(out / f"{seed:06d}.png", image, {**conditions, "seed": seed})
         if reference is not None:
-            images.save_png(out / f"{seed:06d}-float.png", reference[i], {**conditions, "backend": "float", "seed": seed})
-    shown = min(len(drawn), 16)
-    rows = [("" if reference is None else "float", reference)] if reference is not None else []
+            images.save_png(
+                out / f"{seed:06d}-float.png", reference[i], {**conditions, "backend": "float", "seed": seed}
+            )
+    shown = min(len(drawn), GRID_COLUMNS)
+    rows = [] if reference is None else [("float", reference[:shown])]
     grid = out / "grid.png"
-    images.save_grid(grid, [(n, r[:shown]) for n, r in [*rows, (file.backend, drawn)] if r is not None], conditions)
+    images.save_grid(grid, [*rows, (file.about["bits"] + "\n" + file.backend, drawn[:shown])], conditions)
     record = {
         **conditions,
         "seconds": round(seconds, 3),

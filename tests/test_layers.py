@@ -28,8 +28,8 @@ ORDER = (
     "parity",
     "provenance",
     "samples",
-    "evaluate",
     "pipeline",
+    "terminal",
     "cli",
     "__main__",
 )

@@ -1,0 +1,98 @@
+"""What a command shows on a terminal: progress with the time left, and an engine's audit as a table.
+
+rich is loaded when something is shown, so that `--help` need not wait for it.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calib.progress import Progress as Done
+    from gaq_export.pipeline import Built
+
+
+def print_audit(built: "Built") -> None:
+    """Print layers by precision, weight bytes by type, what stayed float and why, and the parity."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, audit = Console(), built.file.audit
+    table = Table("layers", "arithmetic", "count", title=f"{built.file.backend} audit")
+    for (kind, precision), count in sorted(audit.counts.items()):
+        table.add_row(kind, precision, str(count))
+    console.print(table)
+    held = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sorted(audit.weight_bytes.items()))
+    console.print(f"weights: {held}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}", highlight=False)
+    reasons: dict[str, int] = {}
+    for reason in built.plan.float_layers.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    kept = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    console.print(f"quantized by the plan: {len(built.plan.layers)}; kept float: {kept}", highlight=False)
+    if built.parity is None:
+        console.print(f"not run here: {built.not_run}", highlight=False)
+    else:
+        p, w = built.parity, built.parity.worst
+        console.print(
+            f"against fake-quantized PyTorch: median SQNR {sorted(p.sqnr_db)[len(p.steps) // 2]:.1f} dB over "
+            f"{len(p.steps)} steps; closest to its limit at step {p.steps[w]}: {p.sqnr_db[w]:.1f} dB, "
+            f"{p.required_db(w):.1f} dB required",
+            highlight=False,
+        )
+
+
+class Bars:
+    """Progress on a terminal: a bar with the time left; finished blocks as lines. Silent if quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+        self._tasks: dict[str, Any] = {}
+        self._first: dict[str, tuple[float, float]] = {}
+
+    def __enter__(self) -> "Bars":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _show(self, stage: str, text: str, fraction: float) -> None:
+        """Move the bar; the time left follows from the work done since this process began."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(text, total=1.0, left="")
+            self._first[stage] = (time.perf_counter(), fraction)
+        started, offset = self._first[stage]
+        done, elapsed = fraction - offset, time.perf_counter() - started
+        left = f"{_duration(elapsed * (1 - fraction) / done)} left" if done > 0 else ""
+        self._bar.update(self._tasks[stage], completed=fraction, description=text, left=left)
+
+    def collect(self, done: int, total: int) -> None:
+        """Show how many network calls of the float sampler are done."""
+        self._show("collect", f"collecting {done}/{total}", done / total)
+
+    def calibrate(self, progress: "Done") -> None:
+        """Show the block at work, and a line for each finished one."""
+        result = progress.result
+        if progress.resumed:
+            self._first["calibrate"] = (time.perf_counter(), progress.fraction)
+        if result is not None and not self._bar.disable:
+            how = " (kept from before)" if progress.resumed else ""
+            self._bar.console.print(
+                f"{progress.index + 1:3}/{progress.total} {result.name}: loss {result.loss_before:.3g} -> "
+                f"{result.loss_after:.3g}{how}",
+                highlight=False,
+            )
+        self._show("calibrate", f"{progress.index + 1}/{progress.total} {progress.name}", progress.fraction)
+
+    def sample(self, who: str, done: int, total: int) -> None:
+        """Show how many network calls are done."""
+        self._show(who, f"drawing ({who}) {done}/{total}", done / total)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

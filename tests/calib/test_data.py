@@ -1,0 +1,37 @@
+"""Thinning and splitting a calibration set."""
+
+import pytest
+import torch
+
+from calib.data import CalibrationSet, split, thin_steps
+from calib.errors import CalibError
+
+
+def _set(steps: int, images: int) -> CalibrationSet:
+    step = torch.arange(steps).repeat_interleave(images)
+    return CalibrationSet(x=torch.randn(steps * images, 1, 2, 2), t=step * 10, step=step)
+
+
+def test_thinning_keeps_every_kth_step_whole() -> None:
+    kept = thin_steps(_set(100, 3), 20)
+    assert torch.unique(kept.step).tolist() == list(range(0, 100, 5))
+    assert len(kept) == 60
+
+
+def test_the_split_takes_as_many_samples_of_every_step_and_loses_none() -> None:
+    parts = split(_set(20, 40), 0.05, 5, torch.Generator().manual_seed(0))
+    counts = torch.bincount(parts.validation.step)
+    assert counts.tolist() == [2] * 20
+    assert len(parts.train) + len(parts.validation) == 800
+    assert torch.bincount(parts.group).tolist() == [8] * 5
+    assert torch.equal(parts.group, parts.validation.step // 4)
+
+
+def test_one_image_cannot_be_split() -> None:
+    with pytest.raises(CalibError, match="Step 0 has 1 sample; collect at least 2"):
+        split(_set(3, 1), 0.05, 5, torch.Generator())
+
+
+def test_a_set_of_unequal_lengths_is_refused() -> None:
+    with pytest.raises(CalibError, match="found 2 x, 3 t and 2 step"):
+        CalibrationSet(x=torch.zeros(2, 1, 1, 1), t=torch.zeros(3), step=torch.zeros(2))

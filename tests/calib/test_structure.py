@@ -1,0 +1,120 @@
+"""What is quantized, what stays float and why, and where blocks begin, in networks of several kinds."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from calib.blocks import find_blocks, record_inputs, record_output
+from calib.data import CalibrationSet
+from calib.errors import CalibError
+from calib.layers import float_reasons, trace
+from gaq_export.denoiser import EpsilonModel
+
+
+class Foreign(nn.Module):
+    """Everything a diffusers U-Net does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.enter = nn.Conv2d(1, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 4, stride=2, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.shared = nn.Linear(8, 8)
+        self.up = nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1)
+        self.leave = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.relu(self.down(self.enter(x)))
+        h = h + self.time(t[:, None] / 100)[:, :, None, None]
+        n, c, height, width = h.shape
+        tokens = self.norm(h.flatten(2).transpose(1, 2))  # (N, C, H, W) -> (N, H*W, C)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        tokens = tokens + self.mlp(tokens)
+        tokens = self.shared(torch.relu(self.shared(tokens)))
+        out: Tensor = self.leave(self.up(tokens.transpose(1, 2).reshape(n, c, height, width)))
+        return out
+
+
+def test_a_foreign_network_is_taken_by_structure_and_says_what_stays_float() -> None:
+    found = trace(Foreign().eval(), (1, 8, 8), 100)
+    reasons = float_reasons(found, "deploy")
+    assert reasons == {
+        "enter": "first layer",
+        "leave": "last layer",
+        "time.0": "depends on the step alone (temporal table)",
+        "time.2": "depends on the step alone (temporal table)",
+        "up": "ConvTranspose2d has no quantized form here",
+        "attention.out_proj": "its weight is used without calling it as a module",
+    }
+    blocks, loose = find_blocks(found, {layer.name for layer in found.layers} - reasons.keys())
+    assert [(b.name, b.layers) for b in blocks] == [("down", ("down",)), ("mlp", ("mlp.0", "mlp.2"))]
+    assert loose == ["shared"]
+
+
+def test_a_diffusers_unet_is_cut_into_residual_and_attention_blocks(tiny_unet: UNet2DModel) -> None:
+    found = trace(EpsilonModel(tiny_unet), (1, 16, 16), 100)
+    reasons = float_reasons(found, "deploy")
+    assert {n.removeprefix("unet.") for n, why in reasons.items() if "layer" in why} == {"conv_in", "conv_out"}
+    assert all("time_emb" in n for n, why in reasons.items() if "step alone" in why)
+    blocks, loose = find_blocks(found, {layer.name for layer in found.layers} - reasons.keys())
+    assert loose == []
+    kinds = [type(EpsilonModel(tiny_unet).get_submodule(b.name)).__name__ for b in blocks]
+    assert set(kinds) == {"ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D"}
+    assert sum(len(b.layers) for b in blocks) == len(found.layers) - len(reasons)
+
+
+def test_the_tfmq_convention_keeps_shortcuts_and_down_sampling_and_quantizes_embeddings(tiny_unet: UNet2DModel) -> None:
+    found = trace(EpsilonModel(tiny_unet), (1, 16, 16), 100)
+    reasons = float_reasons(found, "tfmq")
+    names = {n.removeprefix("unet.") for n in reasons}
+    assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= names
+    assert "time_embedding.linear_2" not in names
+    assert all("shortcut" in n or "downsampl" in n for n in names - {"conv_in", "conv_out", "time_embedding.linear_1"})
+
+
+def test_what_is_asked_to_stay_float_stays_float() -> None:
+    found = trace(Foreign().eval(), (1, 8, 8), 100)
+    assert float_reasons(found, "deploy", ("mlp.*",))["mlp.0"] == "asked for by 'mlp.*'"
+    with pytest.raises(CalibError, match=r"'nothing\*' matches no layer"):
+        float_reasons(found, "deploy", ("nothing*",))
+    with pytest.raises(CalibError, match="Nothing left to quantize"):
+        float_reasons(found, "deploy", ("*",))
+    with pytest.raises(CalibError, match=r"Unknown convention 'x'. Choose one of \['deploy', 'tfmq'\]"):
+        float_reasons(found, "x")
+
+
+def test_a_network_with_another_output_shape_is_refused() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x[:, :, 1:]
+
+    with pytest.raises(CalibError, match=r"input's shape \(3, 1, 8, 8\); found \(3, 1, 7, 8\)"):
+        trace(Wrong(), (1, 8, 8), 100)
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_a_recording_replays_the_block_it_came_from(tiny_unet: UNet2DModel, count: int) -> None:
+    network = EpsilonModel(tiny_unet)
+    generator = torch.Generator().manual_seed(0)
+    t = torch.arange(count) * 10
+    data = CalibrationSet(x=torch.randn(count, 1, 16, 16, generator=generator), t=t, step=t)
+    name = "unet.down_blocks.1.resnets.0"
+    leaves, spec = record_inputs(network, name, data, micro_batch=4)
+    args, kwargs = torch.utils._pytree.tree_unflatten(list(leaves), spec)
+    with torch.no_grad():
+        again = network.get_submodule(name)(*args, **kwargs)
+    assert torch.allclose(again, record_output(network, name, data, micro_batch=4), atol=1e-5)
+
+
+def test_a_large_recording_lies_in_a_file(tiny_unet: UNet2DModel, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("calib.blocks.MEMORY_BYTES", 1000)
+    t = torch.arange(5)
+    data = CalibrationSet(x=torch.randn(5, 1, 16, 16), t=t, step=t)
+    name = "unet.down_blocks.0.resnets.0"
+    mapped = record_output(EpsilonModel(tiny_unet), name, data, 4, tmp_path)
+    assert (tmp_path / "target").stat().st_size >= mapped.numel() * 4
+    assert torch.equal(mapped, record_output(EpsilonModel(tiny_unet), name, data, 4))
