@@ -84,10 +84,8 @@ def calibrate(
         _warn_if_meaningless(loaded.meaningless)
         with terminal.Bars(quiet) as bars:
             plan = pipeline.calibrate(loaded, chosen, folder=run, on_collect=bars.collect, on_progress=bars.calibrate)
-        bits = f"W{wbits}A{abits}"
-        typer.echo(
-            f"{bits}: {len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float -> {run}/plan.safetensors"
-        )
+        counts = f"{len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float"
+        typer.echo(f"W{wbits}A{abits}: {counts} -> {run}/plan.safetensors")
         if not quiet:
             typer.echo("next: gaq-export build-engine" + ("" if run == Path("gaq-run") else f" --run {run}"))
 
@@ -163,9 +161,8 @@ def sample(
         typer.echo(f"{num} images in {drawn.seconds:.1f} s ({num / drawn.seconds:.2f} images/s) -> {drawn.grid}")
         if drawn.psnr_db is not None:
             ordered = sorted(drawn.psnr_db)
-            typer.echo(
-                f"PSNR against float from the same noise: median {ordered[len(ordered) // 2]:.1f} dB, worst {ordered[0]:.1f} dB"
-            )
+            median, worst = ordered[len(ordered) // 2], ordered[0]
+            typer.echo(f"PSNR against float from the same noise: median {median:.1f} dB, worst {worst:.1f} dB")
 
 
 @app.command()

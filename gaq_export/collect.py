@@ -22,7 +22,7 @@ from gaq_export.denoiser import Denoiser
 from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
 
-GROUP = 16
+GROUP = 4
 
 
 def image_seed(seed: int, image: int) -> int:

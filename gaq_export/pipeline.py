@@ -250,6 +250,7 @@ def _check(file: EngineFile, plan: QuantPlan, model: LoadedModel, run: Run, prof
     with engines.open_engine(file) as opened:
         result = parity.compare(
             fake_quantized(model.network, plan),
+            plan.layers,
             engine_denoiser(opened),
             data,
             TOLERANCES[profile],

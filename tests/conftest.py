@@ -1,4 +1,4 @@
-"""What tests of all rooms share: a U-Net small enough to run in milliseconds, and its folder on disk."""
+"""What tests of all rooms share: a U-Net small enough to run in milliseconds, its folder, and a network of no library."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub import constants
+from torch import Tensor, nn
 
 from gaq_export.schedule import NoiseSchedule, linear_schedule
 
@@ -44,12 +45,28 @@ def _a_world_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub_at:
     hub_at("http://127.0.0.1:9")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Layers this small gain nothing from a second thread, and on a busy machine wait for it a hundred times over."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_tiny_unet() -> Callable[[], UNet2DModel]:
+    """Return what makes the seeded `UNet2DModel` on 16x16 one-channel images, one attention block on each side."""
+
+    def make() -> UNet2DModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return UNet2DModel(**TINY).eval()
+
+    return make
+
+
 @pytest.fixture
-def tiny_unet() -> UNet2DModel:
-    """A seeded `UNet2DModel` on 16x16 one-channel images, with one attention block on each side."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return UNet2DModel(**TINY).eval()
+def tiny_unet(make_tiny_unet: Callable[[], UNet2DModel]) -> UNet2DModel:
+    """The tiny U-Net."""
+    return make_tiny_unet()
 
 
 @pytest.fixture
@@ -58,11 +75,61 @@ def tiny_schedule() -> NoiseSchedule:
     return linear_schedule(num_train=100, beta_end=0.2)
 
 
+@pytest.fixture(scope="session")
+def write_tiny_folder() -> Callable[[UNet2DModel, Path], Path]:
+    """Return what writes a U-Net as a diffusers folder, with the scheduler config of `tiny_schedule`."""
+
+    def write(unet: UNet2DModel, folder: Path) -> Path:
+        unet.save_pretrained(folder)
+        scheduler = {"num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.2, "clip_sample": True}
+        (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+        return folder
+
+    return write
+
+
 @pytest.fixture
-def tiny_folder(tiny_unet: UNet2DModel, tmp_path: Path) -> Path:
-    """The tiny U-Net as a diffusers folder named `tiny`, with the scheduler config of `tiny_schedule`."""
-    folder = tmp_path / "tiny"
-    tiny_unet.save_pretrained(folder)
-    scheduler = {"num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.2, "clip_sample": True}
-    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
-    return folder
+def tiny_folder(tiny_unet: UNet2DModel, write_tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """The tiny U-Net as a diffusers folder named `tiny`."""
+    return write_tiny_folder(tiny_unet, tmp_path / "tiny")
+
+
+class Foreign(nn.Module):
+    """Everything a diffusers U-Net does not have, on 8x8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.enter = nn.Conv2d(1, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 4, stride=2, padding=1)
+        self.gate = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8, bias=False))
+        self.shared = nn.Linear(8, 8)
+        self.up = nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1)
+        self.leave = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.relu(self.down(self.enter(x)))
+        h = h + self.time(t[:, None] / 100)[:, :, None, None]
+        h = h * torch.sigmoid(self.gate(h.mean((2, 3))))[:, :, None, None]
+        n, c, height, width = h.shape
+        tokens = self.norm(h.flatten(2).transpose(1, 2))  # (N, C, H, W) -> (N, H*W, C)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        tokens = tokens + self.mlp(tokens)
+        tokens = self.shared(torch.relu(self.shared(tokens)))
+        out: Tensor = self.leave(self.up(tokens.transpose(1, 2).reshape(n, c, height, width)))
+        return out
+
+
+@pytest.fixture(scope="session")
+def make_foreign() -> Callable[[], nn.Module]:
+    """Return what makes the seeded foreign network, called as (x (N, 1, 8, 8), t (N,))."""
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Foreign().eval()
+
+    return make

@@ -12,35 +12,8 @@ from calib.layers import float_reasons, trace
 from gaq_export.denoiser import EpsilonModel
 
 
-class Foreign(nn.Module):
-    """Everything a diffusers U-Net does not have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.time = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 8))
-        self.enter = nn.Conv2d(1, 8, 3, padding=1)
-        self.down = nn.Conv2d(8, 8, 4, stride=2, padding=1)
-        self.norm = nn.LayerNorm(8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-        self.shared = nn.Linear(8, 8)
-        self.up = nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1)
-        self.leave = nn.Conv2d(8, 1, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        h = torch.relu(self.down(self.enter(x)))
-        h = h + self.time(t[:, None] / 100)[:, :, None, None]
-        n, c, height, width = h.shape
-        tokens = self.norm(h.flatten(2).transpose(1, 2))  # (N, C, H, W) -> (N, H*W, C)
-        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        tokens = tokens + self.mlp(tokens)
-        tokens = self.shared(torch.relu(self.shared(tokens)))
-        out: Tensor = self.leave(self.up(tokens.transpose(1, 2).reshape(n, c, height, width)))
-        return out
-
-
-def test_a_foreign_network_is_taken_by_structure_and_says_what_stays_float() -> None:
-    found = trace(Foreign().eval(), (1, 8, 8), 100)
+def test_a_foreign_network_is_taken_by_structure_and_says_what_stays_float(make_foreign) -> None:
+    found = trace(make_foreign(), (1, 8, 8), 100)
     reasons = float_reasons(found, "deploy")
     assert reasons == {
         "enter": "first layer",
@@ -51,7 +24,11 @@ def test_a_foreign_network_is_taken_by_structure_and_says_what_stays_float() -> 
         "attention.out_proj": "its weight is used without calling it as a module",
     }
     blocks, loose = find_blocks(found, {layer.name for layer in found.layers} - reasons.keys())
-    assert [(b.name, b.layers) for b in blocks] == [("down", ("down",)), ("mlp", ("mlp.0", "mlp.2"))]
+    assert [(b.name, b.layers) for b in blocks] == [
+        ("down", ("down",)),
+        ("gate", ("gate",)),
+        ("mlp", ("mlp.0", "mlp.2")),
+    ]
     assert loose == ["shared"]
 
 
@@ -76,8 +53,8 @@ def test_the_tfmq_convention_keeps_shortcuts_and_down_sampling_and_quantizes_emb
     assert all("shortcut" in n or "downsampl" in n for n in names - {"conv_in", "conv_out", "time_embedding.linear_1"})
 
 
-def test_what_is_asked_to_stay_float_stays_float() -> None:
-    found = trace(Foreign().eval(), (1, 8, 8), 100)
+def test_what_is_asked_to_stay_float_stays_float(make_foreign) -> None:
+    found = trace(make_foreign(), (1, 8, 8), 100)
     assert float_reasons(found, "deploy", ("mlp.*",))["mlp.0"] == "asked for by 'mlp.*'"
     with pytest.raises(CalibError, match=r"'nothing\*' matches no layer"):
         float_reasons(found, "deploy", ("nothing*",))
