@@ -1,5 +1,6 @@
 """Reading safetensors with one clear error, and writing files that are either whole or absent."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -30,5 +31,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CalibError(f"Cannot write {path}: {error.strerror}. Choose a folder you may write to.") from error

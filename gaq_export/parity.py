@@ -102,7 +102,7 @@ def compare(
             sample = data.take((data.step == step).nonzero()[:images, 0])
             expected = reference(sample.x, sample.t)
             measured.append(sqnr_db(expected, other(sample.x, sample.t)))
-            with _perturbed(reference, layers, seed=int(step)):
+            with perturbed(reference, layers, seed=int(step)):
                 resolution.append(sqnr_db(expected, reference(sample.x, sample.t)))
     return Parity(
         steps=tuple(int(s) for s in chosen),
@@ -113,7 +113,7 @@ def compare(
 
 
 @contextmanager
-def _perturbed(network: nn.Module, layers: Iterable[str], seed: int) -> Iterator[None]:
+def perturbed(network: nn.Module, layers: Iterable[str], seed: int) -> Iterator[None]:
     """Add noise to the input of each layer, before it is rounded; its size is relative to the input's root mean square.
 
     The network's own input alone would not do: runtimes differ in every layer.

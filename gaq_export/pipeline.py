@@ -208,13 +208,14 @@ def sample(
     Raises:
         GaqError, EngineError: no images asked for, a batch outside the profile, an engine that cannot run here.
     """
-    if num < 1:
-        raise GaqError(f"Found {num} images to draw; ask for 1 or more.")
+    if num < 1 or (batch is not None and batch < 1):
+        raise GaqError(f"Found {num} images to draw, {batch} at a time; ask for 1 or more.")
     file = engines.load_engine_file(engine)
     spec = sampler or SamplerSpec.from_json(file.about["sampler"])
     schedule, shape = provenance.schedule_of(file.about), provenance.shape_of(file.about)
-    size = batch or min(file.batch[1], num) if num >= file.batch[0] else file.batch[0]
+    size = file.batch[1] if batch is None else batch
     seeds = tuple(range(seed, seed + num))
+    samples.check_writable(Path(out))
     float_model = provenance.model_of(file.about, model) if compare else None
     with engines.open_engine(file) as opened:
         started = time.perf_counter()
@@ -245,7 +246,7 @@ def _collected(
 def _check(file: EngineFile, plan: QuantPlan, model: LoadedModel, run: Run, profile: str) -> Parity:
     """Compare the engine with fake-quantized PyTorch on calibration samples; raise GaqError below the floor."""
     spec = SamplerSpec.from_json(plan.about["sampler"])
-    count = min(file.batch[2], parity.IMAGES)
+    count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
     data = _collected(run, model, spec, max(2, count), plan.config.seed, lambda done, total: None)
     with engines.open_engine(file) as opened:
         result = parity.compare(

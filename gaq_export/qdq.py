@@ -6,6 +6,7 @@ its place, so the file holds what was calibrated. The pass raises unless it rewr
 """
 
 import ast
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,7 +65,8 @@ def save_onnx(model: ir.Model, path: Path) -> None:
         ir.save(model, temporary, external_data=f"{path.name}.data" if size > EXTERNAL_BYTES else None)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise GaqError(f"Cannot write {path}: {error.strerror}. Choose a folder you may write to.") from error
 
 

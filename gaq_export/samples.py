@@ -1,6 +1,7 @@
 """Drawing images in batches, and writing them down with everything needed to draw them again."""
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from calib.files import write_atomically
 from engines import EngineFile
 from gaq_export import images, samplers
 from gaq_export.denoiser import Denoiser
+from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec
 
 GRID_COLUMNS = 16
@@ -28,6 +30,16 @@ class Sampled:
     folder: Path
     grid: Path
     meaningless: bool
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder `out`; raise GaqError now, rather than after the drawing, if it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise GaqError(f"Cannot write to {out}: {error.strerror}. Choose a folder you may write to.") from error
 
 
 def draw(

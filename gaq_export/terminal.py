@@ -21,13 +21,17 @@ def print_audit(built: "Built") -> None:
     for (kind, precision), count in sorted(audit.counts.items()):
         table.add_row(kind, precision, str(count))
     console.print(table)
-    held = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sorted(audit.weight_bytes.items()))
-    console.print(f"weights: {held}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}", highlight=False)
+    held = [f"{kind} {size / 1e6:.2f} MB" for kind, size in sorted(audit.weight_bytes.items()) if size >= 5000]
+    console.print(
+        f"weights: {', '.join(held)}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}", highlight=False
+    )
+    integer = sum(count for (_, precision), count in audit.counts.items() if precision == "int8")
     reasons: dict[str, int] = {}
     for reason in built.plan.float_layers.values():
         reasons[reason] = reasons.get(reason, 0) + 1
     kept = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    console.print(f"quantized by the plan: {len(built.plan.layers)}; kept float: {kept}", highlight=False)
+    console.print(f"in INT8 arithmetic: {integer} of the plan's {len(built.plan.layers)} layers", highlight=False)
+    console.print(f"kept float by the plan: {kept}", highlight=False)
     if built.parity is None:
         console.print(f"not run here: {built.not_run}", highlight=False)
     else:

@@ -1,0 +1,82 @@
+"""Made once for all tests of this room: a tiny model on disk, its calibrated run, its engine, and plans of other bits.
+
+Tests read them; whoever changes a file works on a copy.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from calib.calibrate import calibrate
+from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig, WeightConfig
+from calib.data import CalibrationSet
+from calib.plan import QuantPlan
+from engines import EngineConfig, EngineFile
+from gaq_export import pipeline
+from gaq_export.models import LoadedModel, load_model
+
+
+@pytest.fixture(scope="session")
+def home(make_tiny_unet, write_tiny_folder, tmp_path_factory) -> Path:
+    """The tiny model as a diffusers folder."""
+    return write_tiny_folder(make_tiny_unet(), tmp_path_factory.mktemp("home") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(home: Path) -> LoadedModel:
+    return load_model(weights=home)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: LoadedModel, tmp_path_factory) -> Path:
+    """A run folder with the plan of the tiny model, preset tiny, W4A8."""
+    folder = tmp_path_factory.mktemp("calibrated") / "run"
+    pipeline.calibrate(tiny_model, pipeline.preset("tiny"), folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_run: Path, tiny_model: LoadedModel, tmp_path_factory) -> EngineFile:
+    """An OpenVINO engine of that plan."""
+    out = tmp_path_factory.mktemp("engine") / "unet.plan"
+    config = EngineConfig(backend="openvino", threads=1)
+    return pipeline.build_engine(folder=tiny_run, out=out, config=config, model=tiny_model).file
+
+
+@pytest.fixture(scope="session")
+def noisy() -> Callable[[int], CalibrationSet]:
+    """Return what makes eight seeded noisy one-channel images of a size, two at each of four timesteps."""
+
+    def make(size: int) -> CalibrationSet:
+        x = torch.randn(8, 1, size, size, generator=torch.Generator().manual_seed(1))
+        step = torch.arange(4).repeat_interleave(2)
+        return CalibrationSet(x=x, t=99 - 30 * step, step=step)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quick_plan(noisy: Callable[[int], CalibrationSet]) -> Callable[..., QuantPlan]:
+    """Return what makes a plan in one iteration: its scales are real, its rounding nearly the nearest."""
+
+    def make(network: nn.Module, size: int, wbits: int, abits: int) -> QuantPlan:
+        config = QuantConfig(
+            weight=WeightConfig(bits=wbits),
+            activation=ActivationConfig(bits=abits, batch=4),
+            reconstruction=ReconstructionConfig(iterations=1, batch=2),
+            omega=OmegaConfig(rule="uniform"),
+            micro_batch=4,
+        )
+        return calibrate(network, noisy(size), config, timesteps=100)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_model: LoadedModel, quick_plan: Callable[..., QuantPlan]) -> Callable[[int, int], QuantPlan]:
+    """Return what makes a plan of the tiny model at given bits, once each."""
+    return functools.cache(lambda wbits, abits: quick_plan(tiny_model.network, 16, wbits, abits))
