@@ -12,6 +12,7 @@ then observe the activation ranges of the quantized network
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def calibrate(
         codes, scores = codes | state.codes, state.scores
         results.append(state.result)
         meter.finished(i, state.result, resumed)
+    if folder:
+        shutil.rmtree(folder / "scratch", ignore_errors=True)
     tick = meter.ranges(ranges.batch_count(len(data), config.activation))
     seen = ranges.observe(network, quantized, data, config.activation, _generator(config, "ranges"), tick)
     return QuantPlan(

@@ -30,8 +30,21 @@ class Progress:
     resumed: bool = False
 
 
-def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet, config: QuantConfig) -> list[float]:
-    """Return the expected seconds of each block, then of the ranges, from one timed forward pass of each block.
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Expected seconds of a piece of work: before its first iteration, and for all its iterations."""
+
+    prepare: float
+    iterate: float
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.prepare + self.iterate
+
+
+def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet, config: QuantConfig) -> list[Cost]:
+    """Return what each block, then the ranges, should cost, from one timed forward pass of each block.
 
     Args:
         model: the float network.
@@ -64,15 +77,16 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
         recording = weight_samples / rows * 2 * (end - begin)
         fitting = config.reconstruction.iterations * BACKWARD * config.reconstruction.batch * per_sample
         meta = config.omega.meta_steps * META * config.omega.batch * per_sample if config.omega.rule == "gac" else 0.0
-        costs.append(recording + fitting + meta + weight_samples * per_sample * 2)
-    costs.append(batch_count(len(data), config.activation) * whole * config.activation.batch / rows)
+        costs.append(Cost(prepare=recording + meta, iterate=fitting + weight_samples * per_sample * 2))
+    ranges = batch_count(len(data), config.activation) * whole * config.activation.batch / rows
+    costs.append(Cost(prepare=0.0, iterate=ranges))
     return costs
 
 
 class Meter:
     """Turn finished iterations into a share of all the work expected, and report it."""
 
-    def __init__(self, costs: Sequence[float], report: Callable[[Progress], None]) -> None:
+    def __init__(self, costs: Sequence[Cost], report: Callable[[Progress], None]) -> None:
         self._costs, self._report = costs, report
 
     def block(self, index: int, name: str, iterations: int) -> Callable[[int], None]:
@@ -99,14 +113,15 @@ class Meter:
         result: BlockResult | None = None,
         resumed: bool = False,
     ) -> None:
-        work = sum(self._costs[:index]) + share * self._costs[index]
+        cost = self._costs[index]
+        work = sum(c.total for c in self._costs[:index]) + cost.prepare + share * cost.iterate
         self._report(
             Progress(
                 stage=stage,
                 name=name,
                 index=index,
                 total=len(self._costs) - 1,
-                fraction=work / sum(self._costs),
+                fraction=work / sum(c.total for c in self._costs),
                 result=result,
                 resumed=resumed,
             )

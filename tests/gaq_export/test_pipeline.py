@@ -155,33 +155,27 @@ def test_a_module_of_ones_own_goes_all_the_way(make_foreign, tmp_path: Path) -> 
         pipeline.sample(out, num=2, compare=True, out=tmp_path / "samples")
 
 
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_an_engine_that_fails_its_check_replaces_nothing(
-    backend: str, tiny_run: Path, tiny_model, tiny_engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tiny_model, tiny_engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("unet.plan", "unet.plan.json"):
         shutil.copy(tiny_engine.path.with_name(name), tmp_path / name)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.setattr(pipeline, "TOLERANCES", IMPOSSIBLE)
-    config = EngineConfig(backend=backend, threads=1)
-    with pytest.raises(GaqError, match=rf"The {backend} engine differs .* at least 300.0 dB expected. Nothing was"):
+    config = EngineConfig(backend="openvino", threads=1)
+    with pytest.raises(GaqError, match=r"The openvino engine differs .* at least 300.0 dB expected. Nothing was"):
         pipeline.build_engine(folder=tiny_run, out=tmp_path / "unet.plan", config=config, model=tiny_model)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_what_cannot_be_asked_of_an_engine_is_an_error(tiny_engine, tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(GaqError, match="Found 0 images to draw; ask for 1 or more"):
+    with pytest.raises(GaqError, match="Found 0 images to draw.*ask for 1 or more"):
         pipeline.sample(tiny_engine.path, num=0, out=tmp_path / "s")
     with pytest.raises(EngineError, match="Batch 99 lies outside this engine's profile 1 to 16"):
         pipeline.sample(tiny_engine.path, num=99, batch=99, out=tmp_path / "s")
     with pytest.raises(GaqError, match=r"Unknown profile 'x'"):
         pipeline.export_onnx("x", folder=tiny_run)
     assert not (tmp_path / "s").exists()
-
-
-def test_random_weights_are_called_meaningless_everywhere(tmp_path: Path) -> None:
-    model = pipeline.load_model("ddpm-mnist", "random")
-    assert model.meaningless
 
 
 def test_export_writes_where_it_is_told(tiny_run: Path, tiny_model, tmp_path: Path) -> None:
