@@ -62,7 +62,7 @@ def collect(
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
     groups = -(-images // GROUP)
-    identity = hashlib.sha256(f"{key}:{spec}:{seed}:{shape}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{key}:{spec}:{seed}:{shape}:{GROUP}".encode()).hexdigest()
     parts = []
     for g in range(groups):
         path = folder / f"{g:04d}.safetensors" if folder else None

@@ -161,10 +161,10 @@ def build_engine(
         raise GaqError(f"{backend.name} cannot build here: {reason}")
     plan = load_plan(run.plan)
     model = provenance.model_of(plan.about, model)
-    graph = export_onnx(backend.profile, folder=run.folder, model=model)
     bits = f"W{plan.config.weight.bits}A{plan.config.activation.bits}"
     about = {**plan.about, "bits": bits, "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)}}
     with _staging(out) as staged:
+        graph = export_onnx(backend.profile, folder=run.folder, model=model)
         file = engines.build(graph, staged / out.name, config, about)
         not_run = backend.can_run()
         checked = None if not_run else _check(file, plan, model, run, backend.profile)
@@ -208,8 +208,9 @@ def sample(
     Raises:
         GaqError, EngineError: no images asked for, a batch outside the profile, an engine that cannot run here.
     """
-    if num < 1 or (batch is not None and batch < 1):
-        raise GaqError(f"Found {num} images to draw, {batch} at a time; ask for 1 or more.")
+    for what, count in (("images to draw", num), ("images at a time", batch)):
+        if count is not None and count < 1:
+            raise GaqError(f"Found {count} {what}; ask for 1 or more.")
     file = engines.load_engine_file(engine)
     spec = sampler or SamplerSpec.from_json(file.about["sampler"])
     schedule, shape = provenance.schedule_of(file.about), provenance.shape_of(file.about)

@@ -34,7 +34,7 @@ def _tiny() -> Preset:
 
 def _fast() -> Preset:
     config = QuantConfig(
-        reconstruction=ReconstructionConfig(iterations=300, batch=16, learning_rate=1e-2),
+        reconstruction=ReconstructionConfig(iterations=300, batch=16, learning_rate=3e-2),
         omega=OmegaConfig(meta_steps=6, batch=16, validation_batch=4),
         activation=ActivationConfig(batches=60),
         weight_steps=10,

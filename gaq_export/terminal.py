@@ -57,11 +57,13 @@ class Bars:
         self._first: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> "Bars":
-        self._bar.start()
+        if self._bar.console.is_interactive:  # elsewhere the bar would only leave an empty line
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar.console.is_interactive:
+            self._bar.stop()
 
     def _show(self, stage: str, text: str, fraction: float) -> None:
         """Move the bar; the time left follows from the work done since this process began."""

@@ -1,4 +1,4 @@
-"""What tests of all rooms share: a U-Net small enough to run in milliseconds, its folder, and a network of no library."""
+"""What tests of all rooms share: a U-Net small enough to run in milliseconds, its folder, and a foreign network."""
 
 import json
 from collections.abc import Callable

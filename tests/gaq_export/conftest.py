@@ -4,9 +4,11 @@ Tests read them; whoever changes a file works on a copy.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,25 @@ from calib.data import CalibrationSet
 from calib.plan import QuantPlan
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
+from gaq_export.checkpoint import fingerprint
 from gaq_export.models import LoadedModel, load_model
+from gaq_export.onnx_export import export_float
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_network_is_exported_once() -> Iterator[None]:
+    """Keep real float graphs: torch takes seconds for one, and many tests start from the same network."""
+    kept: dict[str, onnx.ModelProto] = {}
+
+    def export(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
+        key = f"{fingerprint(network)}{shape}"
+        if key not in kept:
+            kept[key] = ir.to_proto(export_float(network, shape))
+        return ir.from_proto(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "export_float", export)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -79,9 +79,9 @@ class Graph:
         if self.op(source) == "Clip":
             source = self.producer[source].input[0]
         output, after = node.output[0], self.readers.get(node.output[0], [])
-        if node.op_type == "MatMul" and len(after) == 1 and after[0].op_type == "Add":
-            if any(v in self.constants for v in after[0].input):
-                output = after[0].output[0]  # its bias
+        added = [v for n in after if n.op_type == "Add" for v in n.input]
+        if node.op_type == "MatMul" and len(after) == 1 and any(v in self.constants for v in added):
+            output = after[0].output[0]  # its bias
         return QuantizedNode(
             layer=name[1],
             node=node,

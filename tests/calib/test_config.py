@@ -1,0 +1,71 @@
+"""Settings: what they refuse, and that they survive being written down."""
+
+import json
+
+import pytest
+
+from calib.config import (
+    OMEGA_RULES,
+    ActivationConfig,
+    OmegaConfig,
+    QuantConfig,
+    ReconstructionConfig,
+    WeightConfig,
+    from_json,
+    to_json,
+)
+from calib.errors import CalibError
+
+OTHER = QuantConfig(
+    weight=WeightConfig(bits=3, norm=2.0, candidates=5),
+    activation=ActivationConfig(bits=5, batches=7),
+    reconstruction=ReconstructionConfig(iterations=9, warmup=0.5),
+    omega=OmegaConfig(rule="uniform", groups=3),
+    convention="tfmq",
+    keep_float=("a.*", "b"),
+    weight_steps=4,
+    seed=11,
+)
+
+
+@pytest.mark.parametrize("config", [QuantConfig(), OTHER])
+def test_a_config_survives_json(config: QuantConfig) -> None:
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_what_is_left_out_keeps_its_default() -> None:
+    assert from_json({"weight": {"bits": 8}}) == QuantConfig(weight=WeightConfig(bits=8))
+    assert from_json({}) == QuantConfig()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"sed": 1}, r"Unknown setting 'sed' in QuantConfig; .* Did you mean 'seed'\?"),
+        ({"weight": {"bit": 4}}, r"Unknown setting 'bit' in WeightConfig; .* Did you mean 'bits'\?"),
+        ({"omega": {"metasteps": 4}}, r"Unknown setting 'metasteps' in OmegaConfig; .* Did you mean 'meta_steps'\?"),
+        ({"zzz": 1}, r"Unknown setting 'zzz' in QuantConfig; it has \['weight', .*'seed'\]\.$"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(data: dict, message: str) -> None:
+    with pytest.raises(CalibError, match=message):
+        from_json(data)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 4.5])
+def test_bits_outside_two_to_eight_are_refused(bits: float) -> None:
+    with pytest.raises(CalibError, match=rf"weight bits = {bits}: choose a whole number from 2 to 8"):
+        QuantConfig(weight=WeightConfig(bits=bits))
+    with pytest.raises(CalibError, match=rf"activation bits = {bits}: choose a whole number from 2 to 8"):
+        QuantConfig(activation=ActivationConfig(bits=bits))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_from_two_to_eight_are_taken(bits: int) -> None:
+    assert QuantConfig(weight=WeightConfig(bits=bits), activation=ActivationConfig(bits=bits)).weight.bits == bits
+
+
+def test_an_unknown_omega_rule_is_refused_by_name() -> None:
+    with pytest.raises(CalibError, match=r"Unknown omega rule 'best'. Choose one of \['gac', 'uniform'\]"):
+        QuantConfig(omega=OmegaConfig(rule="best"))
+    assert {QuantConfig(omega=OmegaConfig(rule=rule)).omega.rule for rule in OMEGA_RULES} == {"gac", "uniform"}
