@@ -14,8 +14,7 @@ demo: $(STAMP)
 	cd demo && $(BIN)/gaq-export calibrate --model ddpm-mnist --wbits 4 --abits 8
 	cd demo && $(BIN)/gaq-export build-engine
 	cd demo && $(BIN)/gaq-export sample --engine unet.plan --compare
-	@echo "The pictures, float model beside engine:"
-	@find $(CURDIR)/demo -name '*.png' | sort | tail -n 20
+	@echo "The pictures, float model above engine: $(CURDIR)/demo/samples/grid.png"
 
 test: $(STAMP) $(RTX_STAMP)
 	$(BIN)/python -m pytest
