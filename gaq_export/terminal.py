@@ -68,6 +68,8 @@ class Bars:
     def _show(self, stage: str, text: str, fraction: float) -> None:
         """Move the bar; the time left follows from the work done since this process began."""
         if stage not in self._tasks:
+            for finished in self._tasks.values():
+                self._bar.update(finished, visible=False)
             self._tasks[stage] = self._bar.add_task(text, total=1.0, left="")
             self._first[stage] = (time.perf_counter(), fraction)
         started, offset = self._first[stage]
