@@ -7,7 +7,6 @@ SHA-256, so a plan and a record that do not belong together (an interrupted buil
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -139,9 +138,9 @@ class EngineFile:
         record["outputs"] = [asdict(spec) for spec in self.outputs]
         record["audit"] = self.audit.to_json()
         path = record_path(self.path)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as f:
-            f.write(json.dumps(record, indent=1) + "\n")
-        os.replace(f.name, path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
         return path
 
 

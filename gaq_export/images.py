@@ -3,9 +3,8 @@
 In: images in [-1, 1], (C, H, W) or (N, C, H, W), with one or three channels. Out: PNG files, or decibels.
 """
 
+import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from calib.files import write_atomically
 from gaq_export.errors import GaqError
 
 METADATA_KEY = "gaq-export"
@@ -138,13 +138,6 @@ def _to_pil(array: npt.NDArray[np.uint8]) -> Image.Image:
 def _write(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
     info = PngInfo()
     info.add_text(METADATA_KEY, json.dumps(metadata, sort_keys=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            picture.save(stream, format="PNG", pnginfo=info)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    write_atomically(path, buffer.getvalue())
