@@ -23,8 +23,12 @@ def soft_rounding(logits: Tensor) -> Tensor:
 def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
     """Return V for which the soft weight equals the float weight: h(V) = W / Delta - floor(W / Delta)."""
     grid = weight / per_channel(scale, weight.ndim)
-    rest = grid - torch.floor(grid)
-    return -torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
+    return logits_of(grid - torch.floor(grid))
+
+
+def logits_of(soft: Tensor) -> Tensor:
+    """Return V with h(V) = `soft`, elementwise in [0, 1]."""
+    return -torch.log((ZETA - GAMMA) / (soft - GAMMA) - 1)
 
 
 def soft_weight(weight: Tensor, scale: Tensor, logits: Tensor, bits: int) -> Tensor:

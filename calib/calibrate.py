@@ -3,7 +3,7 @@
 find the layers and blocks; search weight scales; set aside validation samples; start from equal scores
 for each block in network order:
     record its inputs from the already quantized prefix and its output in the float network
-    update the sample scores by gradient alignment
+    update the sample scores, by gradient alignment or another rule
     reconstruct: learn the rounding with the weights that the scores give
     harden the rounding, quantize the block in place, save it
 then observe the activation ranges of the quantized network
@@ -13,23 +13,26 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib import adaround, affine, blocks, checkpoint, omega, ranges, reconstruct
+from calib import adaround, affine, blocks, checkpoint, gptq, omega, ranges, reconstruct
 from calib import config as configs
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split, split, thin_steps
+from calib.errors import CalibError
 from calib.layers import float_reasons, trace
 from calib.plan import LayerQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.reconstruct import BlockResult, LayerWeight
+from calib.replay import Replay
 
 
 def calibrate(
@@ -71,23 +74,29 @@ def calibrate(
     codes = {n: _nearest(model, n, scales[n], config) for n in loose}
     results = [BlockResult(name=n, layers=(n,), loss_before=None, loss_after=None, rounding="nearest") for n in loose]
     _put(network, codes, scales)
-    scores = omega.initial_scores(len(subset.train), config.omega.batch)
-    for i, block in enumerate(order):
-        state = checkpoint.load_block(folder, i, key) if folder else None
-        resumed = state is not None
-        if state is None:
-            tick = meter.block(i, block.name, config.reconstruction.iterations)
-            state = _calibrate_block(model, network, block, scales, subset, scores, config, folder, tick)
-            if folder:
-                checkpoint.save_block(folder, i, key, state)
-        _put(network, state.codes, scales)
-        codes, scores = codes | state.codes, state.scores
-        results.append(state.result)
-        meter.finished(i, state.result, resumed)
-    if folder:
-        shutil.rmtree(folder / "scratch", ignore_errors=True)
+    scores = omega.initial_scores(config.omega, len(subset.train), _generator(config, "scores"))
+    with tempfile.TemporaryDirectory(dir=_made(folder), prefix="scratch-") as scratch:
+        floats = Replay(model, subset.data, config.micro_batch, folder and Path(scratch) / "float")
+        quantized_so_far = Replay(network, subset.data, config.micro_batch, folder and Path(scratch) / "quantized")
+        for i, block in enumerate(order):
+            state = checkpoint.load_block(folder, i, key) if folder else None
+            resumed = state is not None
+            if state is None:
+                io = _record(floats, quantized_so_far, block, meter)
+                tick = meter.block(i, block.name, config.reconstruction.iterations)
+                state = _calibrate_block(network, block, scales, subset, io, scores, config, meter, tick)
+                if folder:
+                    checkpoint.save_block(folder, i, key, state)
+            else:
+                floats.finish(block.name)
+            _put(network, state.codes, scales)
+            quantized_so_far.finish(block.name)
+            codes, scores = codes | state.codes, state.scores
+            results.append(state.result)
+            meter.finished(i, state.result, resumed)
     tick = meter.ranges(ranges.batch_count(len(data), config.activation))
-    seen = ranges.observe(network, quantized, data, config.activation, _generator(config, "ranges"), tick)
+    with meter.phase("ranges"):
+        seen = ranges.observe(network, quantized, data, config.activation, _generator(config, "ranges"), tick)
     return QuantPlan(
         layers={n: _layer(codes[n], scales[n], seen[n], config) for n in quantized},
         float_layers=reasons,
@@ -99,42 +108,63 @@ def calibrate(
 
 
 def _calibrate_block(
-    model: nn.Module,
     network: nn.Module,
     block: Block,
     scales: Mapping[str, Tensor],
     subset: Split,
+    io: BlockIO,
     scores: Tensor,
     config: QuantConfig,
-    folder: Path | None,
+    meter: Meter,
     on_iteration: Callable[[int], None],
 ) -> BlockState:
-    """Record, align, reconstruct and harden one block."""
+    """Align, reconstruct and harden one block."""
     generator = _generator(config, block.name)
     module = network.get_submodule(block.name)
     layers = [_layer_weight(block, module, n, scales[n], config) for n in block.layers]
-    logits = [adaround.initial_logits(w.weight, w.scale) for w in layers]
-    train = _record(model, network, block, subset.train, config, folder and folder / "scratch" / "train")
+    train, validation = io.part(subset.train), io.part(subset.validation)
+    with meter.phase("start"):
+        logits = STARTS[config.reconstruction.start](module, layers, train, generator)
     loss = reconstruct.per_sample_loss(module, layers)
-    if config.omega.rule == "gac":
-        held_out = _record(
-            model, network, block, subset.validation, config, folder and folder / "scratch" / "validation"
+    with meter.phase("meta"):
+        scores = omega.align(loss, logits, train, validation, subset.group, scores, config.omega, generator)
+    with meter.phase("fit"):
+        logits = reconstruct.fit(
+            loss, logits, train, scores, config.omega, config.reconstruction, generator, on_iteration
         )
-        scores = omega.align(loss, logits, train, held_out, subset.group, scores, config.omega, generator)
-    logits = reconstruct.fit(
-        loss, logits, train, scores, config.omega.temperature, config.reconstruction, generator, on_iteration
-    )
-    codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
+    with meter.phase("decide"):
+        codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
     return BlockState(codes=dict(zip(block.layers, codes, strict=True)), scores=scores, result=result)
 
 
-def _record(
-    model: nn.Module, network: nn.Module, block: Block, data: CalibrationSet, config: QuantConfig, scratch: Path | None
-) -> BlockIO:
+def _float_start(
+    block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO, generator: torch.Generator
+) -> list[Tensor]:
+    return [adaround.initial_logits(w.weight, w.scale) for w in layers]
+
+
+STARTS = {"float": _float_start, "gptq": gptq.start_logits}
+
+
+def _record(floats: Replay, quantized: Replay, block: Block, meter: Meter) -> BlockIO:
     """Pair the block's inputs in the quantized network with its output in the float one (asymmetric)."""
-    inputs, spec = blocks.record_inputs(network, block.name, data, config.micro_batch, scratch)
-    target = blocks.record_output(model, block.name, data, config.micro_batch, scratch)
-    return BlockIO(inputs=inputs, spec=spec, target=target)
+    with meter.phase("record"):
+        target = floats.output(block.name)
+        inputs, batched, spec = quantized.inputs(block.name)
+    return BlockIO(inputs=inputs, batched=batched, spec=spec, target=target)
+
+
+def _made(folder: Path | None) -> Path | None:
+    """Make the folder, so that a scratch folder can lie in it; a scratch folder that a killed run left is removed."""
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CalibError(f"Cannot write {folder}: {error.strerror}. Choose a folder you may write to.") from error
+    for left in folder.glob("scratch-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return folder
 
 
 def _layer_weight(block: Block, module: nn.Module, name: str, scale: Tensor, config: QuantConfig) -> LayerWeight:

@@ -42,6 +42,7 @@ class ReconstructionConfig:
     iterations: int = 20_000
     batch: int = 32
     learning_rate: float = 1e-3
+    start: str = "float"  # rounding to start from: "float" (AdaRound's, the float weight) or "gptq"
     regulariser: float = 0.01
     beta_start: float = 20.0
     beta_end: float = 2.0
@@ -50,16 +51,17 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OmegaConfig:
-    """Sample weights: `rule` is "uniform" or "gac" (surrogate gradient matching)."""
+    """Sample weights by the rules of calib.omega, from none ("uniform") to the paper's ("gac")."""
 
     rule: str = "gac"
     groups: int = 5  # contiguous groups of sampling steps, the tasks of the paper
     temperature: float = 1.0
+    softmax: str = "batch"  # over the "batch" or the whole "set"
     validation: float = 0.05
     meta_steps: int = 500
     meta_learning_rate: float = 1e-2
-    inner_step: float = 1e-2  # root-mean-square change of the rounding logits in the inner update
-    batch: int = 32
+    inner_step: float = 1e-2  # change of the rounding logits in the inner update: that of one sample's gradient, RMS
+    batch: int = 32  # training samples whose scores a block updates
     validation_batch: int = 16  # samples a group, drawn anew at each meta step
 
 
@@ -81,11 +83,18 @@ class QuantConfig:
         for what, bits in (("weight", self.weight.bits), ("activation", self.activation.bits)):
             if bits not in BITS:
                 raise CalibError(f"{what} bits = {bits}: choose a whole number from {BITS[0]} to {BITS[-1]}.")
-        if self.omega.rule not in OMEGA_RULES:
-            raise CalibError(f"Unknown omega rule {self.omega.rule!r}. Choose one of {sorted(OMEGA_RULES)}.")
+        for what, value, known in (
+            ("omega rule", self.omega.rule, OMEGA_RULES),
+            ("omega softmax", self.omega.softmax, OMEGA_SOFTMAX),
+            ("rounding start", self.reconstruction.start, ROUNDING_STARTS),
+        ):
+            if value not in known:
+                raise CalibError(f"Unknown {what} {value!r}. Choose one of {sorted(known)}.")
 
 
-OMEGA_RULES = ("gac", "uniform")
+OMEGA_RULES = ("uniform", "random", "mse", "gac", "gac-exact", "fish")
+OMEGA_SOFTMAX = ("batch", "set")
+ROUNDING_STARTS = ("float", "gptq")
 
 
 def to_json(config: QuantConfig) -> dict[str, Any]:

@@ -37,10 +37,11 @@ class CalibrationSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Training samples, and validation samples with the task group (0 .. K-1) of each."""
+    """Indices into `data` of the training and validation samples, and the task group (0 .. K-1) of the latter."""
 
-    train: CalibrationSet
-    validation: CalibrationSet
+    data: CalibrationSet
+    train: Tensor
+    validation: Tensor
     group: Tensor
 
 
@@ -73,4 +74,4 @@ def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.G
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     group = position * min(groups, len(steps)) // len(steps)
     validation = chosen.nonzero()[:, 0]
-    return Split(train=data.take((~chosen).nonzero()[:, 0]), validation=data.take(validation), group=group[validation])
+    return Split(data=data, train=(~chosen).nonzero()[:, 0], validation=validation, group=group[validation])

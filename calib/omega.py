@@ -1,56 +1,76 @@
 """Sample weights omega: which calibration samples pull a block's rounding the same way at every sampling step.
 
 GAC (arXiv 2602.01289, Algorithms 1 and 2) gives each training sample a score s_i and weights a mini-batch by
-omega = softmax(s / tau). The scores of a block are learned before its rounding is, by one-step-ahead
+omega = softmax(s / tau). The scores are updated once a block, before its rounding is learned, by one-step-ahead
 meta-optimisation: after the inner update V* = V - eta J^T omega the validation loss should be low, and its gradients
-with respect to omega should agree between the groups of sampling steps (the paper's surrogate, eq. for L_GM^(2)).
-
-Because V* is affine in omega the outer gradient has a closed form without third derivatives. Legend:
+should agree between the groups of sampling steps. Legend:
 
     l_i(V)   loss of training sample i            J      rows dl_i/dV             n samples x P logits
     L_k(V*)  loss of validation group k           g_k    dL_k/dV*                 H_k = d2L_k/dV*2
-    G_k      dL_k/domega = -eta J g_k             S_G    sum_k G_k                c = 2 / (K (K - 1))
+    G_k      dL_k/domega = -eta J g_k             S, S_G sum_k g_k, sum_k G_k     c = 2 / (K (K - 1))
 
-    d/domega [ mean_k L_k - c sum_{t<k} G_t . G_k ] = S_G / K - c eta^2 J sum_k H_k J^T (S_G - G_k)
+V* is affine in omega, so every rung of the ladder has a closed form without third derivatives:
 
-J v and J^T u are reverse-mode products, H_k v a Hessian-vector product. eta is chosen at each step so that the
-root-mean-square change of V is `inner_step`: the paper gives no eta, and a relative step does not depend on the
-scale of a block's output.
+    mse        d/domega mean_k L_k                                  = S_G / K            (Ren et al. 2018)
+    gac        ... - c sum_{t<k} G_t . G_k, the paper's surrogate:    S_G / K - c eta^2 J sum_k H_k J^T (S_G - G_k)
+    gac-exact  ... - c sum_{t<k} g_t . g_k:                           S_G / K + c eta J sum_k H_k (S - g_k)
+    fish       dL_k/domega along a path that steps down one group after the other (Shi et al. 2021): to first order
+               it descends the surrogate, with no second derivative
+
+V rests at its start during a block's meta-updates, so J is computed once a block, for one mini-batch drawn for it;
+a meta-step then costs the K validation gradients and one product with the Hessians. eta is `inner_step` over the root
+mean square of J: the paper gives no eta, and this one depends neither on the scale of a block's output nor on whether
+the samples of a mini-batch happen to cancel.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calib.blocks import BlockIO
 from calib.config import OmegaConfig
 
+CHUNK = 8  # samples whose gradients are held at once while J is computed
+
+Loss = Callable[[Tensor], Tensor]  # logits (P,) -> scalar
+
 
 class PerSample(Protocol):
-    """The loss of each of some samples as a function of a block's rounding logits."""
+    """The loss of each sample of a recording as a function of a block's rounding logits."""
 
-    def __call__(self, logits: Sequence[Tensor], io: BlockIO, index: Tensor) -> Tensor:
-        """Return (m,) losses of the samples of `io` at `index` (m,)."""
-
-
-def initial_scores(samples: int, batch: int) -> Tensor:
-    """Return equal scores 1/batch, (samples,) float64: the paper's start, uniform weights."""
-    return torch.full((samples,), 1 / batch, dtype=torch.float64)
+    def __call__(self, logits: Sequence[Tensor], io: BlockIO) -> Tensor:
+        """Return (len(io),) losses."""
 
 
-def batch_weights(scores: Tensor, index: Tensor, temperature: float) -> Tensor:
-    """Return softmax(s / tau) over the mini-batch `index` (n,); sums to 1."""
-    return torch.softmax(scores[index] / temperature, 0).float()
+def initial_scores(config: OmegaConfig, samples: int, generator: torch.Generator) -> Tensor:
+    """Return the scores (samples,) float64 that calibration starts from.
+
+    Equal scores 1/batch, the paper's start, give uniform weights; rule "random" draws them from a standard normal.
+    """
+    if config.rule == "random":
+        return torch.randn(samples, generator=generator, dtype=torch.float64)
+    return torch.full((samples,), 1 / config.batch, dtype=torch.float64)
 
 
-def softmax_gradient(omega: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """Carry a gradient with respect to omega back to the scores: omega_i (g_i - omega . g) / tau."""
-    return omega * (gradient - (omega * gradient).sum()) / temperature
+def weights_of(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor:
+    """Return the weights (n,) float32 of the mini-batch `index`.
+
+    With `softmax` "batch" they are softmax(s / tau) over the mini-batch and sum to 1; with "set" the softmax runs over
+    all N samples, times N / n, so that a mini-batch of heavy samples moves the rounding more than one of light ones.
+    """
+    if config.softmax == "set":
+        return (torch.softmax(scores / config.temperature, 0)[index] * (len(scores) / len(index))).float()
+    return torch.softmax(scores[index] / config.temperature, 0).float()
+
+
+def score_gradient(omega: Tensor, gradient: Tensor, config: OmegaConfig, samples: int) -> Tensor:
+    """Carry dL/domega (n,) of a mini-batch back to its scores through the softmax over `samples` or the mini-batch."""
+    share = len(omega) / samples if config.softmax == "set" else 1.0
+    return omega * (gradient - share * (omega * gradient).sum()) / config.temperature
 
 
 def align(
@@ -63,7 +83,7 @@ def align(
     config: OmegaConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return the scores (N,) after this block's meta-updates (Algorithm 2).
+    """Return the scores (N,) after this block's meta-updates (Algorithm 2); the same ones if the rule has none.
 
     Args:
         loss: per-sample block loss.
@@ -72,85 +92,118 @@ def align(
         validation: recording of the validation samples.
         group: (len(validation),) task group of each validation sample.
         scores: (N,) scores carried over from the block before.
-        config: how many steps, how large.
+        config: rule, how many steps, how large.
         generator: draws the mini-batches.
     """
-    scores = scores.clone()
-    optimiser = torch.optim.SparseAdam([scores], lr=config.meta_learning_rate)
+    if config.rule not in RULES:
+        return scores
+    point = torch.cat([v.detach().flatten() for v in logits])
+    sizes, shapes = [v.numel() for v in logits], [v.shape for v in logits]
+
+    def losses(p: Tensor, io: BlockIO) -> Tensor:
+        return loss([v.reshape(s) for v, s in zip(torch.split(p, sizes), shapes, strict=True)], io)
+
+    index = _draw(torch.arange(len(train)), config.batch, generator)
     members = [(group == k).nonzero()[:, 0] for k in torch.unique(group)]
+    rule = RULES[config.rule]
+    own = scores[index].clone().requires_grad_()
+    optimiser = torch.optim.Adam([own], lr=config.meta_learning_rate)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        jacobian = _jacobian(losses, point, train.take(index))
+        size = jacobian.double().square().mean().sqrt().item()
+        if size == 0:  # nothing to weigh: no sample of this block asks for any change
+            return scores
         for _ in range(config.meta_steps):
-            index = torch.randperm(len(train), generator=generator)[: config.batch]
-            tasks = [m[torch.randperm(len(m), generator=generator)[: config.validation_batch]] for m in members]
-            omega = batch_weights(scores, index, config.temperature)
-            gradient = surrogate_gradient(
-                partial(loss, io=train, index=index),
-                [_mean(partial(loss, io=validation, index=task)) for task in tasks],
-                logits,
-                omega,
-                config.inner_step,
-            )
-            step = softmax_gradient(omega, gradient, config.temperature).to(scores.dtype)
-            scores.grad = torch.sparse_coo_tensor(index[None], step, scores.shape, check_invariants=False)
-            optimiser.step()  # type: ignore[no-untyped-call]
-    return scores.detach()
+            order = torch.randperm(len(members), generator=generator).tolist()
+            drawn = [_draw(members[k], config.validation_batch, generator) for k in order]
+            tasks = [_mean(losses, validation.take(task)) for task in drawn]
+            now = scores.index_copy(0, index, own.detach())
+            omega = weights_of(now, index, config)
+            gradient = rule(jacobian, config.inner_step / size, point, tasks, omega)
+            own.grad = score_gradient(omega, gradient, config, len(scores)).to(own.dtype)
+            optimiser.step()
+    return scores.index_copy(0, index, own.detach())
 
 
-def surrogate_gradient(
-    samples: Callable[[Sequence[Tensor]], Tensor],
-    tasks: Sequence[Callable[[Sequence[Tensor]], Tensor]],
-    logits: Sequence[Tensor],
-    omega: Tensor,
-    inner_step: float,
-) -> Tensor:
-    """Return the gradient of mean_k L_k + L_GM^(2) with respect to omega, (n,), by the closed form above.
+def mse(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
+    """Return d/domega of mean_k L_k(V*).
 
     Args:
-        samples: logits -> losses (n,) of the training mini-batch.
-        tasks: one per group, logits -> scalar loss.
-        logits: the block's rounding logits V.
+        jacobian: J (n, P).
+        eta: inner step.
+        point: V (P,).
+        tasks: one per group, logits (P,) -> scalar loss.
         omega: (n,) sample weights.
-        inner_step: root-mean-square of V* - V; it fixes eta.
     """
-    point = [v.detach().requires_grad_() for v in logits]
-    dual = omega.detach().clone().requires_grad_()
-    losses = samples(point)
-    weighted = torch.autograd.grad((dual * losses).sum(), point, create_graph=True)  # J^T omega, as a function of omega
-
-    def times_j(v: Sequence[Tensor]) -> Tensor:
-        return torch.autograd.grad(_dot(weighted, v), dual, retain_graph=True)[0]
-
-    def times_jt(u: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad((u * losses).sum(), point, retain_graph=True)
-
-    size = _rms(weighted)
-    if size == 0:  # the samples cancel: the inner update goes nowhere, whatever eta is
-        return torch.zeros_like(omega)
-    eta = inner_step / size
-    ahead = [(v - eta * w).detach().requires_grad_() for v, w in zip(point, weighted, strict=True)]
-    g = [torch.autograd.grad(task(ahead), ahead, create_graph=True) for task in tasks]
-    big_g = [-eta * times_j([x.detach() for x in g_k]) for g_k in g]
-    total = torch.stack(big_g).sum(0)
-    mean_loss = total / len(tasks)
-    if len(tasks) < 2:
-        return mean_loss
-    inner = [torch.zeros_like(v) for v in point]
-    for g_k, big_g_k in zip(g, big_g, strict=True):
-        hvp = torch.autograd.grad(_dot(g_k, times_jt(total - big_g_k)), ahead)
-        inner = [a + b for a, b in zip(inner, hvp, strict=True)]
-    c = 2 / (len(tasks) * (len(tasks) - 1))
-    return mean_loss - c * eta**2 * times_j(inner)
+    g = _gradients(tasks)(point - eta * (omega @ jacobian))
+    return -eta / len(tasks) * (jacobian @ g.sum(0))
 
 
-def _mean(losses: Callable[[Sequence[Tensor]], Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
-    return lambda logits: losses(logits).mean()
+def surrogate(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
+    """Return d/domega of mean_k L_k + L_GM^(2), gradients matched with respect to omega; arguments as `mse`."""
+    g, times_h = _gradients_and_hessians(tasks, point - eta * (omega @ jacobian))
+    big_g = -eta * (g @ jacobian.T)  # (K, P) x (P, n) -> (K, n)
+    total = big_g.sum(0)
+    pull = times_h((total - big_g) @ jacobian)
+    return total / len(tasks) - _pairs(len(tasks)) * eta**2 * (jacobian @ pull)
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+def exact(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
+    """Return d/domega of mean_k L_k + L_GM, gradients matched with respect to V*; arguments as `mse`."""
+    g, times_h = _gradients_and_hessians(tasks, point - eta * (omega @ jacobian))
+    total = g.sum(0)
+    pull = times_h(total - g)
+    return eta * (jacobian @ (_pairs(len(tasks)) * pull - total / len(tasks)))
 
 
-def _rms(tensors: Sequence[Tensor]) -> float:
-    count = sum(v.numel() for v in tensors)
-    total = sum(float(v.detach().double().square().sum()) for v in tensors)
-    return math.sqrt(total / count)
+def fish(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
+    """Return the mean of dL_k/domega along a path that takes one step down each group in turn; arguments as `mse`.
+
+    The order of the tasks is random at each meta-step. One step moves the weights by FISH_STEP of their mean, root mean
+    square.
+    """
+    total = torch.zeros_like(omega)
+    for task in tasks:
+        gradient = mse(jacobian, eta, point, [task], omega)
+        size = gradient.square().mean().sqrt()
+        omega = omega - FISH_STEP * omega.mean() * gradient / size.clamp(min=1e-30)
+        total = total + gradient
+    return total / len(tasks)
+
+
+FISH_STEP = 0.1
+RULES = {"mse": mse, "gac": surrogate, "gac-exact": exact, "fish": fish}
+
+
+def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return pool[torch.randperm(len(pool), generator=generator)[:count]]
+
+
+def _gradients(tasks: Sequence[Loss]) -> Callable[[Tensor], Tensor]:
+    return lambda p: torch.stack([grad(task)(p) for task in tasks])
+
+
+def _gradients_and_hessians(tasks: Sequence[Loss], p: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return g (K, P), and what turns u (K, P) into sum_k H_k u_k (P,); a Hessian is its own transpose."""
+    g, pullback, *_ = vjp(_gradients(tasks), p)
+    return g, lambda u: pullback(u)[0]
+
+
+def _pairs(groups: int) -> float:
+    return 2 / (groups * (groups - 1)) if groups > 1 else 0.0
+
+
+def _mean(losses: Callable[[Tensor, BlockIO], Tensor], io: BlockIO) -> Loss:
+    return lambda p: losses(p, io).mean()
+
+
+def _jacobian(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: BlockIO) -> Tensor:
+    """Return J (n, P), row i the gradient of sample i's loss."""
+
+    def one(p: Tensor, inputs: tuple[object, ...], target: Tensor) -> Tensor:
+        return losses(p, io.single(inputs, target))[0]
+
+    axes = tuple(0 if b else None for b in io.batched)
+    over_samples = vmap(grad(one), in_dims=(None, axes, 0), chunk_size=CHUNK)
+    rows: Tensor = over_samples(point, io.inputs, io.target)  # type: ignore[arg-type]
+    return rows

@@ -1,7 +1,8 @@
 """How far a calibration is, as a share of its work, so that an estimate of the time left is honest from the start."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,19 +14,29 @@ from calib.data import CalibrationSet
 from calib.ranges import batch_count
 from calib.reconstruct import BlockResult
 
-BACKWARD = 3.0  # a training iteration costs about three forward passes
-META = 40.0  # a meta-step, in forward passes of one mini-batch: five groups, each with gradient, J, J^T and H products
+BACKWARD = 4.0  # a training iteration, in forward passes of its mini-batch
+JACOBIAN = 4.0  # J, in forward passes of its mini-batch
+META = {
+    "mse": 4.0,
+    "fish": 4.0,
+    "gac": 12.0,
+    "gac-exact": 12.0,
+}  # a meta-step, in forward passes of its validation samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """`fraction` of all the work is done; `result` is set when block `name` has just finished."""
+    """`fraction` of all the work is done; `result` is set when block `name` has just finished.
+
+    `seconds` is the time spent so far in each phase: record, start, meta, fit, decide, ranges.
+    """
 
     stage: str  # "block" or "ranges"
     name: str
     index: int
     total: int
     fraction: float
+    seconds: Mapping[str, float]
     result: BlockResult | None = None
     resumed: bool = False
 
@@ -74,20 +85,39 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
     for b in blocks:
         start, end = spans[b.name]
         per_sample = (end - start) / rows
-        recording = weight_samples / rows * 2 * (end - begin)
         fitting = config.reconstruction.iterations * BACKWARD * config.reconstruction.batch * per_sample
-        meta = config.omega.meta_steps * META * config.omega.batch * per_sample if config.omega.rule == "gac" else 0.0
-        costs.append(Cost(prepare=recording + meta, iterate=fitting + weight_samples * per_sample * 2))
+        o = config.omega
+        step = META.get(o.rule, 0.0) * min(o.groups, config.weight_steps) * o.validation_batch
+        meta = (JACOBIAN * o.batch + o.meta_steps * step) * per_sample if o.rule in META else 0.0
+        recording = 2 * weight_samples * per_sample
+        costs.append(Cost(prepare=recording + meta, iterate=fitting + recording))
     ranges = batch_count(len(data), config.activation) * whole * config.activation.batch / rows
     costs.append(Cost(prepare=0.0, iterate=ranges))
     return costs
 
 
 class Meter:
-    """Turn finished iterations into a share of all the work expected, and report it."""
+    """Turn finished iterations into a share of all the work expected, and report it; keep the time of each phase."""
 
     def __init__(self, costs: Sequence[Cost], report: Callable[[Progress], None]) -> None:
         self._costs, self._report = costs, report
+        self._seconds: dict[str, float] = {}
+        self._phase = ""
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time spent inside as phase `name`."""
+        self._phase, self._since = name, time.perf_counter()
+        yield
+        self._count()
+        self._phase = ""
+
+    def _count(self) -> None:
+        if self._phase:
+            now = time.perf_counter()
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+            self._since = now
 
     def block(self, index: int, name: str, iterations: int) -> Callable[[int], None]:
         """Return what to call with the number of finished iterations of block `index`."""
@@ -113,6 +143,7 @@ class Meter:
         result: BlockResult | None = None,
         resumed: bool = False,
     ) -> None:
+        self._count()
         cost = self._costs[index]
         work = sum(c.total for c in self._costs[:index]) + cost.prepare + share * cost.iterate
         self._report(
@@ -122,6 +153,7 @@ class Meter:
                 index=index,
                 total=len(self._costs) - 1,
                 fraction=work / sum(c.total for c in self._costs),
+                seconds=dict(self._seconds),
                 result=result,
                 resumed=resumed,
             )

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from calib import adaround, affine
 from calib.blocks import BlockIO
-from calib.config import ReconstructionConfig
-from calib.omega import PerSample, batch_weights
+from calib.config import OmegaConfig, ReconstructionConfig
+from calib.omega import PerSample, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +43,20 @@ def output_loss(out: Tensor, target: Tensor) -> Tensor:
     return error.flatten(1).mean(1) if error.ndim > 1 else error
 
 
-def block_loss(
-    block: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO, index: Tensor
-) -> Tensor:
-    """Return (m,) losses of the samples at `index` with the block's weights replaced by `weights`."""
-    args, kwargs, target = io.take(index)
+def block_loss(block: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO) -> Tensor:
+    """Return (len(io),) losses with the block's weights replaced by `weights`."""
+    args, kwargs = io.call()
     named = {layer.key: w for layer, w in zip(layers, weights, strict=True)}
-    return output_loss(torch.func.functional_call(block, named, args, kwargs), target)
+    assert isinstance(io.target, Tensor)
+    return output_loss(torch.func.functional_call(block, named, args, kwargs), io.target)
 
 
 def per_sample_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> PerSample:
     """Return the block's loss as a function of its rounding logits."""
 
-    def loss(logits: Sequence[Tensor], io: BlockIO, index: Tensor) -> Tensor:
+    def loss(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
         soft = [adaround.soft_weight(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
-        return block_loss(block, layers, soft, io, index)
+        return block_loss(block, layers, soft, io)
 
     return loss
 
@@ -67,7 +66,7 @@ def fit(
     logits: Sequence[Tensor],
     io: BlockIO,
     scores: Tensor,
-    temperature: float,
+    omega: OmegaConfig,
     config: ReconstructionConfig,
     generator: torch.Generator,
     on_iteration: Callable[[int], None],
@@ -79,7 +78,7 @@ def fit(
         logits: start.
         io: recording of the training samples.
         scores: (N,) sample scores; equal scores give plain AdaRound.
-        temperature: of the softmax over a mini-batch.
+        omega: how scores become weights.
         config: iterations, batch, learning rate and annealing.
         generator: draws the mini-batches.
         on_iteration: called with the number of finished iterations.
@@ -88,7 +87,7 @@ def fit(
     optimiser = torch.optim.Adam(values, lr=config.learning_rate)
     for i in range(config.iterations):
         index = torch.randperm(len(io), generator=generator)[: config.batch]
-        objective = (batch_weights(scores, index, temperature) * loss(values, io, index)).sum()
+        objective = (weights_of(scores, index, omega) * loss(values, io.take(index))).sum()
         sharpness = adaround.beta(i, config.iterations, config.warmup, config.beta_start, config.beta_end)
         if sharpness is not None:
             objective = objective + config.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
@@ -126,5 +125,6 @@ def mean_loss(block: nn.Module, layers: Sequence[LayerWeight], codes: Sequence[T
     """Return the block loss with integer `codes`, averaged over all samples."""
     weights = [c * affine.per_channel(w.scale, c.ndim) for w, c in zip(layers, codes, strict=True)]
     with torch.no_grad():
-        parts = [block_loss(block, layers, weights, io, i).double() for i in torch.split(torch.arange(len(io)), 32)]
+        chunks = torch.split(torch.arange(len(io)), 32)
+        parts = [block_loss(block, layers, weights, io.take(index)).double() for index in chunks]
     return float(torch.cat(parts).mean())

@@ -46,7 +46,10 @@ def calibrate(
     preset: Annotated[
         str, typer.Option(envvar="GAQ_EXPORT_PRESET", help="tiny (smoke test), fast (minutes) or paper (as published).")
     ] = "fast",
-    omega: Annotated[str, typer.Option(help="Sample weights: gac (gradient alignment) or uniform.")] = "gac",
+    omega: Annotated[
+        str,
+        typer.Option(help="Sample weights: gac (gradient alignment), gac-exact, fish, mse, random or uniform (none)."),
+    ] = "gac",
     convention: Annotated[
         str, typer.Option(help="Layers that stay float: deploy (first, last, time embedding) or tfmq (the papers').")
     ] = "deploy",

@@ -96,6 +96,12 @@ def calibrate(
     started = time.perf_counter()
     data = _collected(run, model, spec, chosen.images, chosen.config.seed, on_collect)
     collected = time.perf_counter()
+    phases: dict[str, float] = {}
+
+    def keep(progress: Progress) -> None:
+        phases.update(progress.seconds)
+        on_progress(progress)
+
     plan = quantize(
         model.network,
         data,
@@ -103,11 +109,17 @@ def calibrate(
         timesteps=model.schedule.num_train,
         about=about,
         folder=run.blocks,
-        on_progress=on_progress,
+        on_progress=keep,
     )
     save_plan(plan, run.plan)
-    now = time.perf_counter()
-    runs.note(run, "calibrate", collect_seconds=round(collected - started, 1), seconds=round(now - collected, 1))
+    runs.note(
+        run,
+        "calibrate",
+        collect_seconds=round(collected - started, 1),
+        seconds=round(time.perf_counter() - collected, 1),
+        phase_seconds={name: round(seconds, 1) for name, seconds in phases.items()},
+        peak_memory_mib=runs.peak_memory_mib(),
+    )
     return plan
 
 

@@ -23,7 +23,7 @@ class Preset:
 
 def _tiny() -> Preset:
     config = QuantConfig(
-        reconstruction=ReconstructionConfig(iterations=4, batch=4, learning_rate=1e-2),
+        reconstruction=ReconstructionConfig(iterations=4, batch=4, learning_rate=1e-2, start="gptq"),
         omega=OmegaConfig(meta_steps=1, batch=4, validation_batch=2),
         activation=ActivationConfig(batches=2, batch=4),
         weight_steps=2,
@@ -34,8 +34,8 @@ def _tiny() -> Preset:
 
 def _fast() -> Preset:
     config = QuantConfig(
-        reconstruction=ReconstructionConfig(iterations=300, batch=16, learning_rate=3e-2),
-        omega=OmegaConfig(meta_steps=6, batch=16, validation_batch=4),
+        reconstruction=ReconstructionConfig(iterations=200, batch=8, learning_rate=0.1, start="gptq"),
+        omega=OmegaConfig(meta_steps=6, batch=32, validation_batch=2),
         activation=ActivationConfig(batches=60),
         weight_steps=10,
     )

@@ -1,6 +1,7 @@
 """The run folder: where a calibration keeps its files, and the journal of what was done in it."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,6 +74,16 @@ def note(run: Run, step: str, **facts: Any) -> None:
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record["journal"].append({"step": step, "when": when, "version": __version__, **facts})
     _write(run, record)
+
+
+def peak_memory_mib() -> int | None:
+    """Return the most memory that this process has held, in MiB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def _read(run: Run) -> dict[str, Any] | None:

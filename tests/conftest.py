@@ -8,9 +8,13 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub import constants
+from hypothesis import settings
 from torch import Tensor, nn
 
 from gaq_export.schedule import NoiseSchedule, linear_schedule
+
+settings.register_profile("any machine", deadline=None)  # no test is about time
+settings.load_profile("any machine")
 
 TINY = {
     "sample_size": 16,

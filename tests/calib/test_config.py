@@ -15,6 +15,7 @@ from calib.config import (
     to_json,
 )
 from calib.errors import CalibError
+from calib.omega import RULES
 
 OTHER = QuantConfig(
     weight=WeightConfig(bits=3, norm=2.0, candidates=5),
@@ -66,6 +67,17 @@ def test_bits_from_two_to_eight_are_taken(bits: int) -> None:
 
 
 def test_an_unknown_omega_rule_is_refused_by_name() -> None:
-    with pytest.raises(CalibError, match=r"Unknown omega rule 'best'. Choose one of \['gac', 'uniform'\]"):
+    with pytest.raises(CalibError, match=r"Unknown omega rule 'best'. Choose one of \['fish', 'gac', 'gac-exact', "):
         QuantConfig(omega=OmegaConfig(rule="best"))
-    assert {QuantConfig(omega=OmegaConfig(rule=rule)).omega.rule for rule in OMEGA_RULES} == {"gac", "uniform"}
+    assert {QuantConfig(omega=OmegaConfig(rule=rule)).omega.rule for rule in OMEGA_RULES} == {
+        "uniform",
+        "random",
+        *RULES,
+    }
+
+
+def test_an_unknown_softmax_or_rounding_start_is_refused_by_name() -> None:
+    with pytest.raises(CalibError, match=r"Unknown omega softmax 'all'. Choose one of \['batch', 'set'\]"):
+        QuantConfig(omega=OmegaConfig(softmax="all"))
+    with pytest.raises(CalibError, match=r"Unknown rounding start 'up'. Choose one of \['float', 'gptq'\]"):
+        QuantConfig(reconstruction=ReconstructionConfig(start="up"))

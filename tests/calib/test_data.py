@@ -20,11 +20,11 @@ def test_thinning_keeps_every_kth_step_whole() -> None:
 
 def test_the_split_takes_as_many_samples_of_every_step_and_loses_none() -> None:
     parts = split(_set(20, 40), 0.05, 5, torch.Generator().manual_seed(0))
-    counts = torch.bincount(parts.validation.step)
-    assert counts.tolist() == [2] * 20
-    assert len(parts.train) + len(parts.validation) == 800
+    held_out = parts.data.take(parts.validation)
+    assert torch.bincount(held_out.step).tolist() == [2] * 20
+    assert torch.equal(torch.cat([parts.train, parts.validation]).sort()[0], torch.arange(800))
     assert torch.bincount(parts.group).tolist() == [8] * 5
-    assert torch.equal(parts.group, parts.validation.step // 4)
+    assert torch.equal(parts.group, held_out.step // 4)
 
 
 def test_one_image_cannot_be_split() -> None:

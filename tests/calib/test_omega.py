@@ -1,117 +1,179 @@
-"""The closed form of the surrogate gradient, against plain double backward in float64."""
+"""The closed forms of every rung of the ladder, against plain double backward in float64; and what the weights do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from calib import omega
 from calib.blocks import BlockIO
 from calib.config import OmegaConfig
-from calib.omega import align, batch_weights, initial_scores, softmax_gradient, surrogate_gradient
+from calib.omega import align, initial_scores, score_gradient, weights_of
 
 N, P, K = 7, 5, 3
+Problem = tuple[Tensor, Tensor, list[Tensor], Tensor]
 
 
-def _problem() -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+def problem() -> Problem:
+    """Return logits (P,), training samples (N, P), K validation groups and weights (N,), all in float64."""
     g = torch.Generator().manual_seed(0)
     train = torch.randn(N, P, generator=g, dtype=torch.float64)
     groups = [torch.randn(4, P, generator=g, dtype=torch.float64) for _ in range(K)]
     logits = torch.randn(P, generator=g, dtype=torch.float64)
-    omega = torch.softmax(torch.randn(N, generator=g, dtype=torch.float64), 0)
-    return logits, train, groups, omega
+    return logits, train, groups, torch.softmax(torch.randn(N, generator=g, dtype=torch.float64), 0)
 
 
-def _loss(logits: Tensor, x: Tensor) -> Tensor:
+def loss(logits: Tensor, x: Tensor) -> Tensor:
     """Smooth and not quadratic, so that Hessians differ from group to group."""
     return ((x * torch.sigmoid(logits)).sum(-1).tanh() - x.sum(-1)).square()
 
 
-def _outer_objective(omega: Tensor, logits: Tensor, train: Tensor, groups: list[Tensor], eta: float) -> Tensor:
-    """mean_k L_k - 2 / (K (K - 1)) sum_{t<k} G_t . G_k, written out as the paper has it."""
-    v = logits.clone().requires_grad_()
-    inner = torch.autograd.grad((omega * _loss(v, train)).sum(), v, create_graph=True)[0]
-    ahead = logits - eta * inner
-    losses = [_loss(ahead, x).mean() for x in groups]
-    g = [torch.autograd.grad(one, omega, create_graph=True)[0] for one in losses]
-    pairs = [g[a] @ g[b] for a in range(len(g)) for b in range(a + 1, len(g))]
-    return torch.stack(losses).mean() - 2 / (len(g) * (len(g) - 1)) * torch.stack(pairs).sum()
+def objective(rule: str, weights: Tensor, eta: float) -> Tensor:
+    """Write out mean_k L_k - 2 / (K (K - 1)) sum_{t<k} G_t . G_k as the paper has it, with the rule's G."""
+    logits, train, groups, _ = problem()
+    v = logits.requires_grad_()
+    inner = torch.autograd.grad((weights * loss(v, train)).sum(), v, create_graph=True)[0]
+    ahead = logits.detach() - eta * inner
+    losses = [loss(ahead, x).mean() for x in groups]
+    mean = torch.stack(losses).mean()
+    if rule == "mse":
+        return mean
+    what = weights if rule == "gac" else ahead
+    g = [torch.autograd.grad(one, what, create_graph=True)[0] for one in losses]
+    pairs = [g[a] @ g[b] for a in range(K) for b in range(a + 1, K)]
+    return mean - 2 / (K * (K - 1)) * torch.stack(pairs).sum()
 
 
-@pytest.mark.parametrize("inner_step", [1e-2, 0.3, 3.0])
-def test_the_closed_form_equals_double_backward(inner_step: float) -> None:
-    logits, train, groups, omega = _problem()
-    v = logits.clone().requires_grad_()
-    gradient = torch.autograd.grad((omega * _loss(v, train)).sum(), v)[0]
-    eta = inner_step / gradient.square().mean().sqrt().item()
-    free = omega.clone().requires_grad_()
-    expected = torch.autograd.grad(_outer_objective(free, logits, train, groups, eta), free)[0]
-    found = surrogate_gradient(
-        lambda p: _loss(p[0], train),
-        [lambda p, x=x: _loss(p[0], x).mean() for x in groups],
-        [logits],
-        omega,
-        inner_step,
-    )
-    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-14)
+def closed_form(rule: str, eta: float) -> Tensor:
+    logits, train, groups, weights = problem()
+    jacobian = torch.autograd.functional.jacobian(lambda v: loss(v, train), logits)
+    return omega.RULES[rule](jacobian, eta, logits, [lambda p, x=x: loss(p, x).mean() for x in groups], weights)
 
 
-def test_the_outer_gradient_agrees_with_finite_differences() -> None:
-    logits, train, groups, omega = _problem()
-    free = omega.clone().requires_grad_()
-    exact = torch.autograd.grad(_outer_objective(free, logits, train, groups, 0.5), free)[0]
+@pytest.mark.parametrize("eta", [1e-2, 0.3, 3.0])
+@pytest.mark.parametrize("rule", ["mse", "gac", "gac-exact"])
+def test_the_closed_form_equals_double_backward(rule: str, eta: float) -> None:
+    free = problem()[3].requires_grad_()
+    expected = torch.autograd.grad(objective(rule, free, eta), free)[0]
+    assert torch.allclose(closed_form(rule, eta), expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["mse", "gac", "gac-exact"])
+def test_the_closed_form_agrees_with_finite_differences(rule: str) -> None:
+    weights, found = problem()[3], closed_form(rule, 0.5)
     for i in range(N):
-        shift = torch.zeros_like(omega)
+        shift = torch.zeros_like(weights)
         shift[i] = 1e-6
-        up, down = (_outer_objective((omega + s).requires_grad_(), logits, train, groups, 0.5) for s in (shift, -shift))
-        assert torch.isclose((up - down) / 2e-6, exact[i], rtol=1e-5, atol=1e-9)
+        up, down = (objective(rule, (weights + s).requires_grad_(), 0.5) for s in (shift, -shift))
+        assert torch.isclose((up - down) / 2e-6, found[i], rtol=1e-5, atol=1e-9)
 
 
-def test_the_softmax_gradient_is_the_jacobian_of_softmax() -> None:
-    scores = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    gradient = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    omega = torch.softmax(scores / 0.5, 0)
-    expected = torch.autograd.grad((omega * gradient).sum(), scores)[0]
-    assert torch.allclose(softmax_gradient(omega.detach(), gradient, 0.5), expected)
+def test_fish_averaged_over_task_orders_leans_the_way_gradient_matching_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To first order in its step, fish less mse is a multiple of gac less mse (Shi et al. 2021, theorem 3.1)."""
+    logits, train, groups, weights = problem()
+    jacobian = torch.autograd.functional.jacobian(lambda v: loss(v, train), logits)
+    eta, step = 0.3, 1e-4
+
+    def path(order: Sequence[int]) -> Tensor:
+        """A plain step, not scaled to the gradient's size as `fish` does, so that the theorem's terms stand alone."""
+        at, total = weights.clone(), torch.zeros_like(weights)
+        for k in order:
+            gradient = omega.mse(jacobian, eta, logits, [lambda p, x=groups[k]: loss(p, x).mean()], at)
+            at, total = at - step * gradient, total + gradient
+        return total / K
+
+    orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    lean = torch.stack([path(o) for o in orders]).mean(0) - closed_form("mse", eta)
+    expected = closed_form("gac", eta) - closed_form("mse", eta)
+    assert torch.nn.functional.cosine_similarity(lean, expected, dim=0) > 0.999
+    monkeypatch.setattr(omega, "FISH_STEP", 1e-7)
+    assert torch.allclose(closed_form("fish", eta), closed_form("mse", eta), rtol=1e-4)
 
 
-def test_equal_scores_weigh_every_sample_alike() -> None:
-    index = torch.tensor([3, 1, 8, 0])
-    assert torch.equal(batch_weights(initial_scores(10, 32), index, 1.0), torch.full((4,), 0.25))
+@pytest.mark.parametrize("softmax", ["batch", "set"])
+def test_the_score_gradient_is_the_jacobian_of_the_softmax(softmax: str) -> None:
+    g = torch.Generator().manual_seed(3)
+    scores = torch.randn(9, dtype=torch.float64, generator=g, requires_grad=True)
+    index, config = torch.tensor([7, 2, 4]), OmegaConfig(temperature=0.5, softmax=softmax)
+    gradient = torch.randn(3, dtype=torch.float64, generator=g)
+    if softmax == "batch":
+        weights = torch.softmax(scores[index] / 0.5, 0)
+    else:
+        weights = torch.softmax(scores / 0.5, 0)[index] * 9 / 3
+    assert torch.allclose(weights_of(scores, index, config).double(), weights, atol=1e-6)
+    expected = torch.autograd.grad((weights * gradient).sum(), scores)[0][index]
+    assert torch.allclose(score_gradient(weights.detach(), gradient, config, 9), expected)
 
 
-def test_a_sample_that_helps_validation_gains_weight_and_a_harmful_one_loses_it() -> None:
+@pytest.mark.parametrize("rule", ["uniform", "mse", "gac", "gac-exact", "fish"])
+@pytest.mark.parametrize("softmax", ["batch", "set"])
+def test_equal_scores_weigh_every_sample_alike(rule: str, softmax: str) -> None:
+    config = OmegaConfig(rule=rule, softmax=softmax)
+    scores = initial_scores(config, 8, torch.Generator())
+    assert weights_of(scores, torch.tensor([3, 1, 7, 0]), config).tolist() == pytest.approx([0.25] * 4)
+
+
+def pull(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
+    """The loss of samples that each pull the first logit to their target."""
+    return (logits[0].sum() - io.target[:, 0]).square()
+
+
+def recording(target: Tensor) -> BlockIO:
+    _, spec = torch.utils._pytree.tree_flatten(((), {}))
+    return BlockIO(inputs=(), batched=(), spec=spec, target=target)
+
+
+@pytest.mark.parametrize("softmax", ["batch", "set"])
+@pytest.mark.parametrize("rule", ["mse", "gac", "fish"])
+def test_a_sample_that_helps_validation_gains_weight_and_a_harmful_one_loses_it(rule: str, softmax: str) -> None:
     """Two kinds of training samples pull a logit apart; validation sides with the first kind."""
-
-    def loss(logits: Sequence[Tensor], io: BlockIO, index: Tensor) -> Tensor:
-        return (logits[0].sum() - io.target[index, 0]).square()
-
-    train = _recording(torch.tensor([[1.0], [1.0], [1.0], [-1.0]]).repeat(4, 1))
-    held_out = _recording(torch.full((10, 1), 1.0))
-    config = OmegaConfig(
-        groups=2, meta_steps=40, meta_learning_rate=0.05, inner_step=0.01, batch=16, validation_batch=4
+    train = recording(torch.tensor([[1.0], [1.0], [1.0], [-1.0]]).repeat(4, 1))
+    settings = OmegaConfig(
+        rule=rule,
+        softmax=softmax,
+        groups=2,
+        meta_steps=20,
+        meta_learning_rate=0.05,
+        inner_step=0.01,
+        batch=16,
+        validation_batch=4,
     )
-    scores = align(
-        loss,
-        [torch.zeros(1)],
-        train,
-        held_out,
-        torch.arange(10) % 2,
-        initial_scores(16, 16),
-        config,
-        torch.Generator().manual_seed(0),
-    )
+    scores = aligned(pull, train, settings)
     assert scores[train.target[:, 0] > 0].min() > scores[train.target[:, 0] < 0].max()
 
 
-def _recording(target: Tensor) -> BlockIO:
-    _, spec = torch.utils._pytree.tree_flatten(((), {}))
-    return BlockIO(inputs=(), spec=spec, target=target)
+def test_matching_plain_inner_products_exactly_can_favour_the_harmful_samples() -> None:
+    """L_GM has no normalisation: two groups that agree match better the larger, hence worse, their gradients are."""
+    train = recording(torch.tensor([[1.0], [1.0], [1.0], [-1.0]]).repeat(4, 1))
+    settings = OmegaConfig(rule="gac-exact", groups=2, meta_steps=20, inner_step=0.01, batch=16, validation_batch=4)
+    scores = aligned(pull, train, settings)
+    assert scores[train.target[:, 0] > 0].max() < scores[train.target[:, 0] < 0].min()
 
 
-def test_samples_that_cancel_leave_the_weights_as_they_are() -> None:
-    def samples(logits: Sequence[Tensor]) -> Tensor:
-        return logits[0] * torch.tensor([1.0, -1.0])
+def aligned(loss: Callable[[Sequence[Tensor], BlockIO], Tensor], train: BlockIO, settings: OmegaConfig) -> Tensor:
+    start = initial_scores(settings, len(train), torch.Generator().manual_seed(5))
+    held_out = recording(torch.full((10, 1), 1.0))
+    generator = torch.Generator().manual_seed(0)
+    return align(loss, [torch.zeros(1)], train, held_out, torch.arange(10) % 2, start, settings, generator)
 
-    omega = torch.tensor([0.5, 0.5])
-    assert surrogate_gradient(samples, [lambda p: p[0].sum()] * 2, [torch.zeros(1)], omega, 0.1).tolist() == [0, 0]
+
+@pytest.mark.parametrize("rule", ["uniform", "random"])
+def test_rules_without_meta_updates_keep_their_scores(rule: str) -> None:
+    settings = OmegaConfig(rule=rule, batch=4)
+    start = initial_scores(settings, 6, torch.Generator().manual_seed(5))
+    assert torch.equal(aligned(pull, recording(torch.ones(6, 1)), settings), start)
+    assert len(torch.unique(start)) == (6 if rule == "random" else 1)
+
+
+def test_samples_that_ask_for_nothing_leave_the_scores_as_they_are() -> None:
+    settings = OmegaConfig(rule="gac", batch=4)
+    train = recording(torch.zeros(6, 1))
+    assert torch.equal(aligned(pull, train, settings), initial_scores(settings, 6, torch.Generator()))
+
+
+def test_only_the_scores_of_the_mini_batch_move() -> None:
+    settings = OmegaConfig(rule="mse", batch=4, meta_steps=2, groups=2)
+    train = recording(torch.linspace(-1, 2, 12)[:, None])
+    moved = aligned(pull, train, settings) != initial_scores(settings, 12, torch.Generator())
+    assert moved.sum() == 4

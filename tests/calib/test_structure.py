@@ -1,12 +1,10 @@
 """What is quantized, what stays float and why, and where blocks begin, in networks of several kinds."""
 
 import pytest
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from calib.blocks import find_blocks, record_inputs, record_output
-from calib.data import CalibrationSet
+from calib.blocks import find_blocks
 from calib.errors import CalibError
 from calib.layers import float_reasons, trace
 from gaq_export.denoiser import EpsilonModel
@@ -71,27 +69,3 @@ def test_a_network_with_another_output_shape_is_refused() -> None:
 
     with pytest.raises(CalibError, match=r"input's shape \(3, 1, 8, 8\); found \(3, 1, 7, 8\)"):
         trace(Wrong(), (1, 8, 8), 100)
-
-
-@pytest.mark.parametrize("count", [4, 6])
-def test_a_recording_replays_the_block_it_came_from(tiny_unet: UNet2DModel, count: int) -> None:
-    network = EpsilonModel(tiny_unet)
-    generator = torch.Generator().manual_seed(0)
-    t = torch.arange(count) * 10
-    data = CalibrationSet(x=torch.randn(count, 1, 16, 16, generator=generator), t=t, step=t)
-    name = "unet.down_blocks.1.resnets.0"
-    leaves, spec = record_inputs(network, name, data, micro_batch=4)
-    args, kwargs = torch.utils._pytree.tree_unflatten(list(leaves), spec)
-    with torch.no_grad():
-        again = network.get_submodule(name)(*args, **kwargs)
-    assert torch.allclose(again, record_output(network, name, data, micro_batch=4), atol=1e-5)
-
-
-def test_a_large_recording_lies_in_a_file(tiny_unet: UNet2DModel, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("calib.blocks.MEMORY_BYTES", 1000)
-    t = torch.arange(5)
-    data = CalibrationSet(x=torch.randn(5, 1, 16, 16), t=t, step=t)
-    name = "unet.down_blocks.0.resnets.0"
-    mapped = record_output(EpsilonModel(tiny_unet), name, data, 4, tmp_path)
-    assert (tmp_path / "target").stat().st_size >= mapped.numel() * 4
-    assert torch.equal(mapped, record_output(EpsilonModel(tiny_unet), name, data, 4))

@@ -28,7 +28,10 @@ def test_calibration_leaves_a_run_folder_that_says_what_was_done(tiny_run: Path)
     record = json.loads((tiny_run / "run.json").read_text())
     assert record["settings"]["config"]["weight"]["bits"] == 4
     assert record["settings"]["images"] == 4
-    assert record["journal"][0]["step"] == "calibrate"
+    line = record["journal"][0]
+    assert line["step"] == "calibrate"
+    assert set(line["phase_seconds"]) == {"record", "start", "meta", "fit", "decide", "ranges"}
+    assert line["peak_memory_mib"] > 50
     assert {"plan.safetensors", "plan.json", "calibration", "blocks"} <= {p.name for p in tiny_run.iterdir()}
 
 

@@ -1,0 +1,119 @@
+"""A rounding to start from: GPTQ (Frantar et al. 2022, arXiv 2210.17323), layer by layer inside a block.
+
+AdaRound starts from the float weight and finds the rounding by gradient alone. GPTQ rounds the columns of a weight one
+after another and lets those not yet rounded make up for the error, in closed form from the second moments of the
+layer's input. Starting between the two, AdaRound needs a fraction of the iterations (docs/results/schedules).
+
+    min || (W - Q) X ||^2:   H = X X^T,  U = chol(H^-1)^T;   e_i = (w_i - q_i) / U_ii,   W_j -= e_i U_ij  for j > i
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib import adaround
+from calib.affine import integer_range, per_channel
+from calib.blocks import BlockIO
+from calib.reconstruct import LayerWeight
+
+SAMPLES = 64  # of a recording, for the second moments
+CHUNK = 8  # samples at once while they are summed
+COLUMNS = 128  # rounded before the rest of the weight is brought up to date
+DAMPING = 0.01  # of H's mean diagonal
+BLEND = 0.7  # how far h(V) starts on the way from the float weight to GPTQ's decision
+
+
+def start_logits(
+    block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO, generator: torch.Generator
+) -> list[Tensor]:
+    """Return rounding logits that lean towards GPTQ's decision, in the order of `layers`, which is call order.
+
+    Each layer sees what the layers before it, already rounded, give. A layer whose input cannot be seen or unfolded
+    (grouped or padded other than with zeros) starts from its float weight.
+
+    Args:
+        block: holds `layers`; not changed.
+        layers: float weights and grids.
+        io: recording of the block's inputs.
+        generator: draws the samples.
+    """
+    few = io.take(torch.randperm(len(io), generator=generator)[:SAMPLES])
+    weights = {w.key: w.weight for w in layers}
+    logits = []
+    for w in layers:
+        moments = _second_moments(block, weights, w.key, few)
+        if moments is None:
+            logits.append(adaround.initial_logits(w.weight, w.scale))
+            continue
+        codes = round_columns(w.weight.flatten(1), moments, w.scale, w.bits).reshape(w.weight.shape)
+        weights[w.key] = codes * per_channel(w.scale, codes.ndim)
+        logits.append(_leaning(w, codes))
+    return logits
+
+
+def round_columns(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return int8 codes (C, K) of `weight` (C, K) that minimise the error on inputs with second moments (K, K).
+
+    Args:
+        weight: float, one output channel a row.
+        moments: X X^T, symmetric, on any scale.
+        scale: (C,) grid of each row.
+        bits: its width.
+    """
+    low, high = integer_range(bits)
+    rest, h, step = weight.double(), moments.double().clone(), scale.double()
+    h.diagonal().add_(DAMPING * h.diagonal().mean()).clamp_(min=1e-12)
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)  # what matters most is rounded first
+    rest, h = rest[:, order], h[order][:, order]
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    codes = torch.empty_like(rest)
+    for first in range(0, rest.shape[1], COLUMNS):
+        last = min(first + COLUMNS, rest.shape[1])
+        errors = torch.empty(len(rest), last - first, dtype=rest.dtype)
+        for i in range(first, last):
+            codes[:, i] = torch.round(rest[:, i] / step).clamp(low, high)
+            errors[:, i - first] = (rest[:, i] - codes[:, i] * step) / u[i, i]
+            rest[:, i:last] -= errors[:, i - first, None] * u[i, i:last]
+        rest[:, last:] -= errors @ u[first:last, last:]
+    return codes[:, torch.argsort(order)].to(torch.int8)
+
+
+def _leaning(w: LayerWeight, codes: Tensor) -> Tensor:
+    """Return V with h(V) BLEND of the way from the float weight to `codes`, or to the neighbour on their side."""
+    grid = w.weight / per_channel(w.scale, w.weight.ndim)
+    floor = torch.floor(grid)
+    up = (codes - floor).clamp(0, 1)
+    h = torch.lerp(grid - floor, up, BLEND).clamp(1e-3, 1 - 1e-3)
+    return adaround.logits_of(h)
+
+
+def _second_moments(block: nn.Module, weights: Mapping[str, Tensor], key: str, io: BlockIO) -> Tensor | None:
+    """Return X X^T (K, K) of what layer `key` sees when the block holds `weights`; None if that cannot be had."""
+    layer = block.get_submodule(key.rpartition(".")[0])
+    total: Tensor | None = None
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal total
+        columns = _columns(module, args[0])
+        if columns is not None:
+            total = columns.T @ columns + (0 if total is None else total)
+
+    with torch.no_grad(), layer.register_forward_pre_hook(hook):
+        for index in torch.split(torch.arange(len(io)), CHUNK):
+            args, kwargs = io.take(index).call()
+            torch.func.functional_call(block, dict(weights), args, kwargs)
+    return total
+
+
+def _columns(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Return a layer's input as rows (M, K) that multiply its flattened weight (C, K)."""
+    if isinstance(layer, nn.Linear):
+        return x.flatten(0, -2)
+    if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.padding_mode != "zeros":
+        return None
+    if isinstance(layer.padding, str):
+        return None
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return patches.transpose(1, 2).flatten(0, 1)  # (N, K, L) -> (N * L, K)
