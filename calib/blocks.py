@@ -24,10 +24,14 @@ MEMORY_BYTES = 1 << 30  # a recording larger than this is kept in a memory-mappe
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A module to reconstruct and the quantized layers in it, both by full name, in call order."""
+    """A module to reconstruct and the quantized layers in it, both by full name, in call order.
+
+    `module` is set where the network has no such module: it is called with `t` alone (`calib.temporal`).
+    """
 
     name: str
     layers: tuple[str, ...]
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The story: float network and calibration set in, quantization plan out (GAC, arXiv 2602.01289, Algorithm 1).
 
 find the layers and blocks; search weight scales; set aside validation samples; start from equal scores
-for each block in network order:
+for each block, the temporal one first, then in network order:
     record its inputs from the already quantized prefix and its output in the float network
     update the sample scores by gradient alignment
     reconstruct: learn the rounding with the weights that the scores give
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import adaround, affine, blocks, checkpoint, omega, ranges, reconstruct
+from calib import adaround, affine, blocks, checkpoint, omega, ranges, reconstruct, temporal
 from calib import config as configs
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
@@ -56,10 +56,14 @@ def calibrate(
     Raises:
         CalibError: nothing to quantize, too few samples, or a network of another form.
     """
-    found = trace(model, tuple(data.x.shape[1:]), timesteps)
+    shape = tuple(data.x.shape[1:])
+    found = trace(model, shape, timesteps)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
-    order, loose = blocks.find_blocks(found, quantized)
+    first = temporal.find_block(model, found, quantized, shape)
+    apart = {n for block in first for n in block.layers}
+    order, loose = blocks.find_blocks(found, [n for n in quantized if n not in apart])
+    order = first + order
     scales = {n: _scale(model, n, config) for n in quantized}
     subset = split(
         thin_steps(data, config.weight_steps), config.omega.validation, config.omega.groups, _generator(config, "split")
@@ -111,7 +115,7 @@ def _calibrate_block(
 ) -> BlockState:
     """Record, align, reconstruct and harden one block."""
     generator = _generator(config, block.name)
-    module = network.get_submodule(block.name)
+    module = network.get_submodule(block.name) if block.module is None else block.module
     layers = [_layer_weight(block, module, n, scales[n], config) for n in block.layers]
     logits = [adaround.initial_logits(w.weight, w.scale) for w in layers]
     train = _record(model, network, block, subset.train, config, folder and folder / "scratch" / "train")
@@ -132,13 +136,15 @@ def _record(
     model: nn.Module, network: nn.Module, block: Block, data: CalibrationSet, config: QuantConfig, scratch: Path | None
 ) -> BlockIO:
     """Pair the block's inputs in the quantized network with its output in the float one (asymmetric)."""
+    if block.module is not None:
+        return temporal.record(block.module, data, config.micro_batch)
     inputs, spec = blocks.record_inputs(network, block.name, data, config.micro_batch, scratch)
     target = blocks.record_output(model, block.name, data, config.micro_batch, scratch)
     return BlockIO(inputs=inputs, spec=spec, target=target)
 
 
 def _layer_weight(block: Block, module: nn.Module, name: str, scale: Tensor, config: QuantConfig) -> LayerWeight:
-    inner = name[len(block.name) :].lstrip(".")
+    inner = name[len(block.name) :].lstrip(".") if block.module is None else name
     weight = module.get_submodule(inner).weight
     assert isinstance(weight, Tensor)
     key = f"{inner}.weight" if inner else "weight"
