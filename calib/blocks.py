@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calib.layers import Trace
@@ -20,10 +20,14 @@ MAX_LAYERS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A module to reconstruct and the quantized layers in it, both by full name, in call order."""
+    """A module to reconstruct and the quantized layers in it, both by full name, in call order.
+
+    `module` is set where the network has no such module: it is called with `t` alone (`calib.temporal`).
+    """
 
     name: str
     layers: tuple[str, ...]
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

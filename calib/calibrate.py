@@ -1,7 +1,7 @@
 """The story: float network and calibration set in, quantization plan out (GAC, arXiv 2602.01289, Algorithm 1).
 
 find the layers and blocks; search weight scales; set aside validation samples; start from equal scores
-for each block in network order:
+for each block, the temporal one first, then in network order:
     record its inputs from the already quantized prefix and its output in the float network
     update the sample scores, by gradient alignment or another rule
     reconstruct: learn the rounding with the weights that the scores give
@@ -12,8 +12,6 @@ then observe the activation ranges of the quantized network
 import copy
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import adaround, affine, blocks, checkpoint, gptq, omega, ranges, reconstruct
+from calib import adaround, affine, blocks, checkpoint, gptq, omega, ranges, reconstruct, temporal
 from calib import config as configs
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split, split, thin_steps
-from calib.errors import CalibError
-from calib.layers import float_reasons, trace
+from calib.layers import Trace, float_reasons, trace
 from calib.plan import LayerQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.reconstruct import BlockResult, LayerWeight
-from calib.replay import Replay
+from calib.recording import recorder
 
 
 def calibrate(
@@ -59,15 +56,16 @@ def calibrate(
     Raises:
         CalibError: nothing to quantize, too few samples, or a network of another form.
     """
-    found = trace(model, tuple(data.x.shape[1:]), timesteps)
+    shape = tuple(data.x.shape[1:])
+    found = trace(model, shape, timesteps)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
-    order, loose = blocks.find_blocks(found, quantized)
+    order, loose = _order(model, found, quantized, shape)
     scales = {n: _scale(model, n, config) for n in quantized}
     subset = split(
         thin_steps(data, config.weight_steps), config.omega.validation, config.omega.groups, _generator(config, "split")
     )
-    key = _key(model, data, config)
+    key = _key(model, data, config, order)
     meter = Meter(block_costs(model, order, data, config), on_progress)
 
     network = copy.deepcopy(model)
@@ -75,22 +73,19 @@ def calibrate(
     results = [BlockResult(name=n, layers=(n,), loss_before=None, loss_after=None, rounding="nearest") for n in loose]
     _put(network, codes, scales)
     scores = omega.initial_scores(config.omega, len(subset.train), _generator(config, "scores"))
-    with tempfile.TemporaryDirectory(dir=_made(folder), prefix="scratch-") as scratch:
-        floats = Replay(model, subset.data, config.micro_batch, folder and Path(scratch) / "float")
-        quantized_so_far = Replay(network, subset.data, config.micro_batch, folder and Path(scratch) / "quantized")
+    with recorder(model, network, subset.data, config.micro_batch, folder) as recording:
         for i, block in enumerate(order):
             state = checkpoint.load_block(folder, i, key) if folder else None
             resumed = state is not None
             if state is None:
-                io = _record(floats, quantized_so_far, block, meter)
+                with meter.phase("record"):
+                    io = recording.record(block)
                 tick = meter.block(i, block.name, config.reconstruction.iterations)
                 state = _calibrate_block(network, block, scales, subset, io, scores, config, meter, tick)
                 if folder:
                     checkpoint.save_block(folder, i, key, state)
-            else:
-                floats.finish(block.name)
             _put(network, state.codes, scales)
-            quantized_so_far.finish(block.name)
+            recording.finish(block)
             codes, scores = codes | state.codes, state.scores
             results.append(state.result)
             meter.finished(i, state.result, resumed)
@@ -107,6 +102,16 @@ def calibrate(
     )
 
 
+def _order(
+    model: nn.Module, found: Trace, quantized: Sequence[str], shape: tuple[int, ...]
+) -> tuple[list[Block], list[str]]:
+    """Return the temporal block, if there is one, and the others in network order; and the layers in none."""
+    first = temporal.find_block(model, found, quantized, shape)
+    apart = {n for block in first for n in block.layers}
+    order, loose = blocks.find_blocks(found, [n for n in quantized if n not in apart])
+    return first + order, loose
+
+
 def _calibrate_block(
     network: nn.Module,
     block: Block,
@@ -120,7 +125,7 @@ def _calibrate_block(
 ) -> BlockState:
     """Align, reconstruct and harden one block."""
     generator = _generator(config, block.name)
-    module = network.get_submodule(block.name)
+    module = network.get_submodule(block.name) if block.module is None else block.module
     layers = [_layer_weight(block, module, n, scales[n], config) for n in block.layers]
     train, validation = io.part(subset.train), io.part(subset.validation)
     with meter.phase("start"):
@@ -146,29 +151,8 @@ def _float_start(
 STARTS = {"float": _float_start, "gptq": gptq.start_logits}
 
 
-def _record(floats: Replay, quantized: Replay, block: Block, meter: Meter) -> BlockIO:
-    """Pair the block's inputs in the quantized network with its output in the float one (asymmetric)."""
-    with meter.phase("record"):
-        target = floats.output(block.name)
-        inputs, batched, spec = quantized.inputs(block.name)
-    return BlockIO(inputs=inputs, batched=batched, spec=spec, target=target)
-
-
-def _made(folder: Path | None) -> Path | None:
-    """Make the folder, so that a scratch folder can lie in it; a scratch folder that a killed run left is removed."""
-    if folder is None:
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CalibError(f"Cannot write {folder}: {error.strerror}. Choose a folder you may write to.") from error
-    for left in folder.glob("scratch-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    return folder
-
-
 def _layer_weight(block: Block, module: nn.Module, name: str, scale: Tensor, config: QuantConfig) -> LayerWeight:
-    inner = name[len(block.name) :].lstrip(".")
+    inner = name[len(block.name) :].lstrip(".") if block.module is None else name
     weight = module.get_submodule(inner).weight
     assert isinstance(weight, Tensor)
     key = f"{inner}.weight" if inner else "weight"
@@ -214,9 +198,10 @@ def _generator(config: QuantConfig, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig) -> str:
-    """Identify a calibration by its settings, samples and float weights."""
-    sha = hashlib.sha256(json.dumps(configs.to_json(config), sort_keys=True).encode())
+def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block]) -> str:
+    """Identify a calibration by its settings, blocks, samples and float weights."""
+    identity = [configs.to_json(config), [(b.name, b.layers) for b in order]]
+    sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for tensor in (data.x, data.t, data.step, *model.state_dict().values()):
         sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()

@@ -11,10 +11,12 @@ from calib.blocks import BlockIO
 from calib.config import OmegaConfig, ReconstructionConfig
 from calib.omega import PerSample, weights_of
 
+JUDGED = 256  # samples, evenly spread over the steps, that nearest and learned rounding are compared on
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """Mean block loss over the training samples with nearest rounding and with the rounding that was kept.
+    """Mean block loss with nearest rounding and with the rounding that was kept, over at most JUDGED training samples.
 
     `rounding` is "adaround", or "nearest" where learning did not beat it, or where a layer that is called several times
     belongs to no block (its losses are None).
@@ -109,7 +111,8 @@ def decide(
     """Harden the rounding, keep nearest rounding where that has the lower loss; return codes and the result."""
     nearest = [affine.quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
     learned = [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
-    before, after = (mean_loss(block, layers, codes, io) for codes in (nearest, learned))
+    some = io.part(torch.linspace(0, len(io) - 1, min(len(io), JUDGED)).round().long())
+    before, after = (mean_loss(block, layers, codes, some) for codes in (nearest, learned))
     keep = after <= before
     result = BlockResult(
         name=name,

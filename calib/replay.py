@@ -49,12 +49,12 @@ class Replay:
         budget: int = BUDGET_BYTES,
     ) -> None:
         self._network, self._data, self._size, self._folder, self._budget = network, data, micro_batch, folder, budget
-        self._finished: list[str] = []
+        self._finished: dict[str, None] = {}
         self._kept: dict[str, Rows] = {}
 
     def finish(self, name: str) -> None:
         """Say that block `name` will not change any more."""
-        self._finished.append(name)
+        self._finished[name] = None
 
     def inputs(self, name: str) -> tuple[tuple[Any, ...], tuple[bool, ...], pytree.TreeSpec]:
         """Return the leaves of block `name`'s (args, kwargs), which of them are rows, and how they make it up."""

@@ -1,0 +1,179 @@
+"""The temporal information block: all quantized layers that the timestep alone decides, reconstructed as one.
+
+TFMQ-DM (Huang et al., CVPR 2024, arXiv 2311.16503) learns the rounding of a U-Net's time-embedding layer and of every
+embedding projection together, before all other blocks and apart from them, so that what the network is told about the
+step stays true:
+
+    loss(t) = sum_i || g_i(h(t)) - g_hat_i(h_hat(t)) ||^2
+
+    h    time embedding     g_i  embedding projection i     _hat  with quantized weights
+
+These layers lie all over the network and are no module of it, so they are cut out of the graph that `torch.export`
+sees, as a module of their own: `t` in, the outputs of the last of them, side by side, out.
+"""
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from calib.blocks import Block, BlockIO
+from calib.data import CalibrationSet
+from calib.errors import CalibError
+from calib.layers import PROBE_BATCH, Trace
+
+NAME = "(temporal)"  # not an identifier, so not a module's name
+
+_Calls = dict[fx.Node, tuple[str, str]]  # the nodes of layers: layer name, and which call of it
+
+
+def find_block(model: nn.Module, found: Trace, quantized: Collection[str], shape: tuple[int, ...]) -> list[Block]:
+    """Return the temporal block of `model`, or nothing if no quantized layer depends on the timestep alone.
+
+    Its module maps t (N,) to (N, sum C_i), the outputs of the layers through which the step enters the rest of the
+    network; weights keep their full names in it, and are copies.
+
+    Args:
+        model: the float network.
+        found: what `trace` saw of it.
+        quantized: layer names.
+        shape: (C, H, W).
+
+    Raises:
+        CalibError: torch cannot export the network, or the layers cannot be found in what it exports.
+    """
+    by_step = {layer.name for layer in found.layers if not layer.depends_on_x}
+    wanted = by_step & set(quantized)
+    if not wanted:
+        return []
+    try:
+        whole = _export(model, shape)
+        last, names = _outputs(whole, by_step, wanted)
+        if not last:
+            return []
+        module = _cut(whole, last, shape)
+        module(torch.zeros(PROBE_BATCH, dtype=torch.int64))
+    except Exception as error:  # torch.export raises many kinds; all mean the same to a user
+        reason = str(error).strip().splitlines()
+        raise CalibError(
+            f"torch.export cannot take the layers that depend on the step alone out of this network: "
+            f"{reason[0].rstrip('.') if reason else repr(error)}. Use --convention deploy, which keeps them float."
+        ) from error
+    layers = tuple(layer.name for layer in found.layers if layer.name in names)
+    return [Block(name=NAME, layers=layers, module=module)]
+
+
+def record(module: nn.Module, data: CalibrationSet, micro_batch: int) -> BlockIO:
+    """Pair the timesteps with the outputs of the block's float `module`."""
+    with torch.no_grad():
+        target = torch.cat([module(t) for t in torch.split(data.t, micro_batch)])
+    leaves, spec = pytree.tree_flatten(((data.t,), {}))
+    return BlockIO(inputs=tuple(leaves), batched=(True,), spec=spec, target=target)
+
+
+def _export(model: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:
+    """Return the network as a graph without in-place operations, whose batch is free."""
+    example = (torch.zeros(PROBE_BATCH, *shape), torch.zeros(PROBE_BATCH, dtype=torch.int64))
+    batch = torch.export.Dim.DYNAMIC
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(model, example, dynamic_shapes=({0: batch}, {0: batch}))
+        whole = program.run_decompositions({}).module()
+    assert isinstance(whole, fx.GraphModule)
+    return whole
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own deprecations, and the graph that it prints when it fails, from the user."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _outputs(whole: fx.GraphModule, by_step: set[str], wanted: set[str]) -> tuple[list[fx.Node], set[str]]:
+    """Return the outputs through which `wanted` layers act on the rest of the network, and the layers that do.
+
+    A layer whose input not even the step decides (constant positions, say) is not among them.
+
+    Args:
+        whole: the network.
+        by_step: its layers whose input does not depend on x.
+        wanted: those of them that are quantized.
+    """
+    _, t = _placeholders(whole)
+    calls = {node: call for node in whole.graph.nodes if (call := _call(node, by_step))}
+    missing = wanted - {name for name, _ in calls.values()}
+    if missing:
+        raise CalibError(f"its exported graph does not show {sorted(missing)}")
+    last: list[fx.Node] = []
+    names: set[str] = set()
+    for node in calls:
+        before = _ancestors([node])
+        inside = wanted & {calls[n][0] for n in before if n in calls}
+        if inside and t in before and _is_last(node, calls):
+            last.append(node)
+            names |= inside
+    return last, names
+
+
+def _cut(whole: fx.GraphModule, last: Sequence[fx.Node], shape: tuple[int, ...]) -> fx.GraphModule:
+    """Return the part of `whole` that leads from t (N,) to the nodes `last`, side by side (N, sum C_i)."""
+    x, t = _placeholders(whole)
+    needed = _ancestors(last)
+    graph = fx.Graph()
+    copies = {t: graph.placeholder("t")}
+    batch = graph.call_function(torch.ops.aten.sym_size.int, (copies[t], 0))
+    if x in needed:  # only for its size: its values do not matter here
+        copies[x] = graph.call_function(torch.zeros, ((batch, *shape),))
+    for node in whole.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    outputs = [graph.call_function(torch.reshape, (copies[node], (batch, -1))) for node in last]  # (N, ...) -> (N, C_i)
+    graph.output(graph.call_function(torch.cat, (outputs, 1)))
+    return copy.deepcopy(fx.GraphModule(whole, graph)).requires_grad_(False)
+
+
+def _placeholders(whole: fx.GraphModule) -> tuple[fx.Node, fx.Node]:
+    x, t = (node for node in whole.graph.nodes if node.op == "placeholder")
+    return x, t
+
+
+def _call(node: fx.Node, names: set[str]) -> tuple[str, str] | None:
+    """Return which of the layers `names` the node was recorded in, and in which call of it."""
+    stack = node.meta.get("nn_module_stack", {}) if node.op == "call_function" else {}
+    return next(((name, key) for key, (name, _) in stack.items() if name in names), None)
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and all that they are computed from."""
+    return _closure(nodes, lambda n: n.all_input_nodes)
+
+
+def _is_last(node: fx.Node, calls: _Calls) -> bool:
+    """Return whether the node gives a layer's output, and the network's output is reached from it past no other."""
+    users = (user for user in node.users if calls.get(user) != calls[node])
+    return any(n.op == "output" for n in _closure(users, lambda n: () if n in calls else n.users))
+
+
+def _closure(start: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return `start` and everything that `following` leads to from there."""
+    seen: set[fx.Node] = set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(following(node))
+    return seen
