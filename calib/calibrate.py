@@ -60,6 +60,8 @@ def calibrate(
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
     order, loose = blocks.find_blocks(found, quantized)
+    if config.reconstruction.iterations == 0:  # nothing to reconstruct: every layer is rounded to nearest
+        order, loose = [], quantized
     scales = {n: _scale(model, n, config) for n in quantized}
     subset = split(
         thin_steps(data, config.weight_steps), config.omega.validation, config.omega.groups, _generator(config, "split")

@@ -27,10 +27,11 @@ class WeightConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationConfig:
-    """Symmetric per-tensor activation grids, from an exponential moving average of the range."""
+    """Symmetric per-tensor activation grids: `rule` is "ema" (moving average of the range) or "minmax" (the widest)."""
 
     bits: int = 8
-    momentum: float = 0.95
+    rule: str = "ema"
+    momentum: float = 0.95  # of "ema"
     batch: int = 16
     batches: int | None = None  # None = every collected sample once
 
@@ -39,7 +40,7 @@ class ActivationConfig:
 class ReconstructionConfig:
     """AdaRound block reconstruction."""
 
-    iterations: int = 20_000
+    iterations: int = 20_000  # 0 = no reconstruction, every weight rounded to nearest
     batch: int = 32
     learning_rate: float = 1e-3
     regulariser: float = 0.01
@@ -83,9 +84,12 @@ class QuantConfig:
                 raise CalibError(f"{what} bits = {bits}: choose a whole number from {BITS[0]} to {BITS[-1]}.")
         if self.omega.rule not in OMEGA_RULES:
             raise CalibError(f"Unknown omega rule {self.omega.rule!r}. Choose one of {sorted(OMEGA_RULES)}.")
+        if self.activation.rule not in RANGE_RULES:
+            raise CalibError(f"Unknown activation rule {self.activation.rule!r}. Choose one of {sorted(RANGE_RULES)}.")
 
 
 OMEGA_RULES = ("gac", "uniform")
+RANGE_RULES = ("ema", "minmax")
 
 
 def to_json(config: QuantConfig) -> dict[str, Any]:

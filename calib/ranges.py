@@ -1,7 +1,8 @@
 """Activation scales, from what each quantized layer sees once the weights are quantized.
 
 One symmetric scale a layer, shared by all sampling steps: an exponential moving average (momentum 0.95, TFMQ-DM) of
-the largest magnitude in batches drawn across all steps in random order, so that no step weighs more than another.
+the largest magnitude in batches drawn across all steps in random order, so that no step weighs more than another. The
+rule "minmax" takes the largest of all batches instead, as plain round-to-nearest baselines do.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from calib.data import CalibrationSet
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Averaged largest magnitude of a layer's input and output."""
+    """Largest magnitude of a layer's input and output, put together over the batches by a rule of RULES."""
 
     input: float
     output: float
@@ -31,6 +32,14 @@ def ema(average: float | None, value: float, momentum: float) -> float:
     2.5
     """
     return value if average is None else momentum * average + (1 - momentum) * value
+
+
+def widest(so_far: float | None, value: float, momentum: float) -> float:
+    """Return the larger of the two."""
+    return value if so_far is None else max(so_far, value)
+
+
+RULES: dict[str, Callable[[float | None, float, float], float]] = {"ema": ema, "minmax": widest}
 
 
 def scale_of(magnitude: float, bits: int) -> float:
@@ -56,6 +65,7 @@ def observe(
 
     A layer that is called several times in a forward pass counts with its largest call.
     """
+    rule = RULES[config.rule]
     averages: dict[str, tuple[float | None, float | None]] = dict.fromkeys(layers, (None, None))
     seen: dict[str, tuple[float, float]] = {}
 
@@ -75,7 +85,7 @@ def observe(
             with torch.no_grad():
                 model(data.x[index], data.t[index])
             for name, (a, b) in averages.items():
-                averages[name] = ema(a, seen[name][0], config.momentum), ema(b, seen[name][1], config.momentum)
+                averages[name] = rule(a, seen[name][0], config.momentum), rule(b, seen[name][1], config.momentum)
             on_batch(i + 1)
     finally:
         for handle in handles:

@@ -6,6 +6,7 @@ import pytest
 
 from calib.config import (
     OMEGA_RULES,
+    RANGE_RULES,
     ActivationConfig,
     OmegaConfig,
     QuantConfig,
@@ -15,10 +16,11 @@ from calib.config import (
     to_json,
 )
 from calib.errors import CalibError
+from calib.ranges import RULES
 
 OTHER = QuantConfig(
     weight=WeightConfig(bits=3, norm=2.0, candidates=5),
-    activation=ActivationConfig(bits=5, batches=7),
+    activation=ActivationConfig(bits=5, rule="minmax", batches=7),
     reconstruction=ReconstructionConfig(iterations=9, warmup=0.5),
     omega=OmegaConfig(rule="uniform", groups=3),
     convention="tfmq",
@@ -69,3 +71,9 @@ def test_an_unknown_omega_rule_is_refused_by_name() -> None:
     with pytest.raises(CalibError, match=r"Unknown omega rule 'best'. Choose one of \['gac', 'uniform'\]"):
         QuantConfig(omega=OmegaConfig(rule="best"))
     assert {QuantConfig(omega=OmegaConfig(rule=rule)).omega.rule for rule in OMEGA_RULES} == {"gac", "uniform"}
+
+
+def test_an_unknown_activation_rule_is_refused_by_name() -> None:
+    with pytest.raises(CalibError, match=r"Unknown activation rule 'max'. Choose one of \['ema', 'minmax'\]"):
+        QuantConfig(activation=ActivationConfig(rule="max"))
+    assert set(RULES) == set(RANGE_RULES)

@@ -20,18 +20,29 @@ class _Twice(nn.Module):
         return out
 
 
-def test_the_average_of_three_batches_is_the_one_worked_by_hand() -> None:
+def _three() -> CalibrationSet:
     x = torch.tensor([1.0, -3.0, 2.0])[:, None, None, None]
-    data = CalibrationSet(x=x, t=torch.zeros(3, dtype=torch.int64), step=torch.zeros(3, dtype=torch.int64))
+    return CalibrationSet(x=x, t=torch.zeros(3, dtype=torch.int64), step=torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_average_of_three_batches_is_the_one_worked_by_hand() -> None:
+    data = _three()
     generator = torch.Generator().manual_seed(5)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(5))
     expected = None
     for i in order:
-        expected = ema(expected, abs(float(x[i])), 0.5)
+        expected = ema(expected, abs(float(data.x[i])), 0.5)
     config = ActivationConfig(momentum=0.5, batch=1)
     seen = observe(_Twice(), ["layer"], data, config, generator, lambda done: None)["layer"]
     assert seen.input == pytest.approx(expected)
     assert seen.output == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_minmax_keeps_the_largest_of_all_batches_in_whatever_order(seed: int) -> None:
+    config, generator = ActivationConfig(rule="minmax", batch=1), torch.Generator().manual_seed(seed)
+    seen = observe(_Twice(), ["layer"], _three(), config, generator, lambda done: None)["layer"]
+    assert (seen.input, seen.output) == (3.0, 6.0)
 
 
 def test_the_scale_puts_the_largest_code_on_the_magnitude() -> None:
