@@ -32,8 +32,9 @@ class ActivationConfig:
     bits: int = 8
     rule: str = "ema"
     momentum: float = 0.95  # of "ema"
+    per_step: bool = False  # a scale for each sampling step (TFMQ-DM's finite set calibration)
     batch: int = 16
-    batches: int | None = None  # None = every collected sample once
+    batches: int | None = None  # None = every collected sample once; split evenly over the steps if `per_step`
 
 
 @dataclass(frozen=True, kw_only=True)

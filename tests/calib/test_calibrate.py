@@ -137,6 +137,26 @@ def test_no_iterations_round_everything_to_nearest_and_record_nothing(quantize, 
     assert not (tmp_path / "blocks").exists()
 
 
+def test_per_step_ranges_are_those_of_each_steps_own_samples(tiny_unet) -> None:
+    network, data = EpsilonModel(tiny_unet), noise(16)
+    base = config(iterations=0)
+    settings = dataclasses.replace(base, activation=ActivationConfig(rule="minmax", batch=2, per_step=True))
+    plan = calibrate(network, data, settings, timesteps=100)
+    assert plan.timesteps is not None
+    assert plan.timesteps.tolist() == sorted(set(data.t.tolist()))
+    fake = fake_quantized(network, plan, activations=False)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in plan.layers}
+    for name in plan.layers:
+        fake.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: seen[n].append(args[0].abs().max()))
+    for t in plan.timesteps:
+        fake(data.x[data.t == t], data.t[data.t == t])
+    for name, layer in plan.layers.items():
+        assert layer.input_ratio is not None
+        assert layer.input_ratio.max() == 1
+        assert torch.allclose(127 * layer.input_scale * layer.input_ratio, torch.stack(seen[name]), rtol=1e-4)
+    assert any(len(layer.input_ratio.unique()) == 6 for layer in plan.layers.values())
+
+
 def test_learning_that_fails_falls_back_to_nearest_rounding(quantize) -> None:
     plan = quantize(config(rule="uniform", iterations=2, rate=100.0))  # decides every rounding at random
     fallen = [b for b in plan.blocks if b.loss_before is not None and b.rounding == "nearest"]

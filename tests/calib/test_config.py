@@ -20,7 +20,7 @@ from calib.ranges import RULES
 
 OTHER = QuantConfig(
     weight=WeightConfig(bits=3, norm=2.0, candidates=5),
-    activation=ActivationConfig(bits=5, rule="minmax", batches=7),
+    activation=ActivationConfig(bits=5, rule="minmax", batches=7, per_step=True),
     reconstruction=ReconstructionConfig(iterations=9, warmup=0.5),
     omega=OmegaConfig(rule="uniform", groups=3),
     convention="tfmq",

@@ -15,27 +15,39 @@ from torch import Tensor
 
 from calib.affine import per_channel
 from calib.calibrate import calibrate
-from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
+from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
+from gaq_export import pipeline
 from gaq_export.models import LoadedModel, load_model
-from gaq_export.onnx_export import export_float
 from gaq_export.profiles import PROFILES
 from gaq_export.qdq import insert_qdq, save_onnx
 
 
 def test_the_w4a8_reference_graph_of_the_bundled_model_equals_fake_quantized_pytorch(tmp_path: Path) -> None:
     model = load_model("ddpm-mnist")
-    step = torch.arange(4).repeat_interleave(4)
-    generator = torch.Generator().manual_seed(0)
-    data = CalibrationSet(x=torch.randn(16, 1, 32, 32, generator=generator), t=step * 250, step=step)
-    config = QuantConfig(reconstruction=ReconstructionConfig(iterations=0), omega=OmegaConfig(rule="uniform"))
-    plan = calibrate(model.network, data, config, timesteps=1000)
-    path = tmp_path / "reference.onnx"
-    save_onnx(insert_qdq(export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
+    _check(model, QuantConfig(reconstruction=ReconstructionConfig(iterations=0)), torch.tensor([500]), tmp_path)
 
-    x, t = torch.randn(1, 1, 32, 32, generator=generator, dtype=torch.float64), torch.tensor([500])
+
+def test_the_graph_with_a_scale_for_each_step_equals_fake_quantized_pytorch(
+    tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    config = QuantConfig(activation=ActivationConfig(per_step=True), reconstruction=ReconstructionConfig(iterations=0))
+    _check(tiny_model, config, torch.tensor([50, 0, 33, 99]), tmp_path)
+
+
+def _check(model: LoadedModel, config: QuantConfig, t: Tensor, folder: Path) -> None:
+    """Calibrate on four samples at each quarter of the timesteps, then compare on noise at `t` (N,)."""
+    step, num_train = torch.arange(4).repeat_interleave(4), model.schedule.num_train
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, *model.shape, generator=generator)
+    data = CalibrationSet(x=x, t=step * num_train // 4, step=step)
+    plan = calibrate(model.network, data, config, timesteps=num_train)
+    path = folder / "reference.onnx"
+    save_onnx(insert_qdq(pipeline.export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
+
+    x = torch.randn(len(t), *model.shape, generator=generator, dtype=torch.float64)
     found, embedding = _run_in_double(onnx.load(path), x, t)
     expected = _fake_in_double(model, plan, embedding)(x, t)
     assert _relative(found, expected) <= 1e-9
