@@ -25,7 +25,7 @@ from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split, split, thin_steps
-from calib.layers import Trace, float_reasons, trace
+from calib.layers import Trace, float_reasons, require_batch_first, trace
 from calib.plan import LayerQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.reconstruct import BlockResult, LayerWeight
@@ -60,7 +60,11 @@ def calibrate(
     found = trace(model, shape, timesteps)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
+    if config.activation.per_step:
+        require_batch_first(found, quantized)
     order, loose = _order(model, found, quantized, shape)
+    if config.reconstruction.iterations == 0:  # nothing to reconstruct: every layer is rounded to nearest
+        order, loose = [], quantized
     scales = {n: _scale(model, n, config) for n in quantized}
     subset = split(
         thin_steps(data, config.weight_steps), config.omega.validation, config.omega.groups, _generator(config, "split")
@@ -89,9 +93,9 @@ def calibrate(
             codes, scores = codes | state.codes, state.scores
             results.append(state.result)
             meter.finished(i, state.result, resumed)
-    tick = meter.ranges(ranges.batch_count(len(data), config.activation))
+    batches = ranges.draw(data, config.activation, _generator(config, "ranges"))
     with meter.phase("ranges"):
-        seen = ranges.observe(network, quantized, data, config.activation, _generator(config, "ranges"), tick)
+        seen = ranges.observe(network, quantized, data, batches, config.activation, meter.ranges(len(batches)))
     return QuantPlan(
         layers={n: _layer(codes[n], scales[n], seen[n], config) for n in quantized},
         float_layers=reasons,
@@ -99,6 +103,8 @@ def calibrate(
         scores=scores,
         config=config,
         about=dict(about or {}),
+        num_train=timesteps,
+        timesteps=torch.unique(data.t) if config.activation.per_step else None,
     )
 
 
@@ -182,13 +188,15 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _layer(codes: Tensor, scale: Tensor, seen: ranges.Range, config: QuantConfig) -> LayerQuant:
+    scales = torch.tensor([ranges.scale_of(magnitude, config.activation.bits) for magnitude in seen.input])
     return LayerQuant(
         codes=codes,
         weight_scale=scale,
         weight_bits=config.weight.bits,
-        input_scale=ranges.scale_of(seen.input, config.activation.bits),
+        input_scale=float(scales.max()),
         input_bits=config.activation.bits,
         output_scale=ranges.scale_of(seen.output, 8),
+        input_ratio=scales / scales.max() if config.activation.per_step else None,
     )
 
 

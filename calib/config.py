@@ -27,19 +27,21 @@ class WeightConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationConfig:
-    """Symmetric per-tensor activation grids, from an exponential moving average of the range."""
+    """Symmetric per-tensor activation grids: `rule` is "ema" (moving average of the range) or "minmax" (the widest)."""
 
     bits: int = 8
-    momentum: float = 0.95
+    rule: str = "ema"
+    momentum: float = 0.95  # of "ema"
+    per_step: bool = False  # a scale for each sampling step (TFMQ-DM's finite set calibration)
     batch: int = 16
-    batches: int | None = None  # None = every collected sample once
+    batches: int | None = None  # None = every collected sample once; split evenly over the steps if `per_step`
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
     """AdaRound block reconstruction."""
 
-    iterations: int = 20_000
+    iterations: int = 20_000  # 0 = no reconstruction, every weight rounded to nearest
     batch: int = 32
     learning_rate: float = 1e-3
     start: str = "float"  # rounding to start from: "float" (AdaRound's, the float weight) or "gptq"
@@ -86,6 +88,7 @@ class QuantConfig:
         for what, value, known in (
             ("omega rule", self.omega.rule, OMEGA_RULES),
             ("omega softmax", self.omega.softmax, OMEGA_SOFTMAX),
+            ("activation rule", self.activation.rule, RANGE_RULES),
             ("rounding start", self.reconstruction.start, ROUNDING_STARTS),
         ):
             if value not in known:
@@ -94,6 +97,7 @@ class QuantConfig:
 
 OMEGA_RULES = ("uniform", "random", "mse", "gac", "gac-exact", "fish")
 OMEGA_SOFTMAX = ("batch", "set")
+RANGE_RULES = ("ema", "minmax")
 ROUNDING_STARTS = ("float", "gptq")
 
 

@@ -4,7 +4,7 @@ This is the reference that every exported graph and every engine is compared wit
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calib.affine import fake_quantize, per_channel
 from calib.errors import CalibError
 from calib.plan import LayerQuant, QuantPlan
+from calib.ranges import nearest_step
 
 
 def dequantized_weight(layer: LayerQuant) -> Tensor:
@@ -32,6 +33,9 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
         CalibError: a layer of the plan is not in the model, or has another shape there.
     """
     result = copy.deepcopy(model)
+    step: list[Tensor] = []  # of the call at hand: (N,), which of the plan's steps each sample takes its ranges from
+    if activations and plan.timesteps is not None:
+        result.register_forward_pre_hook(_step_finder(plan.timesteps, step))
     modules = dict(result.named_modules())
     for name, layer in plan.layers.items():
         weight = getattr(modules.get(name), "weight", None)
@@ -44,14 +48,31 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
         with torch.no_grad():
             weight.copy_(dequantized_weight(layer))
         if activations:
-            modules[name].register_forward_pre_hook(_input_quantizer(layer))
+            modules[name].register_forward_pre_hook(_input_quantizer(name, layer, step))
     return result
 
 
-def _input_quantizer(layer: LayerQuant) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        step[:] = [nearest_step(timesteps, args[1])]
+
+    return hook
+
+
+def _input_quantizer(
+    name: str, layer: LayerQuant, step: Sequence[Tensor]
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     scale = torch.tensor(layer.input_scale, dtype=torch.float32)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return fake_quantize(args[0], scale, layer.input_bits), *args[1:]
+        x = args[0]
+        if layer.input_ratio is None:
+            return fake_quantize(x, scale, layer.input_bits), *args[1:]
+        if len(x) != len(step[0]):
+            raise CalibError(
+                f"Layer {name!r} got {len(x)} rows for {len(step[0])} samples: it cannot tell their steps."
+            )
+        ratio = per_channel(layer.input_ratio[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
+        return fake_quantize(x / ratio, scale, layer.input_bits) * ratio, *args[1:]
 
     return hook

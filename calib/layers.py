@@ -6,7 +6,7 @@ by other means than their own `forward` (fused attention reads the weights of it
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -99,7 +99,8 @@ def _calls(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Call]:
                 hashlib.sha256(tensors[0].detach().float().contiguous().numpy().tobytes()).digest() if tensors else b""
             )
             count = order[name].count + 1 if name in order else 1
-            order[name] = Call(name=name, count=count, digest=digest, plain=simple and batched)
+            plain = simple and batched and (name not in order or order[name].plain)
+            order[name] = Call(name=name, count=count, digest=digest, plain=plain)
 
         return hook
 
@@ -156,6 +157,16 @@ def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = (
     if all(layer.name in reasons for layer in found.layers):
         raise CalibError(f"Nothing left to quantize: all {len(reasons)} layers stay float.")
     return reasons
+
+
+def require_batch_first(found: Trace, names: Iterable[str]) -> None:
+    """Raise CalibError if the first axis of a named layer's input is not the batch: it could not tell the steps."""
+    for name in names:
+        if not found.calls[name].plain:
+            raise CalibError(
+                f"Layer {name!r} is called with an input whose first axis is not the batch, so it cannot have a range "
+                f"for each step: give up per-step ranges, or keep the layer float with --keep-float {name!r}."
+            )
 
 
 def _deploy(layers: tuple[Layer, ...]) -> dict[str, str]:

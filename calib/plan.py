@@ -23,7 +23,8 @@ from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
 
-FORMAT = 1
+FORMAT = 2
+_TENSORS = ("codes", "weight_scale", "input_ratio")  # the fields of a layer that are not plain values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,10 @@ class LayerQuant:
         codes: int8, the shape of the float weight; value = codes * weight_scale along axis 0.
         weight_scale: (C,) float32.
         weight_bits: width of the weight grid, 2 to 8.
-        input_scale: float32 value, scale of the layer's input.
+        input_scale: float32 value, scale of the layer's input; with `input_ratio`, of the step with the widest range.
         input_bits: width of the activation grid, 2 to 8.
         output_scale: float32 value, 8-bit scale of the layer's output; only the `ort-cpu` profile uses it.
+        input_ratio: (S,) float32 in (0, 1], scale of each step over `input_scale`; None if all steps share it.
     """
 
     codes: Tensor
@@ -45,11 +47,16 @@ class LayerQuant:
     input_scale: float
     input_bits: int
     output_scale: float
+    input_ratio: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantPlan:
-    """Everything an exporter needs, by module name; `about` says which model and sampler the plan belongs to."""
+    """Everything an exporter needs, by module name; `about` says which model and sampler the plan belongs to.
+
+    `num_train` is the number of training timesteps. Where layers have an `input_ratio`, `timesteps` (S,) int64, rising,
+    says which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`).
+    """
 
     layers: Mapping[str, LayerQuant]
     float_layers: Mapping[str, str]
@@ -57,6 +64,8 @@ class QuantPlan:
     scores: Tensor
     config: QuantConfig
     about: Mapping[str, Any]
+    num_train: int
+    timesteps: Tensor | None = None
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -80,16 +89,21 @@ def unpack_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 def save_plan(plan: QuantPlan, path: Path) -> None:
     """Write `path` (.safetensors) and the .json beside it; the same plan gives the same bytes."""
     tensors: dict[str, Tensor] = {"omega_scores": plan.scores}
+    if plan.timesteps is not None:
+        tensors["timesteps"] = plan.timesteps
     layers: dict[str, Any] = {}
     for name, q in plan.layers.items():
         tensors[f"{name}.codes"] = pack_nibbles(q.codes) if q.weight_bits <= 4 else q.codes.contiguous()
         tensors[f"{name}.weight_scale"] = q.weight_scale.contiguous()
-        plain = {f.name: getattr(q, f.name) for f in dataclasses.fields(q) if f.name not in ("codes", "weight_scale")}
+        if q.input_ratio is not None:
+            tensors[f"{name}.input_ratio"] = q.input_ratio
+        plain = {f.name: getattr(q, f.name) for f in dataclasses.fields(q) if f.name not in _TENSORS}
         layers[name] = {"shape": list(q.codes.shape), **plain}
     readable = {
         "format": FORMAT,
         "about": dict(plan.about),
         "config": configs.to_json(plan.config),
+        "num_train": plan.num_train,
         "layers": layers,
         "float_layers": dict(plan.float_layers),
         "blocks": [dataclasses.asdict(b) for b in plan.blocks],
@@ -127,6 +141,8 @@ def load_plan(path: Path) -> QuantPlan:
         scores=tensors["omega_scores"],
         config=configs.from_json(data["config"]),
         about=data["about"],
+        num_train=data["num_train"],
+        timesteps=tensors.get("timesteps"),
     )
 
 
@@ -134,7 +150,8 @@ def _layer(name: str, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
     shape = tuple(fields.pop("shape"))
     codes = tensors[f"{name}.codes"]
     codes = unpack_nibbles(codes, shape) if fields["weight_bits"] <= 4 else codes
-    return LayerQuant(codes=codes, weight_scale=tensors[f"{name}.weight_scale"], **fields)
+    ratio = tensors.get(f"{name}.input_ratio")
+    return LayerQuant(codes=codes, weight_scale=tensors[f"{name}.weight_scale"], input_ratio=ratio, **fields)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -54,6 +54,9 @@ def calibrate(
         str, typer.Option(help="Layers that stay float: deploy (first, last, time embedding) or tfmq (the papers').")
     ] = "deploy",
     keep_float: Annotated[list[str] | None, typer.Option(help="Pattern of further layers to keep float.")] = None,
+    per_step_ranges: Annotated[
+        bool, typer.Option("--per-step-ranges", help="Activation scales of each sampling step's own (TFMQ-DM).")
+    ] = False,
     images: Annotated[int | None, typer.Option(help="Trajectories to collect, instead of the preset's.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Iterations a block, instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the calibration.")] = 0,
@@ -76,6 +79,7 @@ def calibrate(
             omega=omega,
             convention=convention,
             keep_float=tuple(keep_float or ()),
+            per_step=per_step_ranges,
             seed=seed,
         )
         if images is not None:

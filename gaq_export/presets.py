@@ -57,6 +57,7 @@ def preset(
     omega: str = "gac",
     convention: str = "deploy",
     keep_float: tuple[str, ...] = (),
+    per_step: bool = False,
     seed: int = 0,
 ) -> Preset:
     """Return the preset `name` with the user's choices filled in.
@@ -72,7 +73,7 @@ def preset(
     config = replace(
         c,
         weight=replace(c.weight, bits=wbits),
-        activation=replace(c.activation, bits=abits),
+        activation=replace(c.activation, bits=abits, per_step=per_step),
         omega=replace(c.omega, rule=omega),
         convention=convention,
         keep_float=keep_float,

@@ -3,6 +3,11 @@
 Nodes are matched by the module scope that the exporter records on each of them, not by weight names: bias-free
 linears lose theirs (their weight is transposed and renamed). The original weight is never read; the plan's codes take
 its place, so the file holds what was calibrated. The pass raises unless it rewrote every layer of the plan.
+
+A layer with a scale for each step is written as x / r -> Q -> DQ -> * r, where r = Gather(table, t) is the step's scale
+over the widest one: Q itself keeps a constant scale, because runtimes take no other. That computes the right thing
+everywhere, but the multiplication between DQ and the layer keeps the layer's arithmetic in float; behind the layer it
+would not.
 """
 
 import ast
@@ -16,10 +21,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calib.affine import integer_range
 from calib.plan import LayerQuant, QuantPlan
+from calib.ranges import nearest_step
 from gaq_export.errors import GaqError
 from gaq_export.profiles import QdqProfile
 
@@ -39,7 +46,8 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile) -> ir.Mode
     Raises:
         GaqError: some layer of the plan has no node in the graph.
     """
-    writer = _Writer(model.graph, profile)
+    steps = None if plan.timesteps is None else nearest_step(plan.timesteps, torch.arange(plan.num_train))
+    writer = _Writer(model.graph, profile, steps)
     rewritten = set()
     for node in list(model.graph):
         layer = plan.layers.get(_module_of(node)) if node.op_type in _WEIGHTED else None
@@ -91,21 +99,36 @@ class _Writer:
 
     graph: ir.Graph
     profile: QdqProfile
-    _shared: dict[tuple[ir.Value, float, int], ir.Value] = field(default_factory=dict)
+    steps: torch.Tensor | None  # (num_train,): which of the plan's steps each timestep takes its ranges from
+    _shared: dict[tuple[ir.Value, float, int, bytes], ir.Value] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
 
     def rewrite(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
         source = node.inputs[0]
         assert source is not None
-        key = (source, layer.input_scale, layer.input_bits)
+        ratio = b"" if layer.input_ratio is None else layer.input_ratio.numpy().tobytes()
+        key = (source, layer.input_scale, layer.input_bits, ratio)
         new: list[ir.Node] = []
         if key not in self._shared:
-            self._shared[key] = self._activation(source, f"{name}.input", layer.input_scale, layer.input_bits, new)
+            shape = node.outputs[0].shape
+            assert shape is not None
+            self._shared[key] = self._input(source, len(shape), name, layer, new)
         node.replace_input_with(0, self._shared[key])
         node.replace_input_with(1, self._weight(node, name, layer, new))
         self.graph.insert_before(node, new)
         if self.profile.quantize_outputs and node.op_type in ("Conv", "Gemm"):
             self._output(node, name, layer)
+
+    def _input(self, source: ir.Value, rank: int, name: str, layer: LayerQuant, new: list[ir.Node]) -> ir.Value:
+        if layer.input_ratio is None:
+            return self._activation(source, f"{name}.input", layer.input_scale, layer.input_bits, new)
+        assert self.steps is not None
+        table = layer.input_ratio[self.steps].reshape(-1, *[1] * (rank - 1))  # (num_train, 1, ...)
+        ratios, t = self._constant(f"{name}.input.ratios", table.numpy()), self.graph.inputs[1]
+        ratio = self._node("Gather", [ratios, t], f"{name}.input.ratio", ir.DataType.FLOAT, new)  # (N, 1, ...)
+        divided = self._node("Div", [source, ratio], f"{name}.input.divided", ir.DataType.FLOAT, new)
+        rounded = self._activation(divided, f"{name}.input", layer.input_scale, layer.input_bits, new)
+        return self._node("Mul", [rounded, ratio], f"{name}.input.multiplied", ir.DataType.FLOAT, new)
 
     def _output(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
         out, new = node.outputs[0], list[ir.Node]()

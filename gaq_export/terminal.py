@@ -93,7 +93,8 @@ class Bars:
                 f"{result.loss_after:.3g}{how}",
                 highlight=False,
             )
-        self._show("calibrate", f"{progress.index + 1}/{progress.total} {progress.name}", progress.fraction)
+        number = f"{progress.index + 1}/{progress.total} " if progress.stage == "block" else ""
+        self._show("calibrate", f"{number}{progress.name}", progress.fraction)
 
     def sample(self, who: str, done: int, total: int) -> None:
         """Show how many network calls are done."""

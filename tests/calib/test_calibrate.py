@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from calib import affine
 from calib.calibrate import calibrate
 from calib.config import (
     ActivationConfig,
@@ -120,6 +121,40 @@ def test_learning_never_makes_a_block_worse_than_nearest_rounding_and_helps_most
     assert all(b.loss_after <= b.loss_before for b in plan.blocks)
     assert len(learned) > len(plan.blocks) / 2
     assert all(b.loss_after < b.loss_before for b in learned)
+
+
+def test_no_iterations_round_everything_to_nearest_and_record_nothing(quantize, make_foreign, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    plan = quantize(config(rule="gac", iterations=0), folder=tmp_path / "blocks", on_progress=seen.append)
+    assert {b.layers for b in plan.blocks} == {(name,) for name in plan.layers}
+    assert {(b.rounding, b.loss_before, b.loss_after) for b in plan.blocks} == {("nearest", None, None)}
+    for name, layer in plan.layers.items():
+        weight = make_foreign().get_submodule(name).weight
+        assert torch.equal(layer.codes, affine.quantize(weight, affine.per_channel(layer.weight_scale, weight.ndim), 4))
+    assert len(torch.unique(plan.scores)) == 1
+    assert {p.stage for p in seen} == {"ranges"}
+    assert seen[-1].fraction == 1
+    assert not (tmp_path / "blocks").exists()
+
+
+def test_per_step_ranges_are_those_of_each_steps_own_samples(tiny_unet) -> None:
+    network, data = EpsilonModel(tiny_unet), noise(16)
+    base = config(iterations=0)
+    settings = dataclasses.replace(base, activation=ActivationConfig(rule="minmax", batch=2, per_step=True))
+    plan = calibrate(network, data, settings, timesteps=100)
+    assert plan.timesteps is not None
+    assert plan.timesteps.tolist() == sorted(set(data.t.tolist()))
+    fake = fake_quantized(network, plan, activations=False)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in plan.layers}
+    for name in plan.layers:
+        fake.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: seen[n].append(args[0].abs().max()))
+    for t in plan.timesteps:
+        fake(data.x[data.t == t], data.t[data.t == t])
+    for name, layer in plan.layers.items():
+        assert layer.input_ratio is not None
+        assert layer.input_ratio.max() == 1
+        assert torch.allclose(127 * layer.input_scale * layer.input_ratio, torch.stack(seen[name]), rtol=1e-4)
+    assert any(len(layer.input_ratio.unique()) == 6 for layer in plan.layers.values())
 
 
 def test_learning_that_fails_falls_back_to_nearest_rounding(quantize) -> None:

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from calib import omega, ranges
 from calib.config import (
     OMEGA_RULES,
+    RANGE_RULES,
     ActivationConfig,
     OmegaConfig,
     QuantConfig,
@@ -15,11 +17,10 @@ from calib.config import (
     to_json,
 )
 from calib.errors import CalibError
-from calib.omega import RULES
 
 OTHER = QuantConfig(
     weight=WeightConfig(bits=3, norm=2.0, candidates=5),
-    activation=ActivationConfig(bits=5, batches=7),
+    activation=ActivationConfig(bits=5, rule="minmax", batches=7, per_step=True),
     reconstruction=ReconstructionConfig(iterations=9, warmup=0.5),
     omega=OmegaConfig(rule="uniform", groups=3),
     convention="tfmq",
@@ -72,7 +73,7 @@ def test_an_unknown_omega_rule_is_refused_by_name() -> None:
     assert {QuantConfig(omega=OmegaConfig(rule=rule)).omega.rule for rule in OMEGA_RULES} == {
         "uniform",
         "random",
-        *RULES,
+        *omega.RULES,
     }
 
 
@@ -81,3 +82,9 @@ def test_an_unknown_softmax_or_rounding_start_is_refused_by_name() -> None:
         QuantConfig(omega=OmegaConfig(softmax="all"))
     with pytest.raises(CalibError, match=r"Unknown rounding start 'up'. Choose one of \['float', 'gptq'\]"):
         QuantConfig(reconstruction=ReconstructionConfig(start="up"))
+
+
+def test_an_unknown_activation_rule_is_refused_by_name() -> None:
+    with pytest.raises(CalibError, match=r"Unknown activation rule 'max'. Choose one of \['ema', 'minmax'\]"):
+        QuantConfig(activation=ActivationConfig(rule="max"))
+    assert set(ranges.RULES) == set(RANGE_RULES)

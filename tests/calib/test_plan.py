@@ -17,7 +17,7 @@ from calib.plan import LayerQuant, QuantPlan, load_plan, pack_nibbles, save_plan
 from calib.reconstruct import BlockResult
 
 
-def plan_of(bits: int = 4, seed: int = 0) -> QuantPlan:
+def plan_of(bits: int = 4, seed: int = 0, per_step: bool = False) -> QuantPlan:
     """Return a plan of two layers with random codes that reach both ends of the grid; one has an odd count."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -27,7 +27,13 @@ def plan_of(bits: int = 4, seed: int = 0) -> QuantPlan:
         codes.view(-1)[:2] = torch.tensor([low, high - 1])
         scale = torch.rand(shape[0], generator=generator)
         return LayerQuant(
-            codes=codes, weight_scale=scale, weight_bits=bits, input_scale=0.1, input_bits=8, output_scale=1 / 3
+            codes=codes,
+            weight_scale=scale,
+            weight_bits=bits,
+            input_scale=0.1,
+            input_bits=8,
+            output_scale=1 / 3,
+            input_ratio=torch.rand(3, generator=generator) if per_step else None,
         )
 
     return QuantPlan(
@@ -40,6 +46,8 @@ def plan_of(bits: int = 4, seed: int = 0) -> QuantPlan:
         scores=torch.rand(7, generator=generator, dtype=torch.float64),
         config=QuantConfig(weight=WeightConfig(bits=bits), keep_float=("x",)),
         about={"model": {"name": "tiny"}},
+        num_train=100,
+        timesteps=torch.tensor([0, 30, 60]) if per_step else None,
     )
 
 
@@ -50,19 +58,24 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "plan.safetensors"
 
 
+def same(old: object, new: object) -> bool:
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        return torch.equal(old, new) and old.dtype == new.dtype
+    return old == new
+
+
+@pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_a_plan_read_back_is_the_plan_that_was_saved(bits: int, tmp_path: Path) -> None:
-    plan = plan_of(bits)
+def test_a_plan_read_back_is_the_plan_that_was_saved(bits: int, per_step: bool, tmp_path: Path) -> None:
+    plan = plan_of(bits, per_step=per_step)
     save_plan(plan, tmp_path / "plan.safetensors")
     again = load_plan(tmp_path / "plan.safetensors")
     assert list(again.layers) == list(plan.layers)
     for name, layer in plan.layers.items():
         for field in dataclasses.fields(layer):
-            old, new = getattr(layer, field.name), getattr(again.layers[name], field.name)
-            assert torch.equal(old, new) and old.dtype == new.dtype if isinstance(old, torch.Tensor) else old == new
-    assert torch.equal(again.scores, plan.scores)
-    for field in ("float_layers", "blocks", "config", "about"):
-        assert getattr(again, field) == getattr(plan, field)
+            assert same(getattr(layer, field.name), getattr(again.layers[name], field.name))
+    for field in ("float_layers", "blocks", "scores", "config", "about", "num_train", "timesteps"):
+        assert same(getattr(plan, field), getattr(again, field))
 
 
 def test_the_same_plan_gives_the_same_bytes_and_nothing_else(tmp_path: Path) -> None:
@@ -140,7 +153,7 @@ def test_a_plan_of_another_format_is_an_error(path: Path) -> None:
     readable.write_text(json.dumps(data))
     sha = hashlib.sha256(readable.read_bytes()).hexdigest()
     save_file(load_file(path), path, {"json_sha256": sha})
-    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 1: run calibrate again"):
+    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 2: run calibrate again"):
         load_plan(path)
 
 

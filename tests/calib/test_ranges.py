@@ -6,7 +6,7 @@ from torch import nn
 
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
-from calib.ranges import ema, observe, scale_of
+from calib.ranges import Range, draw, ema, nearest_step, observe, scale_of
 
 
 class _Twice(nn.Module):
@@ -20,18 +20,56 @@ class _Twice(nn.Module):
         return out
 
 
+def _values(*values: float, t: tuple[int, ...] | None = None) -> CalibrationSet:
+    """Return one-pixel images of these values; images of the same `t` are of the same step."""
+    times = torch.tensor(t or [0] * len(values))
+    return CalibrationSet(x=torch.tensor(values)[:, None, None, None], t=times, step=1000 - times)
+
+
+def _observe(data: CalibrationSet, config: ActivationConfig, seed: int = 5) -> Range:
+    batches = draw(data, config, torch.Generator().manual_seed(seed))
+    return observe(_Twice(), ["layer"], data, batches, config, lambda done: None)["layer"]
+
+
 def test_the_average_of_three_batches_is_the_one_worked_by_hand() -> None:
-    x = torch.tensor([1.0, -3.0, 2.0])[:, None, None, None]
-    data = CalibrationSet(x=x, t=torch.zeros(3, dtype=torch.int64), step=torch.zeros(3, dtype=torch.int64))
-    generator = torch.Generator().manual_seed(5)
+    data = _values(1.0, -3.0, 2.0)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(5))
     expected = None
     for i in order:
-        expected = ema(expected, abs(float(x[i])), 0.5)
-    config = ActivationConfig(momentum=0.5, batch=1)
-    seen = observe(_Twice(), ["layer"], data, config, generator, lambda done: None)["layer"]
-    assert seen.input == pytest.approx(expected)
+        expected = ema(expected, abs(float(data.x[i])), 0.5)
+    seen = _observe(data, ActivationConfig(momentum=0.5, batch=1))
+    assert seen.input == (pytest.approx(expected),)
     assert seen.output == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_minmax_keeps_the_largest_of_all_batches_in_whatever_order(seed: int) -> None:
+    seen = _observe(_values(1.0, -3.0, 2.0), ActivationConfig(rule="minmax", batch=1), seed)
+    assert (seen.input, seen.output) == ((3.0,), 6.0)
+
+
+def test_each_step_has_an_average_of_its_own_batches_alone() -> None:
+    data = _values(4.0, -8.0, 4.0, -8.0, 4.0, 4.0, t=(7, 90, 7, 90, 7, 7))
+    seen = _observe(data, ActivationConfig(momentum=0.75, batch=2, per_step=True))
+    assert (seen.input, seen.output) == ((4.0, 8.0), 16.0)
+    data = _values(4.0, -8.0, -2.0, t=(7, 90, 90))
+    seen = _observe(data, ActivationConfig(momentum=0.75, batch=1, per_step=True))
+    assert seen.input in ((4.0, 0.75 * 8 + 0.25 * 2), (4.0, 0.75 * 2 + 0.25 * 8))
+
+
+@pytest.mark.parametrize(("batches", "a_step"), [(None, 3), (9, 3), (4, 2), (5, 2), (1, 1)])
+def test_batches_are_split_evenly_over_the_steps_and_none_goes_without(batches: int | None, a_step: int) -> None:
+    data = _values(*[1.0] * 10, t=(0,) * 5 + (3,) * 5)
+    drawn = draw(data, ActivationConfig(batch=2, batches=batches, per_step=True), torch.Generator())
+    assert [k for k, _ in drawn] == [0] * a_step + [1] * a_step
+    for k, index in drawn:
+        assert (data.t[index] == (0, 3)[k]).all()
+    assert len(torch.cat([index for _, index in drawn]).unique()) == min(10, 4 * a_step)
+
+
+def test_a_timestep_without_a_range_takes_the_nearest_ones() -> None:
+    t = torch.tensor([0, 5, 6, 10, 44, 46, 999])
+    assert nearest_step(torch.tensor([0, 10, 80]), t).tolist() == [0, 0, 1, 1, 1, 2, 2]
 
 
 def test_the_scale_puts_the_largest_code_on_the_magnitude() -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from calib.plan import load_plan
 from engines.nvinfer import no_gpu
 from gaq_export import terminal
 from gaq_export.cli import app
@@ -91,6 +92,15 @@ def test_the_three_commands_make_pictures(home: Path, tmp_path: Path) -> None:
     assert "PSNR against float from the same noise: median " in drawn.stdout
     assert json.loads((out / "samples.json").read_text())["sampler"]["name"] == "ddpm"
     assert (out / "grid.png").is_file()
+
+
+def test_an_engine_with_a_scale_for_each_step_passes_its_check(home: Path, tmp_path: Path) -> None:
+    run, plan = tmp_path / "run", tmp_path / "unet.plan"
+    made = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 0, "--per-step-ranges")
+    assert made.exit_code == 0, made.output
+    assert load_plan(run / "plan.safetensors").timesteps.tolist() == list(range(0, 100, 2))
+    built = gaq("build-engine", "--run", run, "--backend", "openvino", "--out", plan, "--batch", "1,2,2")
+    assert built.exit_code == 0, built.output
 
 
 def test_quiet_prints_only_the_result(tiny_run: Path, home: Path, tiny_engine, tmp_path: Path) -> None:

@@ -75,8 +75,12 @@ class Graph:
             value = unpack.input[0]
         name = re.fullmatch(r"(.+)\.weight_int[48](\.\d+)?", value)
         assert name
-        source = self.producer[self.producer[node.input[0]].input[0]].input[0]
+        reads = self.producer[node.input[0]]
+        per_step = reads.op_type == "Mul"  # x / r -> Q -> DQ -> * r
+        source = self.producer[(self.producer[reads.input[0]] if per_step else reads).input[0]].input[0]
         if self.op(source) == "Clip":
+            source = self.producer[source].input[0]
+        if per_step:
             source = self.producer[source].input[0]
         output, after = node.output[0], self.readers.get(node.output[0], [])
         added = [v for n in after if n.op_type == "Add" for v in n.input]
@@ -174,6 +178,53 @@ def test_inputs_are_rounded_with_the_plans_scale(
         if abits < 8:
             low, high = (numpy_helper.to_array(graph.constants[v]) for v in graph.producer[q.input[0]].input[1:])
             assert (low / scale, high / scale) == pytest.approx((-(2 ** (abits - 1)), 2 ** (abits - 1) - 1))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_scale_for_each_step_is_a_division_before_and_a_multiplication_behind_a_constant_quantizer(
+    profile: str, float_graph, tiny_plan
+) -> None:
+    plan = tiny_plan(4, 8, per_step=True)
+    proto = ir.to_proto(insert_qdq(float_graph(), plan, find_profile(profile)))
+    onnx.checker.check_model(proto, full_check=True)
+    graph = Graph(proto)
+    nodes = graph.quantized()
+    assert sorted(n.layer for n in nodes) == sorted(plan.layers)
+    for n in nodes:
+        layer, multiplied = plan.layers[n.layer], graph.producer[n.node.input[0]]
+        q = graph.producer[graph.producer[multiplied.input[0]].input[0]]
+        assert numpy_helper.to_array(graph.constants[q.input[1]]) == np.float32(layer.input_scale)
+        divided, gather = graph.producer[q.input[0]], graph.producer[multiplied.input[1]]
+        assert (divided.op_type, divided.input[1]) == ("Div", multiplied.input[1])
+        assert (gather.op_type, gather.input[1]) == ("Gather", "t")
+        table = numpy_helper.to_array(graph.constants[gather.input[0]]).flatten()
+        assert len(table) == 100
+        assert np.array_equal(table[plan.timesteps], layer.input_ratio.numpy())
+        assert np.array_equal(table[[0, 23, 25, 98]], layer.input_ratio.numpy()[[0, 0, 1, 3]])  # of 9, 39, 69, 99
+    assert len(graph.nodes("Gather")) == len({n.node.input[0] for n in nodes}) < len(nodes)
+
+
+def test_a_scale_for_each_step_rounds_every_input_to_the_bit_as_pytorch_does(
+    float_graph, tiny_model: LoadedModel, tiny_plan, noisy
+) -> None:
+    plan, data = tiny_plan(4, 8, per_step=True), noisy(16)
+    data = CalibrationSet(x=data.x, t=torch.tensor([99, 0, 70, 69, 54, 39, 9, 24]), step=data.step)
+    proto = ir.to_proto(insert_qdq(float_graph(), plan, find_profile("reference")))
+    fake = fake_quantized(tiny_model.network, plan)
+    fake(data.x, data.t)  # the layers' hooks take the timesteps from here
+    errors = layer_errors(proto, fake, data)
+    assert len(errors) == len(plan.layers)
+    assert max(errors.values()) <= 1e-5, errors
+    rounded: dict[str, torch.Tensor] = {}
+    for name in plan.layers:
+        fake.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: rounded.update({n: args[0]}))
+    nodes = Graph(proto).quantized()
+    wanted = sorted({v for n in nodes for v in (n.source, n.node.input[0])})
+    proto.graph.output.extend(helper.make_tensor_value_info(v, TensorProto.FLOAT, None) for v in wanted)
+    seen = dict(zip(wanted, session(proto).run(wanted, {"x": data.x.numpy(), "t": data.t.numpy()}), strict=True))
+    for n in nodes:
+        fake.get_submodule(n.layer)(torch.from_numpy(seen[n.source]))
+        assert np.array_equal(rounded[n.layer].numpy(), seen[n.node.input[0]]), n.layer
 
 
 @pytest.mark.parametrize(

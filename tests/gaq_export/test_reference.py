@@ -1,7 +1,7 @@
 """The exported graph means what fake-quantized PyTorch computes, over the whole bundled network at W4A8.
 
-In float32 two correct implementations drift apart (see gaq_export.parity), so this one is done in float64, where a
-value never lands on the other side of a rounding edge: ONNX's own reference evaluator against PyTorch.
+In float32 two correct implementations drift apart (see gaq_export.parity), so this one is done in float64 throughout,
+where a value never lands on the other side of a rounding edge: ONNX's own reference evaluator against PyTorch.
 """
 
 from pathlib import Path
@@ -9,41 +9,73 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch import Tensor
 
+from calib.affine import per_channel
 from calib.calibrate import calibrate
-from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
+from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from gaq_export.models import load_model
-from gaq_export.onnx_export import export_float
+from calib.plan import QuantPlan
+from gaq_export import pipeline
+from gaq_export.models import LoadedModel, load_model
 from gaq_export.profiles import PROFILES
 from gaq_export.qdq import insert_qdq, save_onnx
 
 
 def test_the_w4a8_reference_graph_of_the_bundled_model_equals_fake_quantized_pytorch(tmp_path: Path) -> None:
     model = load_model("ddpm-mnist")
-    step = torch.arange(4).repeat_interleave(4)
-    generator = torch.Generator().manual_seed(0)
-    data = CalibrationSet(x=torch.randn(16, 1, 32, 32, generator=generator), t=step * 250, step=step)
-    config = QuantConfig(reconstruction=ReconstructionConfig(iterations=0), omega=OmegaConfig(rule="uniform"))
-    plan = calibrate(model.network, data, config, timesteps=1000)
-    path = tmp_path / "reference.onnx"
-    save_onnx(insert_qdq(export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
+    _check(model, QuantConfig(reconstruction=ReconstructionConfig(iterations=0)), torch.tensor([500]), tmp_path)
 
-    # At t = 0 the sines of the embedding are exact; elsewhere PyTorch's, always single precision, differ by machine.
-    x, t = torch.randn(1, 1, 32, 32, generator=generator, dtype=torch.float64), torch.tensor([0])
+
+def test_the_graph_with_a_scale_for_each_step_equals_fake_quantized_pytorch(
+    tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    config = QuantConfig(activation=ActivationConfig(per_step=True), reconstruction=ReconstructionConfig(iterations=0))
+    _check(tiny_model, config, torch.tensor([50, 0, 33, 99]), tmp_path)
+
+
+def _check(model: LoadedModel, config: QuantConfig, t: Tensor, folder: Path) -> None:
+    """Calibrate on four samples at each quarter of the timesteps, then compare on noise at `t` (N,)."""
+    step, num_train = torch.arange(4).repeat_interleave(4), model.schedule.num_train
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, *model.shape, generator=generator)
+    data = CalibrationSet(x=x, t=step * num_train // 4, step=step)
+    plan = calibrate(model.network, data, config, timesteps=num_train)
+    path = folder / "reference.onnx"
+    save_onnx(insert_qdq(pipeline.export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
+
+    x = torch.randn(len(t), *model.shape, generator=generator, dtype=torch.float64)
+    found, embedding = _run_in_double(onnx.load(path), x, t)
+    expected = _fake_in_double(model, plan, embedding)(x, t)
+    assert _relative(found, expected) <= 1e-9
     with torch.no_grad():
-        expected = fake_quantized(model.network, plan).double()(x, t).numpy()
-        unquantized = model.network(x.float(), t).numpy()
-    (found,) = ReferenceEvaluator(_in_double(onnx.load(path))).run(None, {"x": x.numpy(), "t": t.numpy()})
-    assert _relative(found, expected) <= 1e-5
+        unquantized = model.network(x.float(), t)
     assert _relative(unquantized, expected) > 1e-2  # the test would notice a graph that quantizes nothing
 
 
-def _relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
+
+
+def _run_in_double(model: onnx.ModelProto, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the graph's output, and the sines and cosines of `t` that it begins with."""
+    graph = _in_double(model).graph
+    (sines,) = (node.input[0] for node in graph.node if "unet.time_embedding.linear_1.weight" in node.input)
+    graph.output.append(helper.make_tensor_value_info(sines, TensorProto.DOUBLE, None))
+    out, embedding = ReferenceEvaluator(model).run(None, {"x": x.numpy(), "t": t.numpy()})
+    return torch.from_numpy(out), torch.from_numpy(embedding)
+
+
+def _fake_in_double(model: LoadedModel, plan: QuantPlan, embedding: Tensor) -> torch.nn.Module:
+    """Return the fake-quantized network with nothing rounded to float32: not its weights, nor its sines of t."""
+    fake = fake_quantized(model.network, plan).double().requires_grad_(False)
+    for name, layer in plan.layers.items():
+        fake.get_submodule(name).weight.copy_(layer.codes * per_channel(layer.weight_scale.double(), layer.codes.ndim))
+    fake.get_submodule("unet.time_proj").register_forward_hook(lambda *_: embedding)
+    return fake
 
 
 def _in_double(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -53,7 +85,7 @@ def _in_double(model: onnx.ModelProto) -> onnx.ModelProto:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 _widen(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            elif attribute.name in ("to", "stash_type") and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.DOUBLE
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
