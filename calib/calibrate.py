@@ -61,9 +61,7 @@ def calibrate(
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
     order, loose = blocks.find_blocks(found, quantized)
     scales = {n: _scale(model, n, config) for n in quantized}
-    subset = split(
-        thin_steps(data, config.weight_steps), config.omega.validation, config.omega.groups, _generator(config, "split")
-    )
+    subset = weight_samples(data, config)
     key = _key(model, data, config)
     meter = Meter(block_costs(model, order, data, config), on_progress)
 
@@ -96,6 +94,12 @@ def calibrate(
         config=config,
         about=dict(about or {}),
     )
+
+
+def weight_samples(data: CalibrationSet, config: QuantConfig) -> Split:
+    """Return the samples that calibrate weights: those of every k-th step, the validation samples set aside."""
+    thinned = thin_steps(data, config.weight_steps)
+    return split(thinned, config.omega.validation, config.omega.groups, _generator(config, "split"))
 
 
 def _calibrate_block(
