@@ -50,7 +50,7 @@ class LayerRange:
 
     Attributes:
         covered: least, median and largest share over the channels: scale * largest code / max|w| of the channel.
-            At 1 the grid reaches the largest weight; below 1 the largest weights are clipped.
+            At 1 the grid just reaches max|w|; the most negative code lies one scale further out.
         input_reach: scale * largest code of the input's grid, in the activations' own unit.
     """
 

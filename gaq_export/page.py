@@ -61,14 +61,14 @@ pre { overflow-x: auto; }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provenance:
+class Origin:
     """What the run folder says of the calibration: its settings, and its line in the journal."""
 
     settings: Mapping[str, Any]
     journal: Mapping[str, Any]
 
 
-def render(plan: QuantPlan, found: Inspection, origin: Provenance) -> str:
+def render(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
     """Return the whole page; the same plan, numbers and record give the same text."""
     name = f"{plan.about['model']['name']}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
     sections = (
@@ -86,7 +86,7 @@ def render(plan: QuantPlan, found: Inspection, origin: Provenance) -> str:
     )
 
 
-def _header(name: str, plan: QuantPlan, found: Inspection, origin: Provenance) -> str:
+def _header(name: str, plan: QuantPlan, found: Inspection, origin: Origin) -> str:
     facts = _facts(plan, found, origin) | _journal_facts(origin.journal)
     rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in facts.items())
     settings = escape(json.dumps(configs.to_json(plan.config), indent=1))
@@ -98,7 +98,7 @@ def _header(name: str, plan: QuantPlan, found: Inspection, origin: Provenance) -
     )
 
 
-def _facts(plan: QuantPlan, found: Inspection, origin: Provenance) -> dict[str, str]:
+def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]:
     config, model, sampler = plan.config, plan.about["model"], plan.about["sampler"]
     fit, omega = config.reconstruction, config.omega
     eta = f", eta {sampler['eta']:g}" if sampler["eta"] else ""
@@ -233,10 +233,10 @@ def _fidelity_section(found: Fidelity) -> str:
 
 def _ranges_section(layers: Sequence[LayerRange]) -> str:
     text = (
-        "Layers in network order. Left: how much of each output channel's largest weight its grid covers, the scale "
-        "times the largest code over max|w|; the dot is the median channel, the line runs from the least to the most, "
-        "and left of 1 the largest weights are clipped. Right: the largest input that the layer's activation grid "
-        "reaches, the scale times the largest code; what exceeds it is clipped."
+        "Layers in network order. Left: the share of max|w| that an output channel's grid covers (its scale times the "
+        "largest code), the dot for the median channel, the line from the least to the most; left of 1 the largest "
+        "positive weights are clipped. Right: the largest input that the layer's activation grid reaches (its scale "
+        "times the largest code); what exceeds it is clipped."
     )
     covered = [layer.covered[1] for layer in layers]
     reach = [layer.input_reach for layer in layers]

@@ -264,7 +264,7 @@ def inspect(
         found = inspection.examine(
             model, plan, data, block=block, images=images, scratch=staged / "scratch", on_step=on_step
         )
-        text = page.render(plan, found, page.Provenance(settings=settings, journal=journal))
+        text = page.render(plan, found, page.Origin(settings=settings, journal=journal))
         write_atomically(path, text.encode())
     return path
 

@@ -18,7 +18,7 @@ from calib.reconstruct import BlockResult
 from gaq_export import figures, pipeline
 from gaq_export.cli import app
 from gaq_export.inspection import Fidelity, Inspection, LayerRange
-from gaq_export.page import Provenance, render
+from gaq_export.page import Origin, render
 
 TITLES = [
     "Do the sampling steps pull the same way?",
@@ -125,7 +125,7 @@ def measured(**changes: object) -> Inspection:
     return dataclasses.replace(found, **changes)
 
 
-ORIGIN = Provenance(
+ORIGIN = Origin(
     settings={"images": 4},
     journal={"step": "calibrate", "when": NASTY, "version": "0.0.9", "collect_seconds": 1.5, "peak_memory": "2 GB"},
 )
