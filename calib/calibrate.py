@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import adaround, affine, blocks, checkpoint, gptq, omega, ranges, reconstruct, temporal
+from calib import affine, blocks, checkpoint, gptq, omega, ranges, reconstruct, temporal
 from calib import config as configs
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
@@ -63,12 +63,10 @@ def calibrate(
     if config.activation.per_step:
         require_batch_first(found, quantized)
     order, loose = _order(model, found, quantized, shape)
-    if config.reconstruction.iterations == 0:  # nothing to reconstruct: every layer is rounded to nearest
+    if config.reconstruction.iterations == 0 and config.reconstruction.start == "float":  # all to nearest
         order, loose = [], quantized
     scales = {n: _scale(model, n, config) for n in quantized}
-    subset = split(
-        thin_steps(data, config.weight_steps), config.omega.validation, config.omega.groups, _generator(config, "split")
-    )
+    subset = weight_samples(data, config)
     key = _key(model, data, config, order)
     meter = Meter(block_costs(model, order, data, config), on_progress)
 
@@ -118,6 +116,12 @@ def _order(
     return first + order, loose
 
 
+def weight_samples(data: CalibrationSet, config: QuantConfig) -> Split:
+    """Return the samples that calibrate weights: those of every k-th step, the validation samples set aside."""
+    thinned = thin_steps(data, config.weight_steps)
+    return split(thinned, config.omega.validation, config.omega.groups, _generator(config, "split"))
+
+
 def _calibrate_block(
     network: nn.Module,
     block: Block,
@@ -135,7 +139,7 @@ def _calibrate_block(
     layers = [_layer_weight(block, module, n, scales[n], config) for n in block.layers]
     train, validation = io.part(subset.train), io.part(subset.validation)
     with meter.phase("start"):
-        logits = STARTS[config.reconstruction.start](module, layers, train, generator)
+        logits = gptq.STARTS[config.reconstruction.start](module, layers, train, generator)
     loss = reconstruct.per_sample_loss(module, layers)
     with meter.phase("meta"):
         scores = omega.align(loss, logits, train, validation, subset.group, scores, config.omega, generator)
@@ -146,15 +150,6 @@ def _calibrate_block(
     with meter.phase("decide"):
         codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
     return BlockState(codes=dict(zip(block.layers, codes, strict=True)), scores=scores, result=result)
-
-
-def _float_start(
-    block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO, generator: torch.Generator
-) -> list[Tensor]:
-    return [adaround.initial_logits(w.weight, w.scale) for w in layers]
-
-
-STARTS = {"float": _float_start, "gptq": gptq.start_logits}
 
 
 def _layer_weight(block: Block, module: nn.Module, name: str, scale: Tensor, config: QuantConfig) -> LayerWeight:

@@ -41,7 +41,7 @@ class ActivationConfig:
 class ReconstructionConfig:
     """AdaRound block reconstruction."""
 
-    iterations: int = 20_000  # 0 = no reconstruction, every weight rounded to nearest
+    iterations: int = 20_000  # 0 = the start alone: every weight rounded to nearest, or by GPTQ
     batch: int = 32
     learning_rate: float = 1e-3
     start: str = "float"  # rounding to start from: "float" (AdaRound's, the float weight) or "gptq"

@@ -117,3 +117,12 @@ def _columns(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     return patches.transpose(1, 2).flatten(0, 1)  # (N, K, L) -> (N * L, K)
+
+
+def _float_start(
+    block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO, generator: torch.Generator
+) -> list[Tensor]:
+    return [adaround.initial_logits(w.weight, w.scale) for w in layers]
+
+
+STARTS = {"float": _float_start, "gptq": start_logits}

@@ -186,6 +186,25 @@ def export(
 
 
 @app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished calibration.")] = Path("gaq-run"),
+    block: Annotated[
+        str | None, typer.Option(help="Block to look into; by default the one with the largest loss when rounded.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Fresh images on which the predicted noise is compared.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="HTML file; inspect.html in the run folder by default.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Look inside a calibration: one HTML page of figures on its gradients, losses, noise and ranges."""
+    with _one_line_errors():
+        from gaq_export import pipeline
+
+        with terminal.Bars(quiet) as bars:
+            path = pipeline.inspect(folder=run, out=out, block=block, images=images, on_step=bars.inspect)
+        typer.echo(path)
+
+
+@app.command()
 def models() -> None:
     """List the models known by name."""
     with _one_line_errors():

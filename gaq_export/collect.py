@@ -25,9 +25,9 @@ from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
 GROUP = 4
 
 
-def image_seed(seed: int, image: int) -> int:
-    """Return the seed of calibration image number `image`, far from the small seeds that users sample with."""
-    digest = hashlib.sha256(f"calibration:{seed}:{image}".encode()).digest()
+def image_seed(seed: int, image: int, purpose: str = "calibration") -> int:
+    """Return the seed of image number `image`, another for each purpose; far from the small seeds users sample with."""
+    digest = hashlib.sha256(f"{purpose}:{seed}:{image}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

@@ -3,6 +3,7 @@
     calibrate     float model            -> QuantPlan      in the run folder
     build_engine  plan                   -> QDQ ONNX -> unet.plan, audited, checked against PyTorch
     sample        unet.plan              -> images
+    inspect       run folder             -> a page about its calibration
 
 A model is a `LoadedModel`: from `load_model` by name or folder, or from `wrap` for any module called as (x, t).
 """
@@ -23,10 +24,11 @@ from calib import config as configs
 from calib.calibrate import calibrate as quantize
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
+from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from engines import EngineConfig, EngineFile
-from gaq_export import parity, provenance, samples
+from gaq_export import inspection, page, parity, provenance, samples
 from gaq_export import run as runs
 from gaq_export.collect import collect
 from gaq_export.denoiser import engine_denoiser
@@ -48,6 +50,7 @@ __all__ = [
     "build_engine",
     "calibrate",
     "export_onnx",
+    "inspect",
     "load_model",
     "preset",
     "sample",
@@ -238,6 +241,44 @@ def sample(
     if float_model is not None:
         reference = samples.draw(float_model.network, seeds, size, shape, schedule, spec, partial(on_step, "float"))
     return samples.write(Path(out), file, spec, seeds, drawn, reference, seconds)
+
+
+def inspect(
+    *,
+    folder: str | Path = runs.DEFAULT,
+    out: str | Path | None = None,
+    block: str | None = None,
+    images: int = 8,
+    model: LoadedModel | None = None,
+    on_step: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Path:
+    """Write one HTML page with figures on a finished calibration, and return its path.
+
+    Args:
+        folder: run folder with a finished plan.
+        out: where to write; inspect.html in the run folder if None.
+        block: which block to look into; the one with the largest loss at nearest rounding if None.
+        images: fresh trajectories on which the noise prediction is compared with the float model's.
+        model: the float model; found again from the plan if None.
+        on_step: told what is at work, how much of it is done, of how much.
+
+    Raises:
+        GaqError, CalibError: no plan, an unknown block, another model, or a page that cannot be written.
+    """
+    run = Run(folder=Path(folder))
+    plan, path = load_plan(run.plan), Path(out or run.page)
+    settings, journal = runs.recall(run)
+    model = provenance.model_of(plan.about, model)
+    spec = SamplerSpec.from_json(plan.about["sampler"])
+    with _staging(path) as staged:
+        collected = partial(on_step, "collecting")
+        data = _collected(run, model, spec, settings["images"], plan.config.seed, collected)
+        found = inspection.examine(
+            model, plan, data, block=block, images=images, scratch=staged / "scratch", on_step=on_step
+        )
+        text = page.render(plan, found, page.Origin(settings=settings, journal=journal))
+        write_atomically(path, text.encode())
+    return path
 
 
 def _collected(

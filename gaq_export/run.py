@@ -42,6 +42,11 @@ class Run:
         """Folder of finished blocks."""
         return self.folder / "blocks"
 
+    @property
+    def page(self) -> Path:
+        """What `inspect` writes."""
+        return self.folder / "inspect.html"
+
     def onnx(self, profile: str) -> Path:
         """The QDQ graph of one profile."""
         return self.folder / f"unet.{profile}.onnx"
@@ -84,6 +89,19 @@ def peak_memory_mib() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def recall(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that calibration was given, and its line in the journal (empty if it has none).
+
+    Raises:
+        GaqError: there is no record, or it cannot be read.
+    """
+    record = _read(run)
+    if record is None or "images" not in record["settings"]:
+        raise GaqError(f"No record of a calibration in {run.folder}: run `gaq-export calibrate` first.")
+    lines = [line for line in record["journal"] if line["step"] == "calibrate"]
+    return record["settings"], lines[-1] if lines else {}
 
 
 def _read(run: Run) -> dict[str, Any] | None:

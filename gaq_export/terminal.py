@@ -100,6 +100,10 @@ class Bars:
         """Show how many network calls are done."""
         self._show(who, f"drawing ({who}) {done}/{total}", done / total)
 
+    def inspect(self, what: str, done: int, total: int) -> None:
+        """Show what is being measured and how much of it is done."""
+        self._show(what, f"{what} {done}/{total}", done / total)
+
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)

@@ -19,6 +19,7 @@ HEAVY = {
     "tensorrt",
     "tensorrt_rtx",
     "huggingface_hub",
+    "matplotlib",
 }
 
 _HELP = """

@@ -306,6 +306,30 @@ def test_an_engine_for_a_gpu_that_is_not_here_is_built_and_refused_on_one_line(o
     assert "was built for tensorrt-rtx, which cannot run here: no NVIDIA" in line
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--block", "unet.mid_block.resnet.1"),
+            "No block is called 'unet.mid_block.resnet.1'; 14 can be looked at. The",
+        ),
+        (("--block", "unet.mid_block.resnet.1"), "The nearest is 'unet.mid_block.resnets.1'."),
+        (("--images", 0), "Found 0 images to measure with; ask for 1 or more."),
+    ],
+)
+def test_a_wrong_wish_for_a_look_inside_is_one_line(words: tuple[object, ...], message: str, own_run: Path) -> None:
+    assert message in refused(own_run, "inspect", own_run, *words)
+
+
+def test_a_look_inside_needs_a_finished_run_and_a_place_to_write(own_run: Path, in_the_way: Path) -> None:
+    assert "Cannot write to" in refused(own_run, "inspect", own_run, "--out", in_the_way / "page.html")
+    (own_run / "run.json").unlink()
+    assert "No record of a calibration in" in refused(own_run, "inspect", own_run)
+    (own_run / "plan.safetensors").unlink()
+    line = refused(own_run, "inspect", own_run)
+    assert f"No plan.safetensors in {own_run}: run `gaq-export calibrate` first." in line
+
+
 def test_an_interrupted_calibration_says_that_it_will_continue(
     home: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,239 @@
+"""Look inside a finished calibration: do the sampling steps pull a block's weights the same way, and did omega see it?
+
+Two measurements on one block, with the inputs, the targets and the samples that calibration had. Legend:
+
+    g_s   gradient of the block loss, averaged over the samples of sampling step s, in the dequantized weights
+    C     C_st = g_s . g_t / (|g_s| |g_t|), the cosine similarity of two steps (the heat map of GAC, Fig. 1a)
+    V     the rounding logits at their start, where the sample scores were updated
+    a_i   dl_i/dV . dL/dV, training sample i against the mean of the validation samples L (GAC, Fig. 2)
+
+A few samples a step make a gradient noisy, and noise alone lowers C. So each step's samples are also halved, and the
+cosine of the two halves says how much agreement such samples could show at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from calib import affine, gptq
+from calib.blocks import BlockIO
+from calib.errors import CalibError
+from calib.fakequant import dequantized_weight
+from calib.layers import trace
+from calib.plan import QuantPlan
+from calib.reconstruct import BlockResult, LayerWeight, block_loss, per_sample_loss
+
+CHUNK = 16  # samples differentiated at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosines:
+    """Cosine similarity of S gradients, (S, S), and of the two halves of each one's samples, averaged over S.
+
+    `halves` is None where a step has a single sample.
+    """
+
+    matrix: Tensor
+    halves: float | None
+
+    @property
+    def between(self) -> float | None:
+        """Mean cosine of two different steps; None if there is one step."""
+        count = len(self.matrix)
+        total = self.matrix.double().sum() - self.matrix.double().trace()
+        return float(total / (count * (count - 1))) if count > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Per-step gradients of one block compared, at nearest rounding (`before`) and at the plan's weights (`after`).
+
+    `samples` is the number of samples of each of `steps`; the fewest, where steps differ.
+    """
+
+    block: str
+    steps: tuple[int, ...]
+    samples: int
+    before: Cosines
+    after: Cosines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """Sample weights and what they should follow: `omega` (N,), summing to 1, and `inner` products a_i (N,)."""
+
+    block: str
+    validation: int
+    omega: Tensor
+    inner: Tensor
+
+
+def inspectable(model: nn.Module, plan: QuantPlan, shape: tuple[int, ...], timesteps: int) -> list[BlockResult]:
+    """Return the plan's blocks that can be looked at alone: called once a forward pass, with plain tensors."""
+    calls = trace(model, shape, timesteps).calls
+    return [b for b in plan.blocks if b.name in calls and calls[b.name].plain and calls[b.name].count == 1]
+
+
+def choose(candidates: Sequence[BlockResult], name: str | None) -> BlockResult | None:
+    """Return the block called `name`; by default the one with the largest loss at nearest rounding, or the first.
+
+    Raises:
+        CalibError: no block has that name.
+    """
+    if name is None:
+        return max(candidates, key=lambda b: -1.0 if b.loss_before is None else b.loss_before, default=None)
+    found = {b.name: b for b in candidates}
+    if name not in found:
+        near = get_close_matches(name, found, n=1, cutoff=0)
+        hint = f"The nearest is {near[0]!r}." if near else "This plan has none that can be looked at alone."
+        raise CalibError(f"No block is called {name!r}; {len(found)} can be looked at. {hint}")
+    return found[name]
+
+
+def agreement(model: nn.Module, plan: QuantPlan, block: BlockResult, io: BlockIO, step: Tensor) -> Agreement:
+    """Compare the block's gradients between sampling steps, before and after its rounding was learned.
+
+    Args:
+        model: the float network.
+        plan: made from it.
+        block: one of the plan's.
+        io: recording of some samples, with inputs from the weight-quantized network as in calibration; there the blocks
+            behind this one are still float, but they do not reach its inputs.
+        step: (N,) sampling step of each of them.
+    """
+    module, layers = model.get_submodule(block.name), _layer_weights(model, plan, block)
+    steps, counts = torch.unique(step, return_counts=True)
+    groups = [(step == s).nonzero()[:, 0] for s in steps]
+    nearest = [affine.fake_quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
+    kept = [dequantized_weight(plan.layers[n]) for n in block.layers]
+    return Agreement(
+        block=block.name,
+        steps=tuple(steps.tolist()),
+        samples=int(counts.min()),
+        before=_cosines(module, layers, nearest, io, groups),
+        after=_cosines(module, layers, kept, io, groups),
+    )
+
+
+def alignment(
+    model: nn.Module,
+    plan: QuantPlan,
+    block: BlockResult,
+    train: BlockIO,
+    validation: BlockIO,
+) -> Alignment:
+    """Set each training sample's omega beside the inner product of its gradient with the mean validation gradient.
+
+    Args:
+        model: the float network.
+        plan: made from it.
+        block: one of the plan's.
+        train: recording of the N samples that the plan's scores belong to.
+        validation: recording of the samples set aside.
+
+    Raises:
+        CalibError: the plan has another number of scores.
+    """
+    if len(plan.scores) != len(train):
+        raise CalibError(
+            f"The plan weighs {len(plan.scores)} samples, the collected ones are {len(train)}: calibrate again."
+        )
+    module, layers = model.get_submodule(block.name), _layer_weights(model, plan, block)
+    start = gptq.STARTS[plan.config.reconstruction.start]
+    logits = start(module, layers, train, torch.Generator().manual_seed(plan.config.seed))
+    logits = [v.requires_grad_() for v in logits]
+    losses = per_sample_loss(module, layers)
+
+    def loss(io: BlockIO, index: Tensor) -> Tensor:
+        return losses(logits, io.take(index))
+
+    mean = [torch.zeros_like(v) for v in logits]
+    for index in _chunks(torch.arange(len(validation))):
+        parts = torch.autograd.grad(loss(validation, index).sum() / len(validation), logits)
+        mean = [m + p for m, p in zip(mean, parts, strict=True)]
+    inner = []
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        for index in _chunks(torch.arange(len(train))):
+            dual = torch.ones(len(index), requires_grad=True)
+            rows = torch.autograd.grad(
+                (dual * loss(train, index)).sum(), logits, create_graph=True
+            )  # J^T u, linear in u
+            products = torch.stack([(r * m).sum() for r, m in zip(rows, mean, strict=True)]).sum()
+            inner.append(torch.autograd.grad(products, dual)[0])
+    omega = torch.softmax(plan.scores.double() / plan.config.omega.temperature, 0)
+    return Alignment(block=block.name, validation=len(validation), omega=omega, inner=torch.cat(inner).double())
+
+
+def cosine_matrix(gradients: Tensor) -> Tensor:
+    """Return (S, S) cosine similarities of the rows of (S, P); a row of zeros is at right angles to all others."""
+    unit = F.normalize(gradients, dim=1, eps=torch.finfo(gradients.dtype).tiny)
+    return (unit @ unit.T).clamp(-1, 1).fill_diagonal_(1)
+
+
+def spearman(a: Tensor, b: Tensor) -> float | None:
+    """Return the rank correlation of two (N,) tensors, ties at their mean rank; None if one of them is constant.
+
+    >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-1.0, -10.0, -100.0]))
+    -1.0
+    """
+    x, y = (r - r.mean() for r in (_ranks(a), _ranks(b)))
+    size = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / size if size > 0 else None
+
+
+def bin_means(key: Tensor, values: Sequence[Tensor], bins: int) -> list[Tensor]:
+    """Sort by `key` (N,), cut into at most `bins` bins of equal size (to within one), return each value's means."""
+    order = torch.argsort(key, stable=True)
+    return [torch.stack([part.mean() for part in torch.tensor_split(v[order], min(bins, len(key)))]) for v in values]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, position, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks: Tensor = (last - (counts - 1) / 2)[position]
+    return ranks
+
+
+def _cosines(
+    module: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO, groups: Sequence[Tensor]
+) -> Cosines:
+    gradients = torch.empty(len(groups), sum(w.numel() for w in weights))
+    halved = []
+    for row, group in zip(gradients, groups, strict=True):
+        halves = torch.stack([_gradient_sum(module, layers, weights, io, h) for h in torch.tensor_split(group, 2)])
+        torch.sum(halves, 0, out=row)  # (2, P) -> (P,)
+        halved.append(float(cosine_matrix(halves)[0, 1]))
+    whole = all(len(group) > 1 for group in groups)
+    return Cosines(matrix=cosine_matrix(gradients), halves=sum(halved) / len(halved) if whole else None)
+
+
+def _gradient_sum(
+    module: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO, index: Tensor
+) -> Tensor:
+    """Return (P,): the gradient of the samples' summed loss in all of the block's weights."""
+    point = [w.detach().clone().requires_grad_() for w in weights]
+    total = torch.zeros(sum(w.numel() for w in point))
+    for part in _chunks(index):
+        gradients = torch.autograd.grad(block_loss(module, layers, point, io.take(part)).sum(), point)
+        total += torch.cat([g.flatten() for g in gradients])
+    return total
+
+
+def _layer_weights(model: nn.Module, plan: QuantPlan, block: BlockResult) -> list[LayerWeight]:
+    found = []
+    for name in block.layers:
+        weight, layer = model.get_submodule(name).weight, plan.layers[name]
+        assert isinstance(weight, Tensor)
+        key = f"{name}.weight"[len(block.name) + 1 :]
+        found.append(LayerWeight(key=key, weight=weight.detach(), scale=layer.weight_scale, bits=layer.weight_bits))
+    return found
+
+
+def _chunks(index: Tensor) -> Sequence[Tensor]:
+    """Cut (n,) into pieces of at most CHUNK; none if it is empty."""
+    return torch.split(index, CHUNK) if len(index) else ()

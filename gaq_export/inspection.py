@@ -1,0 +1,207 @@
+"""What `inspect` measures in a finished run, as numbers; `figures` draws them and `page` writes them down.
+
+In: the float model, its plan, and the samples it was calibrated with. The gradients come from `calib.diagnose`; this
+module chooses the samples and adds what needs a sampler: how far the quantized network's noise prediction is from the
+float one's, step by step, on trajectories that calibration did not see.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from calib import diagnose
+from calib.affine import integer_range
+from calib.blocks import Block
+from calib.calibrate import weight_samples
+from calib.data import CalibrationSet, Split
+from calib.diagnose import Agreement, Alignment
+from calib.fakequant import fake_quantized
+from calib.plan import QuantPlan
+from calib.reconstruct import BlockResult
+from calib.recording import recorder
+from gaq_export import provenance, samplers
+from gaq_export.collect import GROUP, image_seed
+from gaq_export.errors import GaqError
+from gaq_export.models import LoadedModel
+from gaq_export.parity import sqnr_db
+from gaq_export.schedule import SamplerSpec, timesteps
+
+FEW = 4  # samples a step where every block is looked at
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """SQNR in dB of the quantized network's noise prediction against float: (S, N), S steps, N images.
+
+    `weights` has float activations, `both` has them rounded too; `t` (S,) is the timestep of each step.
+    """
+
+    t: Tensor
+    weights: Tensor
+    both: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRange:
+    """Grids of one layer.
+
+    Attributes:
+        covered: least, median and largest share over the channels: scale * largest code / max|w| of the channel.
+            At 1 the grid just reaches max|w|; the most negative code lies one scale further out.
+        input_reach: scale * largest code of the input's grid, in the activations' own unit.
+    """
+
+    name: str
+    channels: int
+    weight_bits: int
+    covered: tuple[float, float, float]
+    input_bits: int
+    input_reach: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """All that a page shows beside the plan itself.
+
+    `agreement` and `alignment` are of the chosen block, with every training sample; `overview` has each block, with FEW
+    samples a step. They are None, or empty, where the plan has no block that can be looked at alone; `alignment` is
+    also None where all samples weigh the same.
+    """
+
+    train: int
+    validation: int
+    overview: tuple[Agreement, ...]
+    agreement: Agreement | None
+    alignment: Alignment | None
+    fidelity: Fidelity
+    ranges: tuple[LayerRange, ...]
+
+
+def examine(
+    model: LoadedModel,
+    plan: QuantPlan,
+    data: CalibrationSet,
+    *,
+    block: str | None,
+    images: int,
+    scratch: Path,
+    on_step: Told,
+) -> Inspection:
+    """Measure everything.
+
+    Args:
+        model: the float model.
+        plan: made from it.
+        data: the samples it was calibrated with, all of them.
+        block: which one to look into; the one with the largest loss at nearest rounding if None.
+        images: fresh trajectories for `Fidelity`.
+        scratch: folder for recordings too large for memory.
+        on_step: told what is at work, how much of it is done, of how much.
+
+    Raises:
+        GaqError, CalibError: no images, an unknown block, or a plan that belongs to other samples.
+    """
+    if images < 1:
+        raise GaqError(f"Found {images} images to measure with; ask for 1 or more.")
+    float_network, network = model.network, fake_quantized(model.network, plan, activations=False)
+    blocks = diagnose.inspectable(float_network, plan, model.shape, model.schedule.num_train)
+    chosen = diagnose.choose(blocks, block)
+    subset = weight_samples(data, plan.config)
+    few = _first_of_each_step(subset.data.take(subset.train), FEW)
+    overview = []
+    with recorder(float_network, network, few, plan.config.micro_batch) as recording:
+        for i, b in enumerate(blocks):
+            place = Block(name=b.name, layers=b.layers)
+            overview.append(diagnose.agreement(float_network, plan, b, recording.record(place), few.step))
+            recording.finish(place)
+            on_step("comparing gradients, block", i + 1, len(blocks))
+    agreement, alignment = (
+        _look_into(chosen, model, network, plan, subset, scratch, on_step) if chosen else (None, None)
+    )
+    return Inspection(
+        train=len(subset.train),
+        validation=len(subset.validation),
+        overview=tuple(overview),
+        agreement=agreement,
+        alignment=alignment,
+        fidelity=fidelity(model, plan, images, on_step),
+        ranges=layer_ranges(model, plan),
+    )
+
+
+def _look_into(
+    block: BlockResult,
+    model: LoadedModel,
+    network: nn.Module,
+    plan: QuantPlan,
+    subset: Split,
+    scratch: Path,
+    on_step: Told,
+) -> tuple[Agreement, Alignment | None]:
+    """Compare one block's gradients with every training sample, and with omega unless all samples weigh the same."""
+    weighted = len(torch.unique(plan.scores)) > 1
+
+    def tell(done: int) -> None:
+        on_step(f"looking into {block.name}", done, 3 if weighted else 2)
+
+    with recorder(model.network, network, subset.data, plan.config.micro_batch, scratch) as recording:
+        io = recording.record(Block(name=block.name, layers=block.layers))
+        train, held_out = io.part(subset.train), io.part(subset.validation)
+        tell(1)
+        agreement = diagnose.agreement(model.network, plan, block, train, subset.data.step[subset.train])
+        tell(2)
+        if not weighted:
+            return agreement, None
+        alignment = diagnose.alignment(model.network, plan, block, train, held_out)
+        tell(3)
+    return agreement, alignment
+
+
+def fidelity(model: LoadedModel, plan: QuantPlan, images: int, on_step: Told) -> Fidelity:
+    """Draw `images` fresh trajectories with the float model and run the quantized network beside it at every step."""
+    schedule, spec = provenance.schedule_of(plan.about), SamplerSpec.from_json(plan.about["sampler"])
+    networks = [fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True)]
+    seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
+    groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]
+    rows: list[list[list[float]]] = []  # network call, network, image
+
+    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+        expected: Tensor = model.network(x, t)
+        rows.append([[sqnr_db(e, o) for e, o in zip(expected, net(x, t), strict=True)] for net in networks])
+        on_step("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
+        return expected
+
+    for group in groups:
+        samplers.run(denoise, group, model.shape, schedule, spec)
+    parts = [torch.tensor(rows[i * spec.steps : (i + 1) * spec.steps]) for i in range(len(groups))]
+    weights, both = torch.cat(parts, 2).unbind(1)  # (S, 2, N) -> 2 x (S, N)
+    return Fidelity(t=timesteps(spec, schedule.num_train), weights=weights, both=both)
+
+
+def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
+    """Return how far each layer's grids reach, in network order."""
+    found = []
+    for name, q in plan.layers.items():
+        weight = model.network.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        widest = weight.detach().flatten(1).abs().amax(1)
+        covered = torch.where(widest > 0, q.weight_scale * integer_range(q.weight_bits)[1] / widest, 1.0)
+        found.append(
+            LayerRange(
+                name=name,
+                channels=len(widest),
+                weight_bits=q.weight_bits,
+                covered=(float(covered.min()), float(covered.median()), float(covered.max())),
+                input_bits=q.input_bits,
+                input_reach=q.input_scale * integer_range(q.input_bits)[1],
+            )
+        )
+    return tuple(found)
+
+
+def _first_of_each_step(data: CalibrationSet, count: int) -> CalibrationSet:
+    return data.take(torch.cat([(data.step == s).nonzero()[:count, 0] for s in torch.unique(data.step)]))

@@ -1,0 +1,307 @@
+"""One HTML page out of an `Inspection`: every figure with how to read it and the numbers it rests on.
+
+The page opens offline and stays as it is: styles and figures are inside, and it runs no script. Whatever comes from a
+plan, a record or a model is escaped where it enters the page.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+
+from calib import config as configs
+from calib.diagnose import Agreement, Alignment, bin_means, spearman
+from calib.plan import QuantPlan
+from calib.reconstruct import BlockResult
+from gaq_export import __version__, figures
+from gaq_export.inspection import Fidelity, Inspection, LayerRange
+
+_CSS = """
+:root { color-scheme: light dark; --paper: #fbfbfa; --ink: #22262b; --soft: #5c636d; --line: #dfe2e6; --card: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181b; --ink: #e4e6e9; --soft: #a0a7b1; --line: #363b42; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 1rem/1.6 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 50rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 600; margin: 0 0 1.5rem; }
+h2 { font-size: 1.25rem; line-height: 1.3; font-weight: 600; margin: 4rem 0 .5rem; }
+p { margin: 0 0 1rem; }
+.kicker, .numbers { color: var(--soft); font-size: .875rem; }
+.kicker { margin: 0 0 .25rem; }
+.note { border-left: 3px solid var(--soft); padding-left: .8rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.5rem; margin: 0 0 1.25rem; font-size: .9rem; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1.25rem 0; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .75rem; overflow-x: auto; }
+.card svg { display: block; width: 100%; min-width: 34rem; height: auto; }
+figcaption { margin-top: .6rem; }
+details { margin: .75rem 0; font-size: .9rem; }
+summary { cursor: pointer; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; margin: .75rem 0; font-size: .8125rem; line-height: 1.4;
+  font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; color: var(--soft); vertical-align: bottom; }
+th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); }
+th:not(:first-child), td:not(:first-child) { text-align: right; }
+th:last-child, td:last-child { padding-right: 0; }
+.chosen td { font-weight: 600; }
+code, pre, td:first-child { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+  font-size: .9em; }
+pre { overflow-x: auto; }
+@media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the run folder says of the calibration: its settings, and its line in the journal."""
+
+    settings: Mapping[str, Any]
+    journal: Mapping[str, Any]
+
+
+def render(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
+    """Return the whole page; the same plan, numbers and record give the same text."""
+    name = f"{plan.about['model']['name']}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
+    sections = (
+        _agreement_section(plan, found),
+        _alignment_section(found),
+        _losses_section(plan.blocks),
+        _fidelity_section(found.fidelity),
+        _ranges_section(found.ranges),
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)}: inside the calibration</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"{_header(name, plan, found, origin)}\n{''.join(sections)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(name: str, plan: QuantPlan, found: Inspection, origin: Origin) -> str:
+    facts = _facts(plan, found, origin) | _journal_facts(origin.journal)
+    rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in facts.items())
+    settings = escape(json.dumps(configs.to_json(plan.config), indent=1))
+    warning = "The weights are random: every figure is about noise." if plan.about["model"]["meaningless"] else ""
+    return (
+        f'<header>\n<p class="kicker">Looking inside a calibration</p>\n<h1>{escape(name)}</h1>\n'
+        f"{_note(warning)}<dl>\n{rows}</dl>\n"
+        f"<details><summary>All settings</summary><pre>{settings}</pre></details>\n</header>"
+    )
+
+
+def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]:
+    config, model, sampler = plan.config, plan.about["model"], plan.about["sampler"]
+    fit, omega = config.reconstruction, config.omega
+    eta = f", eta {sampler['eta']:g}" if sampler["eta"] else ""
+    patterns = "".join(f", {pattern}" for pattern in config.keep_float)
+    learned = f"{omega.rule}, {_count(omega.meta_steps, 'meta-step')} a block, temperature {omega.temperature:g}"
+    return {
+        "model": f"{model['name']} ({model['source']}), weights {model['fingerprint'][:12]}",
+        "bits": f"{config.weight.bits}-bit weights, {config.activation.bits}-bit activations",
+        "sampler": f"{sampler['name']}, {sampler['steps']} steps, {sampler['spacing']} spacing{eta}",
+        "samples": f"{origin.settings['images']} images; {found.train} training and {found.validation} validation "
+        "samples for the weights",
+        "rounding": f"{fit.iterations} iterations a block, batch {fit.batch}, learning rate {fit.learning_rate:g}",
+        "sample weights": omega.rule if omega.rule == "uniform" else learned,
+        "layers": f"{len(plan.layers)} quantized, {len(plan.float_layers)} float ({config.convention}{patterns})",
+        "blocks": f"{len(plan.blocks)}, {sum(b.rounding == 'nearest' for b in plan.blocks)} of them rounded to nearest",
+        "seed": f"{config.seed}",
+    }
+
+
+def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:
+    """Return whatever the journal says of the calibration, then the versions at work then and now."""
+    known = {"when": "finished", "collect_seconds": "collecting", "seconds": "calibrating"}
+    facts = {
+        known.get(key, key.replace("_", " ")): f"{value} s" if key.endswith("seconds") else f"{value}"
+        for key, value in journal.items()
+        if key not in ("step", "version")
+    }
+    made = f"gaq-export {journal.get('version', 'unknown')}; this page: gaq-export {__version__}"
+    return {**facts, "made with": f"{made}, torch {torch.__version__}"}
+
+
+def _agreement_section(plan: QuantPlan, found: Inspection) -> str:
+    title = "Do the sampling steps pull the same way?"
+    shown = found.agreement
+    if shown is None:
+        return _section(title, _note("No block of this plan can be looked at alone."))
+    block = next(b for b in plan.blocks if b.name == shown.block)
+    text = (
+        "Each cell compares two sampling steps: the cosine similarity of their gradients of the block loss with "
+        "respect to the block's dequantized weights. Blue: both would move the weights the same way; red: opposite "
+        "ways; white: neither. Learning uses up what the steps have in common, so paler on the right is no fault."
+    )
+    numbers = (
+        f"Block {_code(shown.block)}, {_count(len(block.layers), 'layer')}; {found.train} training samples, "
+        f"{shown.samples} at each of {_count(len(shown.steps), 'step')}; inputs from the quantized layers "
+        f"before it, targets from the float block. Mean of the cells off the diagonal: {_cosine(shown.before.between)} "
+        f"before, {_cosine(shown.after.between)} after. As a yardstick for noise: the two halves of one step's samples "
+        f"have {_cosine(shown.before.halves)} before and {_cosine(shown.after.halves)} after."
+    )
+    return _section(
+        title, _text(text), _figure(figures.cosines(shown), numbers), _overview(found.overview, shown.block)
+    )
+
+
+def _overview(rows: Sequence[Agreement], chosen: str) -> str:
+    table = _table(
+        ("block", "steps, before", "halves, before", "steps, after", "halves, after"),
+        [(a.block, *(_cosine(v) for c in (a.before, a.after) for v in (c.between, c.halves))) for a in rows],
+        marked=chosen,
+    )
+    fewest = _count(min(a.samples for a in rows), "sample")
+    text = (
+        f"Every block the same way, with {fewest} a step: mean cosine of two steps' gradients, and of the two halves "
+        "of one step's samples; the fewer the samples, the lower both. <code>--block NAME</code> draws another."
+    )
+    return f'<p class="numbers">{text}</p>\n{table}'
+
+
+def _alignment_section(found: Inspection) -> str:
+    title = "Do the sample weights follow the gradients?"
+    shown = found.alignment
+    if shown is None:
+        same = f"The sample weights are uniform: all {found.train} scores are equal, so there is nothing to sort."
+        return _section(title, _note(same))
+    text = (
+        "Training samples sorted by their weight, omega (the softmax of the plan's scores), and cut into bins, one "
+        "point a bin. Where points rise to the right, samples whose gradient agrees with the validation samples' "
+        "weigh more."
+    )
+    return _section(title, _text(text), _figure(figures.alignment(shown), _alignment_numbers(shown)))
+
+
+def _alignment_numbers(shown: Alignment) -> str:
+    relative = shown.omega * len(shown.omega)
+    bins = bin_means(shown.omega, [relative, shown.inner], figures.BINS)
+    return (
+        f"Block {_code(shown.block)}, gradients with respect to its rounding logits at their start; "
+        f"{len(relative)} training samples in {len(bins[0])} bins, {shown.validation} validation samples. Weights from "
+        f"{float(relative.min()):.4f} to {float(relative.max()):.4f} times uniform, {len(torch.unique(relative))} "
+        f"different ones; they are the last block's, having passed through all. Spearman's rank correlation "
+        f"{_cosine(spearman(shown.omega, shown.inner))} (n = {len(relative)} samples); between the bins' means "
+        f"{_cosine(spearman(*bins))} (n = {len(bins[0])}), usually larger, since averaging removes noise."
+    )
+
+
+def _losses_section(blocks: Sequence[BlockResult]) -> str:
+    title = "What did learning the rounding gain?"
+    measured = [b for b in blocks if b.loss_before is not None and b.loss_after is not None]
+    if not measured:
+        return _section(title, _note("The plan holds no block losses: every layer is rounded to nearest."))
+    text = (
+        "The mean block loss over the training samples with nearest rounding (open) and with the learned rounding "
+        "(filled), blocks in network order, on a logarithmic scale. A cross marks a block where learning did not beat "
+        "nearest, which was kept."
+    )
+    ratios = [b.loss_after / b.loss_before for b in measured if b.loss_before and b.loss_after is not None]
+    kept = sum(b.rounding == "nearest" for b in measured)
+    ratio = f" The loss after is {statistics.median(ratios):.2f} of the loss before (median block)." if ratios else ""
+    apart = [b.name for b in blocks if b not in measured]
+    rest = f" Not in the figure, rounded to nearest: {', '.join(map(_code, apart))}." if apart else ""
+    numbers = f"{_count(len(measured), 'block')}; {kept} kept nearest.{ratio}{rest}"
+    return _section(title, _text(text), _figure(figures.losses(measured), numbers))
+
+
+def _fidelity_section(found: Fidelity) -> str:
+    text = (
+        "The quantized network runs beside the float one along trajectories that the float one draws; at each sampling "
+        "step, the power of the float noise prediction over that of the difference. Higher is closer: 20 dB is a "
+        "difference of a tenth. Lines are the median image, bands reach from the lowest to the highest."
+    )
+    steps, images = found.both.shape
+    weights, both = (torch.quantile(v.double(), 0.5, dim=1) for v in (found.weights, found.both))
+    worst = int(both.argmin())
+    numbers = (
+        f"{_count(images, 'image')} from seeds that calibration did not use, {_count(steps, 'step')}. Median over the "
+        f"steps: {float(weights.median()):.1f} dB with rounded weights, {float(both.median()):.1f} dB with rounded "
+        f"activations too; lowest {float(both[worst]):.1f} dB, at step {worst} (t = {int(found.t[worst])})."
+    )
+    section = _figure(figures.fidelity(found), numbers)
+    return _section("How close is the predicted noise?", _text(text), section)
+
+
+def _ranges_section(layers: Sequence[LayerRange]) -> str:
+    text = (
+        "Layers in network order. Left: the share of max|w| that an output channel's grid covers (its scale times the "
+        "largest code), the dot for the median channel, the line from the least to the most; left of 1 the largest "
+        "positive weights are clipped. Right: the largest input that the layer's activation grid reaches (its scale "
+        "times the largest code); what exceeds it is clipped."
+    )
+    covered = [layer.covered[1] for layer in layers]
+    reach = [layer.input_reach for layer in layers]
+    numbers = (
+        f"{_count(len(layers), 'layer')}, {sum(layer.channels for layer in layers)} channels. From layer to layer, "
+        f"the median channel's grid covers {min(covered):.2f} to {max(covered):.2f}, and the input's reaches "
+        f"{min(reach):.3g} to {max(reach):.3g}."
+    )
+    table = _table(
+        ("layer", "channels", "weight bits", "least", "median", "most", "input bits", "largest input"),
+        [
+            (
+                layer.name,
+                f"{layer.channels}",
+                f"{layer.weight_bits}",
+                *(f"{share:.3f}" for share in layer.covered),
+                f"{layer.input_bits}",
+                f"{layer.input_reach:.4g}",
+            )
+            for layer in layers
+        ],
+    )
+    details = f"<details><summary>The numbers, layer by layer</summary>\n{table}</details>\n"
+    return _section("How far do the grids reach?", _text(text), _figure(figures.ranges(layers), numbers), details)
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{''.join(parts)}</section>\n"
+
+
+def _figure(svg: str, numbers: str) -> str:
+    """Frame a figure; `numbers` is HTML."""
+    return f'<figure>\n<div class="card">{svg}</div>\n<figcaption class="numbers">{numbers}</figcaption>\n</figure>\n'
+
+
+def _table(head: Iterable[str], rows: Iterable[Sequence[str]], marked: str = "") -> str:
+    """Make a table; the row whose first cell is `marked` stands out."""
+    lines = [_row("th", head, ' scope="col"')]
+    for row in rows:
+        lines.append(_row("td", row, "", ' class="chosen"' if row[0] == marked else ""))
+    return (
+        f'<div class="scroll"><table>\n<thead>\n{lines[0]}</thead>\n'
+        f"<tbody>\n{''.join(lines[1:])}</tbody>\n</table></div>\n"
+    )
+
+
+def _row(tag: str, cells: Iterable[str], cell: str = "", row: str = "") -> str:
+    return f"<tr{row}>{''.join(f'<{tag}{cell}>{escape(text)}</{tag}>' for text in cells)}</tr>\n"
+
+
+def _text(text: str) -> str:
+    return f"<p>{escape(text)}</p>\n"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>\n' if text else ""
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _cosine(value: float | None) -> str:
+    return "none" if value is None or math.isnan(value) else f"{value:.3f}"

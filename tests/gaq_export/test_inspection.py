@@ -1,0 +1,84 @@
+"""What a finished run is measured with: fresh trajectories, and how far the grids of each layer reach."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from calib.fakequant import fake_quantized
+from calib.plan import QuantPlan, load_plan
+from gaq_export import inspection, pipeline, samplers
+from gaq_export.collect import image_seed
+from gaq_export.errors import GaqError
+from gaq_export.parity import sqnr_db
+from gaq_export.schedule import SamplerSpec, timesteps
+
+
+def few_steps(plan: QuantPlan, about: dict) -> QuantPlan:
+    """Return the plan as if made for a sampler of five noisy steps, its model and schedule as in `about`."""
+    return dataclasses.replace(plan, about={**about, "sampler": SamplerSpec(steps=5, eta=1.0).to_json()})
+
+
+def ignore(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_run: Path) -> QuantPlan:
+    return load_plan(tiny_run / "plan.safetensors")
+
+
+def test_no_fresh_image_has_a_seed_that_calibration_used() -> None:
+    fresh = {image_seed(0, i, "inspection") for i in range(64)}
+    assert len(fresh) == 64
+    assert fresh & {image_seed(0, i) for i in range(64)} == set()
+
+
+def test_fidelity_is_measured_on_the_float_models_own_trajectories(tiny_model, plan: QuantPlan) -> None:
+    told, plan = [], few_steps(plan, plan.about)
+    found = inspection.fidelity(tiny_model, plan, 5, lambda *step: told.append(step))
+    spec = SamplerSpec.from_json(plan.about["sampler"])
+    networks = [fake_quantized(tiny_model.network, plan, activations=rounded) for rounded in (False, True)]
+    seen = []
+    samplers.run(
+        tiny_model.network,
+        [image_seed(plan.config.seed, 4, "inspection")],
+        tiny_model.shape,
+        tiny_model.schedule,
+        spec,
+        lambda step, x, t: seen.append((x.clone(), t)),
+    )
+    with torch.no_grad():
+        expected = [[sqnr_db(tiny_model.network(x, t), net(x, t)) for x, t in seen] for net in networks]
+    assert found.weights[:, 4].tolist() == pytest.approx(expected[0], rel=1e-3)
+    assert found.both[:, 4].tolist() == pytest.approx(expected[1], rel=1e-3)
+    assert torch.equal(found.t, timesteps(spec, 100))
+    assert found.weights.shape == found.both.shape == (spec.steps, 5)
+    assert [done for _, done, _ in told] == list(range(1, 2 * spec.steps + 1))  # groups of four images
+    assert {total for *_, total in told} == {2 * spec.steps}
+
+
+def test_more_bits_are_closer_to_float(tiny_model, tiny_plan, plan: QuantPlan) -> None:
+    def decibels(wbits: int, abits: int) -> torch.Tensor:
+        return inspection.fidelity(tiny_model, few_steps(tiny_plan(wbits, abits), plan.about), 1, ignore).both.median()
+
+    assert decibels(8, 8) > decibels(2, 8) + 10
+
+
+def test_ranges_say_what_each_grid_reaches(tiny_model, plan: QuantPlan) -> None:
+    found = inspection.layer_ranges(tiny_model, plan)
+    assert [layer.name for layer in found] == list(plan.layers)
+    for layer in found:
+        q, weight = plan.layers[layer.name], tiny_model.network.get_submodule(layer.name).weight.detach()
+        shares = [float(7 * s / w.abs().max()) for s, w in zip(q.weight_scale, weight, strict=True)]
+        assert layer.covered == pytest.approx((min(shares), float(torch.tensor(shares).median()), max(shares)))
+        assert 0.2 < layer.covered[0] <= layer.covered[1] <= layer.covered[2] <= 1.0001
+        assert layer.input_reach == pytest.approx(127 * q.input_scale)
+        assert layer.channels == len(weight)
+
+
+def test_no_images_is_an_error(tiny_run: Path, tiny_model) -> None:
+    with pytest.raises(GaqError, match="Found 0 images to measure with; ask for 1 or more"):
+        pipeline.inspect(folder=tiny_run, images=0, model=tiny_model)
+    assert not (tiny_run / "inspect.html").exists()

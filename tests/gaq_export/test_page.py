@@ -1,0 +1,220 @@
+"""The page: every section, HTML that parses, nothing from elsewhere, the same bytes for the same run."""
+
+import dataclasses
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from calib.config import OmegaConfig, QuantConfig
+from calib.diagnose import Agreement, Alignment, Cosines
+from calib.plan import LayerQuant, QuantPlan, load_plan
+from calib.reconstruct import BlockResult
+from gaq_export import figures, pipeline
+from gaq_export.cli import app
+from gaq_export.inspection import Fidelity, Inspection, LayerRange
+from gaq_export.page import Origin, render
+
+TITLES = [
+    "Do the sampling steps pull the same way?",
+    "Do the sample weights follow the gradients?",
+    "What did learning the rounding gain?",
+    "How close is the predicted noise?",
+    "How far do the grids reach?",
+]
+VOID = {"meta"}
+NASTY = "<script>&\"'"
+
+
+class Outline(HTMLParser):
+    """Read a page strictly: what opens must close, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.seen: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.titles: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.titles.append(data)
+
+
+def outline(page: str) -> Outline:
+    reader = Outline()
+    reader.feed(page)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture(scope="module")
+def page(tiny_run: Path, tmp_path_factory) -> str:
+    """The page of the tiny run, from the command line."""
+    out = tmp_path_factory.mktemp("page") / "new" / "inspect.html"
+    result = CliRunner().invoke(app, ["inspect", str(tiny_run), "--out", str(out), "--images", "2"])
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n")
+    assert [p.name for p in out.parent.iterdir()] == ["inspect.html"]
+    return out.read_text(encoding="utf-8")
+
+
+def small(**changes: object) -> QuantPlan:
+    """Return a plan of two blocks, the names of model and second block full of mark-up."""
+    layer = LayerQuant(
+        codes=torch.ones(2, 2, dtype=torch.int8),
+        weight_scale=torch.ones(2),
+        weight_bits=4,
+        input_scale=1.0,
+        input_bits=8,
+        output_scale=1.0,
+    )
+    about = {
+        "model": {"name": NASTY, "source": "module", "fingerprint": "f" * 64, "meaningless": True},
+        "sampler": {"name": "ddim", "steps": 3, "spacing": "uniform", "eta": 0.5},
+    }
+    blocks = (
+        BlockResult(name="first", layers=("first",), loss_before=2.0, loss_after=0.5, rounding="adaround"),
+        BlockResult(name=NASTY, layers=(NASTY,), loss_before=0.1, loss_after=0.1, rounding="nearest"),
+    )
+    plan = QuantPlan(
+        layers={"first": layer, NASTY: layer},
+        float_layers={},
+        blocks=blocks,
+        scores=torch.arange(6.0),
+        config=QuantConfig(keep_float=(NASTY,)),
+        about=about,
+    )
+    return dataclasses.replace(plan, **changes)
+
+
+def measured(**changes: object) -> Inspection:
+    """Return numbers to go with `small`."""
+    held = Cosines(matrix=torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), halves=None)
+    seen = Agreement(block=NASTY, steps=(0, 2), samples=3, before=held, after=held)
+    span = LayerRange(name=NASTY, channels=2, weight_bits=4, covered=(0.5, 0.75, 1.0), input_bits=8, input_reach=127.0)
+    decibels = torch.tensor([[30.0, 32.0], [20.0, 24.0], [10.0, 11.0]])
+    found = Inspection(
+        train=6,
+        validation=2,
+        overview=(seen,),
+        agreement=seen,
+        alignment=Alignment(block=NASTY, validation=2, omega=torch.softmax(torch.arange(6.0), 0), inner=torch.ones(6)),
+        fidelity=Fidelity(t=torch.tensor([66, 33, 0]), weights=decibels + 5, both=decibels),
+        ranges=(span, span),
+    )
+    return dataclasses.replace(found, **changes)
+
+
+ORIGIN = Origin(
+    settings={"images": 4},
+    journal={"step": "calibrate", "when": NASTY, "version": "0.0.9", "collect_seconds": 1.5, "peak_memory": "2 GB"},
+)
+
+
+def test_the_page_holds_every_section_and_figure(page: str, tiny_run: Path) -> None:
+    seen = outline(page)
+    worst = max(load_plan(tiny_run / "plan.safetensors").blocks, key=lambda b: b.loss_before).name
+    assert f"Block {worst}, 2 layers; 6 training samples, 3 at each of 2 steps" in seen.text
+    assert f"Block {worst}, gradients with respect to" in seen.text
+    assert seen.titles == TITLES
+    assert seen.seen["svg"] == seen.seen["figure"] == seen.seen["figcaption"] == 5
+    assert "6 training samples in 6 bins, 2 validation samples" in seen.text
+    assert "2 images from seeds that calibration did not use, 50 steps" in seen.text
+    assert "39 layers, " in seen.text
+    assert seen.seen["tr"] == 1 + 14 + 1 + 39  # two tables with a head each: blocks and layers
+
+
+def test_the_page_needs_nothing_but_itself(page: str) -> None:
+    seen = outline(page)
+    assert seen.seen["script"] == seen.seen["link"] == seen.seen["iframe"] == 0
+    for name, value in seen.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith(("#", "data:image/png;base64,"))
+    assert re.findall(r"url\((?!#)|@import", page) == []
+    assert set(re.findall(r"https?://[^\s\"<]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_every_id_is_used_once_and_every_reference_leads_to_one(page: str) -> None:
+    ids = Counter(value for name, value in outline(page).attributes if name == "id")
+    assert [name for name, count in ids.items() if count > 1] == []
+    assert {name.partition("-")[0] for name in ids} == {"cosines", "alignment", "losses", "fidelity", "ranges"}
+    wanted = re.findall(r"(?:href=\"|url\()#([^\")]+)", page)
+    assert wanted
+    assert set(wanted) <= set(ids)
+
+
+def test_the_same_run_gives_the_same_bytes_whatever_matplotlib_is_set_to(
+    page: str, tiny_run: Path, tiny_model, tmp_path: Path
+) -> None:
+    with mpl.rc_context({"lines.linewidth": 9, "font.size": 30, "svg.fonttype": "path"}):
+        again = pipeline.inspect(folder=tiny_run, out=tmp_path / "again.html", images=2, model=tiny_model)
+        assert (mpl.rcParams["lines.linewidth"], mpl.rcParams["font.size"]) == (9, 30)
+    assert again.read_text(encoding="utf-8") == page
+
+
+def test_whatever_a_plan_says_is_escaped() -> None:
+    page = render(small(), measured(), ORIGIN)
+    seen = outline(page)
+    assert seen.seen["script"] == 0
+    assert f"{NASTY}, W4A8" in seen.text
+    assert seen.text.count(NASTY) > 8  # title, heading, model, patterns, date, settings, captions, tables, figures
+    assert seen.seen["svg"] == 5
+
+
+def test_the_header_says_what_was_done_and_with_what() -> None:
+    text = " ".join(outline(render(small(), measured(), ORIGIN)).text.split())
+    for fact in ("ddim, 3 steps, uniform spacing, eta 0.5", "4 images; 6 training and 2 validation", "1.5 s", "2 GB"):
+        assert fact in text
+    assert "2, 1 of them rounded to nearest" in text
+    assert "gaq-export 0.0.9; this page: gaq-export" in text
+    assert f"torch {torch.__version__}" in text
+    assert "The weights are random: every figure is about noise." in text
+
+
+def test_a_block_where_nearest_was_kept_is_marked() -> None:
+    assert "1 kept nearest" in render(small(), measured(), ORIGIN)
+    assert "nearest kept" in figures.losses(small().blocks)
+    assert "nearest kept" not in figures.losses(small().blocks[:1])
+
+
+def test_equal_scores_are_said_to_be_uniform() -> None:
+    plan = small(scores=torch.full((6,), 1 / 32), config=QuantConfig(omega=OmegaConfig(rule="uniform")))
+    seen = outline(render(plan, measured(alignment=None), ORIGIN))
+    assert "The sample weights are uniform: all 6 scores are equal" in seen.text
+    assert seen.titles == TITLES
+    assert seen.seen["svg"] == 4
+
+
+def test_a_plan_without_losses_or_blocks_still_gives_a_page() -> None:
+    nearest = tuple(
+        dataclasses.replace(b, loss_before=None, loss_after=None, rounding="nearest") for b in small().blocks
+    )
+    seen = outline(render(small(blocks=nearest), measured(alignment=None), ORIGIN))
+    assert "The plan holds no block losses: every layer is rounded to nearest." in seen.text
+    assert seen.seen["svg"] == 3
+    seen = outline(render(small(blocks=()), measured(agreement=None, alignment=None, overview=()), ORIGIN))
+    assert "No block of this plan can be looked at alone." in seen.text
+    assert (seen.titles, seen.seen["svg"]) == (TITLES, 2)
