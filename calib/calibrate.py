@@ -185,8 +185,12 @@ def _generator(config: QuantConfig, purpose: str) -> torch.Generator:
 
 
 def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig) -> str:
-    """Identify a calibration by its settings, samples and float weights."""
-    sha = hashlib.sha256(json.dumps(configs.to_json(config), sort_keys=True).encode())
+    """Identify what the blocks depend on: samples, float weights and all settings but those of the activations.
+
+    Activations are ranged after the last block, so finished blocks serve any activation bits.
+    """
+    settings = {name: part for name, part in configs.to_json(config).items() if name != "activation"}
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in (data.x, data.t, data.step, *model.state_dict().values()):
         sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
