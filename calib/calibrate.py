@@ -202,8 +202,12 @@ def _generator(config: QuantConfig, purpose: str) -> torch.Generator:
 
 
 def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block]) -> str:
-    """Identify a calibration by its settings, blocks, samples and float weights."""
-    identity = [configs.to_json(config), [(b.name, b.layers) for b in order]]
+    """Identify what the blocks depend on: themselves, samples, float weights, all settings but the activations'.
+
+    Activations are ranged after the last block, so finished blocks serve any activation bits.
+    """
+    settings = {name: part for name, part in configs.to_json(config).items() if name != "activation"}
+    identity = [settings, [(b.name, b.layers) for b in order]]
     sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for tensor in (data.x, data.t, data.step, *model.state_dict().values()):
         sha.update(tensor.contiguous().numpy().tobytes())

@@ -99,6 +99,7 @@ def small(**changes: object) -> QuantPlan:
     plan = QuantPlan(
         layers={"first": layer, NASTY: layer},
         float_layers={},
+        num_train=100,
         blocks=blocks,
         scores=torch.arange(6.0),
         config=QuantConfig(keep_float=(NASTY,)),

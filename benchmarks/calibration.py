@@ -1,0 +1,155 @@
+r"""What is each calibration ingredient worth? One row each: from plain rounding to aligned sample weights.
+
+    python benchmarks/calibration.py --model ddpm-mnist --data mnist_70k.npz --folder bench-calibration \
+        --out docs/results/calibration-ddpm-mnist.md
+
+Every row is calibrated at every seed and weight width and judged on the same images (`quality.py`); results gather in
+the folder, where the same command continues after an interruption. `--report-only` writes the page from what is there.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import cells
+import pages
+import quality
+import verdicts
+from bench import Bench, Row, command_line, one_line_errors, parse_bits, parse_seeds, schedule
+from calib.config import QuantConfig
+from calib.files import write_atomically
+from gaq_export.errors import GaqError
+from gaq_export.models import load_model
+from gaq_export.schedule import timesteps
+from pages import Column, Table
+from quality import Yardstick
+
+MAIN = (4, 8)  # the bits that the figure and the goal are about
+LEARNED = "gac"  # the row whose share of the baseline's error is reported
+RTN = "rtn"
+MEANING = {
+    RTN: "round to nearest: scales from the largest weight and the largest activation, nothing is learned",
+    "gptq": "searched scales, GPTQ's rounding, nothing is learned after it",
+    "uniform": "searched scales, learned rounding, every sample weighs the same",
+    "random": "as `uniform`, with random sample weights",
+    "mse": "as `uniform`, with sample weights learned to lower the validation error alone",
+    "gac": "sample weights learned to align the gradients of the step groups too, by the surrogate",
+    "gac-exact": "as `gac`, by the exact gradient",
+    "fish": "as `gac`, by first-order steps from group to group",
+}
+
+
+def main(
+    model: Annotated[str, typer.Option()] = "ddpm-mnist",
+    weights: Annotated[str | None, typer.Option(help="Folder, or 'random'.")] = None,
+    data: Annotated[Path | None, typer.Option(help=".npz of real images, for the Frechet distances.")] = None,
+    features: Annotated[Path | None, typer.Option(help="ResNet-56 checkpoint, for 3-channel images.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where results gather.")] = Path("bench-calibration"),
+    out: Annotated[Path, typer.Option(help="Markdown page; the figure goes beside it.")] = Path("calibration.md"),
+    bits: Annotated[str, typer.Option()] = "W8A8,W4A8,W4A6,W4A4,W3A8",
+    rungs: Annotated[str, typer.Option()] = "rtn,uniform,random,mse,gac,gac-exact",
+    seeds: Annotated[str, typer.Option()] = "0,1,2",
+    preset: Annotated[str, typer.Option()] = "fast",
+    iterations: Annotated[int | None, typer.Option(help="Iterations a block, in place of the preset's.")] = None,
+    images: Annotated[int, typer.Option(help="Images that each network draws.")] = 256,
+    draw: Annotated[str, typer.Option(help="'engine' or 'pytorch'.")] = "engine",
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    report_only: Annotated[bool, typer.Option("--report-only")] = False,
+    job: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure all cells and write the page."""
+    with one_line_errors():
+        yardstick = Yardstick(
+            model=load_model(model, weights), folder=folder, images=images, draw=draw, data=data, classifier=features
+        )
+        bench = Bench(
+            yardstick=yardstick,
+            schedule=schedule(preset, iterations),
+            rows={name: rung(name) for name in rungs.split(",")},
+            bits=parse_bits(bits),
+            seeds=parse_seeds(seeds),
+            workers=workers,
+        )
+        cells.execute(bench, job, report_only, lambda: write_page(bench, out))
+
+
+def rung(name: str) -> Row:
+    """Return how a rung changes the preset's config."""
+    if name not in MEANING:
+        raise GaqError(f"Unknown rung {name!r}. Choose from {list(MEANING)}.")
+    if name == RTN:
+        return _round_to_nearest
+    if name == "gptq":
+        return partial(_not_learned, start="gptq")
+    return lambda config: dataclasses.replace(config, omega=dataclasses.replace(config.omega, rule=name))
+
+
+def _not_learned(config: QuantConfig, start: str) -> QuantConfig:
+    return dataclasses.replace(
+        config,
+        reconstruction=dataclasses.replace(config.reconstruction, iterations=0, start=start),
+        omega=dataclasses.replace(config.omega, rule="uniform"),
+    )
+
+
+def _round_to_nearest(config: QuantConfig) -> QuantConfig:
+    return dataclasses.replace(
+        _not_learned(config, start="float"),
+        weight=dataclasses.replace(config.weight, candidates=1),
+        activation=dataclasses.replace(config.activation, rule="minmax"),
+    )
+
+
+def write_page(bench: Bench, out: Path) -> None:
+    """Write the page and its figure from the cells there are."""
+    tables = {pair: pages.table_at(bench, *pair) for pair in bench.bits}
+    shown = columns(bench)
+    lines = [f"# What each calibration ingredient is worth, {bench.model.spec.name}", "", f"    {command_line()}", ""]
+    lines += [*pages.conditions(bench, shown), "", "Rows:", ""]
+    lines += [f"- `{row}`: {MEANING[row]}." for row in bench.rows]
+    lines += ["", verdicts.caution(len(bench.seeds))]
+    main_bits = MAIN if MAIN in tables else bench.bits[0]
+    for (w, a), table in tables.items():
+        setting = f"W{w}A{a}"
+        lines += ["", f"## {setting}", "", *pages.markdown(table, "row", shown, float_rows(bench)), ""]
+        lines += [verdicts.standing(setting, table)]
+        if (w, a) == MAIN and LEARNED in bench.rows:
+            lines += ["", verdicts.distance_closed(setting, table, LEARNED)]
+        if (w, a) == main_bits and table:
+            lines += ["", f"![SQNR at every step]({_figure(bench, out, setting, table)})"]
+    lines += pages.still_missing(bench)
+    write_atomically(out, ("\n".join(lines) + "\n").encode())
+
+
+def columns(bench: Bench) -> list[Column]:
+    """Return the columns that were measured."""
+    images = [pages.PSNR] if bench.yardstick.images else []
+    distances = [pages.FD_REAL, pages.FD_FLOAT] if images and bench.yardstick.data else []
+    noise = [pages.SQNR, pages.SQNR_LEAD, pages.POOLED, pages.WEIGHTS]
+    return [*noise, *images, *distances, pages.SECONDS, pages.PEAK, pages.SPREAD]
+
+
+def float_rows(bench: Bench) -> list[list[str]]:
+    """Return the float network's rows: infinitely close to itself, and as far from real images as it is."""
+    if not bench.yardstick.images:
+        return []
+    found = quality.facts(bench.yardstick).get("frechet")
+    rows = []
+    for name, psnr in (("same", "∞"), ("other", "-")):
+        distances = [f"{found['float'][name][to]:.2f}" for to in ("fd_real", "fd_float")] if found else []
+        rows.append([f"float, {name} noise", "∞", "∞", "∞", "∞", psnr, *distances, "-", "-", "-"])
+    return rows
+
+
+def _figure(bench: Bench, out: Path, setting: str, table: Table) -> str:
+    path = out.with_suffix(".svg")
+    visited = timesteps(bench.model.spec.sampler, bench.model.schedule.num_train).tolist()
+    pages.curves(path, f"{bench.model.spec.name} {setting}", table, visited, far=(RTN,))
+    return path.name
+
+
+if __name__ == "__main__":
+    typer.run(main)

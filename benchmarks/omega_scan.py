@@ -1,0 +1,100 @@
+"""What do the settings of the sample weights matter? The same machinery as `calibration.py`, one row a variant, W4A8.
+
+    python benchmarks/omega_scan.py --model ddpm-mnist --folder bench-omega --out docs/results/omega-scan-ddpm-mnist.md
+
+No images are drawn: the predicted noise tells variants apart with far less chance in it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import cells
+import pages
+import verdicts
+from bench import Bench, Row, command_line, one_line_errors, parse_seeds, schedule
+from calib.config import QuantConfig
+from calib.files import write_atomically
+from gaq_export.errors import GaqError
+from gaq_export.models import load_model
+from quality import Yardstick
+
+BITS = (4, 8)
+
+# Name and what it changes in the preset's OmegaConfig.
+VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("uniform", {"rule": "uniform"}),
+    ("gac", {}),
+    ("rate-0.1", {"meta_learning_rate": 0.1}),
+    ("inner-0.1", {"inner_step": 0.1}),
+    ("cold-0.2", {"temperature": 0.2}),
+    ("groups-2", {"groups": 2}),
+    ("validation-20", {"validation": 0.2}),
+)
+
+COLUMNS = (pages.SQNR, pages.SQNR_LEAD, pages.WEIGHTS, pages.WEIGHTS_LEAD, pages.SPREAD, pages.SECONDS)
+
+
+def main(
+    model: Annotated[str, typer.Option()] = "ddpm-mnist",
+    weights: Annotated[str | None, typer.Option(help="Folder, or 'random'.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where results gather.")] = Path("bench-omega"),
+    out: Annotated[Path, typer.Option(help="Markdown page.")] = Path("omega-scan.md"),
+    variants: Annotated[str, typer.Option(help="Names, with commas between them; all if empty.")] = "",
+    seeds: Annotated[str, typer.Option()] = "0,1,2",
+    preset: Annotated[str, typer.Option()] = "fast",
+    iterations: Annotated[int | None, typer.Option(help="Iterations a block, in place of the preset's.")] = None,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    report_only: Annotated[bool, typer.Option("--report-only")] = False,
+    job: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure all variants and write the page."""
+    with one_line_errors():
+        yardstick = Yardstick(
+            model=load_model(model, weights), folder=folder, images=0, draw="pytorch", data=None, classifier=None
+        )
+        bench = Bench(
+            yardstick=yardstick,
+            schedule=schedule(preset, iterations),
+            rows=chosen(variants),
+            bits=(BITS,),
+            seeds=parse_seeds(seeds),
+            workers=workers,
+        )
+        cells.execute(bench, job, report_only, lambda: write_page(bench, out))
+
+
+def chosen(names: str) -> dict[str, Row]:
+    """Return how each of the named variants changes the preset's config."""
+    known = dict(VARIANTS)
+    wanted = names.split(",") if names else list(known)
+    if unknown := [name for name in wanted if name not in known]:
+        raise GaqError(f"Unknown variant {unknown[0]!r}. Choose from {list(known)}.")
+    return {name: changed(known[name]) for name in wanted}
+
+
+def changed(fields: Mapping[str, Any]) -> Row:
+    """Return the row that replaces `fields` of the OmegaConfig."""
+
+    def row(config: QuantConfig) -> QuantConfig:
+        return dataclasses.replace(config, omega=dataclasses.replace(config.omega, **fields))
+
+    return row
+
+
+def write_page(bench: Bench, out: Path) -> None:
+    """Write the page from the cells there are."""
+    table = pages.table_at(bench, *BITS)
+    lines = [f"# Settings of the sample weights, {bench.model.spec.name} W4A8", "", f"    {command_line()}", ""]
+    lines += [*pages.conditions(bench, COLUMNS), "", verdicts.caution(len(bench.seeds)), ""]
+    words = {name: f"`{name}`" + "".join(f", {k} {v}" for k, v in fields.items()) for name, fields in VARIANTS}
+    lines += [*pages.markdown(table, "variant, what it changes", COLUMNS, words=words), ""]
+    lines += [verdicts.standing("W4A8", table), *pages.still_missing(bench)]
+    write_atomically(out, ("\n".join(lines) + "\n").encode())
+
+
+if __name__ == "__main__":
+    typer.run(main)

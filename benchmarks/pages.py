@@ -1,0 +1,306 @@
+"""From cells to a page: statistics over seeds, Markdown tables, what a reader must know, and curves.
+
+Rows share seeds, hence calibration images, validation splits and the images they are judged on: what a row is worth is
+the difference to another row seed by seed, which is far steadier than either of the two.
+"""
+
+import io
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cells
+import quality
+from bench import Bench
+from calib.files import write_atomically
+from gaq_export.errors import GaqError
+
+BASELINE = "uniform"
+STARTS = {"float": "the float weights", "gptq": "GPTQ's rounding"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One cell at one activation width.
+
+    Attributes:
+        steps_db: SQNR of the predicted noise at each sampling step.
+        pooled_db: the same with signal and error summed over all steps.
+        error: squared error, summed over all steps and held-out images.
+        weights_db: mean over steps of the SQNR with float activations.
+        weights_error: squared error with float activations.
+        psnr_db: median over images, None if none were drawn.
+        fd_real: Frechet distance to real images, None without data.
+        fd_float: Frechet distance to images of the float model.
+        seconds: of the calibration, images already collected.
+        peak_mib: largest resident memory of the process until the plan was there.
+        spread: standard deviation of the sample weights over the training set, times their number.
+    """
+
+    steps_db: tuple[float, ...]
+    pooled_db: float
+    error: float
+    weights_db: float
+    weights_error: float
+    psnr_db: float | None
+    fd_real: float | None
+    fd_float: float | None
+    seconds: float
+    peak_mib: float
+    spread: float
+
+    @property
+    def mean_db(self) -> float:
+        """Mean over steps of the SQNR."""
+        return statistics.fmean(self.steps_db)
+
+
+Table = Mapping[str, Mapping[int, Measured]]  # row -> seed -> what was measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column.
+
+    Attributes:
+        title: its heading.
+        value: what it shows of a cell.
+        digits: after the point.
+        paired: whether as the difference to the baseline of the same seed.
+        meaning: explained below the command, if it is not empty.
+    """
+
+    title: str
+    value: Callable[[Measured], float | None]
+    digits: int = 2
+    paired: bool = False
+    meaning: str = ""
+
+
+SQNR = Column(
+    title="SQNR, dB",
+    value=lambda m: m.mean_db,
+    meaning=f"of the predicted noise against the float network, on the float network's own trajectories of "
+    f"{quality.HELD_OUT} images that calibration never sees; mean over all sampling steps",
+)
+SQNR_LEAD = Column(
+    title=f"to `{BASELINE}`, dB",
+    value=lambda m: m.mean_db,
+    digits=3,
+    paired=True,
+    meaning="difference in SQNR, seed by seed",
+)
+POOLED = Column(
+    title="pooled, dB",
+    value=lambda m: m.pooled_db,
+    meaning="SQNR with signal and error summed over the steps first",
+)
+WEIGHTS = Column(
+    title="weights only, dB", value=lambda m: m.weights_db, meaning="SQNR with float activations, mean over steps"
+)
+WEIGHTS_LEAD = Column(
+    title=f"weights only, to `{BASELINE}`, dB",
+    value=lambda m: m.weights_db,
+    digits=3,
+    paired=True,
+    meaning="the same as a difference, seed by seed",
+)
+PSNR = Column(
+    title="PSNR, dB",
+    value=lambda m: m.psnr_db,
+    meaning="of finished images against the float network's from the same noise, median over images",
+)
+FD_REAL = Column(title="FD to real", value=lambda m: m.fd_real)
+FD_FLOAT = Column(title="FD to float", value=lambda m: m.fd_float)
+SECONDS = Column(
+    title="calibration, s", value=lambda m: m.seconds, digits=0, meaning="without collecting the calibration images"
+)
+PEAK = Column(
+    title="peak, MiB", value=lambda m: m.peak_mib, digits=0, meaning="resident memory of the calibrating process"
+)
+SPREAD = Column(
+    title="omega spread",
+    value=lambda m: m.spread,
+    digits=3,
+    meaning="standard deviation of the sample weights' softmax over the training set, times their number; 0 is uniform",
+)
+
+
+def table_at(bench: Bench, wbits: int, abits: int) -> Table:
+    """Read what there is at one setting of bits; rows without any seed are left out."""
+    signal = quality.facts(bench.yardstick)["signal"]
+    table: dict[str, dict[int, Measured]] = {}
+    for cell in bench.cells:
+        found = cells.result(bench, cell) if cell.wbits == wbits else None
+        if found and str(abits) in found["activations"]:
+            table.setdefault(cell.row, {})[cell.seed] = _measured(signal, found, found["activations"][str(abits)])
+    return table
+
+
+def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str, Any]) -> Measured:
+    return Measured(
+        steps_db=tuple(map(_db, signal, at["error"])),
+        pooled_db=_db(sum(signal), sum(at["error"])),
+        error=sum(at["error"]),
+        weights_db=statistics.fmean(map(_db, signal, found["weights_error"])),
+        weights_error=sum(found["weights_error"]),
+        psnr_db=statistics.median(at["psnr_db"]) if "psnr_db" in at else None,
+        fd_real=at.get("fd_real"),
+        fd_float=at.get("fd_float"),
+        seconds=found["seconds"],
+        peak_mib=found["peak_mib"],
+        spread=found["omega_spread"],
+    )
+
+
+def _db(signal: float, error: float) -> float:
+    return 10 * math.log10(signal / error)
+
+
+def paired(table: Table, row: str, value: Callable[[Measured], float | None]) -> list[float]:
+    """Return the differences of `row` to the baseline, one for each seed that both have."""
+    base = table.get(BASELINE, {})
+    pairs = [(value(m), value(base[seed])) for seed, m in table[row].items() if seed in base]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def mean_sd(values: Sequence[float], digits: int) -> str:
+    """Write mean and standard deviation; the mean alone where there is one value, a dash where there is none.
+
+    >>> mean_sd([1.0, 2.0, 3.0], 1), mean_sd([1.0], 1), mean_sd([], 1)
+    ('2.0 ± 1.0', '1.0', '-')
+    """
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(
+    table: Table,
+    first: str,
+    columns: Sequence[Column],
+    more: Sequence[Sequence[str]] = (),
+    words: Mapping[str, str] = {},
+) -> list[str]:
+    """Return the lines of a Markdown table: a row each, its seeds as mean ± standard deviation, then rows of `more`.
+
+    Args:
+        table: what was measured.
+        first: title of the first column, which names the rows.
+        columns: the others.
+        more: further rows, already in words.
+        words: what to call a row, where that is not its name.
+    """
+    lines = [[first, *(c.title for c in columns)], ["---"] * (len(columns) + 1)]
+    for row, seeds in table.items():
+        shown = [words.get(row, f"`{row}`")]
+        for c in columns:
+            values = paired(table, row, c.value) if c.paired else [c.value(m) for m in seeds.values()]
+            known = [v for v in values if v is not None]
+            shown.append("-" if c.paired and row == BASELINE else mean_sd(known, c.digits))
+        lines.append(shown)
+    return ["| " + " | ".join(line) + " |" for line in [*lines, *map(list, more)]]
+
+
+def conditions(bench: Bench, columns: Sequence[Column]) -> list[str]:
+    """Return what a reader needs to repeat and to judge the numbers, as list items.
+
+    Raises:
+        GaqError: nothing was measured yet.
+    """
+    y, schedule, spec = bench.yardstick, bench.schedule, bench.model.spec.sampler
+    found = [r for r in (cells.result(bench, cell) for cell in bench.cells) if r]
+    if not found:
+        raise GaqError(f"{y.folder} holds no results yet: run without --report-only first.")
+    c = schedule.config
+    lines = [
+        f"Machine: {_machine()}; cells at a time: {_listed(r['workers'] for r in found)}, one thread each. "
+        f"torch {installed('torch')}, OpenVINO {installed('openvino')}, "
+        f"gaq-export {_listed(r['version'] for r in found)}.",
+        f"Model and sampler: {bench.model.spec.name}, {spec.steps} {spec.name.upper()} steps, {spec.spacing} spacing.",
+        f"Schedule: {schedule.images} calibration images a seed, each giving a sample at every sampling step; "
+        f"{min(c.weight_steps, spec.steps)} of the {spec.steps} steps calibrate weights, all of them activations; "
+        f"{c.reconstruction.iterations} iterations a block in batches of {c.reconstruction.batch} at learning rate "
+        f"{c.reconstruction.learning_rate:g}, starting from {STARTS[c.reconstruction.start]}; {c.omega.meta_steps} "
+        "meta steps a block for learned sample weights.",
+        f"Seeds: {_listed(bench.seeds)}. Each is calibration images, split and mini-batches together; ± is the "
+        "standard deviation over seeds.",
+        *(f"{column.title}: {column.meaning}." for column in columns if column.meaning),
+    ]
+    if y.images:
+        by = "their OpenVINO engine" if y.draw == "engine" else "fake-quantized PyTorch"
+        lines.append(f"Images: {y.images} of each network, drawn by {by}; the float network's by PyTorch.")
+        lines.append(_frechet_line(bench) if y.data else "No Frechet distances: no real images were given (--data).")
+    return [f"- {line}" for line in lines]
+
+
+def still_missing(bench: Bench) -> list[str]:
+    """Return the lines that name the cells not measured yet, none if there are none."""
+    names = [cell.name for cell in cells.missing(bench)]
+    return ["", f"Not measured: {', '.join(names)}."] if names else []
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
+
+
+def _frechet_line(bench: Bench) -> str:
+    n, facts = bench.yardstick.images, quality.facts(bench.yardstick)["frechet"]
+    return (
+        f"FD: Frechet distance (squared) in the 64 features of a {facts['classifier']} that classifies "
+        f"{100 * facts['accuracy']:.2f} % of the test images rightly; not to be compared with an FID. Between {n} "
+        f"images and {facts['real_images']} real test images, and between {n} images and {n} of the float network from "
+        f"other noise. The float rows are the floor; {n} further real test images are "
+        f"{facts['real']['fd_real']:.2f} from the real and {facts['real']['fd_float']:.2f} from the float ones."
+    )
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores"
+
+
+def curves(path: Path, setting: str, table: Table, timesteps: Sequence[int], far: Sequence[str] = ()) -> None:
+    """Draw SQNR against the sampling step, mean over seeds, and below it the difference to the baseline.
+
+    Args:
+        path: .svg or .png to write.
+        setting: bits, for the title.
+        table: what was measured.
+        timesteps: training timestep of each sampling step.
+        far: rows so far from the baseline that the others would not be told apart below.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    means = {row: np.mean([m.steps_db for m in seeds.values()], axis=0) for row, seeds in table.items()}
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for row, values in means.items():
+        style = "--" if row == BASELINE else "-"
+        (line,) = upper.plot(values, style, label=row, linewidth=1.2)
+        seeds = [seed for seed in table[row] if seed in table.get(BASELINE, {})]
+        if seeds and row not in far:
+            pairs = [np.subtract(table[row][s].steps_db, table[BASELINE][s].steps_db) for s in seeds]
+            lower.plot(np.mean(pairs, axis=0), style, color=line.get_color(), linewidth=1.2)
+    upper.set(ylabel="SQNR of the predicted noise, dB", title=f"{setting}, mean over seeds")
+    upper.legend(ncols=3, fontsize="small")
+    marks = [*range(0, len(timesteps) - 1, max(1, len(timesteps) // 5)), len(timesteps) - 1]
+    lower.set(xlabel="sampling step (training timestep)", ylabel=f"difference to {BASELINE}, dB")
+    lower.set_xticks(marks, [f"{i}\n({timesteps[i]})" for i in marks])
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": setting, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+    write_atomically(path, buffer.getvalue())
