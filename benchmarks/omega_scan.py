@@ -27,12 +27,16 @@ BITS = (4, 8)
 # Name and what it changes in the preset's OmegaConfig.
 VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("uniform", {"rule": "uniform"}),
+    ("random", {"rule": "random"}),
     ("gac", {}),
     ("rate-0.1", {"meta_learning_rate": 0.1}),
-    ("inner-0.1", {"inner_step": 0.1}),
-    ("cold-0.2", {"temperature": 0.2}),
-    ("groups-2", {"groups": 2}),
-    ("validation-20", {"validation": 0.2}),
+    ("rate-0.1-inner-0.1", {"meta_learning_rate": 0.1, "inner_step": 0.1}),
+    ("rate-0.3-inner-1", {"meta_learning_rate": 0.3, "inner_step": 1.0}),
+    ("set-rate-0.1-inner-0.1", {"softmax": "set", "meta_learning_rate": 0.1, "inner_step": 0.1}),
+    ("steps-24", {"meta_steps": 24, "meta_learning_rate": 0.05, "inner_step": 0.1}),
+    ("cold-0.2", {"temperature": 0.2, "meta_learning_rate": 0.1, "inner_step": 0.1}),
+    ("groups-2", {"groups": 2, "meta_learning_rate": 0.1, "inner_step": 0.1}),
+    ("validation-20", {"validation": 0.2, "meta_learning_rate": 0.1, "inner_step": 0.1}),
 )
 
 COLUMNS = (pages.SQNR, pages.SQNR_LEAD, pages.WEIGHTS, pages.WEIGHTS_LEAD, pages.SPREAD, pages.SECONDS)

@@ -75,7 +75,7 @@ def calibrate(
     results = [BlockResult(name=n, layers=(n,), loss_before=None, loss_after=None, rounding="nearest") for n in loose]
     _put(network, codes, scales)
     scores = omega.initial_scores(config.omega, len(subset.train), _generator(config, "scores"))
-    with recorder(model, network, subset.data, config.micro_batch, folder) as recording:
+    with recorder(model, network, subset.data, config.micro_batch, folder if order else None) as recording:
         for i, block in enumerate(order):
             state = checkpoint.load_block(folder, i, key) if folder else None
             resumed = state is not None
@@ -133,20 +133,24 @@ def _calibrate_block(
     meter: Meter,
     on_iteration: Callable[[int], None],
 ) -> BlockState:
-    """Align, reconstruct and harden one block."""
-    generator = _generator(config, block.name)
+    """Align, reconstruct and harden one block.
+
+    Each part draws from a stream of its own, so that rules of omega are compared on the same mini-batches.
+    """
     module = network.get_submodule(block.name) if block.module is None else block.module
     layers = [_layer_weight(block, module, n, scales[n], config) for n in block.layers]
     train, validation = io.part(subset.train), io.part(subset.validation)
     with meter.phase("start"):
-        logits = gptq.STARTS[config.reconstruction.start](module, layers, train, generator)
+        logits = gptq.STARTS[config.reconstruction.start](
+            module, layers, train, _generator(config, f"{block.name}:start")
+        )
     loss = reconstruct.per_sample_loss(module, layers)
     with meter.phase("meta"):
-        scores = omega.align(loss, logits, train, validation, subset.group, scores, config.omega, generator)
+        stream = _generator(config, f"{block.name}:meta")
+        scores = omega.align(loss, logits, train, validation, subset.group, scores, config.omega, stream)
     with meter.phase("fit"):
-        logits = reconstruct.fit(
-            loss, logits, train, scores, config.omega, config.reconstruction, generator, on_iteration
-        )
+        stream = _generator(config, f"{block.name}:fit")
+        logits = reconstruct.fit(loss, logits, train, scores, config.omega, config.reconstruction, stream, on_iteration)
     with meter.phase("decide"):
         codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
     return BlockState(codes=dict(zip(block.layers, codes, strict=True)), scores=scores, result=result)
