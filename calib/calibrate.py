@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,43 +63,31 @@ def calibrate(
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
     if config.activation.per_step:
         require_batch_first(found, quantized)
-    order, loose = _order(model, found, quantized, shape)
-    if config.reconstruction.iterations == 0 and config.reconstruction.start == "float":  # all to nearest
-        order, loose = [], quantized
+    order, loose = _order(model, found, quantized, shape, config)
     scales = {n: _scale(model, n, config) for n in quantized}
-    subset = weight_samples(data, config)
-    key = _key(model, data, config, order)
-    meter = Meter(block_costs(model, order, data, config), on_progress)
-
     network = copy.deepcopy(model)
+    job = _Job(
+        model=model,
+        network=network,
+        scales=scales,
+        subset=weight_samples(data, config),
+        config=config,
+        key=_key(model, data, config, order),
+        folder=folder if order else None,
+        meter=Meter(block_costs(model, order, data, config), on_progress),
+    )
     codes = {n: _nearest(model, n, scales[n], config) for n in loose}
-    results = [BlockResult(name=n, layers=(n,), loss_before=None, loss_after=None, rounding="nearest") for n in loose]
     _put(network, codes, scales)
-    scores = omega.initial_scores(config.omega, len(subset.train), _generator(config, "scores"))
-    with recorder(model, network, subset.data, config.micro_batch, folder if order else None) as recording:
-        for i, block in enumerate(order):
-            state = checkpoint.load_block(folder, i, key) if folder else None
-            resumed = state is not None
-            if state is None:
-                with meter.phase("record"):
-                    io = recording.record(block)
-                tick = meter.block(i, block.name, config.reconstruction.iterations)
-                state = _calibrate_block(network, block, scales, subset, io, scores, config, meter, tick)
-                if folder:
-                    checkpoint.save_block(folder, i, key, state)
-            _put(network, state.codes, scales)
-            recording.finish(block)
-            codes, scores = codes | state.codes, state.scores
-            results.append(state.result)
-            meter.finished(i, state.result, resumed)
+    states = _calibrate_blocks(job, order)
+    codes |= {name: integer for state in states for name, integer in state.codes.items()}
     batches = ranges.draw(data, config.activation, _generator(config, "ranges"))
-    with meter.phase("ranges"):
-        seen = ranges.observe(network, quantized, data, batches, config.activation, meter.ranges(len(batches)))
+    with job.meter.phase("ranges"):
+        seen = ranges.observe(network, quantized, data, batches, config.activation, job.meter.ranges(len(batches)))
     return QuantPlan(
         layers={n: _layer(codes[n], scales[n], seen[n], config) for n in quantized},
         float_layers=reasons,
-        blocks=tuple(results),
-        scores=scores,
+        blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
+        scores=states[-1].scores if states else _first_scores(job),
         config=config,
         about=dict(about or {}),
         num_train=timesteps,
@@ -106,10 +95,29 @@ def calibrate(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What the calibration of every block needs: the float `model`, and the `network` that is quantized in place."""
+
+    model: nn.Module
+    network: nn.Module
+    scales: Mapping[str, Tensor]
+    subset: Split
+    config: QuantConfig
+    key: str
+    folder: Path | None
+    meter: Meter
+
+
 def _order(
-    model: nn.Module, found: Trace, quantized: Sequence[str], shape: tuple[int, ...]
-) -> tuple[list[Block], list[str]]:
-    """Return the temporal block, if there is one, and the others in network order; and the layers in none."""
+    model: nn.Module, found: Trace, quantized: Sequence[str], shape: tuple[int, ...], config: QuantConfig
+) -> tuple[list[Block], Sequence[str]]:
+    """Return the temporal block, if there is one, and the others in network order; and the layers in none.
+
+    Without iterations from the float weight there is nothing to reconstruct, and every layer is in none.
+    """
+    if config.reconstruction.iterations == 0 and config.reconstruction.start == "float":
+        return [], quantized
     first = temporal.find_block(model, found, quantized, shape)
     apart = {n for block in first for n in block.layers}
     order, loose = blocks.find_blocks(found, [n for n in quantized if n not in apart])
@@ -122,38 +130,61 @@ def weight_samples(data: CalibrationSet, config: QuantConfig) -> Split:
     return split(thinned, config.omega.validation, config.omega.groups, _generator(config, "split"))
 
 
+def _calibrate_blocks(job: _Job, order: Sequence[Block]) -> list[BlockState]:
+    """Calibrate the blocks in order, or take them from the folder."""
+    states: list[BlockState] = []
+    scores = _first_scores(job)
+    with recorder(job.model, job.network, job.subset.data, job.config.micro_batch, job.folder) as recording:
+        for i, block in enumerate(order):
+            state = checkpoint.load_block(job.folder, i, job.key) if job.folder else None
+            resumed = state is not None
+            if state is None:
+                with job.meter.phase("record"):
+                    io = recording.record(block)
+                tick = job.meter.block(i, block.name, job.config.reconstruction.iterations)
+                state = _calibrate_block(job, block, io, scores, tick)
+                if job.folder:
+                    checkpoint.save_block(job.folder, i, job.key, state)
+            _put(job.network, state.codes, job.scales)
+            recording.finish(block)
+            scores = state.scores
+            states.append(state)
+            job.meter.finished(i, state.result, resumed)
+    return states
+
+
 def _calibrate_block(
-    network: nn.Module,
-    block: Block,
-    scales: Mapping[str, Tensor],
-    subset: Split,
-    io: BlockIO,
-    scores: Tensor,
-    config: QuantConfig,
-    meter: Meter,
-    on_iteration: Callable[[int], None],
+    job: _Job, block: Block, io: BlockIO, scores: Tensor, on_iteration: Callable[[int], None]
 ) -> BlockState:
     """Align, reconstruct and harden one block.
 
     Each part draws from a stream of its own, so that rules of omega are compared on the same mini-batches.
     """
-    module = network.get_submodule(block.name) if block.module is None else block.module
-    layers = [_layer_weight(block, module, n, scales[n], config) for n in block.layers]
-    train, validation = io.part(subset.train), io.part(subset.validation)
+    config, meter = job.config, job.meter
+    module = job.network.get_submodule(block.name) if block.module is None else block.module
+    layers = [_layer_weight(block, module, n, job.scales[n], config) for n in block.layers]
+    train, validation = io.part(job.subset.train), io.part(job.subset.validation)
     with meter.phase("start"):
-        logits = gptq.STARTS[config.reconstruction.start](
-            module, layers, train, _generator(config, f"{block.name}:start")
-        )
+        stream = _generator(config, f"{block.name}:start")
+        logits = gptq.STARTS[config.reconstruction.start](module, layers, train, stream)
     loss = reconstruct.per_sample_loss(module, layers)
     with meter.phase("meta"):
         stream = _generator(config, f"{block.name}:meta")
-        scores = omega.align(loss, logits, train, validation, subset.group, scores, config.omega, stream)
+        scores = omega.align(loss, logits, train, validation, job.subset.group, scores, config.omega, stream)
     with meter.phase("fit"):
         stream = _generator(config, f"{block.name}:fit")
         logits = reconstruct.fit(loss, logits, train, scores, config.omega, config.reconstruction, stream, on_iteration)
     with meter.phase("decide"):
         codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
     return BlockState(codes=dict(zip(block.layers, codes, strict=True)), scores=scores, result=result)
+
+
+def _first_scores(job: _Job) -> Tensor:
+    return omega.initial_scores(job.config.omega, len(job.subset.train), _generator(job.config, "scores"))
+
+
+def _untouched(name: str) -> BlockResult:
+    return BlockResult(name=name, layers=(name,), loss_before=None, loss_after=None, rounding="nearest")
 
 
 def _layer_weight(block: Block, module: nn.Module, name: str, scale: Tensor, config: QuantConfig) -> LayerWeight:

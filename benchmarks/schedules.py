@@ -1,0 +1,147 @@
+"""How good is the rounding of a block, and after how much work? The fast schedule against the paper's, block by block.
+
+    python benchmarks/schedules.py --out docs/results/schedules-ddpm-mnist.md
+
+Each schedule fits the same block on the same recording: inputs from a network whose earlier blocks are rounded to
+nearest at W4, targets from the float network. The loss is measured after hardening, on the samples that were fitted
+and on samples of other images. Seconds are of one thread.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from calib import adaround, affine, gptq, omega, reconstruct
+from calib.blocks import Block, BlockIO, find_blocks
+from calib.calibrate import weight_samples
+from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
+from calib.layers import float_reasons, trace
+from calib.reconstruct import LayerWeight
+from calib.recording import recorder
+from gaq_export.collect import collect
+from gaq_export.models import load_model
+from gaq_export.presets import preset
+
+BITS = 4
+HELD_OUT = 0.25  # of the images of each step
+FAST = preset("fast").config.reconstruction
+SCHEDULES = {
+    "GPTQ alone": ReconstructionConfig(iterations=0, start="gptq"),
+    "fast": FAST,
+    "fast, from the float weight": ReconstructionConfig(
+        iterations=FAST.iterations, batch=FAST.batch, learning_rate=FAST.learning_rate
+    ),
+    "fast, 1 000 iterations": ReconstructionConfig(
+        iterations=1000, batch=FAST.batch, learning_rate=FAST.learning_rate, start=FAST.start
+    ),
+    "paper, 2 000 iterations": ReconstructionConfig(iterations=2000),
+    "paper": ReconstructionConfig(),
+}
+
+
+def main(
+    model: Annotated[str, typer.Option()] = "ddpm-mnist",
+    blocks: Annotated[str, typer.Option(help="Names, with commas between them.")] = (
+        "unet.up_blocks.0.resnets.0,unet.down_blocks.1.attentions.0"
+    ),
+    schedules: Annotated[str, typer.Option(help="Names, with commas between them; all if empty.")] = "",
+    images: Annotated[int, typer.Option()] = 64,
+    out: Annotated[Path | None, typer.Option(help="Markdown page; printed if not given.")] = None,
+) -> None:
+    """Fit every block with every schedule."""
+    torch.set_num_threads(1)
+    loaded = load_model(model)
+    network, shape = loaded.network, loaded.shape
+    data = collect(network, shape, loaded.schedule, loaded.spec.sampler, images=images)
+    config = QuantConfig(weight_steps=10, omega=OmegaConfig(rule="uniform", validation=HELD_OUT))
+    subset = weight_samples(data, config)
+    found = trace(network, shape, loaded.schedule.num_train)
+    reasons = float_reasons(found, "deploy")
+    order, _ = find_blocks(found, [layer.name for layer in found.layers if layer.name not in reasons])
+    rounded = copy.deepcopy(network)
+    lines = []
+    with recorder(network, rounded, subset.data, config.micro_batch) as recording:
+        for block in order:
+            layers = _layers(network, block)
+            if block.name in blocks.split(","):
+                io = recording.record(block)
+                parts = io.part(subset.train), io.part(subset.validation)
+                lines += _rows(network.get_submodule(block.name), block, layers, *parts, schedules)
+            _round_to_nearest(rounded, block, layers)
+            recording.finish(block)
+    n = len(subset.train), len(subset.validation)
+    head = [
+        f"{model} W{BITS}, {n[0]} samples fitted, {n[1]} of other images held out; mean block loss after hardening,",
+        "relative to rounding to nearest (lower is better). One run, one thread.",
+        "",
+        "| block | schedule | iterations x batch | fitted | held out | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    page = "\n".join(head + lines) + "\n"
+    if out is None:
+        print(page)
+    else:
+        out.write_text(page)
+
+
+def _rows(
+    module: nn.Module, block: Block, layers: Sequence[LayerWeight], train: BlockIO, held_out: BlockIO, wanted: str
+) -> list[str]:
+    names = wanted.split(",") if wanted else list(SCHEDULES)
+    nearest = [affine.quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
+    base = [reconstruct.mean_loss(module, layers, nearest, io) for io in (train, held_out)]
+    rows = []
+    for name in names:
+        config = SCHEDULES[name]
+        started = time.perf_counter()
+        codes = _fitted(module, layers, train, config)
+        seconds = time.perf_counter() - started
+        fitted, other = (
+            reconstruct.mean_loss(module, layers, codes, io) / b for io, b in zip((train, held_out), base, strict=True)
+        )
+        work = f"{config.iterations} x {config.batch}"
+        rows.append(f"| {block.name} | {name} | {work} | {fitted:.3f} | {other:.3f} | {seconds:.0f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _fitted(
+    module: nn.Module, layers: Sequence[LayerWeight], io: BlockIO, config: ReconstructionConfig
+) -> list[torch.Tensor]:
+    """Return the codes that the schedule ends with."""
+    weighting = OmegaConfig(rule="uniform")
+    generator = torch.Generator().manual_seed(0)
+    start = gptq.STARTS[config.start](module, layers, io, generator)
+    scores = omega.initial_scores(weighting, len(io), generator)
+    loss = reconstruct.per_sample_loss(module, layers)
+    logits = reconstruct.fit(loss, start, io, scores, weighting, config, generator, lambda done: None)
+    return [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
+
+
+def _layers(network: nn.Module, block: Block) -> list[LayerWeight]:
+    found = []
+    for name in block.layers:
+        weight = network.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        key = f"{name}.weight"[len(block.name) + 1 :]
+        scale = affine.search_weight_scale(weight, BITS)
+        found.append(LayerWeight(key=key, weight=weight.detach().clone(), scale=scale, bits=BITS))
+    return found
+
+
+def _round_to_nearest(network: nn.Module, block: Block, layers: Sequence[LayerWeight]) -> None:
+    with torch.no_grad():
+        for name, w in zip(block.layers, layers, strict=True):
+            weight = network.get_submodule(name).weight
+            assert isinstance(weight, torch.Tensor)
+            weight.copy_(affine.fake_quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits))
+
+
+if __name__ == "__main__":
+    typer.run(main)
