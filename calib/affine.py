@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 
-def integer_range(bits: int) -> tuple[int, int]:
+def integer_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
     """Return the smallest and largest code.
 
-    >>> integer_range(4)
-    (-8, 7)
+    >>> integer_range(4), integer_range(8, signed=False)
+    ((-8, 7), (0, 255))
     """
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def per_channel(scale: Tensor, ndim: int) -> Tensor:
@@ -29,9 +29,9 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round(x / scale).clamp(low, high).to(torch.int8)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True) -> Tensor:
     """Quantize and dequantize `x` in its own dtype; `scale` broadcasts against it."""
-    low, high = integer_range(bits)
+    low, high = integer_range(bits, signed=signed)
     return torch.round(x / scale).clamp(low, high) * scale
 
 

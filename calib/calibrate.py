@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from calib import affine, blocks, checkpoint, gptq, omega, ranges, reconstruct, temporal
 from calib import config as configs
+from calib.attention import OPERANDS
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split, split, thin_steps
-from calib.layers import Trace, float_reasons, require_batch_first, trace
-from calib.plan import LayerQuant, QuantPlan
+from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
+from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.reconstruct import BlockResult, LayerWeight
 from calib.recording import recorder
@@ -61,6 +62,7 @@ def calibrate(
     found = trace(model, shape, timesteps)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
+    products = quantized_products(found, config.convention, reasons)
     if config.activation.per_step:
         require_batch_first(found, quantized)
     order, loose = _order(model, found, quantized, shape, config)
@@ -81,10 +83,15 @@ def calibrate(
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
     batches = ranges.draw(data, config.activation, _generator(config, "ranges"))
+    tick = job.meter.ranges(len(batches))
     with job.meter.phase("ranges"):
-        seen = ranges.observe(network, quantized, data, batches, config.activation, job.meter.ranges(len(batches)))
+        seen = ranges.observe(network, quantized, products, data, batches, config.activation, tick)
     return QuantPlan(
-        layers={n: _layer(codes[n], scales[n], seen[n], config) for n in quantized},
+        layers={n: _layer(codes[n], scales[n], seen[n, "input"], seen[n, "output"], config) for n in quantized},
+        products={
+            n: ProductQuant(**{o: _grid(seen[n, o], config, signed=o != "probability") for o in OPERANDS})
+            for n in products
+        },
         float_layers=reasons,
         blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
         scores=states[-1].scores if states else _first_scores(job),
@@ -217,17 +224,27 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def _layer(codes: Tensor, scale: Tensor, seen: ranges.Range, config: QuantConfig) -> LayerQuant:
-    scales = torch.tensor([ranges.scale_of(magnitude, config.activation.bits) for magnitude in seen.input])
+def _layer(
+    codes: Tensor, scale: Tensor, inputs: Sequence[float], outputs: Sequence[float], config: QuantConfig
+) -> LayerQuant:
+    grid = _grid(inputs, config)
     return LayerQuant(
         codes=codes,
         weight_scale=scale,
         weight_bits=config.weight.bits,
-        input_scale=float(scales.max()),
-        input_bits=config.activation.bits,
-        output_scale=ranges.scale_of(seen.output, 8),
-        input_ratio=scales / scales.max() if config.activation.per_step else None,
+        input_scale=grid.scale,
+        input_bits=grid.bits,
+        input_ratio=grid.ratio,
+        output_scale=ranges.scale_of(max(outputs), 8),
     )
+
+
+def _grid(magnitudes: Sequence[float], config: QuantConfig, *, signed: bool = True) -> Grid:
+    """Return the grid for the largest magnitudes seen; one that is not signed always has 8 bits."""
+    bits = config.activation.bits if signed else 8
+    scales = torch.tensor([ranges.scale_of(magnitude, bits, signed=signed) for magnitude in magnitudes])
+    ratio = scales / scales.max() if config.activation.per_step else None
+    return Grid(scale=float(scales.max()), bits=bits, signed=signed, ratio=ratio)
 
 
 def _generator(config: QuantConfig, purpose: str) -> torch.Generator:

@@ -1,18 +1,21 @@
 """The quantized network in PyTorch: integer weights times scale, and inputs rounded to their grid, in float32.
 
+So are, where the plan has them, the four operands of the products inside attention.
+
 This is the reference that every exported graph and every engine is compared with.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calib.affine import fake_quantize, per_channel
+from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
-from calib.plan import LayerQuant, QuantPlan
+from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.ranges import nearest_step
 
 
@@ -48,7 +51,11 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
         with torch.no_grad():
             weight.copy_(dequantized_weight(layer))
         if activations:
-            modules[name].register_forward_pre_hook(_input_quantizer(name, layer, step))
+            modules[name].register_forward_pre_hook(_on_input(_rounding(name, layer.input, step)))
+    if activations:
+        for name, product in plan.products.items():
+            rounded = {operand: _rounding(name, getattr(product, operand), step) for operand in OPERANDS}
+            intercept(modules[name], _on_operands(rounded))
     return result
 
 
@@ -59,20 +66,24 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
     return hook
 
 
-def _input_quantizer(
-    name: str, layer: LayerQuant, step: Sequence[Tensor]
-) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    scale = torch.tensor(layer.input_scale, dtype=torch.float32)
+def _rounding(name: str, grid: Grid, step: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what rounds an activation of module `name` to its grid."""
+    scale = torch.tensor(grid.scale, dtype=torch.float32)
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        if layer.input_ratio is None:
-            return fake_quantize(x, scale, layer.input_bits), *args[1:]
+    def rounded(x: Tensor) -> Tensor:
+        if grid.ratio is None:
+            return fake_quantize(x, scale, grid.bits, signed=grid.signed)
         if len(x) != len(step[0]):
-            raise CalibError(
-                f"Layer {name!r} got {len(x)} rows for {len(step[0])} samples: it cannot tell their steps."
-            )
-        ratio = per_channel(layer.input_ratio[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
-        return fake_quantize(x / ratio, scale, layer.input_bits) * ratio, *args[1:]
+            raise CalibError(f"{name!r} got {len(x)} rows for {len(step[0])} samples: it cannot tell their steps.")
+        ratio = per_channel(grid.ratio[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
+        return fake_quantize(x / ratio, scale, grid.bits, signed=grid.signed) * ratio
 
-    return hook
+    return rounded
+
+
+def _on_input(rounded: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda module, args: (rounded(args[0]), *args[1:])
+
+
+def _on_operands(rounded: Mapping[str, Callable[[Tensor], Tensor]]) -> Callable[[str, Tensor], Tensor]:
+    return lambda operand, x: rounded[operand](x)

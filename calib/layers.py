@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from calib.attention import Intercept, is_plain
 from calib.errors import CalibError
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -53,10 +55,15 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Layers in call order, and every module's call; `calls` is keyed by module name."""
+    """Layers in call order, and every module's call; `calls` is keyed by module name.
+
+    `attentions` are the modules that call `scaled_dot_product_attention` themselves; False where they give it a mask,
+    another option, or operands whose first axis is not the batch.
+    """
 
     layers: tuple[Layer, ...]
     calls: Mapping[str, Call]
+    attentions: Mapping[str, bool]
 
 
 def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> Trace:
@@ -67,7 +74,9 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> Trace:
     """
     generator = torch.Generator().manual_seed(0)
     t = torch.full((PROBE_BATCH,), timesteps // 2)
-    first, second = (_calls(model, torch.randn(PROBE_BATCH, *shape, generator=generator), t) for _ in range(2))
+    (first, attentions), (second, _) = (
+        _calls(model, torch.randn(PROBE_BATCH, *shape, generator=generator), t) for _ in range(2)
+    )
     layers = []
     modules = dict(model.named_modules())
     for name, call in first.items():
@@ -77,7 +86,7 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> Trace:
     for name, module in modules.items():  # never called by their own forward
         if isinstance(module, QUANTIZABLE) and name not in first:
             layers.append(_layer(name, module, 0, True))
-    return Trace(layers=tuple(layers), calls=first)
+    return Trace(layers=tuple(layers), calls=first, attentions=attentions)
 
 
 def _layer(name: str, module: nn.Module, calls: int, depends_on_x: bool) -> Layer:
@@ -85,12 +94,20 @@ def _layer(name: str, module: nn.Module, calls: int, depends_on_x: bool) -> Laye
     return Layer(name=name, kind=type(module).__name__, quantizable=able, calls=calls, depends_on_x=depends_on_x)
 
 
-def _calls(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Call]:
-    """Return calls in order of first entry."""
+def _calls(model: nn.Module, x: Tensor, t: Tensor) -> tuple[dict[str, Call], dict[str, bool]]:
+    """Return calls in order of first entry, and `Trace.attentions`."""
     order: dict[str, Call] = {}
+    running: list[str] = []
+    attentions: dict[str, bool] = {}
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        batched = all(len(v) == len(x) for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor))
+        attentions[running[-1]] = is_plain(*args, **kwargs) and batched and attentions.get(running[-1], True)
+        return functional.scaled_dot_product_attention(*args, **kwargs)
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            running.append(name)
             leaves = pytree.tree_leaves((args, kwargs))
             tensors = [v for v in leaves if isinstance(v, Tensor)]
             simple = all(isinstance(v, _SIMPLE) for v in (*args, *kwargs.values()))
@@ -106,6 +123,7 @@ def _calls(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Call]:
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+            running.pop()
             one = isinstance(out, Tensor) and out.ndim > 0 and len(out) == len(x)
             call = order[name]
             order[name] = Call(name=name, count=call.count, digest=call.digest, plain=call.plain and one)
@@ -117,7 +135,7 @@ def _calls(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Call]:
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Intercept(attention):
             out = model(x, t)
     finally:
         for handle in handles:
@@ -125,11 +143,13 @@ def _calls(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Call]:
     if not isinstance(out, Tensor) or out.shape != x.shape:
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise CalibError(f"The network must return one tensor of its input's shape {tuple(x.shape)}; found {found}.")
-    return order
+    return order, attentions
 
 
 def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
     """Return layer name -> why it stays float; layers not in it are quantized.
+
+    Where the convention quantizes the products inside attention, the modules that keep them float are in it too.
 
     Args:
         found: what `trace` saw.
@@ -149,14 +169,23 @@ def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = (
             reasons[layer.name] = f"{layer.kind} has no quantized form here"
     usable = tuple(layer for layer in found.layers if layer.name not in reasons)
     reasons |= CONVENTIONS[convention](usable)
+    names = [layer.name for layer in found.layers]
+    if convention in WITH_PRODUCTS:
+        names += found.attentions
+        reasons |= {n: "attention with a mask or other options" for n, able in found.attentions.items() if not able}
     for pattern in keep_float:
-        matches = [layer.name for layer in found.layers if fnmatchcase(layer.name, pattern)]
+        matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             raise CalibError(f"--keep-float {pattern!r} matches no layer; names look like {usable[0].name!r}.")
         reasons |= dict.fromkeys(matches, f"asked for by {pattern!r}")
     if all(layer.name in reasons for layer in found.layers):
-        raise CalibError(f"Nothing left to quantize: all {len(reasons)} layers stay float.")
+        raise CalibError(f"Nothing left to quantize: all {len(found.layers)} layers stay float.")
     return reasons
+
+
+def quantized_products(found: Trace, convention: str, reasons: Mapping[str, str]) -> list[str]:
+    """Return the modules whose products inside attention are quantized; `reasons` is what `float_reasons` gave."""
+    return [name for name in found.attentions if convention in WITH_PRODUCTS and name not in reasons]
 
 
 def require_batch_first(found: Trace, names: Iterable[str]) -> None:
@@ -195,3 +224,4 @@ def _ends(layers: tuple[Layer, ...]) -> dict[str, str]:
 
 
 CONVENTIONS: dict[str, Callable[[tuple[Layer, ...]], dict[str, str]]] = {"deploy": _deploy, "tfmq": _tfmq}
+WITH_PRODUCTS = ("tfmq",)  # the conventions that quantize the products inside attention

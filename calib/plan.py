@@ -18,13 +18,31 @@ from safetensors.torch import save
 from torch import Tensor
 
 from calib import config as configs
+from calib.attention import OPERANDS
 from calib.config import QuantConfig
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
 
-FORMAT = 2
-_TENSORS = ("codes", "weight_scale", "input_ratio")  # the fields of a layer that are not plain values
+FORMAT = 3
+_TENSORS = ("codes", "weight_scale", "input_ratio", "ratio")  # the fields that are not plain values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The values that an activation is rounded to.
+
+    Attributes:
+        scale: float32 value, step of the grid; with `ratio`, at the sampling step with the widest range.
+        bits: width, 2 to 8.
+        signed: codes are symmetric about 0, or else begin there.
+        ratio: (S,) float32 in (0, 1], scale of each sampling step over `scale`; None if all share it.
+    """
+
+    scale: float
+    bits: int
+    signed: bool = True
+    ratio: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +53,8 @@ class LayerQuant:
         codes: int8, the shape of the float weight; value = codes * weight_scale along axis 0.
         weight_scale: (C,) float32.
         weight_bits: width of the weight grid, 2 to 8.
-        input_scale: float32 value, scale of the layer's input; with `input_ratio`, of the step with the widest range.
-        input_bits: width of the activation grid, 2 to 8.
+        input_scale, input_bits, input_ratio: the grid of the layer's input, see `Grid`.
         output_scale: float32 value, 8-bit scale of the layer's output; only the `ort-cpu` profile uses it.
-        input_ratio: (S,) float32 in (0, 1], scale of each step over `input_scale`; None if all steps share it.
     """
 
     codes: Tensor
@@ -48,6 +64,21 @@ class LayerQuant:
     input_bits: int
     output_scale: float
     input_ratio: Tensor | None = None
+
+    @property
+    def input(self) -> Grid:
+        """The grid of the layer's input."""
+        return Grid(scale=self.input_scale, bits=self.input_bits, ratio=self.input_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductQuant:
+    """The operands of the two products inside one module's attention, softmax(q k^T) v; see `calib.attention`."""
+
+    query: Grid
+    key: Grid
+    value: Grid
+    probability: Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +90,7 @@ class QuantPlan:
     """
 
     layers: Mapping[str, LayerQuant]
+    products: Mapping[str, ProductQuant]
     float_layers: Mapping[str, str]
     blocks: tuple[BlockResult, ...]
     scores: Tensor
@@ -97,14 +129,19 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         tensors[f"{name}.weight_scale"] = q.weight_scale.contiguous()
         if q.input_ratio is not None:
             tensors[f"{name}.input_ratio"] = q.input_ratio
-        plain = {f.name: getattr(q, f.name) for f in dataclasses.fields(q) if f.name not in _TENSORS}
-        layers[name] = {"shape": list(q.codes.shape), **plain}
+        layers[name] = {"shape": list(q.codes.shape), **_plain(q)}
+    products: dict[str, dict[str, Any]] = {}
+    for name, p in plan.products.items():
+        grids: dict[str, Grid] = {operand: getattr(p, operand) for operand in OPERANDS}
+        tensors |= {f"{name}.{operand}_ratio": g.ratio for operand, g in grids.items() if g.ratio is not None}
+        products[name] = {operand: _plain(g) for operand, g in grids.items()}
     readable = {
         "format": FORMAT,
         "about": dict(plan.about),
         "config": configs.to_json(plan.config),
         "num_train": plan.num_train,
         "layers": layers,
+        "products": products,
         "float_layers": dict(plan.float_layers),
         "blocks": [dataclasses.asdict(b) for b in plan.blocks],
         "tensors_sha256": _digest(tensors),
@@ -136,6 +173,7 @@ def load_plan(path: Path) -> QuantPlan:
         raise CalibError(f"{path.name} was altered since it was written (sha256 differs): run calibrate again.")
     return QuantPlan(
         layers={name: _layer(name, fields, tensors) for name, fields in data["layers"].items()},
+        products={name: _product(name, fields, tensors) for name, fields in data["products"].items()},
         float_layers=data["float_layers"],
         blocks=tuple(BlockResult(**{**b, "layers": tuple(b["layers"])}) for b in data["blocks"]),
         scores=tensors["omega_scores"],
@@ -146,12 +184,22 @@ def load_plan(path: Path) -> QuantPlan:
     )
 
 
+def _plain(quant: LayerQuant | Grid) -> dict[str, Any]:
+    return {f.name: getattr(quant, f.name) for f in dataclasses.fields(quant) if f.name not in _TENSORS}
+
+
 def _layer(name: str, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerQuant:
     shape = tuple(fields.pop("shape"))
     codes = tensors[f"{name}.codes"]
     codes = unpack_nibbles(codes, shape) if fields["weight_bits"] <= 4 else codes
     ratio = tensors.get(f"{name}.input_ratio")
     return LayerQuant(codes=codes, weight_scale=tensors[f"{name}.weight_scale"], input_ratio=ratio, **fields)
+
+
+def _product(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ProductQuant:
+    return ProductQuant(
+        **{operand: Grid(**plain, ratio=tensors.get(f"{name}.{operand}_ratio")) for operand, plain in fields.items()}
+    )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

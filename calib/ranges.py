@@ -9,26 +9,16 @@ calibration). A step is known by its training timestep t, the only thing of it t
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calib.affine import integer_range
+from calib.attention import intercept
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """Largest magnitude of a layer's input, one for each step or one for all, and of its output over all steps.
-
-    Put together over the batches by a rule of RULES.
-    """
-
-    input: tuple[float, ...]
-    output: float
 
 
 def ema(average: float | None, value: float, momentum: float) -> float:
@@ -57,9 +47,9 @@ def nearest_step(timesteps: Tensor, t: Tensor) -> Tensor:
     return (t[:, None] - timesteps).abs().argmin(1)  # (N, S) -> (N,)
 
 
-def scale_of(magnitude: float, bits: int) -> float:
+def scale_of(magnitude: float, bits: int, *, signed: bool = True) -> float:
     """Return the scale whose largest code stands for `magnitude`, rounded to float32."""
-    return float(torch.tensor(max(magnitude, 1e-8) / integer_range(bits)[1], dtype=torch.float32))
+    return float(torch.tensor(max(magnitude, 1e-8) / integer_range(bits, signed=signed)[1], dtype=torch.float32))
 
 
 def batch_count(samples: int, config: ActivationConfig) -> int:
@@ -87,42 +77,46 @@ def draw(data: CalibrationSet, config: ActivationConfig, generator: torch.Genera
 def observe(
     model: nn.Module,
     layers: Iterable[str],
+    products: Iterable[str],
     data: CalibrationSet,
     batches: Sequence[tuple[int, Tensor]],
     config: ActivationConfig,
     on_batch: Callable[[int], None],
-) -> dict[str, Range]:
-    """Run the weight-quantized `model` on the batches of `draw` and return the range of each layer.
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """Run the weight-quantized `model` on the batches of `draw` and return largest magnitudes.
 
-    A layer that is called several times in a forward pass counts with its largest call.
+    Those of ("name", "input") and ("name", "output") of each layer, and of the four `calib.attention.OPERANDS` of each
+    module in `products`; one for each step, or one for all. What is met several times in a forward pass counts with
+    the largest.
     """
-    rule, names = RULES[config.rule], tuple(layers)
-    steps = 1 + max(k for k, _ in batches)
-    inputs: dict[str, list[float | None]] = {name: [None] * steps for name in names}
-    outputs: dict[str, list[float | None]] = {name: [None] * steps for name in names}
-    seen: dict[str, tuple[float, float]] = {}
+    rule, steps = RULES[config.rule], 1 + max(k for k, _ in batches)
+    averages: dict[tuple[str, str], list[float | None]] = {}
+    seen: dict[tuple[str, str], float] = {}
+
+    def note(name: str, what: str, value: Tensor) -> Tensor:
+        seen[name, what] = max(float(value.abs().amax()), seen.get((name, what), 0.0))
+        return value
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            now = float(args[0].abs().amax()), float(out.abs().amax())
-            seen[name] = max(now[0], seen.get(name, now)[0]), max(now[1], seen.get(name, now)[1])
+            note(name, "input", args[0])
+            note(name, "output", out)
 
         return keep
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    for name in products:
+        handles += intercept(model.get_submodule(name), partial(note, name))
     try:
         for done, (k, index) in enumerate(batches, 1):
             seen.clear()
             with torch.no_grad():
                 model(data.x[index], data.t[index])
-            for name in names:
-                for so_far, value in zip((inputs[name], outputs[name]), seen[name], strict=True):
-                    so_far[k] = rule(so_far[k], value, config.momentum)
+            for key, value in seen.items():
+                so_far = averages.setdefault(key, [None] * steps)
+                so_far[k] = rule(so_far[k], value, config.momentum)
             on_batch(done)
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: Range(input=tuple(a or 0.0 for a in inputs[name]), output=max(b or 0.0 for b in outputs[name]))
-        for name in names
-    }
+    return {key: tuple(a or 0.0 for a in so_far) for key, so_far in averages.items()}

@@ -77,7 +77,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("tensorrt", "trt", trt.cannot_build, trt.cannot_run, trt.build, trt.open_plan),
         Backend("tensorrt-rtx", "trt", trt_rtx.cannot_build, trt_rtx.cannot_run, trt_rtx.build, trt_rtx.open_plan),
-        Backend("openvino", "trt", ov.missing, ov.missing, ov.build, ov.open_plan),
+        Backend("openvino", "openvino", ov.missing, ov.missing, ov.build, ov.open_plan),
         Backend("onnxruntime", "ort-cpu", ort.missing, ort.missing, ort.build, ort.open_plan),
     )
 }

@@ -175,7 +175,7 @@ def sample(
 @app.command()
 def export(
     run: RunFolder = Path("gaq-run"),
-    profile: Annotated[str, typer.Option(help="reference, trt (also OpenVINO's) or ort-cpu.")] = "reference",
+    profile: Annotated[str, typer.Option(help="reference, trt, openvino or ort-cpu.")] = "reference",
     out: Annotated[Path | None, typer.Option(help="ONNX file; in the run folder by default.")] = None,
 ) -> None:
     """Write the quantized ONNX graph alone, for other tools."""

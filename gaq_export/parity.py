@@ -39,6 +39,7 @@ class Tolerance:
 TOLERANCES: Mapping[str, Tolerance] = {
     "reference": Tolerance(floor_db=40.0, margin_db=6.0),
     "trt": Tolerance(floor_db=40.0, margin_db=6.0),
+    "openvino": Tolerance(floor_db=40.0, margin_db=6.0),
     "ort-cpu": Tolerance(floor_db=30.0, margin_db=20.0),
 }
 

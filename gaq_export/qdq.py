@@ -25,7 +25,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calib.affine import integer_range
-from calib.plan import LayerQuant, QuantPlan
+from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.ranges import nearest_step
 from gaq_export.errors import GaqError
 from gaq_export.profiles import QdqProfile
@@ -44,20 +44,31 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile) -> ir.Mode
         profile: the target's wishes.
 
     Raises:
-        GaqError: some layer of the plan has no node in the graph.
+        GaqError: some layer of the plan has no node in the graph, or the target cannot take what the plan has.
     """
+    if plan.products and not profile.unsigned_products:
+        raise GaqError(
+            "This plan quantizes the products inside attention with unsigned codes, which TensorRT does not take. "
+            "Calibrate with --convention deploy, or use OpenVINO or ONNX Runtime."
+        )
     steps = None if plan.timesteps is None else nearest_step(plan.timesteps, torch.arange(plan.num_train))
     writer = _Writer(model.graph, profile, steps)
     rewritten = set()
     for node in list(model.graph):
-        layer = plan.layers.get(_module_of(node)) if node.op_type in _WEIGHTED else None
+        name = _module_of(node)
+        layer = plan.layers.get(name) if node.op_type in _WEIGHTED else None
+        product = plan.products.get(name) if node.op_type == "MatMul" and _in_attention(node) else None
         if layer is not None and _constant_weight(node):
-            writer.rewrite(node, _module_of(node), layer)
-            rewritten.add(_module_of(node))
-    missing = sorted(plan.layers.keys() - rewritten)
+            writer.rewrite(node, name, layer)
+            rewritten.add(name)
+        elif product is not None:
+            writer.rewrite_product(node, name, product)
+            rewritten.add(name)
+    wanted = plan.layers.keys() | plan.products.keys()
+    missing = sorted(wanted - rewritten)
     if missing:
         raise GaqError(
-            f"{len(missing)} of {len(plan.layers)} quantized layers are not in the exported graph (first: "
+            f"{len(missing)} of {len(wanted)} quantized layers are not in the exported graph (first: "
             f"{missing[0]!r}): the plan belongs to another model, or the exporter has changed its metadata."
         )
     RemoveUnusedNodesPass()(model)
@@ -82,6 +93,11 @@ def _module_of(node: ir.Node) -> str:
     """Return the name of the module whose forward made `node`, "" if unknown."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _in_attention(node: ir.Node) -> bool:
+    """Tell whether `node` is a part of a `scaled_dot_product_attention`, which the exporter takes to pieces."""
+    return "'scaled_dot_product_attention" in node.metadata_props.get(_SCOPES, "")
 
 
 def _constant_weight(node: ir.Node) -> bool:
@@ -110,44 +126,56 @@ class _Writer:
         key = (source, layer.input_scale, layer.input_bits, ratio)
         new: list[ir.Node] = []
         if key not in self._shared:
-            shape = node.outputs[0].shape
-            assert shape is not None
-            self._shared[key] = self._input(source, len(shape), name, layer, new)
+            self._shared[key] = self._input(node, 0, f"{name}.input", layer.input, new)
         node.replace_input_with(0, self._shared[key])
         node.replace_input_with(1, self._weight(node, name, layer, new))
         self.graph.insert_before(node, new)
         if self.profile.quantize_outputs and node.op_type in ("Conv", "Gemm"):
             self._output(node, name, layer)
 
-    def _input(self, source: ir.Value, rank: int, name: str, layer: LayerQuant, new: list[ir.Node]) -> ir.Value:
-        if layer.input_ratio is None:
-            return self._activation(source, f"{name}.input", layer.input_scale, layer.input_bits, new)
+    def rewrite_product(self, node: ir.Node, name: str, product: ProductQuant) -> None:
+        """Quantize both factors of q k^T, or of the product of its softmax with v."""
+        left = node.inputs[0]
+        producer = left.producer() if left is not None else None
+        second = producer is not None and producer.op_type == "Softmax"
+        new: list[ir.Node] = []
+        for i, operand in enumerate(("probability", "value") if second else ("query", "key")):
+            node.replace_input_with(i, self._input(node, i, f"{name}.{operand}", getattr(product, operand), new))
+        self.graph.insert_before(node, new)
+
+    def _input(self, node: ir.Node, index: int, name: str, grid: Grid, new: list[ir.Node]) -> ir.Value:
+        """Return an input of `node`, quantized and dequantized."""
+        source, shape = node.inputs[index], node.outputs[0].shape  # whose rank is the input's
+        assert source is not None
+        assert shape is not None
+        if grid.ratio is None:
+            return self._activation(source, name, grid, new)
         assert self.steps is not None
-        table = layer.input_ratio[self.steps].reshape(-1, *[1] * (rank - 1))  # (num_train, 1, ...)
-        ratios, t = self._constant(f"{name}.input.ratios", table.numpy()), self.graph.inputs[1]
-        ratio = self._node("Gather", [ratios, t], f"{name}.input.ratio", ir.DataType.FLOAT, new)  # (N, 1, ...)
-        divided = self._node("Div", [source, ratio], f"{name}.input.divided", ir.DataType.FLOAT, new)
-        rounded = self._activation(divided, f"{name}.input", layer.input_scale, layer.input_bits, new)
-        return self._node("Mul", [rounded, ratio], f"{name}.input.multiplied", ir.DataType.FLOAT, new)
+        table = grid.ratio[self.steps].reshape(-1, *[1] * (len(shape) - 1))  # (num_train, 1, ...)
+        ratios, t = self._constant(f"{name}.ratios", table.numpy()), self.graph.inputs[1]
+        ratio = self._node("Gather", [ratios, t], f"{name}.ratio", ir.DataType.FLOAT, new)  # (N, 1, ...)
+        divided = self._node("Div", [source, ratio], f"{name}.divided", ir.DataType.FLOAT, new)
+        rounded = self._activation(divided, name, grid, new)
+        return self._node("Mul", [rounded, ratio], f"{name}.multiplied", ir.DataType.FLOAT, new)
 
     def _output(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
         out, new = node.outputs[0], list[ir.Node]()
-        result = self._activation(out, f"{name}.output", layer.output_scale, 8, new)
+        result = self._activation(out, f"{name}.output", Grid(scale=layer.output_scale, bits=8), new)
         ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
         new[0].replace_input_with(0, out)  # the quantizer itself still reads the layer
         self.graph.insert_after(node, new)
 
-    def _activation(self, value: ir.Value, name: str, scale: float, bits: int, new: list[ir.Node]) -> ir.Value:
+    def _activation(self, value: ir.Value, name: str, grid: Grid, new: list[ir.Node]) -> ir.Value:
         """Quantize and dequantize `value`; narrower grids are an 8-bit one behind a Clip."""
-        if bits < 8:
-            low, high = (np.float32(code * np.float32(scale)) for code in integer_range(bits))
+        if grid.bits < 8:
+            low, high = (np.float32(code * np.float32(grid.scale)) for code in integer_range(grid.bits))
             bounds = [self._constant(f"{name}.low", low), self._constant(f"{name}.high", high)]
             value = self._node("Clip", [value, *bounds], f"{name}.clipped", ir.DataType.FLOAT, new)
-        zero = np.uint8(128) if self.profile.unsigned else np.int8(0)
-        grid = [self._constant(f"{name}.scale", np.float32(scale)), self._constant(f"{name}.zero", zero)]
-        kind = ir.DataType.UINT8 if self.profile.unsigned else ir.DataType.INT8
-        q = self._node("QuantizeLinear", [value, *grid], f"{name}.q", kind, new)
-        return self._node("DequantizeLinear", [q, *grid], f"{name}.dq", ir.DataType.FLOAT, new)
+        zero = np.int8(0) if grid.signed and not self.profile.unsigned else np.uint8(128 if grid.signed else 0)
+        parameters = [self._constant(f"{name}.scale", np.float32(grid.scale)), self._constant(f"{name}.zero", zero)]
+        kind = ir.DataType.UINT8 if zero.dtype == np.uint8 else ir.DataType.INT8
+        q = self._node("QuantizeLinear", [value, *parameters], f"{name}.q", kind, new)
+        return self._node("DequantizeLinear", [q, *parameters], f"{name}.dq", ir.DataType.FLOAT, new)
 
     def _weight(self, node: ir.Node, name: str, layer: LayerQuant, new: list[ir.Node]) -> ir.Value:
         codes, axis = _oriented(node, layer.codes.numpy())

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from calib.attention import OPERANDS
 from calib.config import QuantConfig, WeightConfig
 from calib.errors import CalibError
-from calib.plan import LayerQuant, QuantPlan, load_plan, pack_nibbles, save_plan, unpack_nibbles
+from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan, load_plan, pack_nibbles, save_plan, unpack_nibbles
 from calib.reconstruct import BlockResult
 
 
@@ -36,8 +37,12 @@ def plan_of(bits: int = 4, seed: int = 0, per_step: bool = False) -> QuantPlan:
             input_ratio=torch.rand(3, generator=generator) if per_step else None,
         )
 
+    def grid(signed: bool = True) -> Grid:
+        return Grid(scale=0.2, bits=8, signed=signed, ratio=torch.rand(3, generator=generator) if per_step else None)
+
     return QuantPlan(
         layers={"conv": layer(3, 5, 3, 3), "linear": layer(4, 6)},
+        products={"attention": ProductQuant(query=grid(), key=grid(), value=grid(), probability=grid(signed=False))},
         float_layers={"head": "last layer"},
         blocks=(
             BlockResult(name="b", layers=("conv", "linear"), loss_before=0.3, loss_after=0.1, rounding="adaround"),
@@ -74,6 +79,9 @@ def test_a_plan_read_back_is_the_plan_that_was_saved(bits: int, per_step: bool, 
     for name, layer in plan.layers.items():
         for field in dataclasses.fields(layer):
             assert same(getattr(layer, field.name), getattr(again.layers[name], field.name))
+    for operand in OPERANDS:
+        old, new = (vars(getattr(p.products["attention"], operand)) for p in (plan, again))
+        assert all(same(old[field], new[field]) for field in old)
     for field in ("float_layers", "blocks", "scores", "config", "about", "num_train", "timesteps"):
         assert same(getattr(plan, field), getattr(again, field))
 
@@ -153,7 +161,7 @@ def test_a_plan_of_another_format_is_an_error(path: Path) -> None:
     readable.write_text(json.dumps(data))
     sha = hashlib.sha256(readable.read_bytes()).hexdigest()
     save_file(load_file(path), path, {"json_sha256": sha})
-    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 2: run calibrate again"):
+    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 3: run calibrate again"):
         load_plan(path)
 
 

@@ -83,12 +83,15 @@ def noisy() -> Callable[[int], CalibrationSet]:
 def quick_plan(noisy: Callable[[int], CalibrationSet]) -> Callable[..., QuantPlan]:
     """Return what makes a plan in one iteration: its scales are real, its rounding nearly the nearest."""
 
-    def make(network: nn.Module, size: int, wbits: int, abits: int, per_step: bool = False) -> QuantPlan:
+    def make(
+        network: nn.Module, size: int, wbits: int, abits: int, per_step: bool = False, convention: str = "deploy"
+    ) -> QuantPlan:
         config = QuantConfig(
             weight=WeightConfig(bits=wbits),
             activation=ActivationConfig(bits=abits, batch=4, per_step=per_step),
             reconstruction=ReconstructionConfig(iterations=1, batch=2),
             omega=OmegaConfig(rule="uniform"),
+            convention=convention,
             micro_batch=4,
         )
         return calibrate(network, noisy(size), config, timesteps=100)
@@ -98,5 +101,5 @@ def quick_plan(noisy: Callable[[int], CalibrationSet]) -> Callable[..., QuantPla
 
 @pytest.fixture(scope="session")
 def tiny_plan(tiny_model: LoadedModel, quick_plan: Callable[..., QuantPlan]) -> Callable[..., QuantPlan]:
-    """Return what makes a plan of the tiny model at given bits, with or without per-step ranges, once each."""
+    """Return what makes a plan of the tiny model at given bits, step ranges and convention, once each."""
     return functools.cache(functools.partial(quick_plan, tiny_model.network, 16))

@@ -94,11 +94,16 @@ def test_the_three_commands_make_pictures(home: Path, tmp_path: Path) -> None:
     assert (out / "grid.png").is_file()
 
 
-def test_an_engine_with_a_scale_for_each_step_passes_its_check(home: Path, tmp_path: Path) -> None:
-    run, plan = tmp_path / "run", tmp_path / "unet.plan"
-    made = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 0, "--per-step-ranges")
+def test_an_engine_with_a_scale_for_each_step_and_quantized_attention_passes_its_check(
+    home: Path, tmp_path: Path
+) -> None:
+    run, plan, words = tmp_path / "run", tmp_path / "unet.plan", ("--per-step-ranges", "--convention", "tfmq")
+    made = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 0, *words)
     assert made.exit_code == 0, made.output
-    assert load_plan(run / "plan.safetensors").timesteps.tolist() == list(range(0, 100, 2))
+    quantized = load_plan(run / "plan.safetensors")
+    assert quantized.timesteps.tolist() == list(range(0, 100, 2))
+    assert len(quantized.products) == 4
+    assert "TensorRT does not take" in refused(tmp_path, "export", "--run", run, "--profile", "trt")
     built = gaq("build-engine", "--run", run, "--backend", "openvino", "--out", plan, "--batch", "1,2,2")
     assert built.exit_code == 0, built.output
 
@@ -241,7 +246,7 @@ def test_a_wrong_build_setting_is_one_line(
 def test_a_target_for_another_backend_is_one_line(own_run: Path, tmp_path: Path) -> None:
     (tmp_path / "unet.plan").write_text("an earlier engine")
     words = ("--backend", "openvino", "--target", "sm89", "--out", tmp_path / "unet.plan")
-    (own_run / "unet.trt.onnx").unlink(missing_ok=True)
+    (own_run / "unet.openvino.onnx").unlink(missing_ok=True)
     result = gaq("build-engine", "--run", own_run, *words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "error: Found targets ['sm89'] for openvino; only tensorrt-rtx takes targets.\n"

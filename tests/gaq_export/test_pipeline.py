@@ -17,7 +17,7 @@ from gaq_export.parity import Tolerance
 from gaq_export.schedule import SamplerSpec, linear_schedule
 
 FEW = SamplerSpec(steps=5)
-IMPOSSIBLE = dict.fromkeys(("trt", "ort-cpu"), Tolerance(floor_db=300.0, margin_db=-300.0))
+IMPOSSIBLE = dict.fromkeys(("openvino", "ort-cpu"), Tolerance(floor_db=300.0, margin_db=-300.0))
 
 
 def unwanted(*_: object) -> None:

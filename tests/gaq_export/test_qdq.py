@@ -63,8 +63,16 @@ class Graph:
         return [node for node in self.proto.graph.node if node.op_type in kinds]
 
     def quantized(self) -> list[QuantizedNode]:
-        nodes = [n for n in self.nodes(*WEIGHTED) if self.op(n.input[1]) == "DequantizeLinear"]
-        return [self._read(node) for node in nodes]
+        return [self._read(node) for node in self._of_codes() if not self._rounds(node.input[1])]
+
+    def products(self) -> list[onnx.NodeProto]:
+        return [node for node in self._of_codes() if self._rounds(node.input[1])]
+
+    def _of_codes(self) -> list[onnx.NodeProto]:
+        return [n for n in self.nodes(*WEIGHTED) if self.op(n.input[1]) == "DequantizeLinear"]
+
+    def _rounds(self, value: str) -> bool:
+        return self.op(self.producer[value].input[0]) == "QuantizeLinear"
 
     def _read(self, node: onnx.NodeProto) -> QuantizedNode:
         weight = self.producer[node.input[1]]
@@ -227,6 +235,54 @@ def test_a_scale_for_each_step_rounds_every_input_to_the_bit_as_pytorch_does(
         assert np.array_equal(rounded[n.layer].numpy(), seen[n.node.input[0]]), n.layer
 
 
+@pytest.mark.parametrize("profile", [name for name, wishes in PROFILES.items() if wishes.unsigned_products])
+def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_unsigned(
+    profile: str, float_graph, tiny_plan
+) -> None:
+    plan = tiny_plan(4, 6, convention="tfmq")
+    proto = ir.to_proto(insert_qdq(float_graph(), plan, find_profile(profile)))
+    onnx.checker.check_model(proto, full_check=True)
+    graph = Graph(proto)
+    assert sorted({n.layer for n in graph.quantized()}) == sorted(plan.layers)
+    found = []
+    for n in graph.products():
+        for value in n.input:
+            q = graph.producer[graph.producer[value].input[0]]
+            zero = numpy_helper.to_array(graph.constants[q.input[2]])
+            scale = numpy_helper.to_array(graph.constants[q.input[1]])
+            narrow = graph.op(q.input[0]) == "Clip"
+            source = graph.producer[q.input[0]].input[0] if narrow else q.input[0]
+            found.append((graph.op(source), float(scale), zero.dtype, int(zero), narrow))
+    signed = (np.dtype("uint8"), 128) if profile == "ort-cpu" else (np.dtype("int8"), 0)
+    wanted = []
+    for p in plan.products.values():
+        wanted += [("Mul", p.query.scale, *signed, True), ("Mul", p.key.scale, *signed, True)]
+        wanted += [("Softmax", p.probability.scale, np.dtype("uint8"), 0, False)]
+        wanted += [("Transpose", p.value.scale, *signed, True)]
+    assert len(plan.products) == 4
+    assert sorted(map(str, found)) == sorted(map(str, wanted))
+
+
+def test_tensorrt_takes_no_unsigned_codes(float_graph, tiny_plan) -> None:
+    with pytest.raises(GaqError, match=r"which TensorRT does not take. Calibrate with --convention deploy, or use"):
+        insert_qdq(float_graph(), tiny_plan(4, 8, convention="tfmq"), find_profile("trt"))
+
+
+@pytest.mark.parametrize("profile", ["reference", "ort-cpu"])
+def test_a_graph_with_quantized_products_comes_as_close_as_rounding_allows(
+    profile: str, float_graph, tiny_model: LoadedModel, tiny_plan, noisy
+) -> None:
+    plan = tiny_plan(4, 8, convention="tfmq")
+    session_ = session(ir.to_proto(insert_qdq(float_graph(), plan, find_profile(profile))))
+
+    def graph(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session_.run(["eps"], {"x": x.numpy(), "t": t.numpy()})[0])
+
+    fake = fake_quantized(tiny_model.network, plan)
+    result = parity.compare(fake, plan.layers, graph, noisy(16), parity.TOLERANCES[profile])
+    assert result.passed, result
+
+
 @pytest.mark.parametrize(
     ("profile", "wbits", "kind"),
     [
@@ -272,7 +328,7 @@ def test_query_key_and_value_share_one_quantizer(profile: str, quantized_graph) 
 
 
 def test_only_the_cpu_profile_rounds_what_a_convolution_gives(quantized_graph) -> None:
-    for profile, wanted in (("reference", False), ("trt", False), ("ort-cpu", True)):
+    for profile, wanted in (("reference", False), ("trt", False), ("openvino", False), ("ort-cpu", True)):
         graph = Graph(quantized_graph(profile, 4, 8))
         convolutions = [n for n in graph.quantized() if n.node.op_type == "Conv"]
         rounded = [[r.op_type for r in graph.readers[n.node.output[0]]] == ["QuantizeLinear"] for n in convolutions]
@@ -294,7 +350,9 @@ def test_a_layer_that_the_graph_lacks_is_an_error(float_graph, tiny_plan) -> Non
 
 
 def test_an_unknown_profile_is_an_error() -> None:
-    with pytest.raises(GaqError, match=r"Unknown profile 'tensorrt'. Choose one of \['reference', 'trt', 'ort-cpu'\]"):
+    with pytest.raises(
+        GaqError, match=r"Unknown profile 'tensorrt'. Choose one of \['reference', 'trt', 'openvino', 'ort-cpu'\]"
+    ):
         find_profile("tensorrt")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -30,10 +31,15 @@ def test_the_w4a8_reference_graph_of_the_bundled_model_equals_fake_quantized_pyt
     _check(model, QuantConfig(reconstruction=ReconstructionConfig(iterations=0)), torch.tensor([500]), tmp_path)
 
 
-def test_the_graph_with_a_scale_for_each_step_equals_fake_quantized_pytorch(
-    tiny_model: LoadedModel, tmp_path: Path
+@pytest.mark.parametrize(("convention", "per_step"), [("deploy", True), ("tfmq", False), ("tfmq", True)])
+def test_so_do_graphs_with_a_scale_for_each_step_and_with_quantized_attention(
+    convention: str, per_step: bool, tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
-    config = QuantConfig(activation=ActivationConfig(per_step=True), reconstruction=ReconstructionConfig(iterations=0))
+    config = QuantConfig(
+        convention=convention,
+        activation=ActivationConfig(per_step=per_step),
+        reconstruction=ReconstructionConfig(iterations=0),
+    )
     _check(tiny_model, config, torch.tensor([50, 0, 33, 99]), tmp_path)
 
 
