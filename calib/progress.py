@@ -11,7 +11,7 @@ from torch import nn
 from calib.blocks import Block
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
-from calib.ranges import batch_count
+from calib.ranges import draw
 from calib.reconstruct import BlockResult
 
 BACKWARD = 4.0  # a training iteration, in forward passes of its mini-batch
@@ -98,8 +98,8 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
         meta = (JACOBIAN * o.batch + o.meta_steps * step) * per_sample if o.rule in META else 0.0
         recording = 2 * weight_samples * per_sample
         costs.append(Cost(prepare=recording + meta, iterate=fitting + recording))
-    ranges = batch_count(len(data), config.activation) * whole * config.activation.batch / rows
-    costs.append(Cost(prepare=0.0, iterate=ranges))
+    observed = sum(len(index) for _, index in draw(data, config.activation, torch.Generator()))
+    costs.append(Cost(prepare=0.0, iterate=observed * whole / rows))
     return costs
 
 

@@ -52,12 +52,6 @@ def scale_of(magnitude: float, bits: int, *, signed: bool = True) -> float:
     return float(torch.tensor(max(magnitude, 1e-8) / integer_range(bits, signed=signed)[1], dtype=torch.float32))
 
 
-def batch_count(samples: int, config: ActivationConfig) -> int:
-    """Return how many batches `observe` will run."""
-    whole = -(-samples // config.batch)
-    return whole if config.batches is None else min(config.batches, whole)
-
-
 def draw(data: CalibrationSet, config: ActivationConfig, generator: torch.Generator) -> list[tuple[int, Tensor]]:
     """Return the batches to observe: the number of the step that each counts for, and its samples' indices.
 

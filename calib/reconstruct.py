@@ -18,8 +18,8 @@ JUDGED = 256  # samples, evenly spread over the steps, that nearest and learned 
 class BlockResult:
     """Mean block loss with nearest rounding and with the rounding that was kept, over at most JUDGED training samples.
 
-    `rounding` is "adaround", or "nearest" where learning did not beat it, or where a layer that is called several times
-    belongs to no block (its losses are None).
+    `rounding` is "adaround", or "nearest" where learning did not beat it, or where a layer belongs to no block, because
+    it is called several times or nothing is to be reconstructed (its losses are None).
     """
 
     name: str

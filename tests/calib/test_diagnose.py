@@ -116,9 +116,9 @@ def test_alignment_is_the_inner_product_of_per_sample_gradients(name: str, netwo
         weights[key] = adaround.soft_weight(weight, q.weight_scale, logits[-1], q.weight_bits)
 
     def gradient(io: BlockIO, index: Tensor) -> Tensor:
-        args, kwargs, target = io.take(index)
-        out = torch.func.functional_call(module, weights, args, kwargs)
-        mean = (out - target).square().sum(1).flatten(1).mean(1).mean()
+        taken = io.take(index)
+        out = torch.func.functional_call(module, weights, *taken.call())
+        mean = (out - taken.target).square().sum(1).flatten(1).mean(1).mean()
         return torch.cat([g.flatten() for g in torch.autograd.grad(mean, logits, retain_graph=True)])
 
     towards = gradient(validation, torch.arange(len(validation)))
@@ -146,6 +146,7 @@ def opposed() -> tuple[nn.Module, QuantPlan, BlockResult, BlockIO, Tensor]:
     block = BlockResult(name="0", layers=("0",), loss_before=None, loss_after=None, rounding="nearest")
     plan = QuantPlan(
         layers={"0": layer},
+        products={},
         float_layers={},
         blocks=(block,),
         scores=torch.zeros(6),

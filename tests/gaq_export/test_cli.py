@@ -146,7 +146,7 @@ def test_export_names_the_file_it_wrote(tiny_run: Path, tmp_path: Path) -> None:
             ("--model", "ddpm-mnist", "--preset", "slow"),
             "Unknown preset 'slow'. Choose one of ['tiny', 'fast', 'paper'",
         ),
-        (("--model", "ddpm-mnist", "--omega", "max"), "Unknown omega rule 'max'. Choose one of ['gac', 'uniform']."),
+        (("--model", "ddpm-mnist", "--omega", "max"), "Unknown omega rule 'max'. Choose one of ['fish', 'gac', "),
         (("--weights", "no-such-folder"), "no-such-folder"),
     ],
 )

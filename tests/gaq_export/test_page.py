@@ -98,6 +98,7 @@ def small(**changes: object) -> QuantPlan:
     )
     plan = QuantPlan(
         layers={"first": layer, NASTY: layer},
+        products={},
         float_layers={},
         num_train=100,
         blocks=blocks,
