@@ -10,6 +10,7 @@ whether a block was computed or replayed: a killed calibration that continues ge
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from calib.data import CalibrationSet
 from calib.rows import Rows, room
 
-BUDGET_BYTES = 8 << 30
+MEMORY_BUDGET, DISK_BUDGET = 1 << 30, 8 << 30  # bytes
 
 
 class _Reached(Exception):
@@ -37,7 +38,8 @@ class Replay:
         data: the samples.
         micro_batch: samples a forward pass.
         folder: where large recordings go; None keeps all in memory.
-        budget: bytes of finished blocks' outputs to keep.
+        budget: bytes of finished blocks' outputs to keep; if None, MEMORY_BUDGET, or on disk DISK_BUDGET but no more
+            than a quarter of what is free.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class Replay:
         data: CalibrationSet,
         micro_batch: int,
         folder: Path | None = None,
-        budget: int = BUDGET_BYTES,
+        budget: int | None = None,
     ) -> None:
-        self._network, self._data, self._size, self._folder, self._budget = network, data, micro_batch, folder, budget
+        self._network, self._data, self._size, self._folder = network, data, micro_batch, folder
+        self._budget = _affordable(folder) if budget is None else budget
         self._finished: dict[str, None] = {}
         self._kept: dict[str, Rows] = {}
 
@@ -91,7 +94,7 @@ class Replay:
             for start, rows in self._run():
                 out = seen.pop()
                 if store is None:
-                    keep, store = self._affordable(out), self._room(out, f"{name}.output")
+                    keep, store = self._afford(out), self._room(out, f"{name}.output")
                 store[start : start + rows] = out[:rows]
         assert store is not None
         self.finish(name)
@@ -130,7 +133,7 @@ class Replay:
             if name in self._kept:
                 return self._kept[name][index]
             out = compute(*args, **kwargs).contiguous()  # as it will be replayed: another layout gives other last bits
-            if start == 0 and self._affordable(out):
+            if start == 0 and self._afford(out):
                 fresh[name] = self._room(out, f"{name}.output")
             if name in fresh:
                 fresh[name][start : start + rows] = out[:rows]
@@ -141,10 +144,17 @@ class Replay:
     def _room(self, value: Tensor, name: str) -> Rows:
         return room(value, len(self._data), self._folder, name)
 
-    def _affordable(self, sample: Tensor) -> bool:
+    def _afford(self, sample: Tensor) -> bool:
         """Take the bytes for N rows like `sample` (n, ...) from the budget, if it has them."""
         size = len(self._data) * math.prod(sample.shape[1:]) * sample.element_size()
         if size > self._budget:
             return False
         self._budget -= size
         return True
+
+
+def _affordable(folder: Path | None) -> int:
+    if folder is None:
+        return MEMORY_BUDGET
+    folder.mkdir(parents=True, exist_ok=True)
+    return min(DISK_BUDGET, shutil.disk_usage(folder).free // 4)
