@@ -35,7 +35,9 @@ def _tiny() -> Preset:
 def _fast() -> Preset:
     config = QuantConfig(
         reconstruction=ReconstructionConfig(iterations=200, batch=8, learning_rate=0.1, start="gptq"),
-        omega=OmegaConfig(meta_steps=6, batch=32, validation_batch=2),
+        omega=OmegaConfig(  # the best of docs/results/omega-scan-ddpm-mnist.md, if by little
+            softmax="set", meta_steps=6, meta_learning_rate=0.1, inner_step=0.1, batch=32, validation_batch=2
+        ),
         activation=ActivationConfig(batches=60),
         weight_steps=10,
     )
