@@ -130,15 +130,18 @@ def _measure(bench: Bench, cell: Cell) -> None:
 
 
 class Clock:
-    """Seconds and peak memory of a calibration, also of one that was killed and continued."""
+    """Processor seconds and peak memory of a calibration, also of one that was killed and continued.
+
+    A process has one thread, so that on a quiet machine they are the seconds a user waits; on a busy one they are less.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._started = path, time.perf_counter()
+        self._path, self._started = path, time.process_time()
         self._before = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "peak_mib": 0.0}
 
     def read(self) -> dict[str, float]:
         """Return seconds in all processes together, and the largest peak in MiB."""
-        seconds = self._before["seconds"] + time.perf_counter() - self._started
+        seconds = self._before["seconds"] + time.process_time() - self._started
         return {"seconds": seconds, "peak_mib": max(self._before["peak_mib"], peak_mib())}
 
     def on_progress(self, progress: Progress) -> None:

@@ -120,7 +120,10 @@ PSNR = Column(
 FD_REAL = Column(title="FD to real", value=lambda m: m.fd_real)
 FD_FLOAT = Column(title="FD to float", value=lambda m: m.fd_float)
 SECONDS = Column(
-    title="calibration, s", value=lambda m: m.seconds, digits=0, meaning="without collecting the calibration images"
+    title="calibration, s",
+    value=lambda m: m.seconds,
+    digits=0,
+    meaning="processor time of one thread, without collecting the calibration images",
 )
 PEAK = Column(
     title="peak, MiB", value=lambda m: m.peak_mib, digits=0, meaning="resident memory of the calibrating process"
