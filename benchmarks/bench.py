@@ -16,8 +16,10 @@ from pathlib import Path
 
 from calib import config as configs
 from calib.config import BITS, QuantConfig
+from calib.data import CalibrationSet
 from calib.files import write_atomically
 from gaq_export import __version__
+from gaq_export.collect import collect
 from gaq_export.errors import GaqError, user_errors
 from gaq_export.models import LoadedModel
 from gaq_export.presets import Preset, preset
@@ -115,6 +117,11 @@ def schedule(name: str, iterations: int | None) -> Preset:
         return chosen
     reconstruction = dataclasses.replace(chosen.config.reconstruction, iterations=iterations)
     return dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, reconstruction=reconstruction))
+
+
+def collected(model: LoadedModel, chosen: Preset, seed: int, folder: Path) -> CalibrationSet:
+    """Return the preset's calibration images of `seed`, kept in a folder inside `folder`."""
+    return collect(model, model.spec.sampler, images=chosen.images, seed=seed, folder=folder / f"calibration-{seed}")
 
 
 @contextmanager

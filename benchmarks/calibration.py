@@ -20,11 +20,12 @@ import quality
 import verdicts
 from bench import Bench, Row, command_line, one_line_errors, parse_bits, parse_seeds, schedule
 from calib.config import QuantConfig
-from calib.files import write_atomically
 from gaq_export.errors import GaqError
 from gaq_export.models import load_model
 from gaq_export.schedule import timesteps
+from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
 from pages import Column, Table
+from publish import publish
 from quality import Yardstick
 
 MAIN = (4, 8)  # the bits that the figure and the goal are about
@@ -43,22 +44,22 @@ MEANING = {
 
 
 def main(
-    model: Annotated[str, typer.Option()] = "ddpm-mnist",
-    weights: Annotated[str | None, typer.Option(help="Folder, or 'random'.")] = None,
+    model: ModelName = "ddpm-mnist",
+    weights: Weights = None,
     data: Annotated[Path | None, typer.Option(help=".npz of real images, for the Frechet distances.")] = None,
     features: Annotated[Path | None, typer.Option(help="ResNet-56 checkpoint, for 3-channel images.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where results gather.")] = Path("bench-calibration"),
+    folder: Folder = Path("bench-calibration"),
     out: Annotated[Path, typer.Option(help="Markdown page; the figure goes beside it.")] = Path("calibration.md"),
     bits: Annotated[str, typer.Option()] = "W8A8,W4A8,W4A6,W4A4,W3A8",
     rungs: Annotated[str, typer.Option()] = "rtn,uniform,random,mse,gac,gac-exact",
-    seeds: Annotated[str, typer.Option()] = "0,1,2",
-    preset: Annotated[str, typer.Option()] = "fast",
-    iterations: Annotated[int | None, typer.Option(help="Iterations a block, in place of the preset's.")] = None,
+    seeds: Seeds = "0,1,2",
+    preset: PresetName = "fast",
+    iterations: Iterations = None,
     images: Annotated[int, typer.Option(help="Images that each network draws.")] = 256,
     draw: Annotated[str, typer.Option(help="'engine' or 'pytorch'.")] = "engine",
-    workers: Annotated[int, typer.Option(min=1)] = 2,
-    report_only: Annotated[bool, typer.Option("--report-only")] = False,
-    job: Annotated[str | None, typer.Option(hidden=True)] = None,
+    workers: Workers = 2,
+    report_only: ReportOnly = False,
+    job: Job = None,
 ) -> None:
     """Measure all cells and write the page."""
     with one_line_errors():
@@ -121,7 +122,7 @@ def write_page(bench: Bench, out: Path) -> None:
         if (w, a) == main_bits and table:
             lines += ["", f"![SQNR at every step]({_figure(bench, out, setting, table)})"]
     lines += pages.still_missing(bench)
-    write_atomically(out, ("\n".join(lines) + "\n").encode())
+    publish(lines, out)
 
 
 def columns(bench: Bench) -> list[Column]:

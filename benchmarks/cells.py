@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import quality
-from bench import Bench, Cell, claim, version
+from bench import Bench, Cell, claim, collected, version
 from calib import config as configs
 from calib.calibrate import calibrate
 from calib.config import QuantConfig
@@ -29,7 +29,6 @@ from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan
 from calib.progress import Progress
-from gaq_export.collect import collect
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
 
@@ -67,7 +66,7 @@ def work(bench: Bench, job: str) -> None:
     torch.set_num_threads(1)
     if job == PREPARE:
         for seed in bench.seeds:
-            _calibration_set(bench, seed)
+            _collected(bench, seed)
         quality.prepare(bench.yardstick)
     else:
         _measure(bench, next(cell for cell in bench.cells if cell.name == job))
@@ -108,7 +107,7 @@ def plan_at(
 def _measure(bench: Bench, cell: Cell) -> None:
     """Calibrate once for each activation width that is missing, and write down what comes of it."""
     y, model = bench.yardstick, bench.model
-    data = _calibration_set(bench, cell.seed)
+    data = _collected(bench, cell.seed)
     config, blocks = bench.config(cell), bench.path(cell, "")
     found = result(bench, cell) or {"activations": {}}
     for abits in _lacking(bench, cell):
@@ -162,18 +161,8 @@ def omega_spread(plan: QuantPlan) -> float:
     return float(omega.std(correction=0)) * len(omega)
 
 
-def _calibration_set(bench: Bench, seed: int) -> CalibrationSet:
-    model = bench.model
-    return collect(
-        model.network,
-        model.shape,
-        model.schedule,
-        model.spec.sampler,
-        images=bench.schedule.images,
-        seed=seed,
-        folder=bench.yardstick.folder / f"calibration-{seed}",
-        key=model.fingerprint,
-    )
+def _collected(bench: Bench, seed: int) -> CalibrationSet:
+    return collected(bench.model, bench.schedule, seed, bench.yardstick.folder)
 
 
 def _lacking(bench: Bench, cell: Cell) -> list[int]:

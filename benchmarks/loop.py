@@ -6,7 +6,6 @@ The contestants take turns, so that whatever else the machine does falls on all 
 reported. Weights may be random: time does not depend on them. Every contestant is given the same number of threads.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -26,6 +25,8 @@ from gaq_export.onnx_export import export_float
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
 from gaq_export.qdq import save_onnx
 from gaq_export.schedule import SamplerSpec
+from options import Out
+from publish import machine, markdown_table, publish
 
 
 def main(
@@ -34,7 +35,7 @@ def main(
     steps: Annotated[int, typer.Option()] = 50,
     batch: Annotated[int, typer.Option()] = 4,
     rounds: Annotated[int, typer.Option()] = 5,
-    out: Annotated[Path | None, typer.Option(help="Markdown file for the table; printed if not given.")] = None,
+    out: Out = None,
 ) -> None:
     """Print one table: seconds a loop, images a second, and the ratio to PyTorch."""
     loaded = load_model(model, weights)
@@ -48,11 +49,8 @@ def main(
                 started = time.perf_counter()
                 loop()
                 times[name].append(time.perf_counter() - started)
-    text = _table(times, f"{model}, {steps} DDIM steps, batch {batch}, {rounds} rounds, {_machine()}", batch)
-    if out is None:
-        print(text)
-    else:
-        out.write_text(text + "\n")
+    title = f"{model}, {steps} DDIM steps, batch {batch}, {rounds} rounds, {machine()}, torch {torch.__version__}."
+    publish([title, "", *_table(times, batch)], out)
 
 
 def _contestants(model: LoadedModel, spec: SamplerSpec, batch: int, folder: Path) -> dict[str, Callable[[], object]]:
@@ -84,22 +82,20 @@ def _loop(engine: engines.Engine, model: LoadedModel, spec: SamplerSpec, batch: 
     return lambda: samplers.run(denoise, list(range(batch)), model.shape, model.schedule, spec)
 
 
-def _table(times: dict[str, list[float]], title: str, batch: int) -> str:
+def _table(times: dict[str, list[float]], batch: int) -> list[str]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     reference = next(iter(medians.values()))
     rows = [
-        f"| {name} | {seconds:.2f} | {batch / seconds:.2f} | {reference / seconds:.2f} x | "
-        f"{min(times[name]):.2f} to {max(times[name]):.2f} |"
+        (
+            name,
+            f"{seconds:.2f}",
+            f"{batch / seconds:.2f}",
+            f"{reference / seconds:.2f} x",
+            f"{min(times[name]):.2f} to {max(times[name]):.2f}",
+        )
         for name, seconds in medians.items()
     ]
-    head = ["| loop | median s | images/s | against PyTorch | range s |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join([f"{title}.", "", *head, *rows])
-
-
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return markdown_table(("loop", "median s", "images/s", "against PyTorch", "range s"), rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Random weights and Gaussian noise as samples: what is measured does not depend o
 float, so that the run ends; the recordings are those of a whole calibration, since every block is recorded alike.
 """
 
-import platform
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,30 +20,29 @@ from calib.calibrate import calibrate
 from calib.data import CalibrationSet
 from calib.layers import trace
 from calib.progress import Progress
-from gaq_export.models import load_model
+from gaq_export.models import LoadedModel, load_model
 from gaq_export.presets import preset
 from gaq_export.run import peak_memory_mib
 from gaq_export.schedule import timesteps
+from options import ModelName, Out
+from publish import machine, markdown_table, publish
+
+PHASES = ("record", "start", "meta", "fit", "decide")
 
 
 def main(
-    model: Annotated[str, typer.Option()] = "ddpm-cifar10",
+    model: ModelName = "ddpm-cifar10",
     blocks: Annotated[str, typer.Option(help="Names, with commas between them.")] = (
         "unet.down_blocks.0.resnets.0,unet.up_blocks.3.resnets.0"
     ),
     samples: Annotated[int, typer.Option(help="That calibrate weights; the paper's 20 steps x 256.")] = 5120,
     iterations: Annotated[int, typer.Option(help="Of each block; memory does not depend on it.")] = 50,
-    out: Annotated[Path | None, typer.Option(help="Markdown page; printed if not given.")] = None,
+    out: Out = None,
 ) -> None:
     """Calibrate the named blocks with the paper's batch sizes."""
     loaded = load_model(model, "random")
     config = preset("paper").config
-    steps = timesteps(loaded.spec.sampler, loaded.schedule.num_train)[
-        :: loaded.spec.sampler.steps // config.weight_steps
-    ]
-    count = samples // len(steps)
-    x = torch.randn(len(steps) * count, *loaded.shape, generator=torch.Generator().manual_seed(0))
-    data = CalibrationSet(x=x, t=steps.repeat_interleave(count), step=torch.arange(len(steps)).repeat_interleave(count))
+    data = _noise(loaded, config.weight_steps, samples)
     names = blocks.split(",")
     found = trace(loaded.network, loaded.shape, loaded.schedule.num_train)
     others = [layer.name for layer in found.layers if not any(layer.name.startswith(f"{n}.") for n in names)]
@@ -56,16 +54,15 @@ def main(
         activation=replace(config.activation, batches=4),
     )
     last: Mapping[str, float] = {}
-    lines: list[str] = []
+    rows: list[list[str]] = []
 
     def keep(progress: Progress) -> None:
         nonlocal last
         if progress.result is not None:
-            spent = {name: seconds - last.get(name, 0.0) for name, seconds in progress.seconds.items()}
-            columns = " | ".join(f"{spent.get(name, 0.0):.0f}" for name in ("record", "start", "meta", "fit", "decide"))
-            lines.append(f"| {progress.name} | {columns} | {peak_memory_mib()} |")
-            print(lines[-1], flush=True)
-            last = dict(progress.seconds)
+            spent = [progress.seconds.get(phase, 0.0) - last.get(phase, 0.0) for phase in PHASES]
+            rows.append([progress.name, *(f"{seconds:.0f}" for seconds in spent), f"{peak_memory_mib()}"])
+            print(*rows[-1], sep="  ", flush=True)
+            last = progress.seconds
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -77,21 +74,23 @@ def main(
             folder=Path(folder),
             on_progress=keep,
         )
-    omega, machine = config.omega, platform.processor() or platform.machine()
     head = [
         f"{model}, random weights, {len(data)} samples, batch {config.reconstruction.batch},",
-        f"{iterations} iterations and {omega.meta_steps} meta-steps of {omega.batch} samples a block.",
-        f"{torch.get_num_threads()} threads, {machine}, torch {torch.__version__}.",
+        f"{iterations} iterations and {config.omega.meta_steps} meta-steps of {config.omega.batch} samples a block.",
+        f"{torch.get_num_threads()} threads, {machine()}, torch {torch.__version__}.",
         f"{time.perf_counter() - started:.0f} s in all, peak resident memory of the process {peak_memory_mib()} MiB.",
         "",
-        "| block | record s | start s | meta s | fit s | decide s | peak MiB so far |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    page = "\n".join(head + lines) + "\n"
-    if out is None:
-        print(page)
-    else:
-        out.write_text(page)
+    publish([*head, *markdown_table(("block", *(f"{phase} s" for phase in PHASES), "peak MiB so far"), rows)], out)
+
+
+def _noise(model: LoadedModel, weight_steps: int, samples: int) -> CalibrationSet:
+    """Return Gaussian noise for the steps that calibrate weights, equally many samples a step."""
+    spec = model.spec.sampler
+    steps = timesteps(spec, model.schedule.num_train)[:: spec.steps // weight_steps]
+    count = samples // len(steps)
+    x = torch.randn(len(steps) * count, *model.shape, generator=torch.Generator().manual_seed(0))
+    return CalibrationSet(x=x, t=steps.repeat_interleave(count), step=torch.arange(len(steps)).repeat_interleave(count))
 
 
 if __name__ == "__main__":

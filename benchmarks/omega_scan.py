@@ -17,9 +17,10 @@ import pages
 import verdicts
 from bench import Bench, Row, command_line, one_line_errors, parse_seeds, schedule
 from calib.config import QuantConfig
-from calib.files import write_atomically
 from gaq_export.errors import GaqError
 from gaq_export.models import load_model
+from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
+from publish import publish
 from quality import Yardstick
 
 BITS = (4, 8)
@@ -45,17 +46,17 @@ COLUMNS = (pages.SQNR, pages.SQNR_LEAD, pages.WEIGHTS, pages.WEIGHTS_LEAD, pages
 
 
 def main(
-    model: Annotated[str, typer.Option()] = "ddpm-mnist",
-    weights: Annotated[str | None, typer.Option(help="Folder, or 'random'.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where results gather.")] = Path("bench-omega"),
+    model: ModelName = "ddpm-mnist",
+    weights: Weights = None,
+    folder: Folder = Path("bench-omega"),
     out: Annotated[Path, typer.Option(help="Markdown page.")] = Path("omega-scan.md"),
     variants: Annotated[str, typer.Option(help="Names, with commas between them; all if empty.")] = "",
-    seeds: Annotated[str, typer.Option()] = "0,1,2",
-    preset: Annotated[str, typer.Option()] = "fast",
-    iterations: Annotated[int | None, typer.Option(help="Iterations a block, in place of the preset's.")] = None,
-    workers: Annotated[int, typer.Option(min=1)] = 2,
-    report_only: Annotated[bool, typer.Option("--report-only")] = False,
-    job: Annotated[str | None, typer.Option(hidden=True)] = None,
+    seeds: Seeds = "0,1,2",
+    preset: PresetName = "fast",
+    iterations: Iterations = None,
+    workers: Workers = 2,
+    report_only: ReportOnly = False,
+    job: Job = None,
 ) -> None:
     """Measure all variants and write the page."""
     with one_line_errors():
@@ -99,7 +100,7 @@ def write_page(bench: Bench, out: Path) -> None:
     words = {name: f"`{name}`" + "".join(f", {k} {v}" for k, v in fields.items()) for name, fields in VARIANTS}
     lines += [*pages.markdown(table, "variant, what it changes", COLUMNS, words=words), ""]
     lines += [verdicts.standing("W4A8", table), *pages.still_missing(bench)]
-    write_atomically(out, ("\n".join(lines) + "\n").encode())
+    publish(lines, out)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ the difference to another row seed by seed, which is far steadier than either of
 
 import io
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import quality
 from bench import Bench
 from calib.files import write_atomically
 from gaq_export.errors import GaqError
+from publish import machine, markdown_table
 
 BASELINE = "uniform"
 STARTS = {"float": "the float weights", "gptq": "GPTQ's rounding"}
@@ -90,12 +90,8 @@ SQNR = Column(
     meaning=f"of the predicted noise against the float network, on the float network's own trajectories of "
     f"{quality.HELD_OUT} images that calibration never sees; mean over all sampling steps",
 )
-SQNR_LEAD = Column(
-    title=f"to `{BASELINE}`, dB",
-    value=lambda m: m.mean_db,
-    digits=3,
-    paired=True,
-    meaning="difference in SQNR, seed by seed",
+SQNR_LEAD = replace(
+    SQNR, title=f"to `{BASELINE}`, dB", digits=3, paired=True, meaning="difference in SQNR, seed by seed"
 )
 POOLED = Column(
     title="pooled, dB",
@@ -105,9 +101,9 @@ POOLED = Column(
 WEIGHTS = Column(
     title="weights only, dB", value=lambda m: m.weights_db, meaning="SQNR with float activations, mean over steps"
 )
-WEIGHTS_LEAD = Column(
+WEIGHTS_LEAD = replace(
+    WEIGHTS,
     title=f"weights only, to `{BASELINE}`, dB",
-    value=lambda m: m.weights_db,
     digits=3,
     paired=True,
     meaning="the same as a difference, seed by seed",
@@ -202,15 +198,15 @@ def markdown(
         more: further rows, already in words.
         words: what to call a row, where that is not its name.
     """
-    lines = [[first, *(c.title for c in columns)], ["---"] * (len(columns) + 1)]
+    rows = []
     for row, seeds in table.items():
         shown = [words.get(row, f"`{row}`")]
         for c in columns:
             values = paired(table, row, c.value) if c.paired else [c.value(m) for m in seeds.values()]
             known = [v for v in values if v is not None]
             shown.append("-" if c.paired and row == BASELINE else mean_sd(known, c.digits))
-        lines.append(shown)
-    return ["| " + " | ".join(line) + " |" for line in [*lines, *map(list, more)]]
+        rows.append(shown)
+    return markdown_table([first, *(c.title for c in columns)], [*rows, *more])
 
 
 def conditions(bench: Bench, columns: Sequence[Column]) -> list[str]:
@@ -225,7 +221,7 @@ def conditions(bench: Bench, columns: Sequence[Column]) -> list[str]:
         raise GaqError(f"{y.folder} holds no results yet: run without --report-only first.")
     c = schedule.config
     lines = [
-        f"Machine: {_machine()}; cells at a time: {_listed(r['workers'] for r in found)}, one thread each. "
+        f"Machine: {machine()}; cells at a time: {_listed(r['workers'] for r in found)}, one thread each. "
         f"torch {installed('torch')}, OpenVINO {installed('openvino')}, "
         f"gaq-export {_listed(r['version'] for r in found)}.",
         f"Model and sampler: {bench.model.spec.name}, {spec.steps} {spec.name.upper()} steps, {spec.spacing} spacing.",
@@ -264,13 +260,6 @@ def _frechet_line(bench: Bench) -> str:
         f"other noise. The float rows are the floor; {n} further real test images are "
         f"{facts['real']['fd_real']:.2f} from the real and {facts['real']['fd_float']:.2f} from the float ones."
     )
-
-
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores"
 
 
 def curves(path: Path, setting: str, table: Table, timesteps: Sequence[int], far: Sequence[str] = ()) -> None:

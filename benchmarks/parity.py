@@ -22,6 +22,8 @@ from gaq_export import provenance, samplers
 from gaq_export.denoiser import engine_denoiser
 from gaq_export.parity import perturbed, sqnr_db
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
+from options import Out
+from publish import markdown_table, publish
 
 COLUMNS = (
     "step",
@@ -37,7 +39,7 @@ def main(
     engine: Annotated[Path, typer.Option()] = Path("unet.plan"),
     run: Annotated[Path, typer.Option()] = Path("gaq-run"),
     images: Annotated[int, typer.Option()] = 8,
-    out: Annotated[Path | None, typer.Option(help="Markdown file for the table; printed if not given.")] = None,
+    out: Out = None,
 ) -> None:
     """Print one row a step, in dB."""
     plan = load_plan(run / "plan.safetensors")
@@ -64,15 +66,12 @@ def main(
             rows.append((step, int(t[0]), *measured))
     title = f"{plan.about['model']['name']} {file.about['bits']}, {file.backend}, {images} held-out images, SQNR in dB."
     columns = list(zip(*rows, strict=True))
-    middle = [f"{statistics.median(c):.1f}" for c in columns[2:]]
-    lines = [title, "", "| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
-    lines += [f"| {int(r[0])} | {int(r[1])} | " + " | ".join(f"{v:.1f}" for v in r[2:]) + " |" for r in rows]
-    lines += ["| median | | " + " | ".join(middle) + " |"]
-    lines += ["| lowest | | " + " | ".join(f"{min(c):.1f}" for c in columns[2:]) + " |"]
-    if out is None:
-        print("\n".join(lines))
-    else:
-        out.write_text("\n".join(lines) + "\n")
+    table = [(str(step), str(t), *(f"{v:.1f}" for v in measured)) for step, t, *measured in rows]
+    table += [
+        (what, "", *(f"{of(c):.1f}" for c in columns[2:]))
+        for what, of in (("median", statistics.median), ("lowest", min))
+    ]
+    publish([title, "", *markdown_table(COLUMNS, table)], out)
 
 
 def _ddim_update(x: Tensor, epsilon: Tensor, step: int, schedule: NoiseSchedule, spec: SamplerSpec) -> Tensor:

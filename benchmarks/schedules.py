@@ -4,13 +4,12 @@
 
 Each schedule fits the same block on the same recording: inputs from a network whose earlier blocks are rounded to
 nearest at W4, targets from the float network. The loss is measured after hardening, on the samples that were fitted
-and on samples of other images. Seconds are of one thread.
+and on samples of other images. Seconds are the processor time of one thread.
 """
 
 import copy
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -27,9 +26,12 @@ from calib.recording import recorder
 from gaq_export.collect import collect
 from gaq_export.models import load_model
 from gaq_export.presets import preset
+from options import ModelName, Out
+from publish import machine, markdown_table, publish
 
 BITS = 4
 HELD_OUT = 0.25  # of the images of each step
+HEAD = ("block", "schedule", "iterations x batch", "fitted", "held out", "seconds")
 FAST = preset("fast").config.reconstruction
 SCHEDULES = {
     "GPTQ alone": ReconstructionConfig(iterations=0, start="gptq"),
@@ -46,68 +48,65 @@ SCHEDULES = {
 
 
 def main(
-    model: Annotated[str, typer.Option()] = "ddpm-mnist",
+    model: ModelName = "ddpm-mnist",
     blocks: Annotated[str, typer.Option(help="Names, with commas between them.")] = (
         "unet.up_blocks.0.resnets.0,unet.down_blocks.1.attentions.0"
     ),
     schedules: Annotated[str, typer.Option(help="Names, with commas between them; all if empty.")] = "",
     images: Annotated[int, typer.Option()] = 64,
-    out: Annotated[Path | None, typer.Option(help="Markdown page; printed if not given.")] = None,
+    out: Out = None,
 ) -> None:
     """Fit every block with every schedule."""
     torch.set_num_threads(1)
     loaded = load_model(model)
     network, shape = loaded.network, loaded.shape
-    data = collect(network, shape, loaded.schedule, loaded.spec.sampler, images=images)
+    data = collect(loaded, loaded.spec.sampler, images=images)
     config = QuantConfig(weight_steps=10, omega=OmegaConfig(rule="uniform", validation=HELD_OUT))
     subset = weight_samples(data, config)
     found = trace(network, shape, loaded.schedule.num_train)
     reasons = float_reasons(found, "deploy")
     order, _ = find_blocks(found, [layer.name for layer in found.layers if layer.name not in reasons])
     rounded = copy.deepcopy(network)
-    lines = []
+    rows: list[tuple[str, ...]] = []
     with recorder(network, rounded, subset.data, config.micro_batch) as recording:
         for block in order:
-            layers = _layers(network, block)
+            module = network.get_submodule(block.name)
+            scales = {name: affine.search_weight_scale(_weight(network, name), BITS) for name in block.layers}
+            layers = reconstruct.layer_weights(module, block, scales, BITS)
             if block.name in blocks.split(","):
                 io = recording.record(block)
                 parts = io.part(subset.train), io.part(subset.validation)
-                lines += _rows(network.get_submodule(block.name), block, layers, *parts, schedules)
+                rows += _rows(module, block, layers, *parts, schedules)
             _round_to_nearest(rounded, block, layers)
             recording.finish(block)
     n = len(subset.train), len(subset.validation)
     head = [
         f"{model} W{BITS}, {n[0]} samples fitted, {n[1]} of other images held out; mean block loss after hardening,",
-        "relative to rounding to nearest (lower is better). One run, one thread.",
+        "relative to rounding to nearest (lower is better).",
+        f"One run, one thread, {machine()}, torch {torch.__version__}.",
         "",
-        "| block | schedule | iterations x batch | fitted | held out | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
-    page = "\n".join(head + lines) + "\n"
-    if out is None:
-        print(page)
-    else:
-        out.write_text(page)
+    publish([*head, *markdown_table(HEAD, rows)], out)
 
 
 def _rows(
     module: nn.Module, block: Block, layers: Sequence[LayerWeight], train: BlockIO, held_out: BlockIO, wanted: str
-) -> list[str]:
+) -> Sequence[tuple[str, ...]]:
     names = wanted.split(",") if wanted else list(SCHEDULES)
-    nearest = [affine.quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
+    nearest = [affine.quantize_weight(w.weight, w.scale, w.bits) for w in layers]
     base = [reconstruct.mean_loss(module, layers, nearest, io) for io in (train, held_out)]
     rows = []
     for name in names:
         config = SCHEDULES[name]
-        started = time.perf_counter()
+        started = time.process_time()
         codes = _fitted(module, layers, train, config)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         fitted, other = (
             reconstruct.mean_loss(module, layers, codes, io) / b for io, b in zip((train, held_out), base, strict=True)
         )
         work = f"{config.iterations} x {config.batch}"
-        rows.append(f"| {block.name} | {name} | {work} | {fitted:.3f} | {other:.3f} | {seconds:.0f} |")
-        print(rows[-1], flush=True)
+        rows.append((block.name, name, work, f"{fitted:.3f}", f"{other:.3f}", f"{seconds:.0f}"))
+        print(*rows[-1], sep="  ", flush=True)
     return rows
 
 
@@ -124,23 +123,15 @@ def _fitted(
     return [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
 
 
-def _layers(network: nn.Module, block: Block) -> list[LayerWeight]:
-    found = []
-    for name in block.layers:
-        weight = network.get_submodule(name).weight
-        assert isinstance(weight, torch.Tensor)
-        key = f"{name}.weight"[len(block.name) + 1 :]
-        scale = affine.search_weight_scale(weight, BITS)
-        found.append(LayerWeight(key=key, weight=weight.detach().clone(), scale=scale, bits=BITS))
-    return found
-
-
 def _round_to_nearest(network: nn.Module, block: Block, layers: Sequence[LayerWeight]) -> None:
     with torch.no_grad():
         for name, w in zip(block.layers, layers, strict=True):
-            weight = network.get_submodule(name).weight
-            assert isinstance(weight, torch.Tensor)
-            weight.copy_(affine.fake_quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits))
+            codes = affine.quantize_weight(w.weight, w.scale, w.bits)
+            _weight(network, name).copy_(affine.dequantize_weight(codes, w.scale))
+
+
+def _weight(network: nn.Module, name: str) -> nn.Parameter:
+    return network.get_parameter(f"{name}.weight")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,15 @@ def per_channel(scale: Tensor, ndim: int) -> Tensor:
     return scale.reshape(-1, *[1] * (ndim - 1))
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return int8 codes of `x`; `scale` broadcasts against it."""
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return int8 codes of `weight` (C, ...) on grids `scale` (C,), rounded to nearest."""
     low, high = integer_range(bits)
-    return torch.round(x / scale).clamp(low, high).to(torch.int8)
+    return torch.round(weight / per_channel(scale, weight.ndim)).clamp(low, high).to(torch.int8)
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 weight (C, ...) that int8 `codes` on grids `scale` (C,) stand for."""
+    return codes * per_channel(scale, codes.ndim)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True) -> Tensor:

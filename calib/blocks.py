@@ -29,6 +29,11 @@ class Block:
     layers: tuple[str, ...]
     module: nn.Module | None = None
 
+    def key(self, layer: str) -> str:
+        """Return the name of a layer's weight inside the block's module."""
+        whole = f"{layer}.weight"
+        return whole if self.module is not None else whole[len(self.name) + 1 :]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockIO:

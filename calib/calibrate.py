@@ -30,8 +30,9 @@ from calib.data import CalibrationSet, Split, split, thin_steps
 from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
-from calib.reconstruct import BlockResult, LayerWeight
+from calib.reconstruct import BlockResult
 from calib.recording import recorder
+from calib.streams import stream
 
 
 def calibrate(
@@ -65,8 +66,9 @@ def calibrate(
     products = quantized_products(found, config.convention, reasons)
     if config.activation.per_step:
         require_batch_first(found, quantized)
-    order, loose = _order(model, found, quantized, shape, config)
-    scales = {n: _scale(model, n, config) for n in quantized}
+    order, loose = _cut(model, found, quantized, shape, config)
+    w = config.weight
+    scales = {n: affine.search_weight_scale(_weight(model, n), w.bits, w.norm, w.candidates) for n in quantized}
     network = copy.deepcopy(model)
     job = _Job(
         model=model,
@@ -78,14 +80,11 @@ def calibrate(
         folder=folder if order else None,
         meter=Meter(block_costs(model, order, data, config), on_progress),
     )
-    codes = {n: _nearest(model, n, scales[n], config) for n in loose}
+    codes = {n: affine.quantize_weight(_weight(model, n), scales[n], w.bits) for n in loose}
     _put(network, codes, scales)
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
-    batches = ranges.draw(data, config.activation, _generator(config, "ranges"))
-    tick = job.meter.ranges(len(batches))
-    with job.meter.phase("ranges"):
-        seen = ranges.observe(network, quantized, products, data, batches, config.activation, tick)
+    seen = _magnitudes(job, quantized, products, data)
     return QuantPlan(
         layers={n: _layer(codes[n], scales[n], seen[n, "input"], seen[n, "output"], config) for n in quantized},
         products={
@@ -116,10 +115,10 @@ class _Job:
     meter: Meter
 
 
-def _order(
+def _cut(
     model: nn.Module, found: Trace, quantized: Sequence[str], shape: tuple[int, ...], config: QuantConfig
 ) -> tuple[list[Block], Sequence[str]]:
-    """Return the temporal block, if there is one, and the others in network order; and the layers in none.
+    """Cut the network up: the temporal block, if there is one, and the others in network order; the layers in none.
 
     Without iterations from the float weight there is nothing to reconstruct, and every layer is in none.
     """
@@ -134,7 +133,7 @@ def _order(
 def weight_samples(data: CalibrationSet, config: QuantConfig) -> Split:
     """Return the samples that calibrate weights: those of every k-th step, the validation samples set aside."""
     thinned = thin_steps(data, config.weight_steps)
-    return split(thinned, config.omega.validation, config.omega.groups, _generator(config, "split"))
+    return split(thinned, config.omega.validation, config.omega.groups, stream(config.seed, "split"))
 
 
 def _calibrate_blocks(job: _Job, order: Sequence[Block]) -> list[BlockState]:
@@ -169,72 +168,59 @@ def _calibrate_block(
     """
     config, meter = job.config, job.meter
     module = job.network.get_submodule(block.name) if block.module is None else block.module
-    layers = [_layer_weight(block, module, n, job.scales[n], config) for n in block.layers]
+    layers = reconstruct.layer_weights(module, block, job.scales, config.weight.bits)
     train, validation = io.part(job.subset.train), io.part(job.subset.validation)
     with meter.phase("start"):
-        stream = _generator(config, f"{block.name}:start")
-        logits = gptq.STARTS[config.reconstruction.start](module, layers, train, stream)
+        logits = gptq.first_logits(config, block.name, module, layers, train)
     loss = reconstruct.per_sample_loss(module, layers)
     with meter.phase("meta"):
-        stream = _generator(config, f"{block.name}:meta")
-        scores = omega.align(loss, logits, train, validation, job.subset.group, scores, config.omega, stream)
+        drawn = stream(config.seed, block.name, "meta")
+        scores = omega.align(loss, logits, train, validation, job.subset.group, scores, config.omega, drawn)
     with meter.phase("fit"):
-        stream = _generator(config, f"{block.name}:fit")
-        logits = reconstruct.fit(loss, logits, train, scores, config.omega, config.reconstruction, stream, on_iteration)
+        drawn = stream(config.seed, block.name, "fit")
+        logits = reconstruct.fit(loss, logits, train, scores, config.omega, config.reconstruction, drawn, on_iteration)
     with meter.phase("decide"):
         codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
     return BlockState(codes=dict(zip(block.layers, codes, strict=True)), scores=scores, result=result)
 
 
+def _magnitudes(
+    job: _Job, layers: Sequence[str], products: Sequence[str], data: CalibrationSet
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """Return what `ranges.observe` sees of the network once its weights are quantized."""
+    activation = job.config.activation
+    batches = ranges.draw(data, activation, stream(job.config.seed, "ranges"))
+    with job.meter.phase("ranges"):
+        tick = job.meter.ranges(len(batches))
+        return ranges.observe(job.network, layers, products, data, batches, activation, tick)
+
+
 def _first_scores(job: _Job) -> Tensor:
-    return omega.initial_scores(job.config.omega, len(job.subset.train), _generator(job.config, "scores"))
+    return omega.initial_scores(job.config.omega, len(job.subset.train), stream(job.config.seed, "scores"))
 
 
 def _untouched(name: str) -> BlockResult:
     return BlockResult(name=name, layers=(name,), loss_before=None, loss_after=None, rounding="nearest")
 
 
-def _layer_weight(block: Block, module: nn.Module, name: str, scale: Tensor, config: QuantConfig) -> LayerWeight:
-    inner = name[len(block.name) :].lstrip(".") if block.module is None else name
-    weight = module.get_submodule(inner).weight
-    assert isinstance(weight, Tensor)
-    key = f"{inner}.weight" if inner else "weight"
-    return LayerWeight(key=key, weight=weight.detach().clone(), scale=scale, bits=config.weight.bits)
-
-
-def _scale(model: nn.Module, name: str, config: QuantConfig) -> Tensor:
-    w = config.weight
-    return affine.search_weight_scale(_weight(model, name), w.bits, w.norm, w.candidates)
-
-
-def _nearest(model: nn.Module, name: str, scale: Tensor, config: QuantConfig) -> Tensor:
-    weight = _weight(model, name)
-    return affine.quantize(weight, affine.per_channel(scale, weight.ndim), config.weight.bits)
-
-
 def _put(network: nn.Module, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, integer in codes.items():
-            _weight(network, name).copy_(integer * affine.per_channel(scales[name], integer.ndim))
+            _weight(network, name).copy_(affine.dequantize_weight(integer, scales[name]))
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    return model.get_parameter(f"{name}.weight")
 
 
 def _layer(
     codes: Tensor, scale: Tensor, inputs: Sequence[float], outputs: Sequence[float], config: QuantConfig
 ) -> LayerQuant:
-    grid = _grid(inputs, config)
     return LayerQuant(
         codes=codes,
         weight_scale=scale,
         weight_bits=config.weight.bits,
-        input_scale=grid.scale,
-        input_bits=grid.bits,
-        input_ratio=grid.ratio,
+        input=_grid(inputs, config),
         output_scale=ranges.scale_of(max(outputs), 8),
     )
 
@@ -245,12 +231,6 @@ def _grid(magnitudes: Sequence[float], config: QuantConfig, *, signed: bool = Tr
     scales = torch.tensor([ranges.scale_of(magnitude, bits, signed=signed) for magnitude in magnitudes])
     ratio = scales / scales.max() if config.activation.per_step else None
     return Grid(scale=float(scales.max()), bits=bits, signed=signed, ratio=ratio)
-
-
-def _generator(config: QuantConfig, purpose: str) -> torch.Generator:
-    """Return a stream of its own for each purpose, so that resuming does not shift another's numbers."""
-    digest = hashlib.sha256(f"{config.seed}:{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block]) -> str:

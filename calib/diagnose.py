@@ -21,12 +21,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calib import affine, gptq
-from calib.blocks import BlockIO
+from calib.blocks import Block, BlockIO
 from calib.errors import CalibError
-from calib.fakequant import dequantized_weight
 from calib.layers import trace
 from calib.plan import QuantPlan
-from calib.reconstruct import BlockResult, LayerWeight, block_loss, per_sample_loss
+from calib.reconstruct import BlockResult, LayerWeight, block_loss, layer_weights, per_sample_loss
 
 CHUNK = 16  # samples differentiated at a time
 
@@ -106,11 +105,12 @@ def agreement(model: nn.Module, plan: QuantPlan, block: BlockResult, io: BlockIO
             behind this one are still float, but they do not reach its inputs.
         step: (N,) sampling step of each of them.
     """
-    module, layers = model.get_submodule(block.name), _layer_weights(model, plan, block)
+    module = model.get_submodule(block.name)
+    layers = _layer_weights(module, plan, block)
     steps, counts = torch.unique(step, return_counts=True)
     groups = [(step == s).nonzero()[:, 0] for s in steps]
-    nearest = [affine.fake_quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
-    kept = [dequantized_weight(plan.layers[n]) for n in block.layers]
+    nearest = [affine.dequantize_weight(affine.quantize_weight(w.weight, w.scale, w.bits), w.scale) for w in layers]
+    kept = [affine.dequantize_weight(plan.layers[n].codes, w.scale) for n, w in zip(block.layers, layers, strict=True)]
     return Agreement(
         block=block.name,
         steps=tuple(steps.tolist()),
@@ -143,10 +143,9 @@ def alignment(
         raise CalibError(
             f"The plan weighs {len(plan.scores)} samples, the collected ones are {len(train)}: calibrate again."
         )
-    module, layers = model.get_submodule(block.name), _layer_weights(model, plan, block)
-    start = gptq.STARTS[plan.config.reconstruction.start]
-    logits = start(module, layers, train, torch.Generator().manual_seed(plan.config.seed))
-    logits = [v.requires_grad_() for v in logits]
+    module = model.get_submodule(block.name)
+    layers = _layer_weights(module, plan, block)
+    logits = [v.requires_grad_() for v in gptq.first_logits(plan.config, block.name, module, layers, train)]
     losses = per_sample_loss(module, layers)
 
     def loss(io: BlockIO, index: Tensor) -> Tensor:
@@ -224,14 +223,9 @@ def _gradient_sum(
     return total
 
 
-def _layer_weights(model: nn.Module, plan: QuantPlan, block: BlockResult) -> list[LayerWeight]:
-    found = []
-    for name in block.layers:
-        weight, layer = model.get_submodule(name).weight, plan.layers[name]
-        assert isinstance(weight, Tensor)
-        key = f"{name}.weight"[len(block.name) + 1 :]
-        found.append(LayerWeight(key=key, weight=weight.detach(), scale=layer.weight_scale, bits=layer.weight_bits))
-    return found
+def _layer_weights(module: nn.Module, plan: QuantPlan, block: BlockResult) -> list[LayerWeight]:
+    scales = {name: plan.layers[name].weight_scale for name in block.layers}
+    return layer_weights(module, Block(name=block.name, layers=block.layers), scales, plan.config.weight.bits)
 
 
 def _chunks(index: Tensor) -> Sequence[Tensor]:

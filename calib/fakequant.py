@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.affine import fake_quantize, per_channel
+from calib.affine import dequantize_weight, fake_quantize, per_channel
 from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
-from calib.plan import Grid, LayerQuant, QuantPlan
+from calib.plan import Grid, QuantPlan
 from calib.ranges import nearest_step
-
-
-def dequantized_weight(layer: LayerQuant) -> Tensor:
-    """Return the float32 weight that the integer codes stand for."""
-    return layer.codes * per_channel(layer.weight_scale, layer.codes.ndim)
 
 
 def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = True) -> nn.Module:
@@ -49,7 +44,7 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
                 "this plan belongs to another model."
             )
         with torch.no_grad():
-            weight.copy_(dequantized_weight(layer))
+            weight.copy_(dequantize_weight(layer.codes, layer.weight_scale))
         if activations:
             modules[name].register_forward_pre_hook(_on_input(_rounding(name, layer.input, step)))
     if activations:

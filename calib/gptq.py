@@ -14,15 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib import adaround
-from calib.affine import integer_range, per_channel
+from calib.affine import dequantize_weight, integer_range, per_channel
 from calib.blocks import BlockIO
+from calib.config import QuantConfig
 from calib.reconstruct import LayerWeight
+from calib.streams import stream
 
 SAMPLES = 64  # of a recording, for the second moments
 CHUNK = 8  # samples at once while they are summed
 COLUMNS = 128  # rounded before the rest of the weight is brought up to date
 DAMPING = 0.01  # of H's mean diagonal
 BLEND = 0.7  # how far h(V) starts on the way from the float weight to GPTQ's decision
+
+
+def first_logits(
+    config: QuantConfig, name: str, block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO
+) -> list[Tensor]:
+    """Return the rounding logits that block `name` starts from, by the config's rule and seed."""
+    return STARTS[config.reconstruction.start](block, layers, io, stream(config.seed, name, "start"))
 
 
 def start_logits(
@@ -48,7 +57,7 @@ def start_logits(
             logits.append(adaround.initial_logits(w.weight, w.scale))
             continue
         codes = round_columns(w.weight.flatten(1), moments, w.scale, w.bits).reshape(w.weight.shape)
-        weights[w.key] = codes * per_channel(w.scale, codes.ndim)
+        weights[w.key] = dequantize_weight(codes, w.scale)
         logits.append(_leaning(w, codes))
     return logits
 

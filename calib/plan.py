@@ -24,8 +24,7 @@ from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
 
-FORMAT = 3
-_TENSORS = ("codes", "weight_scale", "input_ratio", "ratio")  # the fields that are not plain values
+FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +52,15 @@ class LayerQuant:
         codes: int8, the shape of the float weight; value = codes * weight_scale along axis 0.
         weight_scale: (C,) float32.
         weight_bits: width of the weight grid, 2 to 8.
-        input_scale, input_bits, input_ratio: the grid of the layer's input, see `Grid`.
+        input: the grid of the layer's input.
         output_scale: float32 value, 8-bit scale of the layer's output; only the `ort-cpu` profile uses it.
     """
 
     codes: Tensor
     weight_scale: Tensor
     weight_bits: int
-    input_scale: float
-    input_bits: int
+    input: Grid
     output_scale: float
-    input_ratio: Tensor | None = None
-
-    @property
-    def input(self) -> Grid:
-        """The grid of the layer's input."""
-        return Grid(scale=self.input_scale, bits=self.input_bits, ratio=self.input_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +77,8 @@ class ProductQuant:
 class QuantPlan:
     """Everything an exporter needs, by module name; `about` says which model and sampler the plan belongs to.
 
-    `num_train` is the number of training timesteps. Where layers have an `input_ratio`, `timesteps` (S,) int64, rising,
-    says which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`).
+    `num_train` is the number of training timesteps. Where grids have a `ratio`, `timesteps` (S,) int64, rising, says
+    which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`).
     """
 
     layers: Mapping[str, LayerQuant]
@@ -127,14 +119,16 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
     for name, q in plan.layers.items():
         tensors[f"{name}.codes"] = pack_nibbles(q.codes) if q.weight_bits <= 4 else q.codes.contiguous()
         tensors[f"{name}.weight_scale"] = q.weight_scale.contiguous()
-        if q.input_ratio is not None:
-            tensors[f"{name}.input_ratio"] = q.input_ratio
-        layers[name] = {"shape": list(q.codes.shape), **_plain(q)}
-    products: dict[str, dict[str, Any]] = {}
-    for name, p in plan.products.items():
-        grids: dict[str, Grid] = {operand: getattr(p, operand) for operand in OPERANDS}
-        tensors |= {f"{name}.{operand}_ratio": g.ratio for operand, g in grids.items() if g.ratio is not None}
-        products[name] = {operand: _plain(g) for operand, g in grids.items()}
+        layers[name] = {
+            "shape": list(q.codes.shape),
+            "weight_bits": q.weight_bits,
+            "input": _grid_to_json(f"{name}.input", q.input, tensors),
+            "output_scale": q.output_scale,
+        }
+    products = {
+        name: {what: _grid_to_json(f"{name}.{what}", getattr(p, what), tensors) for what in OPERANDS}
+        for name, p in plan.products.items()
+    }
     readable = {
         "format": FORMAT,
         "about": dict(plan.about),
@@ -184,22 +178,30 @@ def load_plan(path: Path) -> QuantPlan:
     )
 
 
-def _plain(quant: LayerQuant | Grid) -> dict[str, Any]:
-    return {f.name: getattr(quant, f.name) for f in dataclasses.fields(quant) if f.name not in _TENSORS}
+def _grid_to_json(name: str, grid: Grid, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the plain values of a grid; its ratio, if it has one, goes to `tensors`."""
+    if grid.ratio is not None:
+        tensors[f"{name}_ratio"] = grid.ratio
+    return {"scale": grid.scale, "bits": grid.bits, "signed": grid.signed}
 
 
-def _layer(name: str, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerQuant:
-    shape = tuple(fields.pop("shape"))
-    codes = tensors[f"{name}.codes"]
-    codes = unpack_nibbles(codes, shape) if fields["weight_bits"] <= 4 else codes
-    ratio = tensors.get(f"{name}.input_ratio")
-    return LayerQuant(codes=codes, weight_scale=tensors[f"{name}.weight_scale"], input_ratio=ratio, **fields)
+def _grid(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Grid:
+    return Grid(**fields, ratio=tensors.get(f"{name}_ratio"))
+
+
+def _layer(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerQuant:
+    codes, bits = tensors[f"{name}.codes"], fields["weight_bits"]
+    return LayerQuant(
+        codes=unpack_nibbles(codes, tuple(fields["shape"])) if bits <= 4 else codes,
+        weight_scale=tensors[f"{name}.weight_scale"],
+        weight_bits=bits,
+        input=_grid(f"{name}.input", fields["input"], tensors),
+        output_scale=fields["output_scale"],
+    )
 
 
 def _product(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ProductQuant:
-    return ProductQuant(
-        **{operand: Grid(**plain, ratio=tensors.get(f"{name}.{operand}_ratio")) for operand, plain in fields.items()}
-    )
+    return ProductQuant(**{what: _grid(f"{name}.{what}", grid, tensors) for what, grid in fields.items()})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calib.blocks import Block
 from calib.config import QuantConfig
@@ -16,12 +16,7 @@ from calib.reconstruct import BlockResult
 
 BACKWARD = 4.0  # a training iteration, in forward passes of its mini-batch
 JACOBIAN = 4.0  # J, in forward passes of its mini-batch
-META = {
-    "mse": 4.0,
-    "fish": 4.0,
-    "gac": 12.0,
-    "gac-exact": 12.0,
-}  # a meta-step, in forward passes of its validation samples
+META = {"mse": 4.0, "fish": 4.0, "gac": 12.0, "gac-exact": 12.0}  # a meta-step, in passes of its validation samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,35 +58,12 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
         data: calibration samples; a few are run.
         config: iterations and batch sizes.
     """
-    rows = min(config.micro_batch, len(data))
-    starts: dict[str, float] = {}
-    spans: dict[str, tuple[float, float]] = {}
-    handles = []
-    for b in blocks:
-        if b.module is not None:
-            continue
-        module = model.get_submodule(b.name)
-        handles.append(module.register_forward_pre_hook(lambda *_, n=b.name: starts.update({n: time.perf_counter()})))
-        handles.append(
-            module.register_forward_hook(lambda *_, n=b.name: spans.update({n: (starts[n], time.perf_counter())}))
-        )
-    with torch.no_grad():
-        for _ in range(2):  # the first pass warms up
-            begin = time.perf_counter()
-            model(data.x[:rows], data.t[:rows])
-        whole = time.perf_counter() - begin
-        for b in blocks:
-            if b.module is not None:  # runs by itself, as if at the start of the network
-                start = time.perf_counter()
-                b.module(data.t[:rows])
-                spans[b.name] = (begin, begin + time.perf_counter() - start)
-    for handle in handles:
-        handle.remove()
+    x, t = (rows[: config.micro_batch] for rows in (data.x, data.t))
+    whole, seconds = _forward_seconds(model, blocks, x, t)
     weight_samples = len(data) * config.weight_steps / max(1, len(torch.unique(data.step)))
     costs = []
     for b in blocks:
-        start, end = spans[b.name]
-        per_sample = (end - start) / rows
+        per_sample = seconds[b.name] / len(x)
         fitting = config.reconstruction.iterations * BACKWARD * config.reconstruction.batch * per_sample
         o = config.omega
         step = META.get(o.rule, 0.0) * min(o.groups, config.weight_steps) * o.validation_batch
@@ -99,8 +71,33 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
         recording = 2 * weight_samples * per_sample
         costs.append(Cost(prepare=recording + meta, iterate=fitting + recording))
     observed = sum(len(index) for _, index in draw(data, config.activation, torch.Generator()))
-    costs.append(Cost(prepare=0.0, iterate=observed * whole / rows))
+    costs.append(Cost(prepare=0.0, iterate=observed * whole / len(x)))
     return costs
+
+
+def _forward_seconds(model: nn.Module, blocks: Sequence[Block], x: Tensor, t: Tensor) -> tuple[float, dict[str, float]]:
+    """Time one forward pass of the whole network, and of each block in it; one cut out of it runs by itself."""
+    clock = time.perf_counter
+    spent: dict[str, float] = {}
+    handles = []
+    for b in blocks:
+        if b.module is None:
+            module = model.get_submodule(b.name)
+            handles.append(module.register_forward_pre_hook(lambda *_, n=b.name: spent.update({n: -clock()})))
+            handles.append(module.register_forward_hook(lambda *_, n=b.name: spent.update({n: spent[n] + clock()})))
+    with torch.no_grad():
+        for _ in range(2):  # the first pass warms up
+            begin = clock()
+            model(x, t)
+        whole = clock() - begin
+        for b in blocks:
+            if b.module is not None:
+                begin = clock()
+                b.module(t)
+                spent[b.name] = clock() - begin
+    for handle in handles:
+        handle.remove()
+    return whole, spent
 
 
 class Meter:

@@ -1,13 +1,13 @@
 """Fit the rounding of one block so that its output matches the float block's (BRECQ / AdaRound, asymmetric inputs)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from calib import adaround, affine
-from calib.blocks import BlockIO
+from calib.blocks import Block, BlockIO
 from calib.config import OmegaConfig, ReconstructionConfig
 from calib.omega import PerSample, weights_of
 
@@ -37,6 +37,16 @@ class LayerWeight:
     weight: Tensor
     scale: Tensor
     bits: int
+
+
+def layer_weights(module: nn.Module, block: Block, scales: Mapping[str, Tensor], bits: int) -> list[LayerWeight]:
+    """Return copies of the weights that `module` holds of `block`, in call order, on the grids `scales` by layer."""
+    found = []
+    for name in block.layers:
+        key = block.key(name)
+        weight = module.get_parameter(key).detach().clone()
+        found.append(LayerWeight(key=key, weight=weight, scale=scales[name], bits=bits))
+    return found
 
 
 def output_loss(out: Tensor, target: Tensor) -> Tensor:
@@ -109,7 +119,7 @@ def decide(
     io: BlockIO,
 ) -> tuple[list[Tensor], BlockResult]:
     """Harden the rounding, keep nearest rounding where that has the lower loss; return codes and the result."""
-    nearest = [affine.quantize(w.weight, affine.per_channel(w.scale, w.weight.ndim), w.bits) for w in layers]
+    nearest = [affine.quantize_weight(w.weight, w.scale, w.bits) for w in layers]
     learned = [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
     some = io.part(torch.linspace(0, len(io) - 1, min(len(io), JUDGED)).round().long())
     before, after = (mean_loss(block, layers, codes, some) for codes in (nearest, learned))
@@ -126,7 +136,7 @@ def decide(
 
 def mean_loss(block: nn.Module, layers: Sequence[LayerWeight], codes: Sequence[Tensor], io: BlockIO) -> float:
     """Return the block loss with integer `codes`, averaged over all samples."""
-    weights = [c * affine.per_channel(w.scale, c.ndim) for w, c in zip(layers, codes, strict=True)]
+    weights = [affine.dequantize_weight(c, w.scale) for w, c in zip(layers, codes, strict=True)]
     with torch.no_grad():
         chunks = torch.split(torch.arange(len(io)), 32)
         parts = [block_loss(block, layers, weights, io.take(index)).double() for index in chunks]

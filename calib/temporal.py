@@ -14,10 +14,8 @@ sees, as a module of their own: `t` in, the outputs of the last of them, side by
 
 import copy
 import io
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import redirect_stderr
 
 import torch
 from torch import fx, nn
@@ -27,6 +25,7 @@ from calib.blocks import Block, BlockIO
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.layers import PROBE_BATCH, Trace
+from calib.quiet import quiet
 
 NAME = "(temporal)"  # not an identifier, so not a module's name
 
@@ -81,25 +80,11 @@ def _export(model: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:
     """Return the network as a graph without in-place operations, whose batch is free."""
     example = (torch.zeros(PROBE_BATCH, *shape), torch.zeros(PROBE_BATCH, dtype=torch.int64))
     batch = torch.export.Dim.DYNAMIC
-    with _quiet(), torch.no_grad():
+    with quiet("torch"), redirect_stderr(io.StringIO()), torch.no_grad():  # where it prints the graph when it fails
         program = torch.export.export(model, example, dynamic_shapes=({0: batch}, {0: batch}))
         whole = program.run_decompositions({}).module()
     assert isinstance(whole, fx.GraphModule)
     return whole
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's own deprecations, and the graph that it prints when it fails, from the user."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _outputs(whole: fx.GraphModule, by_step: set[str], wanted: set[str]) -> tuple[list[fx.Node], set[str]]:

@@ -17,43 +17,38 @@ from torch import Tensor
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
+from calib.streams import derive
 from gaq_export import samplers
-from gaq_export.denoiser import Denoiser
 from gaq_export.errors import GaqError
-from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
+from gaq_export.models import LoadedModel
+from gaq_export.schedule import SamplerSpec, timesteps
 
 GROUP = 4
 
 
 def image_seed(seed: int, image: int, purpose: str = "calibration") -> int:
     """Return the seed of image number `image`, another for each purpose; far from the small seeds users sample with."""
-    digest = hashlib.sha256(f"{purpose}:{seed}:{image}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return derive(purpose, seed, image)
 
 
 def collect(
-    denoiser: Denoiser,
-    shape: tuple[int, int, int],
-    schedule: NoiseSchedule,
+    model: LoadedModel,
     spec: SamplerSpec,
     *,
     images: int,
     seed: int = 0,
     folder: Path | None = None,
-    key: str = "",
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationSet:
     """Draw `images` trajectories and return the network's inputs, ordered by step, then by image.
 
     Args:
-        denoiser: the float network.
-        shape: (C, H, W).
-        schedule: its noise schedule.
+        model: the float model.
         spec: the sampler that it will be used with.
         images: number of trajectories.
         seed: base of the per-image seeds.
-        folder: where finished groups are kept; None keeps nothing.
-        key: identifies model and weights; groups of another key, sampler or seed are drawn again.
+        folder: where finished groups are kept; None keeps nothing. Those of other weights, another sampler or seed are
+            drawn again.
         on_step: told (steps done, steps in all) over all groups.
 
     Raises:
@@ -62,21 +57,21 @@ def collect(
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
     groups = -(-images // GROUP)
-    identity = hashlib.sha256(f"{key}:{spec}:{seed}:{shape}:{GROUP}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{model.fingerprint}:{spec}:{seed}:{model.shape}:{GROUP}".encode()).hexdigest()
     parts = []
     for g in range(groups):
         path = folder / f"{g:04d}.safetensors" if folder else None
         part = _load(path, identity) if path else None
         if part is None:
             seeds = [image_seed(seed, i) for i in range(g * GROUP, (g + 1) * GROUP)]
-            part = _trajectories(denoiser, seeds, shape, schedule, spec, partial(_tell, on_step, g, groups, spec.steps))
+            part = _trajectories(model, seeds, spec, partial(_tell, on_step, g, groups, spec.steps))
             if path:
                 write_atomically(path, save({"x": part}, {"identity": identity}))
         parts.append(part)
     x = torch.cat(parts, 1)[:, :images]  # (S, N, C, H, W)
     return CalibrationSet(
         x=x.flatten(0, 1),
-        t=timesteps(spec, schedule.num_train).repeat_interleave(images),
+        t=timesteps(spec, model.schedule.num_train).repeat_interleave(images),
         step=torch.arange(spec.steps).repeat_interleave(images),
     )
 
@@ -85,14 +80,7 @@ def _tell(on_step: Callable[[int, int], None], group: int, groups: int, steps: i
     on_step(group * steps + step + 1, groups * steps)
 
 
-def _trajectories(
-    denoiser: Denoiser,
-    seeds: list[int],
-    shape: tuple[int, int, int],
-    schedule: NoiseSchedule,
-    spec: SamplerSpec,
-    on_step: Callable[[int], None],
-) -> Tensor:
+def _trajectories(model: LoadedModel, seeds: list[int], spec: SamplerSpec, on_step: Callable[[int], None]) -> Tensor:
     """Return (S, len(seeds), C, H, W): what the network saw at each step."""
     seen = []
 
@@ -100,7 +88,7 @@ def _trajectories(
         seen.append(x.clone())
         on_step(step)
 
-    samplers.run(denoiser, seeds, shape, schedule, spec, keep)
+    samplers.run(model.network, seeds, model.shape, model.schedule, spec, keep)
     return torch.stack(seen)
 
 

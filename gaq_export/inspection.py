@@ -196,8 +196,8 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
                 channels=len(widest),
                 weight_bits=q.weight_bits,
                 covered=(float(covered.min()), float(covered.median()), float(covered.max())),
-                input_bits=q.input_bits,
-                input_reach=q.input_scale * integer_range(q.input_bits)[1],
+                input_bits=q.input.bits,
+                input_reach=q.input.scale * integer_range(q.input.bits)[1],
             )
         )
     return tuple(found)

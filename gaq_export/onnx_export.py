@@ -4,15 +4,11 @@ The plain network is exported, never the fake-quantized one: Q/DQ comes afterwar
 the plan's integers. Opset 21 is the first with INT4 and with per-channel GroupNormalization.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import onnx_ir as ir
 import torch
 from torch import nn
 
+from calib.quiet import quiet
 from gaq_export.errors import GaqError
 
 OPSET = 21
@@ -33,7 +29,7 @@ def export_float(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
     t = torch.zeros(EXAMPLE_BATCH, dtype=torch.int64)
     batch = torch.export.Dim("batch")
     try:
-        with _quiet():
+        with quiet("torch.onnx"):  # notes about absent optional packages
             program = torch.onnx.export(
                 network,
                 (x, t),
@@ -53,17 +49,3 @@ def export_float(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
     if first is None or isinstance(first[0], int):
         raise GaqError(f"The exported graph fixed its batch at {first and first[0]}: the network's code depends on it.")
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about absent optional packages and its own deprecations from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -22,7 +22,6 @@ from pathlib import Path
 import engines
 from calib import config as configs
 from calib.calibrate import calibrate as quantize
-from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
@@ -97,7 +96,8 @@ def calibrate(
     if run.plan.exists():
         return load_plan(run.plan)
     started = time.perf_counter()
-    data = _collected(run, model, spec, chosen.images, chosen.config.seed, on_collect)
+    seed = chosen.config.seed
+    data = collect(model, spec, images=chosen.images, seed=seed, folder=run.calibration, on_step=on_collect)
     collected = time.perf_counter()
     phases: dict[str, float] = {}
 
@@ -271,8 +271,14 @@ def inspect(
     model = provenance.model_of(plan.about, model)
     spec = SamplerSpec.from_json(plan.about["sampler"])
     with _staging(path) as staged:
-        collected = partial(on_step, "collecting")
-        data = _collected(run, model, spec, settings["images"], plan.config.seed, collected)
+        data = collect(
+            model,
+            spec,
+            images=settings["images"],
+            seed=plan.config.seed,
+            folder=run.calibration,
+            on_step=partial(on_step, "collecting"),
+        )
         found = inspection.examine(
             model, plan, data, block=block, images=images, scratch=staged / "scratch", on_step=on_step
         )
@@ -281,27 +287,11 @@ def inspect(
     return path
 
 
-def _collected(
-    run: Run, model: LoadedModel, spec: SamplerSpec, count: int, seed: int, on_step: Callable[[int, int], None]
-) -> CalibrationSet:
-    return collect(
-        model.network,
-        model.shape,
-        model.schedule,
-        spec,
-        images=count,
-        seed=seed,
-        folder=run.calibration,
-        key=model.fingerprint,
-        on_step=on_step,
-    )
-
-
 def _check(file: EngineFile, plan: QuantPlan, model: LoadedModel, run: Run, profile: str) -> Parity:
     """Compare the engine with fake-quantized PyTorch on calibration samples; raise GaqError below the floor."""
     spec = SamplerSpec.from_json(plan.about["sampler"])
     count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
-    data = _collected(run, model, spec, max(2, count), plan.config.seed, lambda done, total: None)
+    data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=run.calibration)
     with engines.open_engine(file) as opened:
         result = parity.compare(
             fake_quantized(model.network, plan),

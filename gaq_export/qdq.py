@@ -122,11 +122,11 @@ class _Writer:
     def rewrite(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
         source = node.inputs[0]
         assert source is not None
-        ratio = b"" if layer.input_ratio is None else layer.input_ratio.numpy().tobytes()
-        key = (source, layer.input_scale, layer.input_bits, ratio)
+        grid = layer.input
+        key = (source, grid.scale, grid.bits, b"" if grid.ratio is None else grid.ratio.numpy().tobytes())
         new: list[ir.Node] = []
         if key not in self._shared:
-            self._shared[key] = self._input(node, 0, f"{name}.input", layer.input, new)
+            self._shared[key] = self._input(node, 0, f"{name}.input", grid, new)
         node.replace_input_with(0, self._shared[key])
         node.replace_input_with(1, self._weight(node, name, layer, new))
         self.graph.insert_before(node, new)

@@ -13,7 +13,7 @@ import omega_scan
 import pages
 import quality
 from bench import Bench, Cell, claim, parse_bits, schedule
-from calib.affine import per_channel, quantize
+from calib.affine import quantize_weight
 from calib.config import OMEGA_RULES
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
@@ -63,7 +63,7 @@ def test_rounding_to_nearest_learns_nothing_and_searches_nothing(model, tmp_path
         weight = model.network.get_submodule(name).weight.detach()
         widest = weight.flatten(1).abs().amax(1) / 7
         assert layer.weight_scale.tolist() == pytest.approx(widest.tolist())
-        assert torch.equal(layer.codes, quantize(weight, per_channel(layer.weight_scale, weight.ndim), 4))
+        assert torch.equal(layer.codes, quantize_weight(weight, layer.weight_scale, 4))
 
 
 def test_gptq_alone_rounds_some_weights_another_way_than_to_nearest(model, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_gptq_alone_rounds_some_weights_another_way_than_to_nearest(model, tmp_p
         model, cells._calibration_set(b, 0), b.config(Cell(row="gptq", seed=0, wbits=4)), 8, tmp_path / "blocks"
     )
     nearest = {
-        name: quantize(model.network.get_submodule(name).weight, per_channel(q.weight_scale, q.codes.ndim), 4)
+        name: quantize_weight(model.network.get_submodule(name).weight, q.weight_scale, 4)
         for name, q in plan.layers.items()
     }
     assert any(not torch.equal(q.codes, nearest[name]) for name, q in plan.layers.items())

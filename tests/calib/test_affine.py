@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.affine import fake_quantize, integer_range, quantize, search_weight_scale
+from calib.affine import dequantize_weight, fake_quantize, integer_range, quantize_weight, search_weight_scale
 
 
 @settings(max_examples=50, deadline=None)
@@ -26,7 +26,8 @@ def test_quantizing_twice_changes_nothing(values: list[float], bits: int) -> Non
     x, scale = torch.tensor(values), torch.tensor(0.375)
     once = fake_quantize(x, scale, bits)
     assert torch.equal(fake_quantize(once, scale, bits), once)
-    assert torch.equal(quantize(x, scale, bits) * scale, once)
+    rows, scales = x[:, None], scale.expand(len(x))
+    assert torch.equal(dequantize_weight(quantize_weight(rows, scales, bits), scales)[:, 0], once)
 
 
 def test_the_scale_search_finds_the_best_candidate_of_every_channel() -> None:

@@ -111,7 +111,7 @@ def test_a_plan_names_every_layer_once(quantize) -> None:
         assert layer.codes.dtype == torch.int8
         assert layer.codes.min() >= -8
         assert layer.codes.max() <= 7
-        assert min(layer.input_scale, layer.output_scale, float(layer.weight_scale.min())) > 0
+        assert min(layer.input.scale, layer.output_scale, float(layer.weight_scale.min())) > 0
 
 
 def test_learning_never_makes_a_block_worse_than_nearest_rounding_and_helps_most(tiny_unet) -> None:
@@ -130,7 +130,7 @@ def test_no_iterations_round_everything_to_nearest_and_record_nothing(quantize, 
     assert {(b.rounding, b.loss_before, b.loss_after) for b in plan.blocks} == {("nearest", None, None)}
     for name, layer in plan.layers.items():
         weight = make_foreign().get_submodule(name).weight
-        assert torch.equal(layer.codes, affine.quantize(weight, affine.per_channel(layer.weight_scale, weight.ndim), 4))
+        assert torch.equal(layer.codes, affine.quantize_weight(weight, layer.weight_scale, 4))
     assert len(torch.unique(plan.scores)) == 1
     assert {p.stage for p in seen} == {"ranges"}
     assert seen[-1].fraction == 1
@@ -151,10 +151,10 @@ def test_per_step_ranges_are_those_of_each_steps_own_samples(tiny_unet) -> None:
     for t in plan.timesteps:
         fake(data.x[data.t == t], data.t[data.t == t])
     for name, layer in plan.layers.items():
-        assert layer.input_ratio is not None
-        assert layer.input_ratio.max() == 1
-        assert torch.allclose(127 * layer.input_scale * layer.input_ratio, torch.stack(seen[name]), rtol=1e-4)
-    assert any(len(layer.input_ratio.unique()) == 6 for layer in plan.layers.values())
+        assert layer.input.ratio is not None
+        assert layer.input.ratio.max() == 1
+        assert torch.allclose(127 * layer.input.scale * layer.input.ratio, torch.stack(seen[name]), rtol=1e-4)
+    assert any(len(layer.input.ratio.unique()) == 6 for layer in plan.layers.values())
 
 
 def test_learning_that_fails_falls_back_to_nearest_rounding(quantize) -> None:

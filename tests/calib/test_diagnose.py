@@ -16,8 +16,8 @@ from calib.config import ActivationConfig, OmegaConfig, QuantConfig, Reconstruct
 from calib.data import CalibrationSet
 from calib.diagnose import Agreement, Cosines
 from calib.errors import CalibError
-from calib.fakequant import dequantized_weight, fake_quantized
-from calib.plan import LayerQuant, QuantPlan
+from calib.fakequant import fake_quantized
+from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.reconstruct import BlockResult
 from calib.recording import recorder
 from gaq_export.denoiser import EpsilonModel
@@ -84,7 +84,7 @@ def test_a_steps_gradient_is_that_of_its_mean_loss_at_the_rounded_weights(name: 
     found = diagnose.agreement(network, plan, block, io, step)
     rounded = {
         "before": lambda w, q: affine.fake_quantize(w, affine.per_channel(q.weight_scale, w.ndim), q.weight_bits),
-        "after": lambda w, q: dequantized_weight(q),
+        "after": lambda w, q: affine.dequantize_weight(q.codes, q.weight_scale),
     }
     for which, held in (("before", found.before), ("after", found.after)):
         whole = copy.deepcopy(network)
@@ -139,8 +139,7 @@ def opposed() -> tuple[nn.Module, QuantPlan, BlockResult, BlockIO, Tensor]:
         codes=codes,
         weight_scale=torch.ones(1),
         weight_bits=4,
-        input_scale=1.0,
-        input_bits=8,
+        input=Grid(scale=1.0, bits=8),
         output_scale=1.0,
     )
     block = BlockResult(name="0", layers=("0",), loss_before=None, loss_after=None, rounding="nearest")

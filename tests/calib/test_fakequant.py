@@ -11,7 +11,7 @@ from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
-from calib.plan import LayerQuant, QuantPlan
+from calib.plan import Grid, LayerQuant, QuantPlan
 from gaq_export.denoiser import EpsilonModel
 
 PER_STEP = QuantConfig(
@@ -42,10 +42,8 @@ def plan_by_hand() -> QuantPlan:
         codes=torch.eye(2, dtype=torch.int8),
         weight_scale=torch.ones(2),
         weight_bits=8,
-        input_scale=1.0,
-        input_bits=3,
+        input=Grid(scale=1.0, bits=3, ratio=torch.tensor([0.5, 1.0])),
         output_scale=1.0,
-        input_ratio=torch.tensor([0.5, 1.0]),
     )
     return QuantPlan(
         layers={"middle": layer},

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from calib import adaround, gptq
-from calib.affine import quantize, search_weight_scale
+from calib.affine import quantize_weight, search_weight_scale
 from calib.blocks import BlockIO
 from calib.reconstruct import LayerWeight
 
@@ -23,13 +23,13 @@ def weight(channels: int, columns: int) -> Tensor:
 
 def test_one_column_is_rounded_to_nearest() -> None:
     w, scale = weight(16, 1), torch.full((16,), 0.3)
-    assert torch.equal(gptq.round_columns(w, torch.eye(1), scale, 4), quantize(w, scale[:, None], 4))
+    assert torch.equal(gptq.round_columns(w, torch.eye(1), scale, 4), quantize_weight(w, scale, 4))
 
 
 def test_uncorrelated_inputs_give_nearest_rounding() -> None:
     w = weight(8, 12)
     scale = search_weight_scale(w, 4)
-    assert torch.equal(gptq.round_columns(w, torch.eye(12), scale, 4), quantize(w, scale[:, None], 4))
+    assert torch.equal(gptq.round_columns(w, torch.eye(12), scale, 4), quantize_weight(w, scale, 4))
 
 
 def test_rounding_in_blocks_of_columns_is_the_plain_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_correlated_inputs_are_fitted_better_than_by_nearest_rounding(bits: int)
     w, x = weight(16, 30), correlated(400, 30)
     scale = search_weight_scale(w, bits)
     codes = gptq.round_columns(w, x.T @ x, scale, bits)
-    nearest = quantize(w, scale[:, None], bits)
+    nearest = quantize_weight(w, scale, bits)
     error, before = ((x @ (w - c * scale[:, None]).T).square().mean() for c in (codes, nearest))
     assert error < 0.8 * before
     assert codes.abs().max() <= 2 ** (bits - 1)

@@ -1,15 +1,17 @@
 """The calibration set: every image the same however many are asked for, and no finished group drawn twice."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from calib.data import CalibrationSet
 from gaq_export.collect import GROUP, collect, image_seed
-from gaq_export.denoiser import EpsilonModel
 from gaq_export.errors import GaqError
+from gaq_export.models import LoadedModel
 from gaq_export.samplers import initial_noise, run
 from gaq_export.schedule import SamplerSpec, timesteps
 
@@ -18,11 +20,13 @@ SHAPE = (1, 16, 16)
 
 
 @pytest.fixture
-def draw(tiny_unet, tiny_schedule) -> Callable[..., CalibrationSet]:
-    """Return what collects from the tiny U-Net."""
-    return lambda images, **more: collect(
-        EpsilonModel(tiny_unet), SHAPE, tiny_schedule, more.pop("spec", SPEC), images=images, **more
-    )
+def draw(tiny_model: LoadedModel) -> Callable[..., CalibrationSet]:
+    """Return what collects from the tiny model."""
+
+    def collected(images: int, spec: SamplerSpec = SPEC, fingerprint: str = "weights", **more: Any) -> CalibrationSet:
+        return collect(replace(tiny_model, fingerprint=fingerprint), spec, images=images, **more)
+
+    return collected
 
 
 def by_image(data: CalibrationSet) -> torch.Tensor:
@@ -53,13 +57,13 @@ def test_an_image_is_the_same_however_many_are_asked_for(draw) -> None:
     assert len({image.numpy().tobytes() for image in most[:, 0]}) == GROUP + 3
 
 
-def test_samples_are_ordered_by_step_and_carry_what_the_network_saw(draw, tiny_unet, tiny_schedule) -> None:
+def test_samples_are_ordered_by_step_and_carry_what_the_network_saw(draw, tiny_model: LoadedModel) -> None:
     data = draw(2)
     assert data.step.tolist() == [0, 0, 1, 1, 2, 2]
-    assert data.t.tolist() == timesteps(SPEC, 100).repeat_interleave(2).tolist()
+    assert data.t.tolist() == timesteps(SPEC, tiny_model.schedule.num_train).repeat_interleave(2).tolist()
     seeds = [image_seed(0, i) for i in range(GROUP)]
     seen: list[torch.Tensor] = []
-    run(EpsilonModel(tiny_unet), seeds, SHAPE, tiny_schedule, SPEC, lambda step, x, t: seen.append(x.clone()))
+    run(tiny_model.network, seeds, SHAPE, tiny_model.schedule, SPEC, lambda step, x, t: seen.append(x.clone()))
     assert torch.equal(data.x, torch.cat([x[:2] for x in seen]))
     assert torch.equal(data.x[0], initial_noise([torch.Generator().manual_seed(seeds[0])], SHAPE)[0])
 
@@ -85,7 +89,7 @@ def test_asking_for_more_images_draws_only_the_new_groups(draw, tmp_path: Path) 
     draw(2 * GROUP, folder=tmp_path, on_step=unwanted)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"key": "other weights"}, {"spec": SamplerSpec(steps=3)}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"fingerprint": "other weights"}, {"spec": SamplerSpec(steps=3)}])
 def test_groups_of_another_collection_are_drawn_again(change: dict, draw, tmp_path: Path) -> None:
     draw(2, folder=tmp_path)
     calls: list[int] = []

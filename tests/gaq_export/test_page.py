@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from calib.config import OmegaConfig, QuantConfig
 from calib.diagnose import Agreement, Alignment, Cosines
-from calib.plan import LayerQuant, QuantPlan, load_plan
+from calib.plan import Grid, LayerQuant, QuantPlan, load_plan
 from calib.reconstruct import BlockResult
 from gaq_export import figures, pipeline
 from gaq_export.cli import app
@@ -84,8 +84,7 @@ def small(**changes: object) -> QuantPlan:
         codes=torch.ones(2, 2, dtype=torch.int8),
         weight_scale=torch.ones(2),
         weight_bits=4,
-        input_scale=1.0,
-        input_bits=8,
+        input=Grid(scale=1.0, bits=8),
         output_scale=1.0,
     )
     about = {

@@ -2,15 +2,13 @@
 
 import copy
 import functools
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -26,111 +24,9 @@ from gaq_export.pipeline import calibrate, export_onnx, preset
 from gaq_export.profiles import PROFILES, find_profile
 from gaq_export.qdq import insert_qdq, save_onnx
 from gaq_export.schedule import SamplerSpec
+from tests.gaq_export.readback import WEIGHTED, Graph, layer_errors, run, session
 
 BITS = [(4, 8), (8, 8), (3, 5)]
-WEIGHTED = ("Conv", "Gemm", "MatMul")
-
-
-@dataclass(frozen=True)
-class QuantizedNode:
-    """A weighted node of the graph, read back: its layer, what it reads before Q, what it gives, its weight."""
-
-    layer: str
-    node: onnx.NodeProto
-    source: str
-    output: str
-    codes: onnx.TensorProto
-    scale: onnx.TensorProto
-    axis: int
-
-
-class Graph:
-    """An ONNX graph as a lookup from value to producer and readers."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self.proto = proto
-        self.constants = {t.name: t for t in proto.graph.initializer}
-        self.producer = {out: node for node in proto.graph.node for out in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in proto.graph.node:
-            for value in node.input:
-                self.readers.setdefault(value, []).append(node)
-
-    def op(self, value: str) -> str:
-        return self.producer[value].op_type if value in self.producer else ""
-
-    def nodes(self, *kinds: str) -> list[onnx.NodeProto]:
-        return [node for node in self.proto.graph.node if node.op_type in kinds]
-
-    def quantized(self) -> list[QuantizedNode]:
-        return [self._read(node) for node in self._of_codes() if not self._rounds(node.input[1])]
-
-    def products(self) -> list[onnx.NodeProto]:
-        return [node for node in self._of_codes() if self._rounds(node.input[1])]
-
-    def _of_codes(self) -> list[onnx.NodeProto]:
-        return [n for n in self.nodes(*WEIGHTED) if self.op(n.input[1]) == "DequantizeLinear"]
-
-    def _rounds(self, value: str) -> bool:
-        return self.op(self.producer[value].input[0]) == "QuantizeLinear"
-
-    def _read(self, node: onnx.NodeProto) -> QuantizedNode:
-        weight = self.producer[node.input[1]]
-        value = weight.input[0]
-        if self.op(value) == "Cast":  # packed INT4, unpacked by a DequantizeLinear of scale 1
-            unpack = self.producer[self.producer[value].input[0]]
-            assert numpy_helper.to_array(self.constants[unpack.input[1]]) == 1
-            value = unpack.input[0]
-        name = re.fullmatch(r"(.+)\.weight_int[48](\.\d+)?", value)
-        assert name
-        reads = self.producer[node.input[0]]
-        per_step = reads.op_type == "Mul"  # x / r -> Q -> DQ -> * r
-        source = self.producer[(self.producer[reads.input[0]] if per_step else reads).input[0]].input[0]
-        if self.op(source) == "Clip":
-            source = self.producer[source].input[0]
-        if per_step:
-            source = self.producer[source].input[0]
-        output, after = node.output[0], self.readers.get(node.output[0], [])
-        added = [v for n in after if n.op_type == "Add" for v in n.input]
-        if node.op_type == "MatMul" and len(after) == 1 and any(v in self.constants for v in added):
-            output = after[0].output[0]  # its bias
-        return QuantizedNode(
-            layer=name[1],
-            node=node,
-            source=source,
-            output=output,
-            codes=self.constants[value],
-            scale=self.constants[weight.input[1]],
-            axis=next(a.i for a in weight.attribute if a.name == "axis"),
-        )
-
-
-def session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def run(proto: onnx.ModelProto, data: CalibrationSet) -> torch.Tensor:
-    return torch.from_numpy(session(proto).run(["eps"], {"x": data.x.numpy(), "t": data.t.numpy()})[0])
-
-
-def layer_errors(proto: onnx.ModelProto, fake: torch.nn.Module, data: CalibrationSet) -> dict[str, float]:
-    """Return |graph - torch| / |torch| of each quantized node, both fed what the graph's node was fed."""
-    nodes = Graph(proto).quantized()
-    wanted = sorted({v for n in nodes for v in (n.source, n.output)} - {"x", "t", "eps"})
-    probed = copy.deepcopy(proto)
-    probed.graph.output.extend(helper.make_tensor_value_info(v, TensorProto.FLOAT, None) for v in wanted)
-    feeds = {"x": data.x.numpy(), "t": data.t.numpy()}
-    seen = dict(zip([*wanted, "eps"], session(probed).run([*wanted, "eps"], feeds), strict=True)) | feeds
-    errors = {}
-    for n in nodes:
-        with torch.no_grad():
-            expected = fake.get_submodule(n.layer)(torch.from_numpy(seen[n.source])).numpy()
-        errors[n.node.name] = np.linalg.norm(seen[n.output] - expected) / np.linalg.norm(expected)
-    return errors
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +72,7 @@ def test_inputs_are_rounded_with_the_plans_scale(
 ) -> None:
     graph, plan = Graph(quantized_graph(profile, wbits, abits)), tiny_plan(wbits, abits)
     for n in graph.quantized():
-        scale = np.float32(plan.layers[n.layer].input_scale)
+        scale = np.float32(plan.layers[n.layer].input.scale)
         q = graph.producer[graph.producer[n.node.input[0]].input[0]]
         assert q.op_type == "QuantizeLinear"
         assert numpy_helper.to_array(graph.constants[q.input[1]]) == scale
@@ -201,14 +97,14 @@ def test_a_scale_for_each_step_is_a_division_before_and_a_multiplication_behind_
     for n in nodes:
         layer, multiplied = plan.layers[n.layer], graph.producer[n.node.input[0]]
         q = graph.producer[graph.producer[multiplied.input[0]].input[0]]
-        assert numpy_helper.to_array(graph.constants[q.input[1]]) == np.float32(layer.input_scale)
+        assert numpy_helper.to_array(graph.constants[q.input[1]]) == np.float32(layer.input.scale)
         divided, gather = graph.producer[q.input[0]], graph.producer[multiplied.input[1]]
         assert (divided.op_type, divided.input[1]) == ("Div", multiplied.input[1])
         assert (gather.op_type, gather.input[1]) == ("Gather", "t")
         table = numpy_helper.to_array(graph.constants[gather.input[0]]).flatten()
         assert len(table) == 100
-        assert np.array_equal(table[plan.timesteps], layer.input_ratio.numpy())
-        assert np.array_equal(table[[0, 23, 25, 98]], layer.input_ratio.numpy()[[0, 0, 1, 3]])  # of 9, 39, 69, 99
+        assert np.array_equal(table[plan.timesteps], layer.input.ratio.numpy())
+        assert np.array_equal(table[[0, 23, 25, 98]], layer.input.ratio.numpy()[[0, 0, 1, 3]])  # of 9, 39, 69, 99
     assert len(graph.nodes("Gather")) == len({n.node.input[0] for n in nodes}) < len(nodes)
 
 

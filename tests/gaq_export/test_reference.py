@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from calib.affine import per_channel
+from calib.affine import dequantize_weight
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
@@ -79,7 +79,7 @@ def _fake_in_double(model: LoadedModel, plan: QuantPlan, embedding: Tensor) -> t
     """Return the fake-quantized network with nothing rounded to float32: not its weights, nor its sines of t."""
     fake = fake_quantized(model.network, plan).double().requires_grad_(False)
     for name, layer in plan.layers.items():
-        fake.get_submodule(name).weight.copy_(layer.codes * per_channel(layer.weight_scale.double(), layer.codes.ndim))
+        fake.get_submodule(name).weight.copy_(dequantize_weight(layer.codes, layer.weight_scale.double()))
     fake.get_submodule("unet.time_proj").register_forward_hook(lambda *_: embedding)
     return fake
 

@@ -1,0 +1,33 @@
+"""What every benchmark's page is made of: Markdown tables, the machine's name, and where the text goes."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from calib.files import write_atomically
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table.
+
+    >>> markdown_table(["step", "dB"], [["0", "1.5"]])
+    ['| step | dB |', '| --- | --- |', '| 0 | 1.5 |']
+    """
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def machine() -> str:
+    """Return the processor's name and number of cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {os.cpu_count()} cores"
+
+
+def publish(lines: Iterable[str], out: Path | None) -> None:
+    """Write the page, or print it if it has no place to go."""
+    text = "\n".join(lines)
+    if out is None:
+        print(text)
+    else:
+        write_atomically(out, f"{text}\n".encode())
