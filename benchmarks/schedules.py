@@ -50,7 +50,7 @@ SCHEDULES = {
 def main(
     model: ModelName = "ddpm-mnist",
     blocks: Annotated[str, typer.Option(help="Names, with commas between them.")] = (
-        "unet.up_blocks.0.resnets.0,unet.down_blocks.1.attentions.0"
+        "unet.up_blocks.0.resnets.0,unet.mid_block.attentions.0"
     ),
     schedules: Annotated[str, typer.Option(help="Names, with commas between them; all if empty.")] = "",
     images: Annotated[int, typer.Option()] = 64,
