@@ -46,7 +46,7 @@ def saved(plan: QuantPlan, folder: Path) -> bytes:
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_plan_at_other_activation_bits_is_what_calibrating_at_them_gives(rung, model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path)
-    config, data = b.config(Cell(row=rung, seed=1, wbits=4)), cells._calibration_set(b, 1)
+    config, data = b.config(Cell(row=rung, seed=1, wbits=4)), cells._collected(b, 1)
     cells.plan_at(model, data, config, 8, tmp_path / "blocks")
     seen: list[Progress] = []
     derived = cells.plan_at(model, data, config, 4, tmp_path / "blocks", seen.append)
@@ -57,7 +57,7 @@ def test_a_plan_at_other_activation_bits_is_what_calibrating_at_them_gives(rung,
 def test_rounding_to_nearest_learns_nothing_and_searches_nothing(model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path)
     plan = cells.plan_at(
-        model, cells._calibration_set(b, 0), b.config(Cell(row="rtn", seed=0, wbits=4)), 8, tmp_path / "blocks"
+        model, cells._collected(b, 0), b.config(Cell(row="rtn", seed=0, wbits=4)), 8, tmp_path / "blocks"
     )
     for name, layer in plan.layers.items():
         weight = model.network.get_submodule(name).weight.detach()
@@ -69,7 +69,7 @@ def test_rounding_to_nearest_learns_nothing_and_searches_nothing(model, tmp_path
 def test_gptq_alone_rounds_some_weights_another_way_than_to_nearest(model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path)
     plan = cells.plan_at(
-        model, cells._calibration_set(b, 0), b.config(Cell(row="gptq", seed=0, wbits=4)), 8, tmp_path / "blocks"
+        model, cells._collected(b, 0), b.config(Cell(row="gptq", seed=0, wbits=4)), 8, tmp_path / "blocks"
     )
     nearest = {
         name: quantize_weight(model.network.get_submodule(name).weight, q.weight_scale, 4)
@@ -147,7 +147,7 @@ def test_the_engine_draws_what_pytorch_draws(model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path, draw="engine")
     cells.work(b, cells.PREPARE)
     plan = cells.plan_at(
-        model, cells._calibration_set(b, 0), b.config(Cell(row="uniform", seed=0, wbits=4)), 4, tmp_path / "blocks"
+        model, cells._collected(b, 0), b.config(Cell(row="uniform", seed=0, wbits=4)), 4, tmp_path / "blocks"
     )
     seeds = range(2)
     drawn = quality._by_engine(b.yardstick, plan, seeds)
