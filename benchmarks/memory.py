@@ -16,7 +16,8 @@ from typing import Annotated
 import torch
 import typer
 
-from calib.calibrate import calibrate
+from calib.calibrate import calibrate, weight_samples
+from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.layers import trace
 from calib.progress import Progress
@@ -35,24 +36,14 @@ def main(
     blocks: Annotated[str, typer.Option(help="Names, with commas between them.")] = (
         "unet.down_blocks.0.resnets.0,unet.up_blocks.3.resnets.0"
     ),
-    samples: Annotated[int, typer.Option(help="That calibrate weights; the paper's 20 steps x 256.")] = 5120,
+    images: Annotated[int, typer.Option(help="Trajectories; each gives a sample at every sampling step.")] = 256,
     iterations: Annotated[int, typer.Option(help="Of each block; memory does not depend on it.")] = 50,
     out: Out = None,
 ) -> None:
     """Calibrate the named blocks with the paper's batch sizes."""
     loaded = load_model(model, "random")
-    config = preset("paper").config
-    data = _noise(loaded, config.weight_steps, samples)
-    names = blocks.split(",")
-    found = trace(loaded.network, loaded.shape, loaded.schedule.num_train)
-    others = [layer.name for layer in found.layers if not any(layer.name.startswith(f"{n}.") for n in names)]
-    config = replace(
-        config,
-        keep_float=tuple(others),
-        reconstruction=replace(config.reconstruction, iterations=iterations, start="gptq"),
-        omega=replace(config.omega, meta_steps=5),
-        activation=replace(config.activation, batches=4),
-    )
+    config = _shortened(loaded, blocks.split(","), iterations)
+    data = _noise(loaded, images)
     last: Mapping[str, float] = {}
     rows: list[list[str]] = []
 
@@ -75,8 +66,8 @@ def main(
             on_progress=keep,
         )
     head = [
-        f"{model}, random weights, {len(data)} samples, batch {config.reconstruction.batch},",
-        f"{iterations} iterations and {config.omega.meta_steps} meta-steps of {config.omega.batch} samples a block.",
+        f"{model}, random weights, {images} images, {len(weight_samples(data, config).data)} samples for the weights;",
+        f"{iterations} iterations of {config.reconstruction.batch} and {config.omega.meta_steps} meta-steps a block.",
         f"{torch.get_num_threads()} threads, {machine()}, torch {torch.__version__}.",
         f"{time.perf_counter() - started:.0f} s in all, peak resident memory of the process {peak_memory_mib()} MiB.",
         "",
@@ -84,13 +75,26 @@ def main(
     publish([*head, *markdown_table(("block", *(f"{phase} s" for phase in PHASES), "peak MiB so far"), rows)], out)
 
 
-def _noise(model: LoadedModel, weight_steps: int, samples: int) -> CalibrationSet:
-    """Return Gaussian noise for the steps that calibrate weights, equally many samples a step."""
-    spec = model.spec.sampler
-    steps = timesteps(spec, model.schedule.num_train)[:: spec.steps // weight_steps]
-    count = samples // len(steps)
-    x = torch.randn(len(steps) * count, *model.shape, generator=torch.Generator().manual_seed(0))
-    return CalibrationSet(x=x, t=steps.repeat_interleave(count), step=torch.arange(len(steps)).repeat_interleave(count))
+def _shortened(model: LoadedModel, names: list[str], iterations: int) -> QuantConfig:
+    """Return the paper's config for the named blocks alone, with less of what only takes time."""
+    found = trace(model.network, model.shape, model.schedule.num_train)
+    others = [layer.name for layer in found.layers if not any(layer.name.startswith(f"{n}.") for n in names)]
+    config = preset("paper").config
+    return replace(
+        config,
+        keep_float=tuple(others),
+        reconstruction=replace(config.reconstruction, iterations=iterations, start="gptq"),
+        omega=replace(config.omega, meta_steps=5),
+        activation=replace(config.activation, batches=4),
+    )
+
+
+def _noise(model: LoadedModel, images: int) -> CalibrationSet:
+    """Return Gaussian noise, `images` samples at each sampling step."""
+    steps = timesteps(model.spec.sampler, model.schedule.num_train)
+    x = torch.randn(len(steps) * images, *model.shape, generator=torch.Generator().manual_seed(0))
+    step = torch.arange(len(steps)).repeat_interleave(images)
+    return CalibrationSet(x=x, t=steps[step], step=step)
 
 
 if __name__ == "__main__":
