@@ -2,7 +2,8 @@
 
 AdaRound starts from the float weight and finds the rounding by gradient alone. GPTQ rounds the columns of a weight one
 after another and lets those not yet rounded make up for the error, in closed form from the second moments of the
-layer's input. Starting between the two, AdaRound needs a fraction of the iterations (docs/results/schedules).
+layer's input. Started between the two, AdaRound gets further in few iterations where there are convolutions, and no
+further in attention (docs/results/schedules-ddpm-mnist.md).
 
     min || (W - Q) X ||^2:   H = X X^T,  U = chol(H^-1)^T;   e_i = (w_i - q_i) / U_ii,   W_j -= e_i U_ij  for j > i
 """
