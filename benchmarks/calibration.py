@@ -118,7 +118,7 @@ def write_page(bench: Bench, out: Path) -> None:
         lines += ["", f"## {setting}", "", *pages.markdown(table, "row", shown, float_rows(bench)), ""]
         lines += [verdicts.standing(setting, table)]
         if (w, a) == MAIN and LEARNED in bench.rows:
-            lines += ["", verdicts.distance_closed(setting, table, LEARNED)]
+            lines += [line for text in verdicts.learned(setting, table, LEARNED) for line in ("", text)]
         if (w, a) == main_bits and table:
             lines += ["", f"![SQNR at every step]({_figure(bench, out, setting, table)})"]
     lines += pages.still_missing(bench)

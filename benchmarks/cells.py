@@ -119,6 +119,7 @@ def _measure(bench: Bench, cell: Cell) -> None:
                 "version": version(),
                 "config": configs.to_json(config),
                 "omega_spread": omega_spread(plan),
+                "block_losses": {b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
                 "weights_error": quality.noise_errors(y, fake_quantized(model.network, plan, activations=False)),
             }
         measured = {"error": quality.noise_errors(y, fake_quantized(model.network, plan))}

@@ -42,6 +42,7 @@ class Measured:
         seconds: of the calibration, images already collected.
         peak_mib: largest resident memory of the process until the plan was there.
         spread: standard deviation of the sample weights over the training set, times their number.
+        blocks: loss of each reconstructed block with its final rounding, over training samples.
     """
 
     steps_db: tuple[float, ...]
@@ -55,6 +56,7 @@ class Measured:
     seconds: float
     peak_mib: float
     spread: float
+    blocks: Mapping[str, float]
 
     @property
     def mean_db(self) -> float:
@@ -156,6 +158,7 @@ def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str
         seconds=found["seconds"],
         peak_mib=found["peak_mib"],
         spread=found["omega_spread"],
+        blocks=found["block_losses"],
     )
 
 

@@ -44,10 +44,15 @@ def share(table: Table, row: str, error: Callable[[Measured], float]) -> list[fl
     return [1 - error(m) / error(base[seed]) for seed, m in table[row].items() if seed in base]
 
 
+def learned(setting: str, table: Table, row: str) -> list[str]:
+    """Return what is to be said of the row that this is about, a paragraph each."""
+    if not (table.get(row, {}).keys() & table.get(BASELINE, {}).keys()):
+        return [f"{setting}: `{row}` and `{BASELINE}` have no seed in common."]
+    return [distance_closed(setting, table, row), block_losses(setting, table, row)]
+
+
 def distance_closed(setting: str, table: Table, row: str) -> str:
     """Say how much of the way from the baseline to the float network `row` covers, against the goal."""
-    if row not in table or not share(table, row, lambda m: m.error):
-        return f"{setting}: `{row}` and `{BASELINE}` have no seed in common."
     parts = []
     for what, error in (("weights and activations", lambda m: m.error), ("weights only", lambda m: m.weights_error)):
         shares = [100 * v for v in share(table, row, error)]
@@ -61,6 +66,21 @@ def distance_closed(setting: str, table: Table, row: str) -> str:
         f"the predicted noise, `{row}` covers: {'. With '.join(parts)}. With float activations "
         f"`{BASELINE}` has {weights} % of the error that it has with rounded ones: weights without any error would "
         "cover about as much, no more."
+    )
+
+
+def block_losses(setting: str, table: Table, row: str) -> str:
+    """Say in which blocks `row` ends with a lower loss on the training samples than the baseline, and by how much."""
+    seeds = sorted(table[row].keys() & table[BASELINE].keys())
+    means = {
+        block: statistics.fmean(table[row][s].blocks[block] / table[BASELINE][s].blocks[block] for s in seeds)
+        for block in table[row][seeds[0]].blocks
+    }
+    least, most = (choose(means, key=lambda block: means[block]) for choose in (min, max))
+    return (
+        f"{setting}: block by block, with the inputs that each had, `{row}` has {means[least]:.3f} (`{least}`) to "
+        f"{means[most]:.3f} (`{most}`) times the loss of `{BASELINE}` on the training samples, {len(means)} blocks, "
+        f"median {statistics.median(means.values()):.3f}; mean over seeds."
     )
 
 

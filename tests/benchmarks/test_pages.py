@@ -7,7 +7,13 @@ import verdicts
 from pages import Column, Measured
 
 
-def measured(db: float, error: float = 1.0, weights_error: float = 1.0, psnr_db: float | None = None) -> Measured:
+def measured(
+    db: float,
+    error: float = 1.0,
+    weights_error: float = 1.0,
+    psnr_db: float | None = None,
+    blocks: tuple[float, ...] = (),
+) -> Measured:
     return Measured(
         steps_db=(db - 1, db + 1),
         pooled_db=db - 2,
@@ -20,6 +26,7 @@ def measured(db: float, error: float = 1.0, weights_error: float = 1.0, psnr_db:
         seconds=12.3,
         peak_mib=400.0,
         spread=0.5,
+        blocks={f"block{i}": loss for i, loss in enumerate(blocks)},
     )
 
 
@@ -88,6 +95,16 @@ def test_the_table_pairs_seeds_and_leaves_unmeasured_columns_empty() -> None:
         "| `gac` | 33.7 ± 15.0 | 0.6 ± 0.1 | - |",
         "| float | ∞ | - | ∞ |",
     ]
+
+
+def test_block_losses_are_compared_seed_by_seed_and_named_where_they_differ_most() -> None:
+    results = {
+        "uniform": {0: measured(0, blocks=(1.0, 1.0, 2.0)), 1: measured(0, blocks=(2.0, 2.0, 4.0))},
+        "gac": {0: measured(0, blocks=(1.0, 0.5, 2.5)), 1: measured(0, blocks=(2.0, 1.4, 6.0)), 2: measured(0)},
+    }
+    text = verdicts.block_losses("W4A8", results, "gac")
+    assert "`gac` has 0.600 (`block1`) to 1.375 (`block2`) times the loss of `uniform`" in text
+    assert "3 blocks, median 1.000; mean over seeds." in text
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, 0.2952), (3, 0.1835), (11, 0.0734)])
