@@ -64,7 +64,7 @@ class OmegaConfig:
     meta_learning_rate: float = 1e-2
     inner_step: float = 1e-2  # change of the rounding logits in the inner update: that of one sample's gradient, RMS
     batch: int = 32  # training samples whose scores a block updates
-    validation_batch: int = 16  # samples a group, drawn anew at each meta step
+    validation_batch: int = 8  # samples a group, drawn anew at each meta step; memory goes with it
 
 
 @dataclass(frozen=True, kw_only=True)
