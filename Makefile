@@ -5,9 +5,10 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 RTX_STAMP := $(VENV)/.rtx-tried
 RTX := 1.7.1.116
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(addprefix --find-links ,$(WHEELS))
 
-.PHONY: demo test lint rtx clean
+.PHONY: demo test lint rtx gpu-check gpu-check-here kernels clean
 
 demo: $(STAMP)
 	@mkdir -p demo
@@ -29,8 +30,29 @@ rtx: $(STAMP)
 	$(PIP) --no-deps tensorrt_rtx_cu13==$(RTX)
 	@touch $(RTX_STAMP)
 
+# On a machine with an NVIDIA GPU; elsewhere it says "not run". WHEELS may name a folder of wheels to install from. The
+# packages have a .venv of their own, since onnxruntime-gpu takes the place of onnxruntime.
+gpu-check: $(STAMP)
+	@if $(BIN)/python -c 'import sys; from engines.driver import no_gpu; sys.exit(no_gpu() is not None)'; then \
+		$(MAKE) --no-print-directory VENV=.venv-gpu gpu-check-here; \
+	else \
+		$(BIN)/python benchmarks/gpu_check.py; \
+	fi
+
+gpu-check-here: $(STAMP) $(RTX_STAMP)
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	-$(PIP) onnxruntime-gpu || $(PIP) onnxruntime
+	-$(PIP) tensorrt
+	-$(PIP) pycuda
+	$(BIN)/python benchmarks/gpu_check.py
+
+# The GPU's kernels; needs nvcc. Nothing in them is newer than PTX 7.0, so older drivers may load them too.
+kernels:
+	nvcc -ptx -arch=compute_75 engines/philox.cu -o engines/philox.ptx
+	sed -i 's/^\.version .*/.version 7.0/' engines/philox.ptx
+
 clean:
-	rm -rf $(VENV) demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,101 +1,206 @@
-"""Time the whole denoising loop: diffusers' pipeline in PyTorch against our engines, side by side in one run.
+"""Time the whole denoising loop: PyTorch, other tools' engines and ours, side by side in one run.
 
-    python benchmarks/loop.py --model ddpm-cifar10 --weights random --steps 50 --batch 4
+    python benchmarks/loop.py --model ddpm-cifar10 --weights random --steps 50 --batches 4
 
 The contestants take turns, so that whatever else the machine does falls on all of them; medians and ratios are
-reported. Weights may be random: time does not depend on them. Every contestant is given the same number of threads.
+reported. Weights may be random: time does not depend on them. Every contestant is given the same number of threads and
+a static batch. A contestant that needs a package that is not installed (nncf), or a processor that this is not (bf16),
+is left out, and said to be.
 """
 
+import functools
+import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import onnx
 import torch
 import typer
 from diffusers import DDIMPipeline, DDIMScheduler
 
 import engines
+import peers
 from engines import EngineConfig
-from gaq_export import samplers
-from gaq_export.denoiser import engine_denoiser
+from engines.machine import CPU_FEATURES, look
+from gaq_export import drawing, samplers, step_engine
 from gaq_export.onnx_export import export_float
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
 from gaq_export.qdq import save_onnx
 from gaq_export.schedule import SamplerSpec
-from options import Out
+from options import ModelName, Out, Weights
 from publish import machine, markdown_table, publish
+
+Loop = Callable[[], object]
+REFERENCE = "PyTorch FP32 (diffusers DDIMPipeline)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is drawn: `batch` images of `model` in the steps of `spec`; files go to `folder`."""
+
+    model: LoadedModel
+    spec: SamplerSpec
+    batch: int
+    folder: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What every engine of ours is built with."""
+        return {"batch": (self.batch, self.batch, self.batch)}
 
 
 def main(
-    model: Annotated[str, typer.Option()] = "ddpm-cifar10",
-    weights: Annotated[str | None, typer.Option(help="Folder, or 'random'.")] = "random",
+    model: ModelName = "ddpm-cifar10",
+    weights: Weights = "random",
     steps: Annotated[int, typer.Option()] = 50,
-    batch: Annotated[int, typer.Option()] = 4,
+    batches: Annotated[str, typer.Option(help="Batch sizes, a table each.")] = "1,4,16",
     rounds: Annotated[int, typer.Option()] = 5,
+    only: Annotated[str, typer.Option(help="Words that a contestant's name must have one of.")] = "",
     out: Out = None,
 ) -> None:
-    """Print one table: seconds a loop, images a second, and the ratio to PyTorch."""
-    loaded = load_model(model, weights)
-    with tempfile.TemporaryDirectory() as folder:
-        contestants = _contestants(loaded, SamplerSpec(steps=steps), batch, Path(folder))
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for loop in contestants.values():
-            loop()  # warm-up
-        for _ in range(rounds):
-            for name, loop in contestants.items():
-                started = time.perf_counter()
-                loop()
-                times[name].append(time.perf_counter() - started)
-    title = f"{model}, {steps} DDIM steps, batch {batch}, {rounds} rounds, {machine()}, torch {torch.__version__}."
-    publish([title, "", *_table(times, batch)], out)
-
-
-def _contestants(model: LoadedModel, spec: SamplerSpec, batch: int, folder: Path) -> dict[str, Callable[[], object]]:
-    """Return the loops by name; the first is the reference."""
-    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    pipeline = DDIMPipeline(unet=model.unet, scheduler=scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    loops: dict[str, Callable[[], object]] = {
-        "PyTorch FP32 (diffusers DDIMPipeline)": lambda: pipeline(
-            batch_size=batch, num_inference_steps=spec.steps, output_type="np"
+    """Write one table for each batch size: seconds a loop, images a second, and the ratio to PyTorch."""
+    loaded, spec = load_model(model, weights), SamplerSpec(steps=steps)
+    lines = [
+        f"{model}, {steps} DDIM steps, {rounds} rounds in turn, {machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}.",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_onnx(export_float(loaded.network, loaded.shape), folder / "float.onnx")
+        macs, peak = peers.macs(loaded.network, loaded.shape), peers.int8_peak(folder)
+        lines.append(
+            f"{macs / 1e9:.2f} GMAC an image and step; INT8 peak of a 3x3 convolution here {peak / 1e9:.0f} GMAC/s."
         )
-    }
-    calibrate(model, preset("tiny"), folder=folder)
-    for backend in ("openvino", "onnxruntime"):
-        config = EngineConfig(backend=backend, batch=(batch, batch, batch))
-        built = build_engine(folder=folder, out=folder / f"{backend}.plan", config=config, model=model)
-        loops[f"{backend} W4A8"] = _loop(engines.open_engine(built.file), model, spec, batch)
-    floats = folder / "float.onnx"
-    save_onnx(export_float(model.network, model.shape), floats)
-    for backend in ("openvino", "onnxruntime"):
-        config = EngineConfig(backend=backend, batch=(batch, batch, batch))
-        file = engines.build(floats, folder / f"{backend}-float.plan", config)
-        loops[f"{backend} FP32"] = _loop(engines.open_engine(file), model, spec, batch)
-    return loops
+        for batch in (int(b) for b in batches.split(",")):
+            job = Job(model=loaded, spec=spec, batch=batch, folder=folder / str(batch))
+            job.folder.mkdir()
+            loops, absent = _contestants(job, folder / "float.onnx", only.split(",") if only else [])
+            seconds = _take_turns(loops, rounds)
+            best = macs * batch * steps / peak
+            lines += ["", f"Batch {batch}:", "", *_table(seconds, batch, best), *absent]
+            lines += ["", *_costs(job)]
+    publish(lines, out)
 
 
-def _loop(engine: engines.Engine, model: LoadedModel, spec: SamplerSpec, batch: int) -> Callable[[], object]:
-    denoise = engine_denoiser(engine)
-    return lambda: samplers.run(denoise, list(range(batch)), model.shape, model.schedule, spec)
+def _contestants(job: Job, float_graph: Path, words: list[str]) -> tuple[dict[str, Loop], list[str]]:
+    """Return the loops by name, and a line for each that cannot be had here."""
+    loops: dict[str, Loop] = {}
+    absent: list[str] = []
+    for name, (needs, make) in CONTESTANTS.items():
+        if words and not any(word in name for word in words):
+            continue
+        if lacks := [need for need in needs if not _has(need)]:
+            absent += ["", f"{name}: left out, there is no {', '.join(lacks)} here."]
+            continue
+        loops[name] = make(job, float_graph)
+        print("ready:", name, flush=True)
+    return loops, absent
 
 
-def _table(times: dict[str, list[float]], batch: int) -> list[str]:
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    reference = next(iter(medians.values()))
+def _has(need: str) -> bool:
+    """Tell whether a package is installed, or the processor has a feature."""
+    if need in CPU_FEATURES:
+        return need in (look().features or ())
+    return importlib.util.find_spec(need) is not None
+
+
+def _pytorch(job: Job, float_graph: Path, *, compiled: bool) -> Loop:
+    unet = torch.compile(job.model.unet) if compiled else job.model.unet
+    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    pipeline = DDIMPipeline(unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: pipeline(batch_size=job.batch, num_inference_steps=job.spec.steps, output_type="np")
+
+
+def _float_engine(job: Job, float_graph: Path, *, backend: str) -> Loop:
+    config = EngineConfig(backend=backend, **job.config)
+    file = engines.build(float_graph, job.folder / f"{backend}-float.plan", config, {"graph": "eps"})
+    draw = drawing.by_engine(engines.open_engine(file), file, job.model.schedule, job.model.shape, job.spec)
+    return lambda: draw(range(job.batch), lambda: None)
+
+
+def _peer(job: Job, float_graph: Path, *, make: Callable[[Path, Path, tuple[int, int, int], int], Any]) -> Loop:
+    denoise = make(float_graph, job.folder, job.model.shape, job.batch)
+    return lambda: samplers.run(denoise, range(job.batch), job.model.shape, job.model.schedule, job.spec)
+
+
+def _ours(job: Job, float_graph: Path, *, backend: str, wbits: int, compute: str = "float32") -> Loop:
+    config = EngineConfig(backend=backend, compute=compute, **job.config)
+    out = job.folder / f"{backend}-w{wbits}-{compute}.plan"
+    built = build_engine(folder=_run(job, wbits), out=out, config=config, sampler=job.spec, model=job.model)
+    engine = engines.open_engine(built.file)
+    return lambda: step_engine.run(engine, range(job.batch), job.model.shape, job.spec.steps)
+
+
+def _run(job: Job, wbits: int) -> Path:
+    folder = job.folder.parent / f"run-w{wbits}"
+    calibrate(job.model, preset("tiny", wbits=wbits), folder=folder, sampler=SamplerSpec(steps=4))
+    return folder
+
+
+# Name to the packages and features of the processor it needs, and what makes its loop.
+CONTESTANTS: dict[str, tuple[tuple[str, ...], Callable[[Job, Path], Loop]]] = {
+    REFERENCE: ((), functools.partial(_pytorch, compiled=False)),
+    "PyTorch FP32, torch.compile": ((), functools.partial(_pytorch, compiled=True)),
+    "ONNX Runtime FP32": ((), functools.partial(_float_engine, backend="onnxruntime")),
+    "ONNX Runtime quantize_static INT8": ((), functools.partial(_peer, make=peers.onnxruntime_static)),
+    "OpenVINO FP32": ((), functools.partial(_float_engine, backend="openvino")),
+    "OpenVINO + NNCF INT8": (("nncf",), functools.partial(_peer, make=peers.openvino_nncf)),
+    "ours, ONNX Runtime W8A8": ((), functools.partial(_ours, backend="onnxruntime", wbits=8)),
+    "ours, ONNX Runtime W4A8": ((), functools.partial(_ours, backend="onnxruntime", wbits=4)),
+    "ours, OpenVINO W8A8": ((), functools.partial(_ours, backend="openvino", wbits=8)),
+    "ours, OpenVINO W4A8": ((), functools.partial(_ours, backend="openvino", wbits=4)),
+    "ours, OpenVINO W4A8, bf16 islands": (
+        ("avx512_bf16",),
+        functools.partial(_ours, backend="openvino", wbits=4, compute="bfloat16"),
+    ),
+}
+
+
+def _take_turns(loops: dict[str, Loop], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop()  # warm-up
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            started = time.perf_counter()
+            loop()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _table(seconds: dict[str, list[float]], batch: int, best: float) -> list[str]:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = medians.get(REFERENCE)
     rows = [
         (
             name,
-            f"{seconds:.2f}",
-            f"{batch / seconds:.2f}",
-            f"{reference / seconds:.2f} x",
-            f"{min(times[name]):.2f} to {max(times[name]):.2f}",
+            f"{median:.2f}",
+            f"{batch / median:.2f}",
+            "-" if reference is None else f"{reference / median:.2f} x",
+            f"{100 * best / median:.0f} %",
+            f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}",
         )
-        for name, seconds in medians.items()
+        for name, median in medians.items()
     ]
-    return markdown_table(("loop", "median s", "images/s", "against PyTorch", "range s"), rows)
+    return markdown_table(("loop", "median s", "images/s", "against PyTorch", "of the INT8 peak", "range s"), rows)
+
+
+def _costs(job: Job) -> Iterator[str]:
+    """Say what our W4A8 step spends its time on, by OpenVINO's own profile."""
+    plan = job.folder / "openvino-w4-float32.plan"
+    if not plan.exists():
+        return
+    spent = peers.openvino_profile(onnx.load(plan), job.model.shape, job.batch)
+    total = sum(spent.values())
+    largest = ", ".join(f"{kind} {100 * s / total:.0f} %" for kind, s in Counter(spent).most_common(5))
+    yield f"What a W4A8 step of ours spends its {1e3 * total:.0f} ms on, by OpenVINO's profile: {largest}."
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ All see the same inputs: trajectories of the float model from seeds that calibra
 for the engine: of the predicted noise, and of the step's result x_{t-1}, which is what reaches the picture.
 """
 
-import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +18,8 @@ from torch import Tensor
 import engines
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
-from gaq_export import provenance, samplers
-from gaq_export.denoiser import engine_denoiser
-from gaq_export.parity import perturbed, sqnr_db
-from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
+from gaq_export import drawing, provenance, samplers
+from gaq_export.parity import PERTURBATION, perturbed, sqnr_db
 from options import Out
 from publish import markdown_table, publish
 
@@ -42,21 +40,25 @@ def main(
     out: Out = None,
 ) -> None:
     """Print one row a step, in dB."""
-    plan = load_plan(run / "plan.safetensors")
+    file, plan = engines.load_engine_file(engine), load_plan(run / "plan.safetensors")
     model = provenance.model_of(plan.about, None)
-    spec = SamplerSpec.from_json(plan.about["sampler"])
+    spec = drawing.sampler_of(file, None)
     seen: list[tuple[Tensor, Tensor]] = []
     seeds = list(range(10_000, 10_000 + images))
     samplers.run(model.network, seeds, model.shape, model.schedule, spec, lambda _, x, t: seen.append((x, t)))
-    quantized = fake_quantized(model.network, plan)
     rows = []
-    file = engines.load_engine_file(engine)
+    left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
+    quantized = fake_quantized(model.network, replace(plan, layers=left))
+    sampler = samplers.table(model.schedule, spec)
     with engines.open_engine(file) as opened, torch.no_grad():
         for step, (x, t) in enumerate(seen):
-            with perturbed(quantized, plan.layers, seed=step):
+            with perturbed(quantized, left, PERTURBATION["float32"], seed=step):
                 nudged = quantized(x, t)
-            expected, found = quantized(x, t), engine_denoiser(opened)(x, t)
-            after = [_ddim_update(x, epsilon, step, model.schedule, spec) for epsilon in (expected, found)]
+            expected, found = quantized(x, t), drawing.noise_of(opened, file, model.schedule)(x, t)
+            after = [
+                samplers.update(sampler[step], model.schedule.clip, x, e, torch.zeros_like(x), None)[0]
+                for e in (expected, found)
+            ]
             measured = [
                 sqnr_db(expected, found),
                 sqnr_db(*after),
@@ -72,15 +74,6 @@ def main(
         for what, of in (("median", statistics.median), ("lowest", min))
     ]
     publish([title, "", *markdown_table(COLUMNS, table)], out)
-
-
-def _ddim_update(x: Tensor, epsilon: Tensor, step: int, schedule: NoiseSchedule, spec: SamplerSpec) -> Tensor:
-    """Return x_{t-1} of DDIM at eta = 0."""
-    alpha_bar = [*schedule.alpha_bar[timesteps(spec, schedule.num_train)].tolist(), 1.0]
-    a, a_prev = alpha_bar[step], alpha_bar[step + 1]
-    x0 = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
-    x0 = x0 if schedule.clip is None else x0.clamp(-schedule.clip, schedule.clip)
-    return math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * epsilon
 
 
 if __name__ == "__main__":

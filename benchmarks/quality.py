@@ -28,7 +28,7 @@ from calib.files import read_safetensors, write_atomically
 from calib.plan import QuantPlan
 from engines import EngineConfig
 from frechet import Classifier, Moments
-from gaq_export import samplers, samples
+from gaq_export import drawing, samplers, samples
 from gaq_export.denoiser import Denoiser, engine_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.images import psnr
@@ -122,9 +122,9 @@ def _seeds(y: Yardstick, name: str) -> range:
 
 def _draw(y: Yardstick, network: Denoiser, seeds: Sequence[int]) -> Tensor:
     model = y.model
-    return samples.draw(
-        network, seeds, y.batch, model.shape, model.schedule, model.spec.sampler, lambda done, total: None
-    )
+    spec = model.spec.sampler
+    some = drawing.by_network(network, model.schedule, model.shape, spec)
+    return samples.draw(some, seeds, y.batch, spec.steps, lambda done, total: None)
 
 
 def _by_engine(y: Yardstick, plan: QuantPlan, seeds: Sequence[int]) -> Tensor:

@@ -1,21 +1,24 @@
-"""Symmetric uniform quantizers as pure functions.
+"""Uniform quantizers as pure functions.
 
 A real value x is stored as the integer q = clamp(round(x / scale), low, high) and read back as q * scale; the zero
-point is 0, which is what every engine's fast path wants. Division and round-half-to-even are ONNX QuantizeLinear's,
-so that a fake-quantized module and the exported graph agree bit for bit.
+point is 0, which is what every engine's fast path wants. A grid that lies elsewhere is the same one behind a shift by
+scale * zero, undone afterwards. Division and round-half-to-even are ONNX QuantizeLinear's, so that a fake-quantized
+module and the exported graph agree bit for bit.
 """
 
 import torch
 from torch import Tensor
 
+FLOAT8_LARGEST = 448.0
 
-def integer_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
+
+def integer_range(bits: int) -> tuple[int, int]:
     """Return the smallest and largest code.
 
-    >>> integer_range(4), integer_range(8, signed=False)
-    ((-8, 7), (0, 255))
+    >>> integer_range(4)
+    (-8, 7)
     """
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def per_channel(scale: Tensor, ndim: int) -> Tensor:
@@ -34,10 +37,17 @@ def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
     return codes * per_channel(scale, codes.ndim)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True) -> Tensor:
-    """Quantize and dequantize `x` in its own dtype; `scale` broadcasts against it."""
-    low, high = integer_range(bits, signed=signed)
-    return torch.round(x / scale).clamp(low, high) * scale
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, shift: Tensor | None = None) -> Tensor:
+    """Quantize and dequantize `x` in its own dtype; `scale` and `shift`, scale * zero, broadcast against it."""
+    low, high = integer_range(bits)
+    if shift is None:
+        return torch.round(x / scale).clamp(low, high) * scale
+    return torch.round((x + shift) / scale).clamp(low, high) * scale - shift
+
+
+def round_float8(x: Tensor) -> Tensor:
+    """Round to the nearest E4M3 number, in the dtype of `x`; what lies beyond the largest becomes it."""
+    return x.clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype)
 
 
 def search_weight_scale(weight: Tensor, bits: int, norm: float = 2.4, candidates: int = 80) -> Tensor:

@@ -30,6 +30,7 @@ from calib.data import CalibrationSet, Split, split, thin_steps
 from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
+from calib.ranges import Reach
 from calib.reconstruct import BlockResult
 from calib.recording import recorder
 from calib.streams import stream
@@ -84,13 +85,10 @@ def calibrate(
     _put(network, codes, scales)
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
-    seen = _magnitudes(job, quantized, products, data)
+    seen = _reaches(job, quantized, products, data)
     return QuantPlan(
         layers={n: _layer(codes[n], scales[n], seen[n, "input"], seen[n, "output"], config) for n in quantized},
-        products={
-            n: ProductQuant(**{o: _grid(seen[n, o], config, signed=o != "probability") for o in OPERANDS})
-            for n in products
-        },
+        products={n: ProductQuant(**{o: _operand(seen[n, o], o, config) for o in OPERANDS}) for n in products},
         float_layers=reasons,
         blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
         scores=states[-1].scores if states else _first_scores(job),
@@ -184,9 +182,9 @@ def _calibrate_block(
     return BlockState(codes=dict(zip(block.layers, codes, strict=True)), scores=scores, result=result)
 
 
-def _magnitudes(
+def _reaches(
     job: _Job, layers: Sequence[str], products: Sequence[str], data: CalibrationSet
-) -> dict[tuple[str, str], tuple[float, ...]]:
+) -> dict[tuple[str, str], tuple[Reach, ...]]:
     """Return what `ranges.observe` sees of the network once its weights are quantized."""
     activation = job.config.activation
     batches = ranges.draw(data, activation, stream(job.config.seed, "ranges"))
@@ -214,23 +212,23 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _layer(
-    codes: Tensor, scale: Tensor, inputs: Sequence[float], outputs: Sequence[float], config: QuantConfig
+    codes: Tensor, scale: Tensor, inputs: Sequence[Reach], outputs: Sequence[Reach], config: QuantConfig
 ) -> LayerQuant:
+    activation = config.activation
     return LayerQuant(
         codes=codes,
         weight_scale=scale,
         weight_bits=config.weight.bits,
-        input=_grid(inputs, config),
-        output_scale=ranges.scale_of(max(outputs), 8),
+        input=ranges.grid(inputs, activation.bits, symmetric=activation.symmetric),
+        output_scale=ranges.scale_of(max(max(reach) for reach in outputs), 8),
     )
 
 
-def _grid(magnitudes: Sequence[float], config: QuantConfig, *, signed: bool = True) -> Grid:
-    """Return the grid for the largest magnitudes seen; one that is not signed always has 8 bits."""
-    bits = config.activation.bits if signed else 8
-    scales = torch.tensor([ranges.scale_of(magnitude, bits, signed=signed) for magnitude in magnitudes])
-    ratio = scales / scales.max() if config.activation.per_step else None
-    return Grid(scale=float(scales.max()), bits=bits, signed=signed, ratio=ratio)
+def _operand(reaches: Sequence[Reach], operand: str, config: QuantConfig) -> Grid:
+    """Return the grid of an operand inside attention; probabilities always have 8 bits, from 0 up."""
+    if operand == "probability":
+        return ranges.grid([(0.0, above) for _, above in reaches], 8, symmetric=False)
+    return ranges.grid(reaches, config.activation.bits, symmetric=True)
 
 
 def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block]) -> str:

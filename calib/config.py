@@ -27,12 +27,13 @@ class WeightConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationConfig:
-    """Symmetric per-tensor activation grids: `rule` is "ema" (moving average of the range) or "minmax" (the widest)."""
+    """Per-tensor activation grids: `rule` is "ema" (moving average of the range) or "minmax" (the widest)."""
 
     bits: int = 8
     rule: str = "ema"
     momentum: float = 0.95  # of "ema"
-    per_step: bool = False  # a scale for each sampling step (TFMQ-DM's finite set calibration)
+    per_step: bool = False  # a grid for each sampling step (TFMQ-DM's finite set calibration)
+    symmetric: bool = False  # or else a grid lies where the values do, if that makes it much finer
     batch: int = 16
     batches: int | None = None  # None = every collected sample once; split evenly over the steps if `per_step`
 

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.affine import dequantize_weight, fake_quantize, per_channel
+from calib.affine import dequantize_weight, fake_quantize, per_channel, round_float8
 from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
 from calib.plan import Grid, QuantPlan
 from calib.ranges import nearest_step
 
 
-def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = True) -> nn.Module:
+def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = True, float8: bool = False) -> nn.Module:
     """Return a copy of `model` that computes what the engine will; the float `model` is left as it is.
 
     Args:
         model: the float network the plan was made from.
         plan: its plan.
         activations: False to quantize the weights only.
+        float8: with E4M3 numbers in place of integers; weight codes of up to 5 bits are such numbers already.
 
     Raises:
         CalibError: a layer of the plan is not in the model, or has another shape there.
@@ -44,12 +45,13 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
                 "this plan belongs to another model."
             )
         with torch.no_grad():
-            weight.copy_(dequantize_weight(layer.codes, layer.weight_scale))
+            codes = round_float8(layer.codes.float()) if float8 else layer.codes
+            weight.copy_(dequantize_weight(codes, layer.weight_scale))
         if activations:
-            modules[name].register_forward_pre_hook(_on_input(_rounding(name, layer.input, step)))
+            modules[name].register_forward_pre_hook(_on_input(_rounding(name, layer.input, step, float8)))
     if activations:
         for name, product in plan.products.items():
-            rounded = {operand: _rounding(name, getattr(product, operand), step) for operand in OPERANDS}
+            rounded = {operand: _rounding(name, getattr(product, operand), step, float8) for operand in OPERANDS}
             intercept(modules[name], _on_operands(rounded))
     return result
 
@@ -61,17 +63,24 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
     return hook
 
 
-def _rounding(name: str, grid: Grid, step: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+def _rounding(name: str, grid: Grid, step: Sequence[Tensor], float8: bool) -> Callable[[Tensor], Tensor]:
     """Return what rounds an activation of module `name` to its grid."""
+    grid = grid.float8() if float8 else grid
     scale = torch.tensor(grid.scale, dtype=torch.float32)
+    shifts = scale * torch.tensor(grid.zero) if any(grid.zero) else None  # (1,) or (S,)
+    ratios = None if grid.ratio is None else torch.tensor(grid.ratio)  # (S,)
+
+    def on_grid(x: Tensor, shift: Tensor | None) -> Tensor:
+        return round_float8(x / scale) * scale if float8 else fake_quantize(x, scale, grid.bits, shift)
 
     def rounded(x: Tensor) -> Tensor:
-        if grid.ratio is None:
-            return fake_quantize(x, scale, grid.bits, signed=grid.signed)
+        if ratios is None:
+            return on_grid(x, shifts)
         if len(x) != len(step[0]):
             raise CalibError(f"{name!r} got {len(x)} rows for {len(step[0])} samples: it cannot tell their steps.")
-        ratio = per_channel(grid.ratio[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
-        return fake_quantize(x / ratio, scale, grid.bits, signed=grid.signed) * ratio
+        ratio = per_channel(ratios[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
+        shift = None if shifts is None else per_channel(shifts[step[0]], x.ndim)
+        return on_grid(x / ratio, shift) * ratio
 
     return rounded
 

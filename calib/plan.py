@@ -18,30 +18,38 @@ from safetensors.torch import save
 from torch import Tensor
 
 from calib import config as configs
+from calib.affine import FLOAT8_LARGEST, integer_range
 from calib.attention import OPERANDS
 from calib.config import QuantConfig
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The values that an activation is rounded to.
+    """The values that an activation is rounded to: (code - zero) * scale * ratio, the codes symmetric about 0.
 
     Attributes:
         scale: float32 value, step of the grid; with `ratio`, at the sampling step with the widest range.
         bits: width, 2 to 8.
-        signed: codes are symmetric about 0, or else begin there.
-        ratio: (S,) float32 in (0, 1], scale of each sampling step over `scale`; None if all share it.
+        zero: the code that stands for 0, of each sampling step if there is a `ratio`, or else one for all.
+        ratio: S float32 values in (0, 1], scale of each sampling step over `scale`; None if all share it.
     """
 
     scale: float
     bits: int
-    signed: bool = True
-    ratio: Tensor | None = None
+    zero: tuple[int, ...] = (0,)
+    ratio: tuple[float, ...] | None = None
+
+    def float8(self) -> "Grid":
+        """Return the grid on which E4M3 numbers reach as far as the integers of this one, 0 in the middle."""
+        low, high = integer_range(self.bits)
+        reach = max(max(abs(low - zero), abs(high - zero)) for zero in self.zero)
+        scale = torch.tensor(self.scale * reach / FLOAT8_LARGEST, dtype=torch.float32)
+        return Grid(scale=float(scale), bits=8, ratio=self.ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +130,11 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         layers[name] = {
             "shape": list(q.codes.shape),
             "weight_bits": q.weight_bits,
-            "input": _grid_to_json(f"{name}.input", q.input, tensors),
+            "input": dataclasses.asdict(q.input),
             "output_scale": q.output_scale,
         }
     products = {
-        name: {what: _grid_to_json(f"{name}.{what}", getattr(p, what), tensors) for what in OPERANDS}
-        for name, p in plan.products.items()
+        name: {what: dataclasses.asdict(getattr(p, what)) for what in OPERANDS} for name, p in plan.products.items()
     }
     readable = {
         "format": FORMAT,
@@ -167,7 +174,10 @@ def load_plan(path: Path) -> QuantPlan:
         raise CalibError(f"{path.name} was altered since it was written (sha256 differs): run calibrate again.")
     return QuantPlan(
         layers={name: _layer(name, fields, tensors) for name, fields in data["layers"].items()},
-        products={name: _product(name, fields, tensors) for name, fields in data["products"].items()},
+        products={
+            name: ProductQuant(**{what: _grid(fields[what]) for what in OPERANDS})
+            for name, fields in data["products"].items()
+        },
         float_layers=data["float_layers"],
         blocks=tuple(BlockResult(**{**b, "layers": tuple(b["layers"])}) for b in data["blocks"]),
         scores=tensors["omega_scores"],
@@ -178,15 +188,9 @@ def load_plan(path: Path) -> QuantPlan:
     )
 
 
-def _grid_to_json(name: str, grid: Grid, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the plain values of a grid; its ratio, if it has one, goes to `tensors`."""
-    if grid.ratio is not None:
-        tensors[f"{name}_ratio"] = grid.ratio
-    return {"scale": grid.scale, "bits": grid.bits, "signed": grid.signed}
-
-
-def _grid(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Grid:
-    return Grid(**fields, ratio=tensors.get(f"{name}_ratio"))
+def _grid(fields: Mapping[str, Any]) -> Grid:
+    ratio = fields["ratio"]
+    return Grid(**{**fields, "zero": tuple(fields["zero"]), "ratio": None if ratio is None else tuple(ratio)})
 
 
 def _layer(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerQuant:
@@ -195,13 +199,9 @@ def _layer(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         codes=unpack_nibbles(codes, tuple(fields["shape"])) if bits <= 4 else codes,
         weight_scale=tensors[f"{name}.weight_scale"],
         weight_bits=bits,
-        input=_grid(f"{name}.input", fields["input"], tensors),
+        input=_grid(fields["input"]),
         output_scale=fields["output_scale"],
     )
-
-
-def _product(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ProductQuant:
-    return ProductQuant(**{what: _grid(f"{name}.{what}", grid, tensors) for what, grid in fields.items()})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

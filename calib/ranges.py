@@ -1,13 +1,14 @@
-"""Activation scales, from what each quantized layer sees once the weights are quantized.
+"""Activation grids, from what each quantized layer sees once the weights are quantized.
 
-One symmetric scale a layer, shared by all sampling steps: an exponential moving average (momentum 0.95, TFMQ-DM) of
-the largest magnitude in batches drawn across all steps in random order, so that no step weighs more than another. The
-rule "minmax" takes the largest of all batches instead, as plain round-to-nearest baselines do.
+One grid a layer, shared by all sampling steps: exponential moving averages (momentum 0.95, TFMQ-DM) of how far values
+reach below and above 0 in batches drawn across all steps in random order, so that no step weighs more than another.
+The rule "minmax" takes the farthest of all batches instead, as plain round-to-nearest baselines do.
 
-With `per_step` each sampling step has an average of its own, from batches of that step alone (TFMQ-DM's finite set
+With `per_step` each sampling step has averages of its own, from batches of that step alone (TFMQ-DM's finite set
 calibration). A step is known by its training timestep t, the only thing of it that a network sees.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,11 @@ from calib.affine import integer_range
 from calib.attention import intercept
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
+from calib.plan import Grid
+
+WORTH = 0.1  # by how much a grid must become finer before 0 moves from its middle, which costs an engine a little
+
+Reach = tuple[float, float]  # how far values lie below and above 0
 
 
 def ema(average: float | None, value: float, momentum: float) -> float:
@@ -47,9 +53,38 @@ def nearest_step(timesteps: Tensor, t: Tensor) -> Tensor:
     return (t[:, None] - timesteps).abs().argmin(1)  # (N, S) -> (N,)
 
 
-def scale_of(magnitude: float, bits: int, *, signed: bool = True) -> float:
+def scale_of(magnitude: float, bits: int) -> float:
     """Return the scale whose largest code stands for `magnitude`, rounded to float32."""
-    return float(torch.tensor(max(magnitude, 1e-8) / integer_range(bits, signed=signed)[1], dtype=torch.float32))
+    return float(torch.tensor(max(magnitude, 1e-8) / integer_range(bits)[1], dtype=torch.float32))
+
+
+def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
+    """Return the grid for how far values reach, at each sampling step or (one reach) at all of them.
+
+    Args:
+        reaches: from `observe`.
+        bits: width.
+        symmetric: 0 stays in the middle, or else only where moving it would not make the grid finer by WORTH.
+    """
+    low, high = integer_range(bits)
+    middle = [scale_of(max(reach), bits) for reach in reaches]
+    moved = [_short(max(sum(reach), 1e-8) / (high - low)) for reach in reaches]
+    if symmetric or sum(moved) > (1 - WORTH) * sum(middle):
+        scales, zero = middle, tuple(0 for _ in reaches)
+    else:
+        scales = moved
+        zero = tuple(round(low + below / scale) for (below, _), scale in zip(reaches, scales, strict=True))
+    widest_scale = max(scales)
+    if len(reaches) == 1:
+        return Grid(scale=widest_scale, bits=bits, zero=zero)
+    ratio = tuple((torch.tensor(scales) / widest_scale).tolist())
+    return Grid(scale=widest_scale, bits=bits, zero=zero, ratio=ratio)
+
+
+def _short(scale: float) -> float:
+    """Round to 16 bits, so that its product with any code is exact in float32."""
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(round(math.ldexp(mantissa, 16)), exponent - 16)
 
 
 def draw(data: CalibrationSet, config: ActivationConfig, generator: torch.Generator) -> list[tuple[int, Tensor]]:
@@ -76,19 +111,21 @@ def observe(
     batches: Sequence[tuple[int, Tensor]],
     config: ActivationConfig,
     on_batch: Callable[[int], None],
-) -> dict[tuple[str, str], tuple[float, ...]]:
-    """Run the weight-quantized `model` on the batches of `draw` and return largest magnitudes.
+) -> dict[tuple[str, str], tuple[Reach, ...]]:
+    """Run the weight-quantized `model` on the batches of `draw` and return how far values reach.
 
     Those of ("name", "input") and ("name", "output") of each layer, and of the four `calib.attention.OPERANDS` of each
     module in `products`; one for each step, or one for all. What is met several times in a forward pass counts with
-    the largest.
+    the farthest.
     """
     rule, steps = RULES[config.rule], 1 + max(k for k, _ in batches)
-    averages: dict[tuple[str, str], list[float | None]] = {}
-    seen: dict[tuple[str, str], float] = {}
+    averages: dict[tuple[str, str], list[Reach | None]] = {}
+    seen: dict[tuple[str, str], Reach] = {}
 
     def note(name: str, what: str, value: Tensor) -> Tensor:
-        seen[name, what] = max(float(value.abs().amax()), seen.get((name, what), 0.0))
+        least, most = (float(bound) for bound in value.aminmax())
+        below, above = seen.get((name, what), (0.0, 0.0))
+        seen[name, what] = max(-least, below), max(most, above)
         return value
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
@@ -106,11 +143,12 @@ def observe(
             seen.clear()
             with torch.no_grad():
                 model(data.x[index], data.t[index])
-            for key, value in seen.items():
+            for key, (below, above) in seen.items():
                 so_far = averages.setdefault(key, [None] * steps)
-                so_far[k] = rule(so_far[k], value, config.momentum)
+                old = so_far[k] or (None, None)
+                so_far[k] = rule(old[0], below, config.momentum), rule(old[1], above, config.momentum)
             on_batch(done)
     finally:
         for handle in handles:
             handle.remove()
-    return {key: tuple(a or 0.0 for a in so_far) for key, so_far in averages.items()}
+    return {key: tuple(reach or (0.0, 0.0) for reach in so_far) for key, so_far in averages.items()}

@@ -10,7 +10,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from engines.base import (
     TensorSpec,
     load_engine_file,
     read_plan,
+    weights_path,
 )
 from engines.errors import EngineError
 from engines.graph import read_onnx, tensor_specs
@@ -59,6 +61,8 @@ class Backend:
         profile: The QDQ profile of the ONNX graph it wants.
         can_build: Returns None, or why it cannot build here and what to install.
         can_run: The same for running.
+        computes: What it can do arithmetic in that is not integer, its own choice first.
+        typed: Does arithmetic in the types that the graph says, so that another `compute` is another graph.
         build: Writes the plan file and returns its audit.
         open: Makes a callable engine of a plan file's bytes.
     """
@@ -67,18 +71,44 @@ class Backend:
     profile: str
     can_build: Callable[[], str | None]
     can_run: Callable[[], str | None]
+    computes: tuple[str, ...]
+    typed: bool
     build: Callable[[onnx.ModelProto, Path, EngineConfig], Audit]
     open: Callable[[EngineFile, bytes], Engine]
+
+    def compute(self, asked: str | None) -> str:
+        """Return the type of arithmetic to use; raise EngineError if the one asked for cannot be had."""
+        if asked is not None and asked not in self.computes:
+            raise EngineError(f"{self.name} cannot compute in {asked!r}. Choose one of {list(self.computes)}.")
+        return asked or self.computes[0]
+
+
+_HALVES, _FULL_FIRST = ("float16", "bfloat16", "float32"), ("float32", "bfloat16", "float16")
+
+
+def _ort(name: str, profile: str, missing: Callable[[], str | None], computes: tuple[str, ...], device: str) -> Backend:
+    build, opened = partial(ort.build, device=device), partial(ort.open_plan, device=device)
+    return Backend(name, profile, missing, missing, computes, device == "cuda", build, opened)
 
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("tensorrt", "trt", trt.cannot_build, trt.cannot_run, trt.build, trt.open_plan),
-        Backend("tensorrt-rtx", "trt", trt_rtx.cannot_build, trt_rtx.cannot_run, trt_rtx.build, trt_rtx.open_plan),
-        Backend("openvino", "openvino", ov.missing, ov.missing, ov.build, ov.open_plan),
-        Backend("onnxruntime", "ort-cpu", ort.missing, ort.missing, ort.build, ort.open_plan),
+        Backend("tensorrt", "trt", trt.cannot_build, trt.cannot_run, _HALVES, True, trt.build, trt.open_plan),
+        Backend(
+            "tensorrt-rtx",
+            "trt",
+            trt_rtx.cannot_build,
+            trt_rtx.cannot_run,
+            _HALVES,
+            True,
+            trt_rtx.build,
+            trt_rtx.open_plan,
+        ),
+        Backend("openvino", "openvino", ov.missing, ov.missing, _FULL_FIRST, False, ov.build, ov.open_plan),
+        _ort("onnxruntime", "ort-cpu", ort.missing, ("float32",), "cpu"),
+        _ort("onnxruntime-cuda", "ort-cuda", ort.missing_cuda, ("float16", "float32"), "cuda"),
     )
 }
 
@@ -129,6 +159,9 @@ def build(
         raise EngineError(f"{backend.name} cannot build here: {reason}")
     if config.targets and backend.name != "tensorrt-rtx":
         raise EngineError(f"Found targets {list(config.targets)} for {backend.name}; only tensorrt-rtx takes targets.")
+    if config.stripped and backend.profile != "trt":
+        raise EngineError(f"{backend.name} keeps the weights in the plan; only tensorrt and tensorrt-rtx strip them.")
+    config = replace(config, compute=backend.compute(config.compute))
     try:
         about = json.loads(json.dumps(about or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -143,6 +176,12 @@ def build(
         audit = backend.build(model, made, config)
         seconds = time.perf_counter() - started
         sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
+        weights = None
+        if config.stripped:
+            content = model.SerializeToString(deterministic=True)
+            weights = hashlib.sha256(content).hexdigest()
+            Path(folder, "weights").write_bytes(content)
+            os.replace(Path(folder, "weights"), weights_path(plan))
         os.replace(made, plan)
     file = EngineFile(
         path=plan,
@@ -157,6 +196,8 @@ def build(
         targets=config.targets,
         threads=config.threads,
         optimisation=config.optimisation,
+        compute=backend.compute(config.compute),
+        weights=weights,
     )
     # Last, so that a build cut short leaves an old or no record, which the checksum or its absence gives away.
     file.save()

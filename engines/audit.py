@@ -35,6 +35,7 @@ _TYPES = {
     "Int32": ("int32", 32),
     "Int64": ("int64", 64),
 }
+_WIDE = ("float16", "bfloat16", "float32")
 _TENSOR = re.compile(r"\{ Name: ([^,]+), Dimensions: \[([-\d,]*)\][^}]*?Datatype: (\w+)")
 _MATRIX_LAYER = re.compile(r"LayerType: \w*(correlation|conv|gemm|matmul|matrixmultiply|runtime_fusion)", re.IGNORECASE)
 
@@ -96,9 +97,10 @@ def _weight_bytes(text: str, lines: list[str]) -> tuple[dict[str, int], str]:
     held: Counter[str] = Counter()
     for dtype, size in constants.values():
         held[dtype] += size
-    floats = {dtype for dtype in held if "float" in dtype}
-    rest = total - sum(size for dtype, size in held.items() if dtype not in floats)
-    if len(floats) != 1 or rest < 0:
+    codes = {dtype: size for dtype, size in held.items() if dtype not in _WIDE}
+    floats = "+".join(sorted(held.keys() - codes.keys()))
+    rest = total - sum(codes.values())
+    if not floats or rest < 0:
         return {"total": total}, "The layer list does not split the weights by type."
     # The list names equal float constants (bias, scale) once per use although they are stored once.
-    return {**held, floats.pop(): rest}, "Total as the builder reports it, integers by the layer list, floats the rest."
+    return {**codes, floats: rest}, "Total as the builder reports it, integers by the layer list, floats the rest."

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engines.errors import EngineError
 
-FORMAT = 1
+FORMAT = 2
 OPTIMISATIONS = ("basic", "all")
 
 
@@ -46,6 +46,10 @@ class EngineConfig:
         targets: GPU generations to build for, e.g. `"sm89"`; TensorRT-RTX only, empty means portable.
         threads: CPU threads, OpenVINO and ONNX Runtime only; `None` leaves the choice to the runtime.
         optimisation: ONNX Runtime graph optimisation, `"basic"` (for parity checks) or `"all"`.
+        compute: Type of the arithmetic that is not integer, one of the backend's `computes`; its first if None. Where
+            the backend is `typed` the graph must already be in it.
+        stripped: Leave the weights out of the plan; when it is opened they are read from the ONNX file beside it, which
+            plans for other GPUs may share. TensorRT only, and only where there is a GPU.
     """
 
     backend: str
@@ -53,6 +57,8 @@ class EngineConfig:
     targets: tuple[str, ...] = ()
     threads: int | None = None
     optimisation: str = "all"
+    compute: str | None = None
+    stripped: bool = False
 
     def __post_init__(self) -> None:
         smallest, best, largest = self.batch
@@ -116,7 +122,10 @@ class Audit:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFile:
-    """A plan file and what its record says of it. The record is `<path>.json`; `about` is the caller's own JSON."""
+    """A plan file and what its record says of it. The record is `<path>.json`; `about` is the caller's own JSON.
+
+    `weights` is the SHA-256 of the ONNX file `<path>.onnx` that holds a stripped plan's weights, None if the plan does.
+    """
 
     path: Path
     backend: str
@@ -130,6 +139,8 @@ class EngineFile:
     targets: tuple[str, ...] = ()
     threads: int | None = None
     optimisation: str = "all"
+    compute: str = "float32"
+    weights: str | None = None
 
     def save(self) -> Path:
         """Write the record beside the plan, all or nothing, and return its path."""
@@ -147,6 +158,11 @@ class EngineFile:
 def record_path(plan: Path) -> Path:
     """Return where the JSON record of a plan file lives."""
     return plan.with_name(plan.name + ".json")
+
+
+def weights_path(plan: Path) -> Path:
+    """Return where the weights of a stripped plan live."""
+    return plan.with_name(plan.name + ".onnx")
 
 
 def load_engine_file(path: str | Path) -> EngineFile:
@@ -187,17 +203,30 @@ def read_plan(file: EngineFile) -> bytes:
     Raises:
         EngineError: The plan cannot be read, or its SHA-256 differs from the record's.
     """
+    return _checked("plan", file.path, file.sha256)
+
+
+def read_weights(file: EngineFile) -> bytes | None:
+    """Return the ONNX file with a stripped plan's weights, None if the plan has its own.
+
+    Raises:
+        EngineError: The file cannot be read, or its SHA-256 differs from the record's.
+    """
+    return None if file.weights is None else _checked("weights", weights_path(file.path), file.weights)
+
+
+def _checked(what: str, path: Path, sha256: str) -> bytes:
     try:
-        plan = file.path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise EngineError(f"Cannot read the plan {file.path}: {error.strerror}. Build the engine again.") from None
-    found = hashlib.sha256(plan).hexdigest()
-    if found != file.sha256:
+        raise EngineError(f"Cannot read the {what} {path}: {error.strerror}. Build the engine again.") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
         raise EngineError(
-            f"The plan {file.path} has SHA-256 {found[:12]}..., its record says {file.sha256[:12]}...: "
+            f"The {what} {path} has SHA-256 {found[:12]}..., its record says {sha256[:12]}...: "
             "truncated, edited or half-written. Build the engine again."
         )
-    return plan
+    return content
 
 
 def _from_record(plan: Path, record: dict[str, Any]) -> EngineFile:
@@ -220,6 +249,8 @@ def _from_record(plan: Path, record: dict[str, Any]) -> EngineFile:
         targets=tuple(record["targets"]),
         threads=None if record["threads"] is None else int(record["threads"]),
         optimisation=str(record["optimisation"]),
+        compute=str(record["compute"]),
+        weights=None if record["weights"] is None else str(record["weights"]),
     )
 
 
@@ -236,6 +267,30 @@ class Engine(Protocol):
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run the network once; see `engines.running.check_feeds` for what is refused."""
+
+    def loop(
+        self,
+        feeds: Mapping[str, npt.NDArray[Any]],
+        count: int,
+        feedback: Mapping[str, str],
+        noise: Mapping[str, Sequence[int]] = ...,
+        on_step: Callable[[int], None] = ...,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Run the network on its own outputs, all memory made once, on a GPU without waiting between iterations.
+
+        Args:
+            feeds: The first iteration's inputs; those in `noise` may be left out.
+            count: How many iterations.
+            feedback: Output name to the name of the input that it becomes in the next iteration.
+            noise: Input name to one seed a row: iteration i gets `philox.normals(seeds, i + 1, ...)`.
+            on_step: Told each iteration's number; on a GPU when it is asked for, which may be before it runs.
+
+        Returns:
+            The last iteration's outputs.
+
+        Raises:
+            EngineError: see `engines.running.check_feeds` and `check_loop`.
+        """
 
     def close(self) -> None:
         """Release the runtime's memory; closing twice is harmless."""

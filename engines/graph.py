@@ -12,17 +12,17 @@ import onnx
 from engines.base import TensorSpec
 from engines.errors import EngineError
 
-# Operators that multiply activations by weights: (kind, positions of the two factors, dtype of the arithmetic). The
-# second group is what ONNX Runtime's optimiser writes.
-MATRIX_OPS = {
-    "Conv": ("convolution", (0, 1), "float32"),
-    "ConvTranspose": ("convolution", (0, 1), "float32"),
-    "Gemm": ("matmul", (0, 1), "float32"),
-    "MatMul": ("matmul", (0, 1), "float32"),
-    "FusedConv": ("convolution", (0, 1), "float32"),
-    "FusedGemm": ("matmul", (0, 1), "float32"),
-    "FusedMatMul": ("matmul", (0, 1), "float32"),
-    "MatMulNBits": ("matmul", (0, 1), "float32"),
+# Operators that multiply activations by weights: (kind, positions of the two factors, dtype of the arithmetic, None if
+# it is that of the factors). All but the first four are what ONNX Runtime's optimiser writes.
+MATRIX_OPS: dict[str, tuple[str, tuple[int, int], str | None]] = {
+    "Conv": ("convolution", (0, 1), None),
+    "ConvTranspose": ("convolution", (0, 1), None),
+    "Gemm": ("matmul", (0, 1), None),
+    "MatMul": ("matmul", (0, 1), None),
+    "FusedConv": ("convolution", (0, 1), None),
+    "FusedGemm": ("matmul", (0, 1), None),
+    "FusedMatMul": ("matmul", (0, 1), None),
+    "MatMulNBits": ("matmul", (0, 1), None),
     "ConvInteger": ("convolution", (0, 1), "int8"),
     "MatMulInteger": ("matmul", (0, 1), "int8"),
     "MatMulIntegerToFloat": ("matmul", (0, 1), "int8"),

@@ -1,8 +1,8 @@
 """Build one TensorRT engine; run as a process of its own because the builder can take the process down with it.
 
 In: one JSON argument (the TensorRT module to import, the ONNX file, the plan to write, the log to write, the batch
-profile, the targets). Out: the plan, the verbose log with the layer list, and exit status 1 with an error line in
-the log when the model cannot be built.
+profile, the targets, whether to leave out the weights). Out: the plan, the verbose log with the layer list, and exit
+status 1 with an error line in the log when the model cannot be built.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ERROR_MARK = "[E] "
+PARSER = f"{ERROR_MARK}parser, "
 
 
 def make_logger(trt: Any, log: TextIO) -> Any:
@@ -39,10 +40,15 @@ def build_plan(trt: Any, job: dict[str, Any], log: TextIO) -> bool:
     if not parser.parse(Path(job["onnx"]).read_bytes()):
         for index in range(parser.num_errors):
             error = parser.get_error(index)
-            log.write(f"{ERROR_MARK}parser, node {error.node_name()!r} ({error.node_operator()}): {error.desc()}\n")
+            log.write(f"{PARSER}node {error.node_name()!r} ({error.node_operator()}): {error.desc()}\n")
         return False
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    no_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # what a captured CUDA graph needs
+    if no_allocation is not None:
+        config.set_flag(no_allocation)
+    if job["stripped"]:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     if job["targets"]:
         config.num_compute_capabilities = len(job["targets"])
         for index, target in enumerate(job["targets"]):

@@ -1,5 +1,10 @@
-"""ONNX Runtime on the CPU: the plan is the self-contained ONNX file itself, a session is made when it is opened."""
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU: the plan is the self-contained ONNX file itself.
 
+On the GPU (its CUDA execution provider) there are no INT8 convolutions: what is rounded to integers is made floats
+again and computed in FP16. It is for machines without TensorRT, and for comparison.
+"""
+
+import functools
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -7,12 +12,15 @@ from typing import Any
 
 import onnx
 
+from engines import philox
 from engines.base import Audit, EngineConfig, EngineFile, Kernel
+from engines.driver import no_gpu
 from engines.errors import EngineError
 from engines.graph import MATRIX_OPS, initializer_bytes, weight_layers
-from engines.running import OpenEngine
+from engines.running import Arrays, Loop, OpenEngine
 
 _LEVELS = {"basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _ERRORS_ONLY = 3
 
 
@@ -23,34 +31,106 @@ def missing() -> str | None:
     return None
 
 
-def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+def missing_cuda() -> str | None:
+    """Return why ONNX Runtime cannot be used on a GPU here, or None."""
+    if problem := missing() or no_gpu():
+        return problem
+    import onnxruntime
+
+    if _PROVIDERS["cuda"][0] not in onnxruntime.get_available_providers():
+        return "this ONNX Runtime is for CPUs: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+    return None
+
+
+def build(model: onnx.ModelProto, plan: Path, config: EngineConfig, *, device: str) -> Audit:
     """Write the plan and audit the graph ONNX Runtime's optimiser makes of it."""
     plan.write_bytes(model.SerializeToString(deterministic=True))
     with tempfile.TemporaryDirectory() as folder:
         optimised_path = Path(folder, "optimised.onnx")
-        _session(plan.read_bytes(), config.threads, config.optimisation, optimised_path)
+        _session(plan.read_bytes(), device, config.threads, config.optimisation, optimised_path)
         optimised = onnx.load(optimised_path)
     # Integer operators that survive in the optimised graph run as such; a float one fed by DequantizeLinear does not.
-    kernels = tuple(
-        Kernel(name=name, kind=MATRIX_OPS[node.op_type][0], precision=MATRIX_OPS[node.op_type][2])
-        for name, node in weight_layers(optimised).items()
-    )
+    kernels = []
+    for name, node in weight_layers(optimised).items():
+        kind, _, precision = MATRIX_OPS[node.op_type]
+        kernels.append(Kernel(name=name, kind=kind, precision=precision or str(config.compute)))
     memory = ", ".join(f"{dtype} {size}" for dtype, size in sorted(initializer_bytes(optimised).items()))
     return Audit(
-        kernels=kernels,
+        kernels=tuple(kernels),
         weight_bytes=initializer_bytes(model),
         note=f"Bytes as stored in the plan. After ONNX Runtime's optimiser the weights are: {memory}.",
     )
 
 
-def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
-    """Make a CPU session of the plan."""
-    session = _session(plan, file.threads, file.optimisation)
-    names = [spec.name for spec in file.outputs]
-    return OpenEngine(file, lambda feeds, batch: dict(zip(names, session.run(names, feeds), strict=True)))
+def open_plan(file: EngineFile, plan: bytes, *, device: str) -> OpenEngine:
+    """Make a session of the plan."""
+    session = _session(plan, device, file.threads, file.optimisation)
+    return OpenEngine(file, _SessionRunner(file, session, device))
 
 
-def _session(onnx_bytes: bytes, threads: int | None, optimisation: str, optimised: Path | None = None) -> Any:
+class _SessionRunner:
+    """An `engines.running.Runner`: all tensors stay on the device, and change places between iterations.
+
+    Args:
+        file: what was opened.
+        session: of its plan.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, file: EngineFile, session: Any, device: str) -> None:
+        self._file, self._session, self._device = file, session, device
+
+    def run(self, feeds: Arrays, batch: int) -> Arrays:
+        """Run once and return fresh arrays by output name."""
+        inputs, outputs = self._inputs(feeds), self._outputs(batch)
+        self._infer(inputs, outputs)
+        return _arrays(outputs)
+
+    def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
+        """Run `loop.count` times and return the last outputs."""
+        inputs, outputs = self._inputs(feeds), self._outputs(batch)
+        for i in range(loop.count):
+            if i:
+                for output, name in loop.feedback.items():
+                    inputs[name], outputs[output] = outputs[output], inputs[name]
+            for name, seeds in loop.noise.items():
+                inputs[name].update_inplace(philox.normals(seeds, i + 1, feeds[name].shape[1:]))
+            loop.on_step(i)
+            self._infer(inputs, outputs)
+        return _arrays(outputs)
+
+    def free(self) -> None:
+        """Release what the runtime holds."""
+        del self._session
+
+    def _infer(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        self._session.run_with_iobinding(binding)
+
+    def _inputs(self, feeds: Arrays) -> dict[str, Any]:
+        from onnxruntime import OrtValue
+
+        return {name: OrtValue.ortvalue_from_numpy(array.copy(), self._device, 0) for name, array in feeds.items()}
+
+    def _outputs(self, batch: int) -> dict[str, Any]:
+        from onnxruntime import OrtValue
+
+        make = functools.partial(OrtValue.ortvalue_from_shape_and_type, device_type=self._device)
+        return {spec.name: make(spec.at_batch(batch), spec.dtype) for spec in self._file.outputs}
+
+
+def _arrays(values: dict[str, Any]) -> Arrays:
+    """Copy to the host: on the CPU `numpy()` is a view of memory that goes with the value."""
+    return {name: value.numpy().copy() for name, value in values.items()}
+
+
+def _session(
+    onnx_bytes: bytes, device: str, threads: int | None, optimisation: str, optimised: Path | None = None
+) -> Any:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
@@ -62,7 +142,7 @@ def _session(onnx_bytes: bytes, threads: int | None, optimisation: str, optimise
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     try:
-        return onnxruntime.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(onnx_bytes, options, providers=_PROVIDERS[device])
     except (  # they share no base below Exception
         failures.Fail,
         failures.InvalidArgument,
@@ -72,3 +152,6 @@ def _session(onnx_bytes: bytes, threads: int | None, optimisation: str, optimise
         failures.RuntimeException,
     ) as error:
         raise EngineError(f"onnxruntime cannot load this model: {str(error).splitlines()[0]}") from None
+    if session.get_providers()[0] != _PROVIDERS[device][0]:  # it only logs that it goes on without the one asked for
+        raise EngineError("onnxruntime could not load its CUDA libraries; they must fit its version (see its log).")
+    return session

@@ -1,13 +1,16 @@
 """OpenVINO on the CPU: the plan is the self-contained ONNX file itself, compiled when the engine is opened.
 
-The ONNX file is kept, rather than OpenVINO's own blob, because it is smaller (INT4 stays packed) and compiling it
-takes about a second. Arithmetic outside the INT8 layers is pinned to FP32: a CPU with BF16 would otherwise use it,
-and the same plan would give other numbers on another machine. Each batch size is compiled on its own, when it is first
-used: with a fixed shape OpenVINO drops some fifty shape computations, a fifth of a small U-Net's time.
+The ONNX file is kept, rather than OpenVINO's own blob, because it is smaller (INT4 stays packed) and compiling it takes
+about a second. Arithmetic outside the INT8 layers is pinned to `compute`, float32 by default: a CPU with BF16 would
+otherwise use that, and the same plan would give other numbers on another machine. Each batch size is compiled on its
+own, when it is first used: with a fixed shape OpenVINO drops some fifty shape computations, a fifth of a small U-Net's
+time.
 """
 
 import functools
 import importlib.util
+import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,9 @@ from engines.audit import UNKNOWN, name_kernels
 from engines.base import Audit, EngineConfig, EngineFile, TensorSpec
 from engines.errors import EngineError
 from engines.graph import initializer_bytes, layer_kinds, tensor_specs
-from engines.running import Arrays, OpenEngine
+from engines.running import Arrays, HostRunner, OpenEngine
 
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _PRECISIONS = {"u8": "int8", "i8": "int8", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _MATRIX_LAYERS = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
 
@@ -35,7 +39,7 @@ def missing() -> str | None:
 def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
     """Write the plan and audit what OpenVINO makes of it on this CPU."""
     onnx_bytes = model.SerializeToString(deterministic=True)
-    compiled = _compile(onnx_bytes, tensor_specs(model)[0], config.batch[1], config.threads)
+    compiled = _compile(onnx_bytes, tensor_specs(model)[0], config.batch[1], config.threads, str(config.compute))
     plan.write_bytes(onnx_bytes)
     layers = layer_kinds(model)
     precisions: dict[str, set[str]] = {}
@@ -61,25 +65,53 @@ def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
 
 def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
     """Compile the plan for this CPU, at the best batch now and at others when they come."""
-
-    @functools.cache
-    def request(batch: int) -> Any:
-        return _compile(plan, file.inputs, batch, file.threads).create_infer_request()
-
-    request(file.batch[1])
-
-    def run(feeds: Arrays, batch: int) -> Arrays:
-        # Inputs are only read, so they are shared; outputs are copied because the next call reuses their memory.
-        results = request(batch).infer(feeds, share_inputs=True, share_outputs=False)
-        return {spec.name: results[spec.name] for spec in file.outputs}
-
-    return OpenEngine(file, run)
-
-
-def _compile(onnx_bytes: bytes, inputs: tuple[TensorSpec, ...], batch: int, threads: int | None) -> Any:
     import openvino
 
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    batched = {spec.name for spec in (*file.inputs, *file.outputs) if None in spec.shape}
+
+    @functools.cache
+    def requests(batch: int) -> list[Any]:
+        streams = _streams(batch, file.threads)
+        compiled = _compile(plan, file.inputs, batch // streams, file.threads, file.compute, streams)
+        return [compiled.create_infer_request() for _ in range(streams)]
+
+    requests(file.batch[1])
+
+    def infer(inputs: Arrays, outputs: Arrays) -> None:
+        batch = next((inputs[spec.name].shape[0] for spec in file.inputs if None in spec.shape), 1)
+        asked = requests(batch)
+        share = batch // len(asked)
+        for i, request in enumerate(asked):
+            for name, array in {**inputs, **outputs}.items():
+                part = array[i * share : (i + 1) * share] if name in batched else array
+                if name in batched or name in inputs or i == 0:  # only one may write what all of them compute
+                    request.set_tensor(name, openvino.Tensor(part, shared_memory=True))
+            request.start_async()
+        for request in asked:
+            request.wait()
+
+    return OpenEngine(file, HostRunner(file, infer))
+
+
+def _streams(batch: int, threads: int | None) -> int:
+    """Return into how many equal parts a batch is cut, which run beside each other on a share of the threads.
+
+    Cores that work on images of their own wait for each other only once a call, not in every layer.
+    """
+    return math.gcd(batch, threads or os.cpu_count() or 1)
+
+
+def _compile(
+    onnx_bytes: bytes,
+    inputs: tuple[TensorSpec, ...],
+    batch: int,
+    threads: int | None,
+    compute: str,
+    streams: int = 1,
+) -> Any:
+    import openvino
+
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[compute], "NUM_STREAMS": streams}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:

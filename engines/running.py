@@ -1,16 +1,82 @@
-"""Calling an open engine: the checks before every call and the lifetime around them, the same for all backends."""
+"""Calling an open engine, once or in a loop: what is the same for all backends.
 
-from collections.abc import Callable, Mapping
+A loop runs the network on its own outputs. Arrays are made once: what an iteration wrote, the next one reads, and two
+sets of them change places.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from engines import philox
 from engines.base import EngineFile
 from engines.errors import EngineError
 
 Arrays = dict[str, npt.NDArray[Any]]
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """How a network runs on its own outputs; see `Engine.loop`."""
+
+    count: int
+    feedback: Mapping[str, str]
+    noise: Mapping[str, Sequence[int]]
+    on_step: OnStep
+
+
+class Runner(Protocol):
+    """What a backend makes of a plan. Inputs are checked and contiguous; `batch` is their batch size."""
+
+    def run(self, feeds: Arrays, batch: int) -> Arrays:
+        """Run once and return fresh arrays by output name."""
+
+    def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
+        """Run `loop.count` times and return the last outputs."""
+
+    def free(self) -> None:
+        """Release what the runtime holds."""
+
+
+class HostRunner:
+    """A `Runner` for a runtime that works in the host's memory.
+
+    Args:
+        file: What was opened.
+        infer: Runs the network once on contiguous inputs, and writes to the outputs it is given.
+    """
+
+    def __init__(self, file: EngineFile, infer: Callable[[Arrays, Arrays], None]) -> None:
+        self._file = file
+        self._infer = infer
+
+    def run(self, feeds: Arrays, batch: int) -> Arrays:
+        """Run once and return fresh arrays by output name."""
+        outputs = {spec.name: np.empty(spec.at_batch(batch), spec.dtype) for spec in self._file.outputs}
+        self._infer(feeds, outputs)
+        return outputs
+
+    def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
+        """Run `loop.count` times and return the last outputs."""
+        inputs = {name: array.copy() for name, array in feeds.items()}
+        outputs = {spec.name: np.empty(spec.at_batch(batch), spec.dtype) for spec in self._file.outputs}
+        for i in range(loop.count):
+            if i:
+                for output, name in loop.feedback.items():
+                    inputs[name], outputs[output] = outputs[output], inputs[name]
+            for name, seeds in loop.noise.items():
+                inputs[name][:] = philox.normals(seeds, i + 1, inputs[name].shape[1:])
+            loop.on_step(i)
+            self._infer(inputs, outputs)
+        return outputs
+
+    def free(self) -> None:
+        """Release what the runtime holds: it goes with the last reference to this."""
 
 
 class OpenEngine:
@@ -18,31 +84,48 @@ class OpenEngine:
 
     Args:
         file: What was opened.
-        run: Takes checked, contiguous inputs and the batch size, returns fresh arrays by output name.
-        release: Frees what the runtime holds; dropping the last reference to `run` suffices for most.
+        runner: What the backend made of it.
     """
 
-    def __init__(
-        self, file: EngineFile, run: Callable[[Arrays, int], Arrays], release: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, file: EngineFile, runner: Runner) -> None:
         self.inputs = file.inputs
         self.outputs = file.outputs
         self._file = file
-        self._run: Callable[[Arrays, int], Arrays] | None = run
-        self._release = release
+        self._runner: Runner | None = runner
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Run the network once."""
-        if self._run is None:
-            raise EngineError(f"The engine {self._file.path} is closed; open it again.")
+        runner = self._open()
         batch = check_feeds(self._file, feeds)
-        return self._run({name: np.ascontiguousarray(array) for name, array in feeds.items()}, batch)
+        return runner.run(_contiguous(feeds), batch)
+
+    def loop(
+        self,
+        feeds: Mapping[str, npt.NDArray[Any]],
+        count: int,
+        feedback: Mapping[str, str],
+        noise: Mapping[str, Sequence[int]] = {},
+        on_step: OnStep = lambda step: None,
+    ) -> Arrays:
+        """Run the network `count` times on its own outputs."""
+        runner = self._open()
+        blank = {spec.name: spec for spec in self.inputs if spec.name in noise and spec.name not in feeds}
+        rows = {name: np.zeros(spec.at_batch(len(noise[name])), spec.dtype) for name, spec in blank.items()}
+        batch = check_feeds(self._file, {**feeds, **rows})
+        check_loop(self._file, batch, count, feedback, noise)
+        how = Loop(count=count, feedback=feedback, noise=noise, on_step=on_step)
+        return runner.loop(_contiguous({**feeds, **rows}), batch, how)
 
     def close(self) -> None:
         """Release the runtime's memory."""
-        if self._run is not None:
-            self._run = None
-            self._release()
+        if self._runner is not None:
+            self._runner.free()
+            self._runner = None
+
+    def _open(self) -> Runner:
+        if self._runner is None:
+            raise EngineError(f"The engine {self._file.path} is closed; open it again.")
+        return self._runner
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +134,32 @@ class OpenEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _contiguous(feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+
+
+def check_loop(
+    file: EngineFile, batch: int, count: int, feedback: Mapping[str, str], noise: Mapping[str, Sequence[int]]
+) -> None:
+    """Check what `Engine.loop` is asked for.
+
+    Raises:
+        EngineError: No iterations, or tensors that are not there, do not fit each other, or lack a seed for each row.
+    """
+    if count < 1:
+        raise EngineError(f"Found a loop of {count} iterations; ask for 1 or more.")
+    inputs = {spec.name: (spec.dtype, spec.shape) for spec in file.inputs}
+    outputs = {spec.name: (spec.dtype, spec.shape) for spec in file.outputs}
+    for output, name in feedback.items():
+        if output not in outputs or name not in inputs or outputs[output] != inputs[name]:
+            raise EngineError(
+                f"Output {output!r} {outputs.get(output)} cannot be fed back to input {name!r} {inputs.get(name)}."
+            )
+    for name, seeds in noise.items():
+        if name not in inputs or inputs[name][0] != "float32" or len(seeds) != batch:
+            raise EngineError(f"Input {name!r} {inputs.get(name)} cannot take noise of {len(seeds)} seeds at {batch}.")
 
 
 def check_feeds(file: EngineFile, feeds: Mapping[str, npt.NDArray[Any]]) -> int:

@@ -7,6 +7,7 @@ import onnx
 
 from engines import nvinfer
 from engines.base import Audit, EngineConfig, EngineFile
+from engines.driver import no_gpu
 from engines.running import OpenEngine
 
 
@@ -14,7 +15,7 @@ def cannot_build() -> str | None:
     """Return why no plan can be built here, or None; the builder times kernels, so it needs the GPU."""
     if importlib.util.find_spec("tensorrt") is None:
         return "tensorrt is not installed: pip install tensorrt"
-    return nvinfer.no_gpu()
+    return no_gpu()
 
 
 def cannot_run() -> str | None:

@@ -11,6 +11,7 @@ from engines.errors import EngineError
 from engines.running import OpenEngine
 
 # What TensorRT-RTX 1.7 can build for. The builder only logs a target it does not know, and goes on without it.
+FLOAT8_TARGETS = ("sm89", "sm120", "sm121")
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 
@@ -34,6 +35,9 @@ def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
     """
     if unknown := [target for target in config.targets if target not in TARGETS]:
         raise EngineError(f"Unknown tensorrt-rtx targets {unknown}. Choose from {list(TARGETS)}.")
+    old = [target for target in config.targets or ("a portable engine",) if target not in FLOAT8_TARGETS]
+    if old and any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+        raise EngineError(f"FP8 needs a later GPU than {old[0]}. Give targets of {list(FLOAT8_TARGETS)} only.")
     return nvinfer.build("tensorrt_rtx", model, plan, config)
 
 

@@ -3,11 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gaq_export import __version__, terminal
+
+if TYPE_CHECKING:
+    from gaq_export.schedule import SamplerSpec
 
 app = typer.Typer(
     name="gaq-export",
@@ -22,6 +25,13 @@ Weights = Annotated[
     str | None,
     typer.Option(help="Local diffusers folder, or 'random' (meaningless pictures, for trying build and speed)."),
 ]
+GraphKind = Annotated[
+    str, typer.Option(help="step (whole denoising steps of one sampler) or eps (the network alone, for any sampler).")
+]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps, instead of the calibration's or the engine's.")]
+SamplerName = Annotated[str | None, typer.Option(help="ddim, ddpm or dpmpp-2m, instead of the calibration's.")]
+Spacing = Annotated[str | None, typer.Option(help="uniform or quad, instead of the calibration's.")]
+Eta = Annotated[float | None, typer.Option(help="Noise that DDIM adds, 0 to 1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 
 
@@ -55,7 +65,10 @@ def calibrate(
     ] = "deploy",
     keep_float: Annotated[list[str] | None, typer.Option(help="Pattern of further layers to keep float.")] = None,
     per_step_ranges: Annotated[
-        bool, typer.Option("--per-step-ranges", help="Activation scales of each sampling step's own (TFMQ-DM).")
+        bool, typer.Option("--per-step-ranges", help="Activation grids of each sampling step's own (TFMQ-DM).")
+    ] = False,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="0 in the middle of every activation grid: coarser, fewer GPU kernels.")
     ] = False,
     images: Annotated[int | None, typer.Option(help="Trajectories to collect, instead of the preset's.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Iterations a block, instead of the preset's.")] = None,
@@ -80,6 +93,7 @@ def calibrate(
             convention=convention,
             keep_float=tuple(keep_float or ()),
             per_step=per_step_ranges,
+            symmetric=symmetric,
             seed=seed,
         )
         if images is not None:
@@ -101,14 +115,37 @@ def calibrate(
 def build_engine(
     run: RunFolder = Path("gaq-run"),
     backend: Annotated[
-        str | None, typer.Option(help="openvino, onnxruntime, tensorrt-rtx or tensorrt; the best present by default.")
+        str | None,
+        typer.Option(
+            help="tensorrt, tensorrt-rtx, openvino, onnxruntime or onnxruntime-cuda; the best present by default. "
+            "onnxruntime-cuda has no INT8 convolutions: it rounds as the others do and computes in FP16."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The engine file; its record is written beside it.")] = Path("unet.plan"),
     batch: Annotated[str, typer.Option(help="Smallest, best and largest batch.")] = "1,4,16",
+    graph: GraphKind = "step",
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
     target: Annotated[
         list[str] | None, typer.Option(help="GPU generation such as sm89 (tensorrt-rtx only); portable by default.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads (openvino, onnxruntime).")] = None,
+    compute: Annotated[
+        str | None,
+        typer.Option(
+            help="What is not integer: float32, bfloat16 or float16; float16 for TensorRT, float32 elsewhere."
+        ),
+    ] = None,
+    numbers: Annotated[
+        str,
+        typer.Option(help="int8, or fp8: E4M3 numbers in place of integers (TensorRT, sm89 and later)."),
+    ] = "int8",
+    strip_weights: Annotated[
+        bool,
+        typer.Option("--strip-weights", help="Put them in an ONNX file beside the plan (TensorRT, with a GPU)."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Emit the quantized graph, build an engine, audit its layers and check it against PyTorch."""
@@ -126,8 +163,11 @@ def build_engine(
             batch=(least, best, most),
             targets=tuple(target or ()),
             threads=threads,
+            compute=compute,
+            stripped=strip_weights,
         )
-        built = pipeline.build_engine(folder=run, out=out, config=config)
+        spec = _changed(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
+        built = pipeline.build_engine(folder=run, out=out, config=config, graph=graph, sampler=spec, numbers=numbers)
         if not quiet:
             terminal.print_audit(built)
         typer.echo(
@@ -143,10 +183,10 @@ def sample(
     num: Annotated[int, typer.Option("--num", "-n", help="Number of images.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the first image; image i has seed + i.")] = 0,
     batch: Annotated[int | None, typer.Option(help="Images at a time; the engine's best by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps, instead of the engine file's.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim or ddpm, instead of the engine file's.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="uniform or quad, instead of the engine file's.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise that DDIM adds, 0 to 1.")] = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also draw with the float model, side by side.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     quiet: Quiet = False,
@@ -157,9 +197,8 @@ def sample(
         from gaq_export import pipeline
         from gaq_export.schedule import SamplerSpec
 
-        wishes = {"steps": steps, "name": sampler, "spacing": spacing, "eta": eta}
-        asked = {key: value for key, value in wishes.items() if value is not None}
-        spec = SamplerSpec.from_json({**engines.load_engine_file(engine).about["sampler"], **asked}) if asked else None
+        own = SamplerSpec.from_json(engines.load_engine_file(engine).about["sampler"])
+        spec = _changed(own, steps=steps, name=sampler, spacing=spacing, eta=eta)
         with terminal.Bars(quiet) as bars:
             drawn = pipeline.sample(
                 engine, num=num, seed=seed, batch=batch, sampler=spec, out=out, compare=compare, on_step=bars.sample
@@ -175,14 +214,15 @@ def sample(
 @app.command()
 def export(
     run: RunFolder = Path("gaq-run"),
-    profile: Annotated[str, typer.Option(help="reference, trt, openvino or ort-cpu.")] = "reference",
+    profile: Annotated[str, typer.Option(help="reference, trt, trt-fp8, openvino, ort-cpu or ort-cuda.")] = "reference",
+    graph: GraphKind = "step",
     out: Annotated[Path | None, typer.Option(help="ONNX file; in the run folder by default.")] = None,
 ) -> None:
     """Write the quantized ONNX graph alone, for other tools."""
     with _one_line_errors():
         from gaq_export import pipeline
 
-        typer.echo(pipeline.export_onnx(profile, folder=run, out=out))
+        typer.echo(pipeline.export_onnx(profile, graph=graph, folder=run, out=out).path)
 
 
 @app.command()
@@ -202,6 +242,23 @@ def inspect(
         with terminal.Bars(quiet) as bars:
             path = pipeline.inspect(folder=run, out=out, block=block, images=images, on_step=bars.inspect)
         typer.echo(path)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what is installed, which backends can build and run here, and what is missing for the others."""
+    with _one_line_errors():
+        import json
+
+        from gaq_export.checkup import checkup
+
+        found = checkup()
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=1))
+        else:
+            terminal.print_checkup(found)
 
 
 @app.command()
@@ -227,6 +284,14 @@ def _one_line_errors() -> Iterator[None]:
     except user_errors() as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+
+
+def _changed(own: "SamplerSpec", **asked: object) -> "SamplerSpec | None":
+    """Return `own` with what was asked for put in, None if that is nothing."""
+    from dataclasses import replace
+
+    wishes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    return replace(own, **wishes) if wishes else None
 
 
 def _warn_if_meaningless(meaningless: bool) -> None:

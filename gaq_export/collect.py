@@ -57,7 +57,7 @@ def collect(
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
     groups = -(-images // GROUP)
-    identity = hashlib.sha256(f"{model.fingerprint}:{spec}:{seed}:{model.shape}:{GROUP}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox".encode()).hexdigest()
     parts = []
     for g in range(groups):
         path = folder / f"{g:04d}.safetensors" if folder else None

@@ -52,7 +52,7 @@ class LayerRange:
     Attributes:
         covered: least, median and largest share over the channels: scale * largest code / max|w| of the channel.
             At 1 the grid just reaches max|w|; the most negative code lies one scale further out.
-        input_reach: scale * largest code of the input's grid, in the activations' own unit.
+        input_reach: the largest value of the input's grid, in the activations' own unit.
     """
 
     name: str
@@ -197,7 +197,7 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
                 weight_bits=q.weight_bits,
                 covered=(float(covered.min()), float(covered.median()), float(covered.max())),
                 input_bits=q.input.bits,
-                input_reach=q.input.scale * integer_range(q.input.bits)[1],
+                input_reach=q.input.scale * (integer_range(q.input.bits)[1] - min(q.input.zero)),
             )
         )
     return tuple(found)

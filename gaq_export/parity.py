@@ -2,9 +2,10 @@
 
 Two correct implementations never agree to the last bit, and where a value sits on a rounding edge a difference in its
 seventh digit moves it by a whole quantization step, which moves others. So a quantized network has a resolution: the
-SQNR it has against itself when the input of every quantized layer changes by one part in a million. No engine can be
-expected to come closer than that, and at the last sampling steps it can be far below 40 dB. An engine passes if every
-step reaches its floor or comes within `margin_db` of the network's own resolution.
+SQNR it has against itself when the input of every quantized layer changes by one part in a million (or, where the
+engine's floats have 16 bits, by about their rounding error). No engine can be expected to come closer than that, and at
+the last sampling steps it can be far below 40 dB. An engine passes if every step reaches its floor or comes within
+`margin_db` of the network's own resolution.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from calib.data import CalibrationSet
 from gaq_export.denoiser import Denoiser
 
 IMAGES = 4  # of each checked step
-PERTURBATION = 1e-6
+PERTURBATION = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}  # of the input of every layer, relative
 DRAWS = 8  # perturbations to try before a step fails: in a small network a value on the edge is a matter of luck
 
 
@@ -39,7 +40,9 @@ class Tolerance:
 TOLERANCES: Mapping[str, Tolerance] = {
     "reference": Tolerance(floor_db=40.0, margin_db=6.0),
     "trt": Tolerance(floor_db=40.0, margin_db=6.0),
+    "trt-fp8": Tolerance(floor_db=40.0, margin_db=6.0),
     "openvino": Tolerance(floor_db=40.0, margin_db=6.0),
+    "ort-cuda": Tolerance(floor_db=40.0, margin_db=6.0),
     "ort-cpu": Tolerance(floor_db=30.0, margin_db=20.0),
 }
 
@@ -85,6 +88,7 @@ def compare(
     data: CalibrationSet,
     tolerance: Tolerance,
     *,
+    compute: str = "float32",
     steps: int = 10,
     images: int = IMAGES,
 ) -> Parity:
@@ -96,6 +100,7 @@ def compare(
         other: engine.
         data: calibration samples to take the inputs from.
         tolerance: what `Parity.passed` asks.
+        compute: type of the engine's floats, a key of `PERTURBATION`.
         steps: how many sampling steps, evenly spaced.
         images: how many images of each.
     """
@@ -110,7 +115,7 @@ def compare(
             measured.append(sqnr_db(expected, other(sample.x, sample.t)))
             lowest = 200.0
             for draw in range(DRAWS):
-                with perturbed(reference, layers, seed=DRAWS * int(step) + draw):
+                with perturbed(reference, layers, PERTURBATION[compute], seed=DRAWS * int(step) + draw):
                     lowest = min(lowest, sqnr_db(expected, reference(sample.x, sample.t)))
                 if measured[-1] >= tolerance.required_db(lowest):
                     break
@@ -124,8 +129,8 @@ def compare(
 
 
 @contextmanager
-def perturbed(network: nn.Module, layers: Iterable[str], seed: int) -> Iterator[None]:
-    """Add noise to the input of each layer, before it is rounded; its size is relative to the input's root mean square.
+def perturbed(network: nn.Module, layers: Iterable[str], relative: float, seed: int) -> Iterator[None]:
+    """Add noise to the input of each layer, before it is rounded, of a size `relative` to its root mean square.
 
     The network's own input alone would not do: runtimes differ in every layer.
     """
@@ -133,7 +138,7 @@ def perturbed(network: nn.Module, layers: Iterable[str], seed: int) -> Iterator[
 
     def nudge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        size = PERTURBATION * x.square().mean().sqrt()
+        size = relative * x.square().mean().sqrt()
         return x + size * torch.randn(x.shape, generator=generator), *args[1:]
 
     handles = [network.get_submodule(name).register_forward_pre_hook(nudge, prepend=True) for name in layers]

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,20 +27,22 @@ from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from engines import EngineConfig, EngineFile
-from gaq_export import inspection, page, parity, provenance, samples
+from gaq_export import drawing, inspection, page, parity, provenance, samples
 from gaq_export import run as runs
 from gaq_export.collect import collect
-from gaq_export.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
+from gaq_export.group_norm import open_group_norms
+from gaq_export.half import compute_in
 from gaq_export.models import LoadedModel, load_model, wrap
 from gaq_export.onnx_export import export_float
 from gaq_export.parity import TOLERANCES, Parity
 from gaq_export.presets import Preset, preset
-from gaq_export.profiles import find_profile
+from gaq_export.profiles import PROFILES, find_profile
 from gaq_export.qdq import insert_qdq, save_onnx
 from gaq_export.run import Run
 from gaq_export.samples import Sampled
 from gaq_export.schedule import SamplerSpec
+from gaq_export.stepgraph import make_step
 
 __all__ = [
     "Built",
@@ -55,6 +57,25 @@ __all__ = [
     "sample",
     "wrap",
 ]
+
+
+# Graph to what it computes.
+GRAPHS = {
+    "step": "one whole denoising step of a fixed sampler: (x, step) -> x_next",
+    "eps": "the network alone, for any sampler: (x, t) -> eps",
+}
+
+
+# What weights and activations are rounded to, and what that makes of a backend's profile.
+NUMBERS = {"int8": "", "fp8": "-fp8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An ONNX file, and the modules of the network that are tables in it."""
+
+    path: Path
+    baked: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +148,22 @@ def calibrate(
 
 
 def export_onnx(
-    profile: str, *, folder: str | Path = runs.DEFAULT, model: LoadedModel | None = None, out: Path | None = None
-) -> Path:
-    """Write the quantized graph of one profile and return its path.
+    profile: str,
+    *,
+    graph: str = "step",
+    sampler: SamplerSpec | None = None,
+    compute: str = "float32",
+    folder: str | Path = runs.DEFAULT,
+    model: LoadedModel | None = None,
+    out: Path | None = None,
+) -> Exported:
+    """Write the quantized graph of one profile.
 
     Args:
         profile: a key of `gaq_export.profiles.PROFILES`.
+        graph: a key of `GRAPHS`.
+        sampler: whose steps a "step" graph takes; the plan's if None.
+        compute: type of what is not integer, a key of `gaq_export.half.COMPUTE`.
         folder: run folder with a finished plan.
         model: the float model; found again from the plan if None.
         out: where to write; a file in the run folder if None.
@@ -140,13 +171,25 @@ def export_onnx(
     Raises:
         GaqError, CalibError: no plan, another model, or a graph that does not hold all its layers.
     """
+    if graph not in GRAPHS:
+        raise GaqError(f"Unknown graph {graph!r}. Choose one of {list(GRAPHS)}.")
     run, wishes = Run(folder=Path(folder)), find_profile(profile)
     plan = load_plan(run.plan)
     model = provenance.model_of(plan.about, model)
-    graph = insert_qdq(export_float(model.network, model.shape), plan, wishes)
-    path = out or run.onnx(profile)
-    save_onnx(graph, path)
-    return path
+    network = export_float(model.network, model.shape)
+    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
+    step = make_step(network, model.schedule, spec) if graph == "step" else None
+    path = out or run.onnx(profile, graph)
+    insert_qdq(network, plan, wishes, step)
+    if wishes.open_group_norms:
+        open_group_norms(network)
+    save_onnx(compute_in(network, compute), path)
+    return Exported(path=path, baked=tuple(sorted(step.baked)) if step else ())
+
+
+def sampler_of(folder: str | Path = runs.DEFAULT) -> SamplerSpec:
+    """Return the sampler that the calibration in the run folder followed; raise CalibError if there is none."""
+    return SamplerSpec.from_json(load_plan(Run(folder=Path(folder)).plan).about["sampler"])
 
 
 def build_engine(
@@ -154,6 +197,9 @@ def build_engine(
     folder: str | Path = runs.DEFAULT,
     out: str | Path = "unet.plan",
     config: EngineConfig | None = None,
+    graph: str = "step",
+    sampler: SamplerSpec | None = None,
+    numbers: str = "int8",
     model: LoadedModel | None = None,
 ) -> Built:
     """Build an engine from the run's plan, audit it, and check it against fake-quantized PyTorch on the same inputs.
@@ -164,10 +210,14 @@ def build_engine(
         folder: run folder with a finished plan.
         out: the engine file; its record goes to `<out>.json`.
         config: backend and batch profile; the best backend present if None.
+        graph: a key of `GRAPHS`.
+        sampler: what it will draw with; the plan's if None.
+        numbers: a key of `NUMBERS`; "fp8" for TensorRT and plans of 8-bit activations only.
         model: the float model; found again from the plan if None.
 
     Raises:
-        GaqError, CalibError, EngineError: no plan, no backend, a failed build, or an engine below the parity floor.
+        GaqError, CalibError, EngineError: no plan, no backend, numbers that it does not take, a failed build, or an
+            engine below the parity floor.
     """
     run, out = Run(folder=Path(folder)), Path(out)
     config = config or EngineConfig(backend=engines.best_backend())
@@ -175,16 +225,33 @@ def build_engine(
     if reason := backend.can_build():
         raise GaqError(f"{backend.name} cannot build here: {reason}")
     plan = load_plan(run.plan)
+    profile = _profile(backend, numbers, plan)
     model = provenance.model_of(plan.about, model)
     bits = f"W{plan.config.weight.bits}A{plan.config.activation.bits}"
-    about = {**plan.about, "bits": bits, "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)}}
+    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
+    about = {
+        **plan.about,
+        "sampler": spec.to_json(),
+        "graph": graph,
+        "bits": bits,
+        "numbers": numbers,
+        "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)},
+    }
     with _staging(out) as staged:
-        graph = export_onnx(backend.profile, folder=run.folder, model=model)
-        file = engines.build(graph, staged / out.name, config, about)
+        exported = export_onnx(
+            profile,
+            graph=graph,
+            sampler=spec,
+            compute=backend.compute(config.compute) if backend.typed else "float32",
+            folder=run.folder,
+            model=model,
+        )
+        about["baked"] = exported.baked
+        file = engines.build(exported.path, staged / out.name, config, about)
         not_run = backend.can_run()
-        checked = None if not_run else _check(file, plan, model, run, backend.profile)
-        for name in (out.name, f"{out.name}.json"):
-            os.replace(staged / name, out.with_name(name))
+        checked = None if not_run else _check(file, plan, model, run, profile)
+        for made in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):  # the record last
+            os.replace(made, out.with_name(made.name))
     runs.note(
         run,
         "build-engine",
@@ -214,20 +281,21 @@ def sample(
         num: number of images; image i has seed `seed + i`.
         seed: of the first image.
         batch: images at a time, within the engine's profile; its best batch if None.
-        sampler: how to draw; what the engine file says if None.
+        sampler: how to draw; what the engine file says if None. An engine of steps knows no other.
         out: folder for the pictures.
         compare: draw the same images with the float model too, side by side with PSNR.
         model: the float model for `compare`; found again from the engine file if None.
         on_step: told who draws ("engine" or "float") and how many network calls are done, of how many.
 
     Raises:
-        GaqError, EngineError: no images asked for, a batch outside the profile, an engine that cannot run here.
+        GaqError, EngineError: no images asked for, a batch outside the profile, a sampler that the engine does not
+            have, an engine that cannot run here.
     """
     for what, count in (("images to draw", num), ("images at a time", batch)):
         if count is not None and count < 1:
             raise GaqError(f"Found {count} {what}; ask for 1 or more.")
     file = engines.load_engine_file(engine)
-    spec = sampler or SamplerSpec.from_json(file.about["sampler"])
+    spec = drawing.sampler_of(file, sampler)
     schedule, shape = provenance.schedule_of(file.about), provenance.shape_of(file.about)
     size = file.batch[1] if batch is None else batch
     seeds = tuple(range(seed, seed + num))
@@ -235,11 +303,13 @@ def sample(
     float_model = provenance.model_of(file.about, model) if compare else None
     with engines.open_engine(file) as opened:
         started = time.perf_counter()
-        drawn = samples.draw(engine_denoiser(opened), seeds, size, shape, schedule, spec, partial(on_step, "engine"))
+        some = drawing.by_engine(opened, file, schedule, shape, spec)
+        drawn = samples.draw(some, seeds, size, spec.steps, partial(on_step, "engine"))
         seconds = time.perf_counter() - started
     reference = None
     if float_model is not None:
-        reference = samples.draw(float_model.network, seeds, size, shape, schedule, spec, partial(on_step, "float"))
+        some = drawing.by_network(float_model.network, schedule, shape, spec)
+        reference = samples.draw(some, seeds, size, spec.steps, partial(on_step, "float"))
     return samples.write(Path(out), file, spec, seeds, drawn, reference, seconds)
 
 
@@ -287,18 +357,33 @@ def inspect(
     return path
 
 
+def _profile(backend: engines.Backend, numbers: str, plan: QuantPlan) -> str:
+    """Return the profile of the backend's graph; raise GaqError if it has none of such numbers."""
+    if numbers not in NUMBERS:
+        raise GaqError(f"Unknown numbers {numbers!r}. Choose one of {list(NUMBERS)}.")
+    profile = backend.profile + NUMBERS[numbers]
+    if profile not in PROFILES:
+        raise GaqError(f"{backend.name} does not compute in {numbers}; tensorrt and tensorrt-rtx do.")
+    if numbers == "fp8" and plan.config.activation.bits != 8:
+        raise GaqError(f"FP8 has 8 bits, this plan's activations {plan.config.activation.bits}: use --numbers int8.")
+    return profile
+
+
 def _check(file: EngineFile, plan: QuantPlan, model: LoadedModel, run: Run, profile: str) -> Parity:
     """Compare the engine with fake-quantized PyTorch on calibration samples; raise GaqError below the floor."""
-    spec = SamplerSpec.from_json(plan.about["sampler"])
+    spec = drawing.sampler_of(file, None)
     count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
-    data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=run.calibration)
+    folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
+    data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
+    left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
     with engines.open_engine(file) as opened:
         result = parity.compare(
-            fake_quantized(model.network, plan),
-            plan.layers,
-            engine_denoiser(opened),
+            fake_quantized(model.network, replace(plan, layers=left), float8=find_profile(profile).float8),
+            left,
+            drawing.noise_of(opened, file, model.schedule),
             data,
             TOLERANCES[profile],
+            compute=file.compute,
             images=count,
         )
     if not result.passed:

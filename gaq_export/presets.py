@@ -60,6 +60,7 @@ def preset(
     convention: str = "deploy",
     keep_float: tuple[str, ...] = (),
     per_step: bool = False,
+    symmetric: bool = False,
     seed: int = 0,
 ) -> Preset:
     """Return the preset `name` with the user's choices filled in.
@@ -75,7 +76,7 @@ def preset(
     config = replace(
         c,
         weight=replace(c.weight, bits=wbits),
-        activation=replace(c.activation, bits=abits, per_step=per_step),
+        activation=replace(c.activation, bits=abits, per_step=per_step, symmetric=symmetric),
         omega=replace(c.omega, rule=omega),
         convention=convention,
         keep_float=keep_float,

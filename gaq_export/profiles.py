@@ -7,7 +7,7 @@ INT4 -> DequantizeLinear(1) -> Cast(INT8) -> DequantizeLinear(per channel), whic
 graphs differ from TensorRT's only in that they may hold unsigned codes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gaq_export.errors import GaqError
 
@@ -18,23 +18,74 @@ class QdqProfile:
 
     Attributes:
         unsigned: activations as UINT8 with zero point 128 (a lossless re-encoding of symmetric INT8).
+        factors_behind: what moves and stretches an activation onto its grid is undone behind the layer, so that the
+            layer sees a symmetric grid; or else before it.
+        zero_points: takes a zero point other than the middle, where it is the same at every step.
         quantize_outputs: Q/DQ behind convolutions and fully connected layers too.
         unsigned_products: takes unsigned codes with zero point 0, as the probabilities inside attention have.
+        open_group_norms: GroupNorm as `gaq_export.group_norm` writes it.
         int4: form of weights of 4 bits and fewer: "cast" or "direct" (both packed two a byte), or "expand" (INT8).
+        float8: E4M3 numbers in place of integers, weights and activations both.
     """
 
     unsigned: bool
+    factors_behind: bool
+    zero_points: bool
     quantize_outputs: bool
     unsigned_products: bool
+    open_group_norms: bool
     int4: str
+    float8: bool = False
 
 
 PROFILES: dict[str, QdqProfile] = {
-    "reference": QdqProfile(unsigned=False, quantize_outputs=False, unsigned_products=True, int4="direct"),
-    "trt": QdqProfile(unsigned=False, quantize_outputs=False, unsigned_products=False, int4="cast"),
-    "openvino": QdqProfile(unsigned=False, quantize_outputs=False, unsigned_products=True, int4="cast"),
-    "ort-cpu": QdqProfile(unsigned=True, quantize_outputs=True, unsigned_products=True, int4="expand"),
+    "reference": QdqProfile(
+        unsigned=False,
+        factors_behind=True,
+        zero_points=False,
+        quantize_outputs=False,
+        unsigned_products=True,
+        open_group_norms=False,
+        int4="direct",
+    ),
+    "trt": QdqProfile(
+        unsigned=False,
+        factors_behind=True,
+        zero_points=False,
+        quantize_outputs=False,
+        unsigned_products=False,
+        open_group_norms=False,
+        int4="cast",
+    ),
+    "openvino": QdqProfile(
+        unsigned=False,
+        factors_behind=True,
+        zero_points=True,
+        quantize_outputs=False,
+        unsigned_products=True,
+        open_group_norms=True,
+        int4="cast",
+    ),
+    "ort-cpu": QdqProfile(
+        unsigned=True,
+        factors_behind=False,
+        zero_points=True,
+        quantize_outputs=True,
+        unsigned_products=True,
+        open_group_norms=False,
+        int4="expand",
+    ),
+    "ort-cuda": QdqProfile(
+        unsigned=False,
+        factors_behind=True,
+        zero_points=True,
+        quantize_outputs=False,
+        unsigned_products=True,
+        open_group_norms=False,
+        int4="expand",
+    ),
 }
+PROFILES["trt-fp8"] = replace(PROFILES["trt"], float8=True)
 
 
 def find_profile(name: str) -> QdqProfile:

@@ -4,17 +4,20 @@ Nodes are matched by the module scope that the exporter records on each of them,
 linears lose theirs (their weight is transposed and renamed). The original weight is never read; the plan's codes take
 its place, so the file holds what was calibrated. The pass raises unless it rewrote every layer of the plan.
 
-A layer with a scale for each step is written as x / r -> Q -> DQ -> * r, where r = Gather(table, t) is the step's scale
-over the widest one: Q itself keeps a constant scale, because runtimes take no other. That computes the right thing
-everywhere, but the multiplication between DQ and the layer keeps the layer's arithmetic in float; behind the layer it
-would not.
+Runtimes take neither a scale that is looked up nor, some of them, a zero point. So a grid of each step's own, and one
+whose 0 is not in the middle, are written around a quantizer that is constant and symmetric:
+
+    Div(ratio[step]) -> Add(scale * zero[step]) -> Q -> DQ -> layer -> Mul(ratio[step]) -> Add(bias[step])
+
+where the bias takes back what the shift adds, and a convolution's padding is made before the shift, while it is 0.
+Behind the layer, the factors leave its arithmetic in integers.
 """
 
 import ast
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -28,20 +31,42 @@ from calib.affine import integer_range
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.ranges import nearest_step
 from gaq_export.errors import GaqError
+from gaq_export.graph_writer import GraphWriter
 from gaq_export.profiles import QdqProfile
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+# Form of a weight to the name and type of its codes.
+_WEIGHTS: dict[str, tuple[str, npt.DTypeLike]] = {
+    "expand": ("int8", np.int8),
+    "direct": ("int4", ml_dtypes.int4),
+    "cast": ("int4", ml_dtypes.int4),
+    "float8": ("float8", ml_dtypes.float8_e4m3fn),
+}
 EXTERNAL_BYTES = 1_900_000_000  # protobuf holds less than 2 GB
 
 
-def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile) -> ir.Model:
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """What `gaq_export.stepgraph` did to a graph whose second input is the index of a step, not a timestep.
+
+    Attributes:
+        visited: (S,) int64, timestep of each step.
+        baked: names of the modules whose layers are tables now.
+    """
+
+    visited: torch.Tensor
+    baked: frozenset[str]
+
+
+def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: StepInfo | None = None) -> ir.Model:
     """Rewrite `model` in place and return it.
 
     Args:
-        model: float graph from `export_float`.
+        model: float graph from `export_float`, or made a step of by `make_step`.
         plan: integer weights and scales by module name.
         profile: the target's wishes.
+        step: what `make_step` returned.
 
     Raises:
         GaqError: some layer of the plan has no node in the graph, or the target cannot take what the plan has.
@@ -51,20 +76,24 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile) -> ir.Mode
             "This plan quantizes the products inside attention with unsigned codes, which TensorRT does not take. "
             "Calibrate with --convention deploy, or use OpenVINO or ONNX Runtime."
         )
-    steps = None if plan.timesteps is None else nearest_step(plan.timesteps, torch.arange(plan.num_train))
-    writer = _Writer(model.graph, profile, steps)
+    visited = torch.arange(plan.num_train) if step is None else step.visited
+    rewriter = _Rewriter(
+        model.graph, profile, None if plan.timesteps is None else nearest_step(plan.timesteps, visited)
+    )
     rewritten = set()
     for node in list(model.graph):
-        name = _module_of(node)
-        layer = plan.layers.get(name) if node.op_type in _WEIGHTED else None
+        name = module_of(node)
+        layer = plan.layers.get(name) if node.op_type in WEIGHTED else None
+        if layer is not None and profile.float8:
+            layer = replace(layer, input=layer.input.float8())
         product = plan.products.get(name) if node.op_type == "MatMul" and _in_attention(node) else None
         if layer is not None and _constant_weight(node):
-            writer.rewrite(node, name, layer)
+            rewriter.layer(node, name, layer)
             rewritten.add(name)
         elif product is not None:
-            writer.rewrite_product(node, name, product)
+            rewriter.product(node, name, product)
             rewritten.add(name)
-    wanted = plan.layers.keys() | plan.products.keys()
+    wanted = (plan.layers.keys() | plan.products.keys()) - (step.baked if step else frozenset())
     missing = sorted(wanted - rewritten)
     if missing:
         raise GaqError(
@@ -89,7 +118,7 @@ def save_onnx(model: ir.Model, path: Path) -> None:
         raise GaqError(f"Cannot write {path}: {error.strerror}. Choose a folder you may write to.") from error
 
 
-def _module_of(node: ir.Node) -> str:
+def module_of(node: ir.Node) -> str:
     """Return the name of the module whose forward made `node`, "" if unknown."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
@@ -109,120 +138,187 @@ def _constant_weight(node: ir.Node) -> bool:
     return value is not None and value.const_value is not None
 
 
-@dataclass
-class _Writer:
-    """Adds nodes and initializers to one graph; Q/DQ of an input is shared by the layers that read it (q, k, v)."""
+class _Rewriter:
+    """Rewrites the nodes of one graph; Q/DQ of an input is shared by the layers that read it (q, k, v).
 
-    graph: ir.Graph
-    profile: QdqProfile
-    steps: torch.Tensor | None  # (num_train,): which of the plan's steps each timestep takes its ranges from
-    _shared: dict[tuple[ir.Value, float, int, bytes], ir.Value] = field(default_factory=dict)
-    _names: set[str] = field(default_factory=set)
+    Args:
+        graph: its second input is a timestep or the index of a step.
+        profile: the target's wishes.
+        steps: which of the plan's steps each value of that input takes its grids from; None if all share one.
+    """
 
-    def rewrite(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
-        source = node.inputs[0]
+    def __init__(self, graph: ir.Graph, profile: QdqProfile, steps: torch.Tensor | None) -> None:
+        self._write = GraphWriter(graph)
+        self._graph, self._profile, self._steps = graph, profile, steps
+        self._shared: dict[tuple[ir.Value, Grid, tuple[int, ...]], ir.Value] = {}
+        self._index: ir.Value | None = None
+
+    def layer(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
+        """Quantize the input and the weight of one layer."""
+        source, grid = node.inputs[0], layer.input
         assert source is not None
-        grid = layer.input
-        key = (source, grid.scale, grid.bits, b"" if grid.ratio is None else grid.ratio.numpy().tobytes())
-        new: list[ir.Node] = []
+        constant = grid.ratio is None and (self._profile.zero_points or not any(grid.zero))
+        behind = self._profile.factors_behind and not constant
+        pads = _take_pads(node) if behind and any(grid.zero) else ()
+        key = (source, grid, pads)
         if key not in self._shared:
-            self._shared[key] = self._input(node, 0, f"{name}.input", grid, new)
+            value = self._padded(source, pads, f"{name}.input")
+            self._shared[key] = self._rounded(value, f"{name}.input", grid, _rank(node), keep_moved=behind)
         node.replace_input_with(0, self._shared[key])
-        node.replace_input_with(1, self._weight(node, name, layer, new))
-        self.graph.insert_before(node, new)
-        if self.profile.quantize_outputs and node.op_type in ("Conv", "Gemm"):
-            self._output(node, name, layer)
+        node.replace_input_with(1, self._weight(node, name, layer))
+        self._write.insert_before(node)
+        if behind:
+            self._move_back(node, name, layer)
+        elif self._profile.quantize_outputs and node.op_type in ("Conv", "Gemm") and grid.ratio is None:
+            out = node.outputs[0]
+            self._replace(node, self._quantize(out, f"{name}.output", Grid(scale=layer.output_scale, bits=8)))
 
-    def rewrite_product(self, node: ir.Node, name: str, product: ProductQuant) -> None:
+    def product(self, node: ir.Node, name: str, product: ProductQuant) -> None:
         """Quantize both factors of q k^T, or of the product of its softmax with v."""
         left = node.inputs[0]
         producer = left.producer() if left is not None else None
         second = producer is not None and producer.op_type == "Softmax"
-        new: list[ir.Node] = []
         for i, operand in enumerate(("probability", "value") if second else ("query", "key")):
-            node.replace_input_with(i, self._input(node, i, f"{name}.{operand}", getattr(product, operand), new))
-        self.graph.insert_before(node, new)
+            source = node.inputs[i]
+            assert source is not None
+            rounded = self._rounded(source, f"{name}.{operand}", getattr(product, operand), _rank(node))
+            node.replace_input_with(i, rounded)
+        self._write.insert_before(node)
 
-    def _input(self, node: ir.Node, index: int, name: str, grid: Grid, new: list[ir.Node]) -> ir.Value:
-        """Return an input of `node`, quantized and dequantized."""
-        source, shape = node.inputs[index], node.outputs[0].shape  # whose rank is the input's
-        assert source is not None
-        assert shape is not None
-        if grid.ratio is None:
-            return self._activation(source, name, grid, new)
-        assert self.steps is not None
-        table = grid.ratio[self.steps].reshape(-1, *[1] * (len(shape) - 1))  # (num_train, 1, ...)
-        ratios, t = self._constant(f"{name}.ratios", table.numpy()), self.graph.inputs[1]
-        ratio = self._node("Gather", [ratios, t], f"{name}.ratio", ir.DataType.FLOAT, new)  # (N, 1, ...)
-        divided = self._node("Div", [source, ratio], f"{name}.divided", ir.DataType.FLOAT, new)
-        rounded = self._activation(divided, name, grid, new)
-        return self._node("Mul", [rounded, ratio], f"{name}.multiplied", ir.DataType.FLOAT, new)
+    def _rounded(self, value: ir.Value, name: str, grid: Grid, rank: int, *, keep_moved: bool = False) -> ir.Value:
+        """Return `value` rounded to `grid`; if `keep_moved`, still divided by the ratio and shifted."""
+        if grid.ratio is None and not keep_moved:
+            return self._quantize(value, name, grid)
+        ratio = shift = None
+        if grid.ratio is not None:
+            ratio = self._row(f"{name}.ratio", np.array(grid.ratio), rank)
+            value = self._write.node("Div", [value, ratio], f"{name}.divided")
+        if any(grid.zero):
+            shift = self._row(f"{name}.shift", _shifts(grid), rank)
+            value = self._write.node("Add", [value, shift], f"{name}.shifted")
+        value = self._quantize(value, name, Grid(scale=grid.scale, bits=grid.bits))
+        if keep_moved:
+            return value
+        if shift is not None:
+            value = self._write.node("Sub", [value, shift], f"{name}.unshifted")
+        return self._write.node("Mul", [value, ratio], f"{name}.multiplied") if ratio is not None else value
 
-    def _output(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
-        out, new = node.outputs[0], list[ir.Node]()
-        result = self._activation(out, f"{name}.output", Grid(scale=layer.output_scale, bits=8), new)
-        ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
-        new[0].replace_input_with(0, out)  # the quantizer itself still reads the layer
-        self.graph.insert_after(node, new)
-
-    def _activation(self, value: ir.Value, name: str, grid: Grid, new: list[ir.Node]) -> ir.Value:
-        """Quantize and dequantize `value`; narrower grids are an 8-bit one behind a Clip."""
-        if grid.bits < 8:
-            low, high = (np.float32(code * np.float32(grid.scale)) for code in integer_range(grid.bits))
-            bounds = [self._constant(f"{name}.low", low), self._constant(f"{name}.high", high)]
-            value = self._node("Clip", [value, *bounds], f"{name}.clipped", ir.DataType.FLOAT, new)
-        zero = np.int8(0) if grid.signed and not self.profile.unsigned else np.uint8(128 if grid.signed else 0)
-        parameters = [self._constant(f"{name}.scale", np.float32(grid.scale)), self._constant(f"{name}.zero", zero)]
-        kind = ir.DataType.UINT8 if zero.dtype == np.uint8 else ir.DataType.INT8
-        q = self._node("QuantizeLinear", [value, *parameters], f"{name}.q", kind, new)
-        return self._node("DequantizeLinear", [q, *parameters], f"{name}.dq", ir.DataType.FLOAT, new)
-
-    def _weight(self, node: ir.Node, name: str, layer: LayerQuant, new: list[ir.Node]) -> ir.Value:
-        codes, axis = _oriented(node, layer.codes.numpy())
-        scale = self._constant(f"{name}.weight_scale", layer.weight_scale.numpy())
-        form = self.profile.int4 if layer.weight_bits <= 4 else "expand"
-        if form == "expand":
-            value = self._constant(f"{name}.weight_int8", codes)
-        else:
-            value = self._constant(f"{name}.weight_int4", codes.astype(ml_dtypes.int4))
-        if form == "cast":
-            one = self._constant(f"{name}.one", np.float32(1))
-            value = self._node("DequantizeLinear", [value, one], f"{name}.unpacked", ir.DataType.FLOAT, new)
-            to = {"to": int(ir.DataType.INT8)}
-            value = self._node("Cast", [value], f"{name}.int8", ir.DataType.INT8, new, to)
-        attributes = {"axis": axis}
-        return self._node("DequantizeLinear", [value, scale], f"{name}.dequantized", ir.DataType.FLOAT, new, attributes)
-
-    def _constant(self, name: str, array: npt.NDArray[np.generic] | np.generic) -> ir.Value:
-        name = self._unique(name)
-        tensor = ir.tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
-        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)  # type: ignore[arg-type]
-        self.graph.register_initializer(value)
-        return value
-
-    def _node(
-        self,
-        op: str,
-        inputs: Sequence[ir.Value],
-        name: str,
-        kind: ir.DataType,
-        new: list[ir.Node],
-        attributes: dict[str, int] | None = None,
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes=attributes or {}, num_outputs=1, name=self._unique(f"{name}.{op}"))
+    def _move_back(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
+        """Undo behind the layer what `_rounded` left moved: the ratio as a factor, the shift in the bias."""
+        grid, rank, axis = layer.input, _rank(node), 1 if node.op_type == "Conv" else -1
+        reach = layer.codes.flatten(1).sum(1).double() * layer.weight_scale.double()  # (O,) sum of each row's weights
+        ratios = np.array(grid.ratio or (1.0,), dtype=np.float64)
+        bias = _take_bias(node) - np.outer(ratios * _shifts(grid), reach.numpy())  # (1 or S, O)
         out = node.outputs[0]
-        out.name, out.type = self._unique(name), ir.TensorType(kind)
-        new.append(node)
-        return out
+        result = out
+        if grid.ratio is not None:
+            result = self._write.node("Mul", [out, self._row(f"{name}.back", ratios, rank)], f"{name}.multiplied")
+        if np.any(bias):
+            shape = [1] * (rank - 1)
+            shape[axis if axis < 0 else axis - 1] = -1
+            result = self._write.node("Add", [result, self._row(f"{name}.bias", bias, rank, shape)], f"{name}.biased")
+        self._replace(node, result)
 
-    def _unique(self, name: str) -> str:
-        """A layer called twice is written twice."""
-        candidate, n = name, 1
-        while candidate in self._names:
-            n += 1
-            candidate = f"{name}.{n}"
-        self._names.add(candidate)
-        return candidate
+    def _row(
+        self, name: str, table: npt.NDArray[np.floating], rank: int, shape: Sequence[int] | None = None
+    ) -> ir.Value:
+        """Return the entry of `table` (1 or S, ...) for the step at hand, as something that broadcasts."""
+        rows = table.astype(np.float32).reshape(len(table), *(shape or [1] * (rank - 1)))
+        values = self._write.constant(f"{name}.rows", rows)
+        return values if len(table) == 1 else self._write.node("Gather", [values, self._step()], name)
+
+    def _step(self) -> ir.Value:
+        """Return which row of the tables serves the step at hand, (1,) or (N,)."""
+        assert self._steps is not None
+        if self._index is None:
+            given = self._graph.inputs[1]
+            rows = self._write.constant("plan_step.rows", self._steps.numpy())
+            self._index = self._write.node("Gather", [rows, given], "plan_step", ir.DataType.INT64)
+        return self._index
+
+    def _padded(self, value: ir.Value, pads: tuple[int, ...], name: str) -> ir.Value:
+        if not any(pads):
+            return value
+        half = len(pads) // 2  # a convolution's are for its spatial dimensions only
+        full = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], dtype=np.int64)
+        zero = self._write.constant(f"{name}.nothing", np.float32(0))
+        return self._write.node("Pad", [value, self._write.constant(f"{name}.pads", full), zero], f"{name}.padded")
+
+    def _quantize(self, value: ir.Value, name: str, grid: Grid) -> ir.Value:
+        """Quantize and dequantize `value`; narrower grids are an 8-bit one behind a Clip."""
+        (zero,) = grid.zero
+        if grid.bits < 8:
+            codes = np.array(integer_range(grid.bits), dtype=np.float32) - zero
+            bounds = [
+                self._write.constant(f"{name}.{end}", v)
+                for end, v in zip(("low", "high"), codes * np.float32(grid.scale), strict=True)
+            ]
+            value = self._write.node("Clip", [value, *bounds], f"{name}.clipped")
+        point: np.generic = np.uint8(128 + zero) if self._profile.unsigned or zero else np.int8(0)
+        if self._profile.float8:
+            point = ml_dtypes.float8_e4m3fn(0)
+        kind = ir.DataType.from_numpy(point.dtype)
+        parameters = [
+            self._write.constant(f"{name}.scale", np.float32(grid.scale)),
+            self._write.constant(f"{name}.zero", point),
+        ]
+        q = self._write.node("QuantizeLinear", [value, *parameters], f"{name}.q", kind)
+        return self._write.node("DequantizeLinear", [q, *parameters], f"{name}.dq")
+
+    def _weight(self, node: ir.Node, name: str, layer: LayerQuant) -> ir.Value:
+        codes, axis = _oriented(node, layer.codes.numpy())
+        scale = self._write.constant(f"{name}.weight_scale", layer.weight_scale.numpy())
+        form = self._profile.int4 if layer.weight_bits <= 4 else "expand"
+        form = "float8" if self._profile.float8 else form
+        kind, held = _WEIGHTS[form]
+        value = self._write.constant(f"{name}.weight_{kind}", codes.astype(held))
+        if form == "cast":
+            one = self._write.constant(f"{name}.one", np.float32(1))
+            value = self._write.node("DequantizeLinear", [value, one], f"{name}.unpacked")
+            value = self._write.node("Cast", [value], f"{name}.int8", ir.DataType.INT8, {"to": int(ir.DataType.INT8)})
+        return self._write.node("DequantizeLinear", [value, scale], f"{name}.dequantized", attributes={"axis": axis})
+
+    def _replace(self, node: ir.Node, result: ir.Value) -> None:
+        """Give what reads the output of `node` the `result` of the new nodes instead; those still read the output."""
+        out, added = node.outputs[0], self._write.pending
+        if result is out:
+            return
+        readers = [(user, index) for user, index in out.uses() if user in added]
+        ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
+        for user, index in readers:
+            user.replace_input_with(index, out)
+        self._write.insert_after(node)
+
+
+def _rank(node: ir.Node) -> int:
+    """Return the rank of the output, which is that of the input."""
+    shape = node.outputs[0].shape
+    assert shape is not None
+    return len(shape)
+
+
+def _shifts(grid: Grid) -> npt.NDArray[np.float32]:
+    """Return what is added to values before they are rounded, (1 or S,): as `calib.affine.fake_quantize` has it."""
+    return np.float32(grid.scale) * np.array(grid.zero, dtype=np.float32)
+
+
+def _take_pads(node: ir.Node) -> tuple[int, ...]:
+    """Return the padding of a convolution and set it to nothing; () for another layer."""
+    pads = node.attributes.get("pads")
+    if pads is None:
+        return ()
+    node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads.as_ints()))
+    return tuple(pads.as_ints())
+
+
+def _take_bias(node: ir.Node) -> npt.NDArray[np.float64]:
+    """Return the bias of a layer, (O,) or (1,), and take it away."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None:
+        return np.zeros(1)
+    assert value.const_value is not None
+    node.resize_inputs(2)
+    return value.const_value.numpy().astype(np.float64)
 
 
 def _oriented(node: ir.Node, codes: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int8], int]:

@@ -47,9 +47,9 @@ class Run:
         """What `inspect` writes."""
         return self.folder / "inspect.html"
 
-    def onnx(self, profile: str) -> Path:
+    def onnx(self, profile: str, graph: str) -> Path:
         """The QDQ graph of one profile."""
-        return self.folder / f"unet.{profile}.onnx"
+        return self.folder / f"unet.{graph}.{profile}.onnx"
 
 
 def begin(run: Run, settings: Mapping[str, Any]) -> None:

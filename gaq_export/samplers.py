@@ -1,29 +1,57 @@
-"""From noise to images: DDIM and ancestral sampling as free functions over any `Denoiser`.
+"""From noise to images: every sampler is a table of coefficients, and one loop over any `Denoiser` applies it.
 
-In: a denoiser, one random generator per image, a noise schedule and a `SamplerSpec`. Out: images in [-1, 1]. The
-state is float32, as the network wants it; the coefficients are float64 and come from `alpha_bar` at the timesteps
-actually visited, so uneven spacings need no special case. Each image owns its generator: what it looks like depends
-on its seed and never on its batch.
+In: a denoiser, one seed per image, a noise schedule and a `SamplerSpec`. Out: images in [-1, 1]. The state is float32,
+as the network wants it; the coefficients are computed in float64 from `alpha_bar` at the timesteps actually visited, so
+uneven spacings need no special case. What an image looks like depends on its seed and never on its batch. An exported
+step (`gaq_export.stepgraph`) holds the same table.
 
 Letters, as in Ho et al. 2020 and Song et al. 2021: `a` and `a_prev` are alpha_bar at this and the next visited
 timestep (1 after the last), `x0` the predicted clean image, `epsilon` the predicted noise.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from engines import philox
 from gaq_export.denoiser import Denoiser
 from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
 
-__all__ = ["SAMPLERS", "VARIANCES", "Denoiser", "OnStep", "ddim", "ddpm", "image_generators", "initial_noise", "run"]
+OnStep = Callable[[int, Tensor, Tensor], None]
 
-OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
-Sampler = Callable[
-    [Denoiser, torch.Tensor, NoiseSchedule, SamplerSpec, Sequence[torch.Generator], OnStep | None], torch.Tensor
-]
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """One step of a sampler, linear but for the clipping of x0.
+
+        x0 = clip(x_to_clean * x - epsilon_to_clean * epsilon)
+        x_next = keep * x + clean * x0 + direction * epsilon + previous * (x0 of the step before) + fresh * noise
+
+    As in diffusers, clipping x0 leaves epsilon as it was.
+    """
+
+    x_to_clean: float
+    epsilon_to_clean: float
+    keep: float = 0.0
+    clean: float = 0.0
+    direction: float = 0.0
+    previous: float = 0.0
+    fresh: float = 0.0
+
+
+def table(schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
+    """Return the coefficients of every step, noisiest first.
+
+    Raises:
+        GaqError: the sampler cannot be used with this schedule.
+    """
+    visited = timesteps(spec, schedule.num_train)
+    return SAMPLERS[spec.name]([*schedule.alpha_bar[visited].tolist(), 1.0], schedule, spec)
 
 
 def run(
@@ -35,7 +63,7 @@ def run(
     on_step: OnStep | None = None,
     *,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
+) -> Tensor:
     """Draw one image for each seed.
 
     Args:
@@ -53,12 +81,57 @@ def run(
     Raises:
         GaqError: If `seeds` is empty, the network returns the wrong shape, or the images are not finite.
     """
+    rows = table(schedule, spec)
+    x = noise(seeds, 0, shape).to(device)
+    previous = torch.zeros_like(x)
+    with torch.no_grad():
+        for step, (t, row) in enumerate(zip(timesteps(spec, schedule.num_train), rows, strict=True)):
+            t_batch = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
+            if on_step is not None:
+                on_step(step, x, t_batch)
+            epsilon = denoiser(x, t_batch)
+            if epsilon.shape != x.shape:
+                raise GaqError(f"The network returned shape {tuple(epsilon.shape)} for images of {tuple(x.shape)}.")
+            fresh = noise(seeds, step + 1, shape).to(x.device) if row.fresh else None
+            x, previous = update(row, schedule.clip, x, epsilon, previous, fresh)
+    return finish(seeds, x)
+
+
+def noise(seeds: Sequence[int], stream: int, shape: tuple[int, int, int]) -> Tensor:
+    """Return (N, C, H, W) standard normal noise: what the loop starts from (stream 0), what step i adds (i + 1).
+
+    Raises:
+        GaqError: there are no seeds.
+    """
     if not seeds:
         raise GaqError("No seeds were given, so there is nothing to draw; give one per image.")
-    generators = image_generators(seeds)
-    with torch.no_grad():
-        x = initial_noise(generators, shape).to(device)
-        x = SAMPLERS[spec.name](denoiser, x, schedule, spec, generators, on_step)
+    return torch.from_numpy(philox.normals(seeds, stream, shape))
+
+
+def update(
+    row: Coefficients, clip: float | None, x: Tensor, epsilon: Tensor, previous: Tensor, fresh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the next x and this step's x0, see `Coefficients`; `fresh` may be None where a row needs none."""
+    clean = row.x_to_clean * x - row.epsilon_to_clean * epsilon
+    if clip is not None:
+        clean = clean.clamp(-clip, clip)
+    parts = (
+        (row.keep, x),
+        (row.clean, clean),
+        (row.direction, epsilon),
+        (row.previous, previous),
+        (row.fresh, fresh),
+    )
+    terms = [factor * part for factor, part in parts if factor and part is not None]
+    return sum(terms[1:], start=terms[0]), clean
+
+
+def finish(seeds: Sequence[int], x: Tensor) -> Tensor:
+    """Return the images of a finished loop, clamped to [-1, 1].
+
+    Raises:
+        GaqError: Some of them are not finite.
+    """
     broken = [seed for seed, image in zip(seeds, x, strict=True) if not bool(image.isfinite().all())]
     if broken:
         raise GaqError(
@@ -68,80 +141,29 @@ def run(
     return x.clamp(-1, 1)
 
 
-def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Make one CPU random generator per image.
+def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
+    """DDIM (Song et al. 2021, equations 12 and 16).
 
     Args:
-        seeds: One seed per image.
+        alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
+        schedule: Not used.
+        spec: eta.
     """
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-
-def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> torch.Tensor:
-    """Draw standard normal noise, one image from each generator.
-
-    Args:
-        generators: One per image; each moves on by one image.
-        shape: (C, H, W).
-
-    Returns:
-        (N, C, H, W) float32 on the CPU.
-    """
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-def ddim(
-    denoiser: Denoiser,
-    x: torch.Tensor,
-    schedule: NoiseSchedule,
-    spec: SamplerSpec,
-    generators: Sequence[torch.Generator],
-    on_step: OnStep | None = None,
-) -> torch.Tensor:
-    """Sample with DDIM (Song et al. 2021, equations 12 and 16).
-
-    As in diffusers, clipping `x0` leaves the predicted noise as it was.
-
-    Args:
-        denoiser: The network.
-        x: Starting noise, (N, C, H, W) float32.
-        schedule: The noise schedule the network was trained with.
-        spec: Steps, spacing and eta.
-        generators: One per image; used only where eta > 0.
-        on_step: See `run`.
-
-    Returns:
-        Denoised images, the shape of `x`, not clamped.
-    """
-    for step, t, a, a_prev in _visits(schedule, spec):
-        epsilon, x0 = _predict(denoiser, x, step, t, a, schedule.clip, on_step)
+    rows = []
+    for a, a_prev in itertools.pairwise(alpha_bar):
         sigma = spec.eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-        x = math.sqrt(a_prev) * x0 + math.sqrt(max(1 - a_prev - sigma**2, 0.0)) * epsilon
-        if sigma > 0:
-            x = x + sigma * _fresh_noise(generators, x)
-    return x
+        direction = math.sqrt(max(1 - a_prev - sigma**2, 0.0))
+        rows.append(_row(a, clean=math.sqrt(a_prev), direction=direction, fresh=sigma))
+    return rows
 
 
-def ddpm(
-    denoiser: Denoiser,
-    x: torch.Tensor,
-    schedule: NoiseSchedule,
-    spec: SamplerSpec,
-    generators: Sequence[torch.Generator],
-    on_step: OnStep | None = None,
-) -> torch.Tensor:
-    """Sample ancestrally (Ho et al. 2020, equations 6 and 7), with the chain shortened to the visited timesteps.
+def ddpm(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
+    """Ancestral sampling (Ho et al. 2020, equations 6 and 7), with the chain shortened to the visited timesteps.
 
     Args:
-        denoiser: The network.
-        x: Starting noise, (N, C, H, W) float32.
+        alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
         schedule: The noise schedule the network was trained with, its `variance` a key of `VARIANCES`.
-        spec: Steps and spacing.
-        generators: One per image.
-        on_step: See `run`.
-
-    Returns:
-        Denoised images, the shape of `x`, not clamped.
+        spec: Not used.
 
     Raises:
         GaqError: If the schedule's variance is not one of `VARIANCES`.
@@ -151,16 +173,42 @@ def ddpm(
             f"The ddpm sampler needs a variance out of {sorted(VARIANCES)}, but this model's scheduler says "
             f"{schedule.variance!r}. Use the ddim sampler, which needs none."
         )
-    for step, t, a, a_prev in _visits(schedule, spec):
-        _, x0 = _predict(denoiser, x, step, t, a, schedule.clip, on_step)
+    rows = []
+    for a, a_prev in itertools.pairwise(alpha_bar):
         beta = 1 - a / a_prev
-        x = (math.sqrt(a_prev) * beta / (1 - a)) * x0 + (math.sqrt(1 - beta) * (1 - a_prev) / (1 - a)) * x
-        if a_prev < 1:
-            x = x + math.sqrt(VARIANCES[schedule.variance](a, a_prev)) * _fresh_noise(generators, x)
-    return x
+        sigma = math.sqrt(VARIANCES[schedule.variance](a, a_prev)) if a_prev < 1 else 0.0
+        clean = math.sqrt(a_prev) * beta / (1 - a)
+        rows.append(_row(a, keep=math.sqrt(1 - beta) * (1 - a_prev) / (1 - a), clean=clean, fresh=sigma))
+    return rows
 
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ddpm": ddpm}
+def dpmpp_2m(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, from the clean image of the step before.
+
+    The first and the last step are of first order: the one has no step before it, the other ends without noise.
+
+    Args:
+        alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
+        schedule: Not used.
+        spec: Not used.
+    """
+    log_snr = [0.5 * math.log(a / (1 - a)) for a in alpha_bar[:-1]]  # lambda
+    widths = [after - before for before, after in itertools.pairwise(log_snr)]  # h
+    rows = []
+    for i, (a, a_prev) in enumerate(itertools.pairwise(alpha_bar)):
+        last = i == len(widths)
+        shrink = math.sqrt((1 - a_prev) / (1 - a))
+        gain = math.sqrt(a_prev) * (1.0 if last else -math.expm1(-widths[i]))
+        half = 0.0 if last or i == 0 or not widths[i - 1] else widths[i] / (2 * widths[i - 1])  # 1 / 2r
+        rows.append(_row(a, keep=shrink, clean=gain * (1 + half), previous=-gain * half))
+    return rows
+
+
+SAMPLERS: dict[str, Callable[[Sequence[float], NoiseSchedule, SamplerSpec], list[Coefficients]]] = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "dpmpp-2m": dpmpp_2m,
+}
 
 # Variance of the noise that ancestral sampling adds: the two bounds of Ho et al. 2020, section 3.2.
 VARIANCES: dict[str, Callable[[float, float], float]] = {
@@ -169,28 +217,5 @@ VARIANCES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def _visits(schedule: NoiseSchedule, spec: SamplerSpec) -> Iterator[tuple[int, int, float, float]]:
-    """Yield step, t, alpha_bar here and alpha_bar at the next visited timestep."""
-    visited = timesteps(spec, schedule.num_train)
-    alpha_bar = [*schedule.alpha_bar[visited].tolist(), 1.0]
-    for step, t in enumerate(visited.tolist()):
-        yield step, t, alpha_bar[step], alpha_bar[step + 1]
-
-
-def _predict(
-    denoiser: Denoiser, x: torch.Tensor, step: int, t: int, a: float, clip: float | None, on_step: OnStep | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call the network once; return the predicted noise and the clean image it implies."""
-    t_batch = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-    if on_step is not None:
-        on_step(step, x, t_batch)
-    epsilon = denoiser(x, t_batch)
-    if epsilon.shape != x.shape:
-        raise GaqError(f"The network returned shape {tuple(epsilon.shape)} for images of shape {tuple(x.shape)}.")
-    x0 = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
-    return epsilon, x0 if clip is None else x0.clamp(-clip, clip)
-
-
-def _fresh_noise(generators: Sequence[torch.Generator], like: torch.Tensor) -> torch.Tensor:
-    channels, height, width = like.shape[1:]
-    return initial_noise(generators, (channels, height, width)).to(like.device)
+def _row(a: float, **factors: float) -> Coefficients:
+    return Coefficients(x_to_clean=1 / math.sqrt(a), epsilon_to_clean=math.sqrt((1 - a) / a), **factors)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from calib.files import write_atomically
 from engines import EngineFile
-from gaq_export import images, samplers
-from gaq_export.denoiser import Denoiser
+from gaq_export import images
 from gaq_export.errors import GaqError
-from gaq_export.schedule import NoiseSchedule, SamplerSpec
+from gaq_export.schedule import SamplerSpec
 
 GRID_COLUMNS = 16
 
@@ -43,19 +42,25 @@ def check_writable(out: Path) -> None:
 
 
 def draw(
-    denoiser: Denoiser,
+    some: Callable[[Sequence[int], Callable[[], None]], Tensor],
     seeds: Sequence[int],
     batch: int,
-    shape: tuple[int, int, int],
-    schedule: NoiseSchedule,
-    spec: SamplerSpec,
+    steps: int,
     on_step: Callable[[int, int], None],
 ) -> Tensor:
-    """Draw all images in batches of one size, the last one filled up, so that no image's arithmetic depends on it."""
-    total = -(-len(seeds) // batch) * spec.steps
+    """Draw all images in batches of one size, the last one filled up, so that no image's arithmetic depends on it.
+
+    Args:
+        some: draws one image for each seed, and tells of every step.
+        seeds: one per image.
+        batch: images at a time.
+        steps: how often `some` tells of one.
+        on_step: told how many steps are done, of how many.
+    """
+    total = -(-len(seeds) // batch) * steps
     done = 0
 
-    def tell(step: int, x: Tensor, t: Tensor) -> None:
+    def tell() -> None:
         nonlocal done
         done += 1
         on_step(done, total)
@@ -64,7 +69,7 @@ def draw(
     for start in range(0, len(seeds), batch):
         rows = [*seeds[start : start + batch]]
         padded = rows + rows[-1:] * (batch - len(rows))
-        parts.append(samplers.run(denoiser, padded, shape, schedule, spec, tell)[: len(rows)])
+        parts.append(some(padded, tell)[: len(rows)])
     return torch.cat(parts)
 
 

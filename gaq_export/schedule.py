@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 
 from gaq_export.errors import GaqError
 
-SAMPLER_NAMES = ("ddim", "ddpm")
+SAMPLER_NAMES = ("ddim", "ddpm", "dpmpp-2m")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,6 +190,11 @@ class SamplerSpec:
             raise GaqError(f"eta must lie between 0 and 1, not {self.eta!r}.")
         if self.name != "ddim" and self.eta != 0:
             raise GaqError(f"eta belongs to 'ddim'; the {self.name!r} sampler takes none, so leave it at 0.")
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        noise = f", eta {self.eta:g}" if self.eta else ""
+        return f"{self.name}, {self.steps} steps, {self.spacing} spacing{noise}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""

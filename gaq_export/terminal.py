@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calib.progress import Progress as Done
+    from gaq_export.checkup import Checkup
     from gaq_export.pipeline import Built
 
 
@@ -25,12 +26,15 @@ def print_audit(built: "Built") -> None:
     console.print(
         f"weights: {', '.join(held)}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}", highlight=False
     )
-    integer = sum(count for (_, precision), count in audit.counts.items() if precision == "int8")
+    wanted = {"int8": "int8", "fp8": "float8"}[built.file.about["numbers"]]
+    done = sum(count for (_, precision), count in audit.counts.items() if precision == wanted)
     reasons: dict[str, int] = {}
     for reason in built.plan.float_layers.values():
         reasons[reason] = reasons.get(reason, 0) + 1
+    if baked := built.file.about["baked"]:
+        console.print(f"{len(baked)} layers depend on the step alone and are tables", highlight=False)
     kept = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    console.print(f"in INT8 arithmetic: {integer} of the plan's {len(built.plan.layers)} layers", highlight=False)
+    console.print(f"in {wanted} arithmetic: {done} of the plan's {len(built.plan.layers)} layers", highlight=False)
     console.print(f"kept float by the plan: {kept}", highlight=False)
     if built.parity is None:
         console.print(f"not run here: {built.not_run}", highlight=False)
@@ -42,6 +46,31 @@ def print_audit(built: "Built") -> None:
             f"{p.required_db(w):.1f} dB required",
             highlight=False,
         )
+
+
+def print_checkup(found: "Checkup") -> None:
+    """Print what a machine can do, and what each gap needs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, machine = Console(), found.machine
+    features = "unknown" if machine.features is None else ", ".join(machine.features) or "none that matter"
+    console.print(f"processor: {machine.processor}; {features}", highlight=False)
+    for gpu in machine.gpus:
+        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
+        console.print(
+            f"GPU: {gpu.name}, compute capability {gpu.capability}, {memory}, CUDA {gpu.cuda}", highlight=False
+        )
+    if not machine.gpus:
+        console.print("GPU: no NVIDIA driver or no GPU", highlight=False)
+    installed = ", ".join(f"{name} {number}" for name, number in machine.packages.items() if number)
+    console.print(f"installed: {installed}", highlight=False)
+    table = Table("backend", "builds", "runs", "what is missing")
+    for name, (build, run) in found.backends.items():
+        marks = ["no" if problem else "yes" for problem in (build, run)]
+        table.add_row(name, *marks, "; ".join(dict.fromkeys(filter(None, (build, run)))))
+    console.print(table)
+    console.print(f"build-engine takes: {found.best or 'nothing, see above'}", highlight=False)
 
 
 class Bars:

@@ -42,7 +42,7 @@ def plan_by_hand() -> QuantPlan:
         codes=torch.eye(2, dtype=torch.int8),
         weight_scale=torch.ones(2),
         weight_bits=8,
-        input=Grid(scale=1.0, bits=3, ratio=torch.tensor([0.5, 1.0])),
+        input=Grid(scale=1.0, bits=3, zero=(0, 0), ratio=(0.5, 1.0)),
         output_scale=1.0,
     )
     return QuantPlan(

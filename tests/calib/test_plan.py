@@ -34,12 +34,14 @@ def plan_of(bits: int = 4, seed: int = 0, per_step: bool = False) -> QuantPlan:
             output_scale=1 / 3,
         )
 
-    def grid(signed: bool = True) -> Grid:
-        return Grid(scale=0.2, bits=8, signed=signed, ratio=torch.rand(3, generator=generator) if per_step else None)
+    def grid(zero: int = 0) -> Grid:
+        if not per_step:
+            return Grid(scale=0.2, bits=8, zero=(zero,))
+        return Grid(scale=0.2, bits=8, zero=(zero, -3, 5), ratio=tuple(torch.rand(3, generator=generator).tolist()))
 
     return QuantPlan(
         layers={"conv": layer(3, 5, 3, 3), "linear": layer(4, 6)},
-        products={"attention": ProductQuant(query=grid(), key=grid(), value=grid(), probability=grid(signed=False))},
+        products={"attention": ProductQuant(query=grid(), key=grid(), value=grid(), probability=grid(-128))},
         float_layers={"head": "last layer"},
         blocks=(
             BlockResult(name="b", layers=("conv", "linear"), loss_before=0.3, loss_after=0.1, rounding="adaround"),
@@ -157,7 +159,7 @@ def test_a_plan_of_another_format_is_an_error(path: Path) -> None:
     readable.write_text(json.dumps(data))
     sha = hashlib.sha256(readable.read_bytes()).hexdigest()
     save_file(load_file(path), path, {"json_sha256": sha})
-    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 4: run calibrate again"):
+    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 5: run calibrate again"):
         load_plan(path)
 
 

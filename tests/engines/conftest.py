@@ -10,8 +10,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from engines import EngineConfig, EngineFile, build
+
 CHANNELS = 16
 ACTIVATION_SCALE = np.float32(0.05)
+
+
+Tensors = dict[str, tuple[int, list[Any]]]  # by name: element type and shape
 
 
 class Graph:
@@ -54,12 +59,12 @@ class Graph:
             last = self.add("Cast", [f"{name}.float"], f"{name}.int8", to=TensorProto.INT8)
         return self.add("DequantizeLinear", [last, f"{name}.scale"], f"{name}.dq", axis=axis)
 
-    def model(self, inputs: dict[str, tuple[int, list[Any]]], outputs: dict[str, list[Any]]) -> onnx.ModelProto:
+    def model(self, inputs: Tensors, outputs: Tensors) -> onnx.ModelProto:
         graph = helper.make_graph(
             self.nodes,
             "tiny",
             [helper.make_tensor_value_info(name, *spec) for name, spec in inputs.items()],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+            [helper.make_tensor_value_info(name, *spec) for name, spec in outputs.items()],
             self.constants,
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -85,7 +90,7 @@ def tiny_model(form: str, quantize_outputs: bool = False) -> onnx.ModelProto:
     g.add("Reshape", ["linear", g.constant("image", np.array([-1, CHANNELS, 1, 1]))], "linear_image")
     g.add("Add", ["timed", "linear_image"], "eps")
     inputs = {"x": (TensorProto.FLOAT, ["batch", 4, 8, 8]), "t": (TensorProto.INT64, ["batch"])}
-    return g.model(inputs, {"eps": ["batch", CHANNELS, 8, 8]})
+    return g.model(inputs, {"eps": (TensorProto.FLOAT, ["batch", CHANNELS, 8, 8])})
 
 
 def computed_scale_model() -> onnx.ModelProto:
@@ -97,7 +102,7 @@ def computed_scale_model() -> onnx.ModelProto:
     g.add("DequantizeLinear", ["x.q", "scale", zero], "x.dq")
     g.add("Conv", ["x.dq", g.weight("w_conv", "int8", (CHANNELS, CHANNELS, 3, 3), axis=0)], "y", pads=[1, 1, 1, 1])
     inputs = {"x": (TensorProto.FLOAT, ["batch", CHANNELS, 8, 8]), "step": (TensorProto.INT64, [])}
-    return g.model(inputs, {"y": ["batch", CHANNELS, 8, 8]})
+    return g.model(inputs, {"y": (TensorProto.FLOAT, ["batch", CHANNELS, 8, 8])})
 
 
 def tiny_feeds(batch: int) -> dict[str, npt.NDArray[Any]]:
@@ -130,3 +135,22 @@ def computed_scale_onnx(tmp_path: Path) -> Path:
 def feeds() -> Callable[[int], dict[str, npt.NDArray[Any]]]:
     """Return the function that makes inputs for a batch size."""
     return tiny_feeds
+
+
+@pytest.fixture(scope="session")
+def walker(tmp_path_factory) -> Callable[[str], EngineFile]:
+    """Return what builds x_next = x * table[step] + noise, step_next = step + 1 with a backend."""
+    graph = Graph()
+    table = graph.constant("table", np.array([0.5, 2.0, -1.0, 0.25], np.float32).reshape(4, 1, 1, 1))
+    graph.add("Gather", [table, "step"], "factor")
+    graph.add("Mul", ["x", "factor"], "scaled")
+    graph.add("Add", ["scaled", "noise"], "x_next")
+    graph.add("Add", ["step", graph.constant("one", np.ones(1, np.int64))], "step_next")
+    image: list[Any] = ["batch", 1, 4, 4]
+    model = graph.model(
+        {"x": (TensorProto.FLOAT, image), "step": (TensorProto.INT64, [1]), "noise": (TensorProto.FLOAT, image)},
+        {"x_next": (TensorProto.FLOAT, image), "step_next": (TensorProto.INT64, [1])},
+    )
+    path = tmp_path_factory.mktemp("walker") / "walker.onnx"
+    onnx.save(model, path)
+    return lambda backend: build(path, path.parent / f"{backend}.plan", EngineConfig(backend=backend, threads=1))

@@ -47,9 +47,21 @@ def test_a_plan_that_cannot_run_here_says_why(tiny_onnx):
 @pytest.mark.rtx
 @needs_rtx
 def test_a_crash_of_the_builder_is_a_one_line_error(computed_scale_onnx):
-    with pytest.raises(EngineError, match=r"^tensorrt-rtx: the builder crashed \(SIGSEGV\); .*node_y.*$"):
+    with pytest.raises(
+        EngineError, match=r"^tensorrt-rtx: the builder crashed \(SIGSEGV\) \(.*'node_\w+', \w+, .*computed.*\.$"
+    ):
         make(computed_scale_onnx)
     assert not (computed_scale_onnx.parent / "unet.plan").exists()
+
+
+@pytest.mark.skipif(no_gpu() is None, reason="this machine has an NVIDIA GPU")
+@pytest.mark.rtx
+@needs_rtx
+def test_weights_can_be_left_out_only_where_there_is_a_gpu(tiny_onnx):
+    with pytest.raises(EngineError, match=r"^tensorrt-rtx cannot leave out the weights without a GPU: no NVIDIA"):
+        make(tiny_onnx("int8"), stripped=True)
+    with pytest.raises(EngineError, match=r"^openvino keeps the weights in the plan; only tensorrt and tensorrt-rtx"):
+        build(tiny_onnx("int8"), "unet.plan", EngineConfig(backend="openvino", stripped=True))
 
 
 @pytest.mark.rtx

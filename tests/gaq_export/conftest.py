@@ -22,6 +22,7 @@ from gaq_export import pipeline
 from gaq_export.checkpoint import fingerprint
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.onnx_export import export_float
+from gaq_export.schedule import SamplerSpec
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,10 +62,18 @@ def tiny_run(tiny_model: LoadedModel, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_run: Path, tiny_model: LoadedModel, tmp_path_factory) -> EngineFile:
-    """An OpenVINO engine of that plan."""
+    """An OpenVINO engine of that plan, for any sampler."""
     out = tmp_path_factory.mktemp("engine") / "unet.plan"
     config = EngineConfig(backend="openvino", threads=1)
-    return pipeline.build_engine(folder=tiny_run, out=out, config=config, model=tiny_model).file
+    return pipeline.build_engine(folder=tiny_run, out=out, config=config, graph="eps", model=tiny_model).file
+
+
+@pytest.fixture(scope="session")
+def tiny_step_engine(tiny_run: Path, tiny_model: LoadedModel, tmp_path_factory) -> EngineFile:
+    """An OpenVINO engine of that plan that holds five noisy DDIM steps."""
+    out, spec = tmp_path_factory.mktemp("step-engine") / "unet.plan", SamplerSpec(steps=5, eta=0.5)
+    config = EngineConfig(backend="openvino", threads=1)
+    return pipeline.build_engine(folder=tiny_run, out=out, config=config, sampler=spec, model=tiny_model).file
 
 
 @pytest.fixture(scope="session")
@@ -84,11 +93,18 @@ def quick_plan(noisy: Callable[[int], CalibrationSet]) -> Callable[..., QuantPla
     """Return what makes a plan in one iteration: its scales are real, its rounding nearly the nearest."""
 
     def make(
-        network: nn.Module, size: int, wbits: int, abits: int, per_step: bool = False, convention: str = "deploy"
+        network: nn.Module,
+        size: int,
+        wbits: int,
+        abits: int,
+        *,
+        per_step: bool = False,
+        symmetric: bool = True,  # plain grids, unless a test is about others
+        convention: str = "deploy",
     ) -> QuantPlan:
         config = QuantConfig(
             weight=WeightConfig(bits=wbits),
-            activation=ActivationConfig(bits=abits, batch=4, per_step=per_step),
+            activation=ActivationConfig(bits=abits, batch=4, per_step=per_step, symmetric=symmetric),
             reconstruction=ReconstructionConfig(iterations=1, batch=2),
             omega=OmegaConfig(rule="uniform"),
             convention=convention,
@@ -101,5 +117,5 @@ def quick_plan(noisy: Callable[[int], CalibrationSet]) -> Callable[..., QuantPla
 
 @pytest.fixture(scope="session")
 def tiny_plan(tiny_model: LoadedModel, quick_plan: Callable[..., QuantPlan]) -> Callable[..., QuantPlan]:
-    """Return what makes a plan of the tiny model at given bits, step ranges and convention, once each."""
+    """Return what makes a plan of the tiny model at given bits, kinds of grids and convention, once each."""
     return functools.cache(functools.partial(quick_plan, tiny_model.network, 16))

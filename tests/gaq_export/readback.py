@@ -17,10 +17,11 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class QuantizedNode:
-    """A weighted node of the graph, read back: its layer, what it reads before Q, what it gives, its weight."""
+    """A weighted node of the graph, read back: its layer, its Q, what that reads, what it gives, its weight."""
 
     layer: str
     node: onnx.NodeProto
+    quantizer: onnx.NodeProto
     source: str
     output: str
     codes: onnx.TensorProto
@@ -65,22 +66,30 @@ class Graph:
             unpack = self.producer[self.producer[value].input[0]]
             assert numpy_helper.to_array(self.constants[unpack.input[1]]) == 1
             value = unpack.input[0]
-        name = re.fullmatch(r"(.+)\.weight_int[48](\.\d+)?", value)
+        name = re.fullmatch(r"(.+)\.weight_(?:int[48]|float8)(\.\d+)?", value)
         assert name
-        reads = self.producer[node.input[0]]
-        per_step = reads.op_type == "Mul"  # x / r -> Q -> DQ -> * r
-        source = self.producer[(self.producer[reads.input[0]] if per_step else reads).input[0]].input[0]
-        if self.op(source) == "Clip":
+        source = node.input[0]
+        while self.op(source) != "QuantizeLinear":  # what undoes the grid's move is before the layer or behind it
             source = self.producer[source].input[0]
-        if per_step:
+        quantizer = self.producer[source]
+        source = quantizer.input[0]
+        while source in self.producer and self.producer[source].name.startswith(
+            f"{quantizer.name.rpartition('.q.')[0]}."
+        ):
             source = self.producer[source].input[0]
-        output, after = node.output[0], self.readers.get(node.output[0], [])
+        output = node.output[0]
+        while behind := [r for r in self.readers.get(output, []) if r.name.startswith(f"{name[1]}.")]:
+            if behind[0].op_type not in ("Mul", "Add"):
+                break
+            output = behind[0].output[0]
+        after = self.readers.get(output, [])
         added = [v for n in after if n.op_type == "Add" for v in n.input]
         if node.op_type == "MatMul" and len(after) == 1 and any(v in self.constants for v in added):
             output = after[0].output[0]  # its bias
         return QuantizedNode(
             layer=name[1],
             node=node,
+            quantizer=quantizer,
             source=source,
             output=output,
             codes=self.constants[value],

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import engines
 from calib.plan import load_plan
 from engines.nvinfer import no_gpu
 from gaq_export import terminal
@@ -74,19 +75,21 @@ def in_the_way(tmp_path: Path) -> Path:
 
 def test_the_three_commands_make_pictures(home: Path, tmp_path: Path) -> None:
     run, plan, out = tmp_path / "run", tmp_path / "unet.plan", tmp_path / "samples"
+    few = ("--steps", 3, "--sampler", "ddpm")
     made = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 1)
     assert made.exit_code == 0, made.output
     assert "W4A8: 39 layers quantized" in made.stdout
     assert f"next: gaq-export build-engine --run {run}" in made.stdout
     record = json.loads((run / "run.json").read_text())["settings"]
     assert (record["images"], record["config"]["reconstruction"]["iterations"]) == (2, 1)
-    built = gaq("build-engine", "--run", run, "--backend", "openvino", "--out", plan, "--batch", "1,2,2")
+    built = gaq("build-engine", "--run", run, "--backend", "openvino", "--out", plan, "--batch", "1,2,2", *few)
     assert built.exit_code == 0, built.output
     assert "openvino audit" in built.stdout
     assert "against fake-quantized PyTorch: median SQNR" in built.stdout
     assert "1 x first layer" in " ".join(built.stdout.split())
+    assert "10 layers depend on the step alone and are tables" in " ".join(built.stdout.split())
     assert f"openvino engine -> {plan}" in " ".join(built.stdout.split())
-    drawn = gaq("sample", "--engine", plan, "-n", 2, "--steps", 3, "--sampler", "ddpm", "--compare", "--out", out)
+    drawn = gaq("sample", "--engine", plan, "-n", 2, "--compare", "--out", out)
     assert drawn.exit_code == 0, drawn.output
     assert drawn.stdout.startswith("2 images in ")
     assert "PSNR against float from the same noise: median " in drawn.stdout
@@ -374,3 +377,15 @@ def test_a_killed_calibration_continues_to_the_same_bytes(home: Path, tiny_run: 
     assert finished.exit_code == 0, finished.output
     for name in ("plan.safetensors", "plan.json"):
         assert (run / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+def test_doctor_says_what_every_backend_can_do_here() -> None:
+    found = json.loads(gaq("doctor", "--json").stdout)
+    assert set(found["backends"]) == set(engines.BACKENDS)
+    assert found["backends"]["openvino"] == {"cannot_build": None, "cannot_run": None}
+    for name, problems in found["backends"].items():
+        assert problems["cannot_run"] == engines.BACKENDS[name].can_run()
+    assert found["best"] == engines.best_backend()
+    shown = " ".join(gaq("doctor").stdout.split())
+    assert f"build-engine takes: {found['best']}" in shown
+    assert found["machine"]["processor"] in shown

@@ -12,7 +12,7 @@ from calib.data import CalibrationSet
 from gaq_export.collect import GROUP, collect, image_seed
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
-from gaq_export.samplers import initial_noise, run
+from gaq_export.samplers import noise, run
 from gaq_export.schedule import SamplerSpec, timesteps
 
 SPEC = SamplerSpec(steps=3, eta=1.0)  # eta draws noise at every step too
@@ -65,7 +65,7 @@ def test_samples_are_ordered_by_step_and_carry_what_the_network_saw(draw, tiny_m
     seen: list[torch.Tensor] = []
     run(tiny_model.network, seeds, SHAPE, tiny_model.schedule, SPEC, lambda step, x, t: seen.append(x.clone()))
     assert torch.equal(data.x, torch.cat([x[:2] for x in seen]))
-    assert torch.equal(data.x[0], initial_noise([torch.Generator().manual_seed(seeds[0])], SHAPE)[0])
+    assert torch.equal(data.x[0], noise(seeds[:1], 0, SHAPE)[0])
 
 
 @pytest.mark.parametrize("call", [2, 4, 6])

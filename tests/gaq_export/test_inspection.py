@@ -74,7 +74,7 @@ def test_ranges_say_what_each_grid_reaches(tiny_model, plan: QuantPlan) -> None:
         shares = [float(7 * s / w.abs().max()) for s, w in zip(q.weight_scale, weight, strict=True)]
         assert layer.covered == pytest.approx((min(shares), float(torch.tensor(shares).median()), max(shares)))
         assert 0.2 < layer.covered[0] <= layer.covered[1] <= layer.covered[2] <= 1.0001
-        assert layer.input_reach == pytest.approx(127 * q.input.scale)
+        assert layer.input_reach == pytest.approx((127 - min(q.input.zero)) * q.input.scale)
         assert layer.channels == len(weight)
 
 

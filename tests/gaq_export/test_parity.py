@@ -106,7 +106,7 @@ def test_the_resolution_leaves_the_network_as_it_was(mnist, plan, data) -> None:
     fake = fake_quantized(mnist.network, plan)
     with torch.no_grad():
         before = fake(data.x, data.t)
-        with perturbed(fake, plan.layers, seed=0):
+        with perturbed(fake, plan.layers, 1e-6, seed=0):
             within = fake(data.x, data.t)
         assert torch.equal(fake(data.x, data.t), before)
     assert 30 < sqnr_db(before, within) < 100

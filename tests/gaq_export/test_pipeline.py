@@ -109,14 +109,36 @@ def test_an_image_depends_on_its_seed_and_not_on_its_company(tiny_engine, tmp_pa
     assert images.psnr(whole[:3], whole[3:]).max() < 20
 
 
+def test_an_engine_of_steps_draws_what_one_of_the_network_draws(tiny_step_engine, tiny_engine, tmp_path: Path) -> None:
+    spec = SamplerSpec(steps=5, eta=0.5)
+    told: list[tuple[str, int, int]] = []
+    drawn = pipeline.sample(tiny_step_engine.path, num=6, out=tmp_path / "step", on_step=lambda *s: told.append(s))
+    plain = pipeline.sample(tiny_engine.path, num=6, sampler=spec, out=tmp_path / "eps")
+    assert told == [("engine", i + 1, 10) for i in range(10)]
+    assert json.loads((tmp_path / "step" / "samples.json").read_text())["sampler"] == spec.to_json()
+    assert images.psnr(drawn.images, plain.images).min() > 30
+    assert images.psnr(drawn.images[:3], drawn.images[3:]).max() < 20
+    alone = pipeline.sample(tiny_step_engine.path, num=2, seed=4, out=tmp_path / "alone")
+    assert torch.equal(alone.images, drawn.images[4:])
+    assert tiny_step_engine.about["baked"]
+    assert len(tiny_step_engine.audit.kernels) == len(tiny_engine.audit.kernels) - len(tiny_step_engine.about["baked"])
+
+
+def test_an_engine_of_steps_has_one_sampler(tiny_step_engine, tmp_path: Path) -> None:
+    with pytest.raises(
+        GaqError, match=r"holds the steps of ddim, 5 steps, uniform spacing, eta 0.5; asked for ddim, 5"
+    ):
+        pipeline.sample(tiny_step_engine.path, num=1, sampler=FEW, out=tmp_path)
+
+
 def test_fewer_images_than_the_smallest_batch_can_be_drawn(tiny_run: Path, tiny_model, tmp_path: Path) -> None:
-    config = EngineConfig(backend="onnxruntime", batch=(2, 2, 4), threads=1)
-    built = pipeline.build_engine(folder=tiny_run, out=tmp_path / "unet.plan", config=config, model=tiny_model)
+    config, out = EngineConfig(backend="onnxruntime", batch=(2, 2, 4), threads=1), tmp_path / "unet.plan"
+    built = pipeline.build_engine(folder=tiny_run, out=out, config=config, sampler=FEW, model=tiny_model)
     assert built.parity is not None
     assert built.parity.passed
     assert built.file.backend == "onnxruntime"
     assert built.file.audit.counts["convolution", "int8"] > 0
-    drawn = pipeline.sample(tmp_path / "unet.plan", num=1, sampler=FEW, out=tmp_path / "one")
+    drawn = pipeline.sample(tmp_path / "unet.plan", num=1, out=tmp_path / "one")
     assert drawn.images.shape == (1, 1, 16, 16)
     assert drawn.psnr_db is None
     assert {p.name for p in (tmp_path / "one").iterdir()} == {"000000.png", "grid.png", "samples.json"}
@@ -182,6 +204,9 @@ def test_what_cannot_be_asked_of_an_engine_is_an_error(tiny_engine, tiny_run: Pa
 
 
 def test_export_writes_where_it_is_told(tiny_run: Path, tiny_model, tmp_path: Path) -> None:
-    path = pipeline.export_onnx("reference", folder=tiny_run, model=tiny_model, out=tmp_path / "deep" / "unet.onnx")
-    assert path.stat().st_size > 10_000
-    assert not (tiny_run / "unet.reference.onnx").exists()
+    out = tmp_path / "deep" / "unet.onnx"
+    made = pipeline.export_onnx("reference", folder=tiny_run, model=tiny_model, out=out)
+    assert made.path == out
+    assert out.stat().st_size > 10_000
+    assert len(made.baked) == 10
+    assert not list(tiny_run.glob("unet.*.reference.onnx"))

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
+from calib.ranges import nearest_step
 from gaq_export import parity
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, load_model
@@ -27,6 +28,7 @@ from gaq_export.schedule import SamplerSpec
 from tests.gaq_export.readback import WEIGHTED, Graph, layer_errors, run, session
 
 BITS = [(4, 8), (8, 8), (3, 5)]
+INTEGER = [name for name, profile in PROFILES.items() if not profile.float8]
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,7 @@ def quantized_graph(float_graph, tiny_plan) -> Callable[[str, int, int], onnx.Mo
     return make
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", INTEGER)
 @pytest.mark.parametrize(("wbits", "abits"), BITS)
 def test_every_layer_of_the_plan_is_in_the_graph_with_its_codes_and_scales(
     profile: str, wbits: int, abits: int, quantized_graph, tiny_plan
@@ -65,7 +67,7 @@ def test_every_layer_of_the_plan_is_in_the_graph_with_its_codes_and_scales(
         assert np.abs(codes).max() <= 2 ** (wbits - 1)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", INTEGER)
 @pytest.mark.parametrize(("wbits", "abits"), BITS)
 def test_inputs_are_rounded_with_the_plans_scale(
     profile: str, wbits: int, abits: int, quantized_graph, tiny_plan
@@ -84,51 +86,84 @@ def test_inputs_are_rounded_with_the_plans_scale(
             assert (low / scale, high / scale) == pytest.approx((-(2 ** (abits - 1)), 2 ** (abits - 1) - 1))
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_a_scale_for_each_step_is_a_division_before_and_a_multiplication_behind_a_constant_quantizer(
-    profile: str, float_graph, tiny_plan
+@pytest.fixture(params=[(True, False), (False, True), (True, True)], ids=["per-step", "moved", "both"])
+def moved_plan(request, tiny_plan) -> QuantPlan:
+    """A W4A8 plan with a grid for each step, with grids that lie off 0, and with both."""
+    per_step, moved = request.param
+    plan: QuantPlan = tiny_plan(4, 8, per_step=per_step, symmetric=not moved)
+    grids = [layer.input for layer in plan.layers.values()]
+    assert any(any(grid.zero) for grid in grids) == moved
+    assert all((grid.ratio is not None) == per_step for grid in grids)
+    return plan
+
+
+@pytest.fixture
+def mixed(noisy) -> CalibrationSet:
+    """Images of eight timesteps, some that the plan has and some that it does not."""
+    data = noisy(16)
+    return CalibrationSet(x=data.x, t=torch.tensor([99, 0, 70, 69, 54, 39, 9, 24]), step=data.step)
+
+
+@pytest.mark.parametrize("profile", INTEGER)
+def test_a_layer_whose_grid_moves_computes_what_pytorch_does(
+    profile: str, moved_plan: QuantPlan, float_graph, tiny_model: LoadedModel, mixed: CalibrationSet
 ) -> None:
-    plan = tiny_plan(4, 8, per_step=True)
-    proto = ir.to_proto(insert_qdq(float_graph(), plan, find_profile(profile)))
+    wishes = replace(find_profile(profile), quantize_outputs=False)
+    proto = ir.to_proto(insert_qdq(float_graph(), moved_plan, wishes))
     onnx.checker.check_model(proto, full_check=True)
-    graph = Graph(proto)
-    nodes = graph.quantized()
-    assert sorted(n.layer for n in nodes) == sorted(plan.layers)
-    for n in nodes:
-        layer, multiplied = plan.layers[n.layer], graph.producer[n.node.input[0]]
-        q = graph.producer[graph.producer[multiplied.input[0]].input[0]]
-        assert numpy_helper.to_array(graph.constants[q.input[1]]) == np.float32(layer.input.scale)
-        divided, gather = graph.producer[q.input[0]], graph.producer[multiplied.input[1]]
-        assert (divided.op_type, divided.input[1]) == ("Div", multiplied.input[1])
-        assert (gather.op_type, gather.input[1]) == ("Gather", "t")
-        table = numpy_helper.to_array(graph.constants[gather.input[0]]).flatten()
-        assert len(table) == 100
-        assert np.array_equal(table[plan.timesteps], layer.input.ratio.numpy())
-        assert np.array_equal(table[[0, 23, 25, 98]], layer.input.ratio.numpy()[[0, 0, 1, 3]])  # of 9, 39, 69, 99
-    assert len(graph.nodes("Gather")) == len({n.node.input[0] for n in nodes}) < len(nodes)
-
-
-def test_a_scale_for_each_step_rounds_every_input_to_the_bit_as_pytorch_does(
-    float_graph, tiny_model: LoadedModel, tiny_plan, noisy
-) -> None:
-    plan, data = tiny_plan(4, 8, per_step=True), noisy(16)
-    data = CalibrationSet(x=data.x, t=torch.tensor([99, 0, 70, 69, 54, 39, 9, 24]), step=data.step)
-    proto = ir.to_proto(insert_qdq(float_graph(), plan, find_profile("reference")))
-    fake = fake_quantized(tiny_model.network, plan)
-    fake(data.x, data.t)  # the layers' hooks take the timesteps from here
-    errors = layer_errors(proto, fake, data)
-    assert len(errors) == len(plan.layers)
+    fake = fake_quantized(tiny_model.network, moved_plan)
+    fake(mixed.x, mixed.t)  # the layers' hooks take the timesteps from here
+    errors = layer_errors(proto, fake, mixed)
+    assert len(errors) == len(moved_plan.layers)
     assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize("profile", [name for name in INTEGER if not PROFILES[name].zero_points])
+def test_a_moving_grid_is_written_around_a_constant_symmetric_quantizer_right_before_the_layer(
+    profile: str, moved_plan: QuantPlan, float_graph
+) -> None:
+    graph = Graph(ir.to_proto(insert_qdq(float_graph(), moved_plan, find_profile(profile))))
+    nodes = graph.quantized()
+    assert sorted(n.layer for n in nodes) == sorted(moved_plan.layers)
+    for n in nodes:
+        grid = moved_plan.layers[n.layer].input
+        assert graph.producer[graph.producer[n.node.input[0]].input[0]].name == n.quantizer.name
+        scale, zero = (numpy_helper.to_array(graph.constants[value]) for value in n.quantizer.input[1:])
+        assert (scale, zero, zero.dtype) == (np.float32(grid.scale), 0, np.int8)
+        if any(grid.zero) and n.node.op_type == "Conv":
+            assert not any(next(a.ints for a in n.node.attribute if a.name == "pads"))
+
+
+def test_a_moving_grid_rounds_every_input_to_the_code_that_pytorch_rounds_it_to(
+    moved_plan: QuantPlan, float_graph, tiny_model: LoadedModel, mixed: CalibrationSet
+) -> None:
+    proto = ir.to_proto(insert_qdq(float_graph(), moved_plan, find_profile("trt")))
+    fake = fake_quantized(tiny_model.network, moved_plan)
+    fake(mixed.x, mixed.t)
     rounded: dict[str, torch.Tensor] = {}
-    for name in plan.layers:
+    for name in moved_plan.layers:
         fake.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: rounded.update({n: args[0]}))
     nodes = Graph(proto).quantized()
-    wanted = sorted({v for n in nodes for v in (n.source, n.node.input[0])})
-    proto.graph.output.extend(helper.make_tensor_value_info(v, TensorProto.FLOAT, None) for v in wanted)
-    seen = dict(zip(wanted, session(proto).run(wanted, {"x": data.x.numpy(), "t": data.t.numpy()}), strict=True))
+    wanted = sorted({v for n in nodes for v in (n.source, n.quantizer.output[0])})
+    known = {n.source for n in nodes}
+    kinds = {v: TensorProto.FLOAT if v in known else TensorProto.INT8 for v in wanted}
+    proto.graph.output.extend(helper.make_tensor_value_info(v, kind, None) for v, kind in kinds.items())
+    seen = dict(zip(wanted, session(proto).run(wanted, {"x": mixed.x.numpy(), "t": mixed.t.numpy()}), strict=True))
+    step = nearest_step(moved_plan.timesteps, mixed.t) if moved_plan.timesteps is not None else 0 * mixed.t
     for n in nodes:
+        grid, codes = moved_plan.layers[n.layer].input, torch.from_numpy(seen[n.quantizer.output[0]])
         fake.get_submodule(n.layer)(torch.from_numpy(seen[n.source]))
-        assert np.array_equal(rounded[n.layer].numpy(), seen[n.node.input[0]]), n.layer
+        value = rounded[n.layer].double()
+        zero, ratio = (
+            torch.tensor(of)[step].double().reshape(-1, *[1] * (value.ndim - 1))
+            for of in (grid.zero, grid.ratio or (1.0,))
+        )
+        expected = torch.round(value / ratio / grid.scale + zero)
+        frame = (codes.shape[-1] - expected.shape[-1]) // 2
+        if frame:  # the padding: zeros
+            expected, inner = zero.expand(codes.shape).clone(), expected
+            expected[..., frame:-frame, frame:-frame] = inner
+        assert torch.equal(codes.double(), expected), n.layer
 
 
 @pytest.mark.parametrize("profile", [name for name, wishes in PROFILES.items() if wishes.unsigned_products])
@@ -214,7 +249,7 @@ def test_no_float_copy_of_a_quantized_weight_stays_in_the_file(quantized_graph, 
     assert len(left) <= len(float_layers)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", INTEGER)
 def test_query_key_and_value_share_one_quantizer(profile: str, quantized_graph) -> None:
     nodes = Graph(quantized_graph(profile, 4, 8)).quantized()
     attentions = {n.layer.rpartition(".")[0] for n in nodes if n.layer.endswith("to_q")}
@@ -246,13 +281,11 @@ def test_a_layer_that_the_graph_lacks_is_an_error(float_graph, tiny_plan) -> Non
 
 
 def test_an_unknown_profile_is_an_error() -> None:
-    with pytest.raises(
-        GaqError, match=r"Unknown profile 'tensorrt'. Choose one of \['reference', 'trt', 'openvino', 'ort-cpu'\]"
-    ):
+    with pytest.raises(GaqError, match=r"Unknown profile 'tensorrt'. Choose one of \['reference', 'trt', 'openvino', "):
         find_profile("tensorrt")
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", INTEGER)
 @pytest.mark.parametrize(("wbits", "abits"), BITS)
 def test_the_graph_is_valid_and_its_batch_stays_dynamic(
     profile: str, wbits: int, abits: int, quantized_graph, noisy
@@ -291,7 +324,7 @@ def test_the_layer_check_notices_one_wrong_code(quantized_graph, tiny_model: Loa
 def test_every_layer_of_the_bundled_model_computes_what_the_fake_quantized_layer_computes(tmp_path: Path) -> None:
     model = load_model("ddpm-mnist")
     plan = calibrate(model, preset("tiny"), folder=tmp_path, sampler=SamplerSpec(steps=4))
-    proto = onnx.load(export_onnx("reference", folder=tmp_path, model=model))
+    proto = onnx.load(export_onnx("reference", graph="eps", folder=tmp_path, model=model).path)
     x = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(3))
     data = CalibrationSet(x=x, t=torch.tensor([600, 40]), step=torch.arange(2))
     errors = layer_errors(proto, fake_quantized(model.network, plan), data)
@@ -301,7 +334,7 @@ def test_every_layer_of_the_bundled_model_computes_what_the_fake_quantized_layer
 
 # Not with 5-bit activations: there a value that rounds the other way is rare but costs 14 dB, so luck decides.
 @pytest.mark.parametrize(("wbits", "abits"), [(4, 8), (8, 8)])
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", INTEGER)
 def test_the_whole_graph_comes_as_close_as_rounding_allows(
     profile: str, wbits: int, abits: int, quantized_graph, tiny_model: LoadedModel, tiny_plan, noisy
 ) -> None:

@@ -1,0 +1,65 @@
+"""What do temporal tables win? The noise predicted with the time embedding's layers quantized, and with them as tables.
+
+    python benchmarks/tables.py --folder bench-tables --out docs/results/tables-ddpm-mnist.md
+
+The plan is the same; the layers that depend on the step alone are rounded in one network, and exact in the other, as in
+an engine of whole steps.
+"""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from activations import held_out, learn
+from calib.fakequant import fake_quantized
+from gaq_export.collect import collect
+from gaq_export.models import load_model
+from gaq_export.onnx_export import export_float
+from gaq_export.parity import sqnr_db
+from gaq_export.presets import preset
+from gaq_export.stepgraph import make_step
+from options import ModelName, Out
+from publish import markdown_table, publish
+
+SHOWN = 6  # steps that have a column
+
+
+def main(
+    model: ModelName = "ddpm-mnist",
+    schedule: Annotated[str, typer.Option("--preset")] = "fast",
+    folder: Annotated[Path, typer.Option(help="Keeps the calibrations.")] = Path("bench-tables"),
+    images: Annotated[int, typer.Option(help="Held-out images.")] = 16,
+    out: Out = None,
+) -> None:
+    """Print one row for each convention, with and without tables."""
+    loaded = load_model(model)
+    spec = loaded.spec.sampler
+    baked = make_step(export_float(loaded.network, loaded.shape), loaded.schedule, spec).baked
+    held, shown = held_out(loaded, images), torch.linspace(0, spec.steps - 1, SHOWN).round().int().tolist()
+    rows = []
+    for convention in ("deploy", "tfmq"):
+        made = preset(schedule, convention=convention)
+        data = collect(loaded, spec, images=made.images, folder=folder / "calibration")
+        plan = learn(loaded, data, made.config, folder)
+        left = {name: layer for name, layer in plan.layers.items() if name not in baked}
+        for name, layers in (("quantized", plan.layers), ("tables", left)):
+            fake = fake_quantized(loaded.network, replace(plan, layers=layers))
+            with torch.no_grad():
+                found = [sqnr_db(expected, fake(x, t)) for x, t, expected in held]
+            row = (f"{statistics.fmean(found):.2f}", *(f"{found[step]:.2f}" for step in shown))
+            rows.append((convention, f"{len(plan.layers) - len(left)} {name}", *row))
+            print(*rows[-1], flush=True)
+    title = (
+        f"{model} W4A8, {spec}; {made.images} calibration images, seed 0; SQNR of the predicted noise in dB, {images} "
+        "held-out images."
+    )
+    head = ["convention", "temporal layers", "mean", *(f"step {step}" for step in shown)]
+    publish([title, "", *markdown_table(head, rows)], out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

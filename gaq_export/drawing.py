@@ -1,0 +1,49 @@
+"""Who draws, and with which sampler: an engine of whole steps, an engine of the network alone, or the float network."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from engines import Engine, EngineFile
+from gaq_export import samplers, step_engine
+from gaq_export.denoiser import Denoiser, engine_denoiser
+from gaq_export.errors import GaqError
+from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
+
+Draw = Callable[[Sequence[int], Callable[[], None]], Tensor]  # draws an image for each seed, and tells of every step
+
+
+def sampler_of(file: EngineFile, asked: SamplerSpec | None) -> SamplerSpec:
+    """Return the sampler to draw with: the engine's, or the one asked for.
+
+    Raises:
+        GaqError: an engine of whole steps has another one.
+    """
+    own = SamplerSpec.from_json(file.about["sampler"])
+    if asked not in (None, own) and file.about["graph"] == "step":
+        raise GaqError(
+            f"{file.path} holds the steps of {own}; asked for {asked}. Build another engine for it, or one with "
+            "--graph eps, which takes any sampler."
+        )
+    return asked or own
+
+
+def by_engine(
+    engine: Engine, file: EngineFile, schedule: NoiseSchedule, shape: tuple[int, int, int], spec: SamplerSpec
+) -> Draw:
+    """Draw with an open engine."""
+    if file.about["graph"] == "step":
+        return lambda seeds, tell: step_engine.run(engine, seeds, shape, spec.steps, lambda step: tell())
+    return by_network(engine_denoiser(engine), schedule, shape, spec)
+
+
+def by_network(network: Denoiser, schedule: NoiseSchedule, shape: tuple[int, int, int], spec: SamplerSpec) -> Draw:
+    """Draw with anything called as (x, t)."""
+    return lambda seeds, tell: samplers.run(network, seeds, shape, schedule, spec, lambda step, x, t: tell())
+
+
+def noise_of(engine: Engine, file: EngineFile, schedule: NoiseSchedule) -> Denoiser:
+    """Make an open engine of either kind a denoiser, which an engine of whole steps is at its own timesteps only."""
+    if file.about["graph"] != "step":
+        return engine_denoiser(engine)
+    return step_engine.step_denoiser(engine, timesteps(sampler_of(file, None), schedule.num_train))

@@ -1,0 +1,66 @@
+"""Draw with an engine that holds whole denoising steps (`gaq_export.stepgraph`), or ask it for the noise alone."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines import Engine
+from gaq_export import samplers
+from gaq_export.denoiser import Denoiser
+from gaq_export.errors import GaqError
+from gaq_export.stepgraph import FEEDBACK
+
+
+def run(
+    engine: Engine,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    steps: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Draw one image for each seed, as `samplers.run` does, the whole loop inside the engine.
+
+    Args:
+        engine: one that holds steps.
+        seeds: one per image.
+        shape: (C, H, W) of an image.
+        steps: how many the engine has.
+        on_step: told the number of each.
+
+    Returns:
+        Images in [-1, 1], (N, C, H, W) float32.
+
+    Raises:
+        GaqError: no seeds, or images that are not finite.
+    """
+    x = samplers.noise(seeds, 0, shape).numpy()
+    feeds = {"x": x, "step": np.zeros(1, np.int64), "previous": np.zeros_like(x)}
+    taken, given = {spec.name for spec in engine.inputs}, {spec.name for spec in engine.outputs}
+    outputs = engine.loop(
+        {name: array for name, array in feeds.items() if name in taken},
+        steps,
+        {output: name for output, name in FEEDBACK.items() if output in given},
+        {"noise": seeds} if "noise" in taken else {},
+        on_step,
+    )
+    return samplers.finish(seeds, torch.from_numpy(outputs["x_next"]))
+
+
+def step_denoiser(engine: Engine, visited: Tensor) -> Denoiser:
+    """Make the engine callable as a denoiser at the timesteps it knows.
+
+    Args:
+        engine: one that holds steps; the caller keeps it open and closes it.
+        visited: (S,) timesteps of its steps.
+    """
+
+    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+        step = (visited == t[0]).nonzero()[:1, 0]
+        if len(step) == 0 or bool((t != t[0]).any()):
+            raise GaqError(f"This engine knows the timesteps {visited.tolist()}, one at a time; found {t.tolist()}.")
+        blank = {spec.name: np.zeros(spec.at_batch(len(x)), np.float32) for spec in engine.inputs}
+        return torch.from_numpy(engine({**blank, "x": x.numpy(), "step": step.numpy()})["eps"])
+
+    return denoise

@@ -1,0 +1,80 @@
+"""A whole denoising step as one graph: the network, its temporal tables, and the sampler's update.
+
+    x (N, C, H, W), step (1,) [, noise (N, C, H, W)] [, previous (N, C, H, W)]
+        -> x_next, step_next, eps [, clean]
+
+`noise` is there if the sampler adds any, `previous` (the x0 of the step before) and `clean` (this step's) if it looks
+back. The sampler's coefficients (`gaq_export.samplers.Coefficients`) are tables indexed by `step`, as is everything
+that the network computes from t alone. So a loop is this graph S times, its outputs fed back to its inputs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from gaq_export import samplers
+from gaq_export.graph_writer import GraphWriter
+from gaq_export.qdq import StepInfo
+from gaq_export.samplers import Coefficients
+from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
+from gaq_export.temporal_tables import bake
+
+# Output of a step -> the input of the next that it becomes.
+FEEDBACK = {"x_next": "x", "step_next": "step", "clean": "previous"}
+
+
+def make_step(model: ir.Model, schedule: NoiseSchedule, spec: SamplerSpec) -> StepInfo:
+    """Turn a float graph (x, t) -> eps into one of the steps that `spec` takes; in place.
+
+    Args:
+        model: graph from `export_float`.
+        schedule: what the network was trained with.
+        spec: the sampler.
+
+    Returns:
+        What `gaq_export.qdq` needs to know of it.
+
+    Raises:
+        GaqError: the sampler does not suit the schedule, or the graph cannot be tabulated.
+    """
+    visited = timesteps(spec, schedule.num_train)
+    baked = bake(model, visited)
+    _append_update(model.graph, samplers.table(schedule, spec), schedule.clip)
+    return StepInfo(visited=visited, baked=baked)
+
+
+def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | None) -> None:
+    """Append the sampler's update to a graph whose inputs are x and step, and whose output is eps."""
+    write, (x, step), (epsilon,) = GraphWriter(graph), graph.inputs, graph.outputs
+    used = {name for name in Coefficients.__dataclass_fields__ if any(getattr(row, name) for row in rows)}
+
+    def scaled(name: str, value: ir.Value) -> ir.Value:
+        table = np.array([getattr(row, name) for row in rows], dtype=np.float32).reshape(-1, 1, 1, 1)
+        factor = write.node("Gather", [write.constant(f"update.{name}.rows", table), step], f"update.{name}.row")
+        return write.node("Mul", [value, factor], f"update.{name}")
+
+    clean = write.node("Sub", [scaled("x_to_clean", x), scaled("epsilon_to_clean", epsilon)], "update.unclipped")
+    if clip is not None:
+        bounds = [write.constant(f"update.clip.{i}", np.float32(bound)) for i, bound in enumerate((-clip, clip))]
+        clean = write.node("Clip", [clean, *bounds], "update.clipped")
+    parts = {"keep": x, "clean": clean, "direction": epsilon}
+    for name, source in (("previous", "previous"), ("fresh", "noise")):
+        if name in used:
+            parts[name] = ir.Value(name=source, type=x.type, shape=ir.Shape(x.shape or ()))
+            graph.inputs.append(parts[name])
+    terms = [scaled(name, part) for name, part in parts.items() if name in used]
+    total = terms[0]
+    for term in terms[1:]:
+        total = write.node("Add", [total, term], "update.sum")
+    one = write.constant("update.one", np.ones(1, dtype=np.int64))
+    outputs = {
+        "x_next": total,
+        "step_next": write.node("Add", [step, one], "update.step", ir.DataType.INT64),
+        "eps": epsilon,
+        **({"clean": clean} if "previous" in used else {}),
+    }
+    write.append()
+    for name, value in outputs.items():
+        value.name, value.shape = name, ir.Shape((step if name == "step_next" else x).shape or ())
+    graph.outputs[:] = outputs.values()
