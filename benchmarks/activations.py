@@ -69,6 +69,7 @@ def main(
             config = replace(made.config, activation=activation)
             plans[width] = learn(loaded, data, config, folder)
         measured[name] = [_mean_sqnr(loaded, plan, held) for plan in plans.values()]
+        measured[name].append(_mean_sqnr(loaded, plans[bits[0]], held, float8=True))
         moved = sum(any(layer.input.zero) for layer in plans[bits[0]].layers.values())
         layers[name] = f"{moved} of {len(plans[bits[0]].layers)}"
         loops[name] = _loop(loaded, _engine(loaded, plans[bits[0]], folder / f"form-{len(loops)}", batch), batch)
@@ -85,7 +86,7 @@ def main(
         )
         for name in FORMS
     ]
-    head = ["activation grids", "layers moved", *(f"W4A{width}, dB" for width in bits), "loop, s", "time"]
+    head = ["activation grids", "layers moved", *(f"W4A{width}, dB" for width in bits), "W4 FP8, dB", "loop, s", "time"]
     title = [
         f"{model}, {loaded.spec.sampler}; {made.images} calibration images, seed 0; mean SQNR over steps, {images} "
         "held-out images.",
@@ -114,8 +115,10 @@ def held_out(model: LoadedModel, images: int) -> list[tuple[Tensor, Tensor, Tens
     return seen
 
 
-def _mean_sqnr(model: LoadedModel, plan: QuantPlan, held: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-    fake = fake_quantized(model.network, plan)
+def _mean_sqnr(
+    model: LoadedModel, plan: QuantPlan, held: list[tuple[Tensor, Tensor, Tensor]], *, float8: bool = False
+) -> float:
+    fake = fake_quantized(model.network, plan, float8=float8)
     with torch.no_grad():
         return statistics.fmean(sqnr_db(expected, fake(x, t)) for x, t, expected in held)
 

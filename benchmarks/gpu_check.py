@@ -7,6 +7,7 @@ Each engine has a process of its own, since TensorRT and TensorRT-RTX do not sha
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def main(
         "",
         f"{model} W4A8, {steps} DDIM steps, batch {batch}, medians of {ROUNDS} loops.",
         "",
-        *_page(found, _pytorch(loaded, spec, batch), batch),
+        *page(found, _pytorch(loaded, spec, batch), batch),
     ]
     publish(lines, out or Path("docs/results") / f"gpu-{gpu.name.lower().replace(' ', '-')}.md")
 
@@ -97,7 +98,7 @@ def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, comp
     Returns:
         "build_seconds", "plan_bytes", "parity_db" and "required_db" (at the worst step), "loop_seconds" (of each
         round), "kernel_seconds" (of one loop, by the runtime's profiler; TensorRT only), "memory_bytes",
-        "batch_difference" (of an image alone and in a batch), "worst_layers"; or "failed" alone.
+        "batch_difference" (of an image alone and in a batch), "worst_layers" (TensorRT only); or "failed" alone.
     """
     problems = engines.BACKENDS[backend].can_build(), engines.BACKENDS[backend].can_run()
     if any(problems):
@@ -114,7 +115,7 @@ def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, comp
                 "required_db": built.parity.required_db(built.parity.worst),
                 **_loops(built.file, model, spec, batch),
             }
-            if backend != "onnxruntime-cuda":
+            if backend.startswith("tensorrt"):
                 found |= _by_polygraphy(built.file, model, spec, run)
         except user_errors() as error:
             return {"failed": str(error)}
@@ -137,8 +138,10 @@ def _loops(file: EngineFile, model: LoadedModel, spec: SamplerSpec, batch: int) 
 
 
 def _memory() -> int:
-    """Return the bytes of GPU memory in use, by all processes."""
+    """Return the bytes of GPU memory in use, by all processes; 0 where nobody tells."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    if shutil.which(query[0]) is None:
+        return 0
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
@@ -192,7 +195,8 @@ def _pytorch(model: LoadedModel, spec: SamplerSpec, batch: int) -> tuple[str, fl
     return device, statistics.median(seconds[1:])
 
 
-def _page(found: dict[str, dict[str, Any]], pytorch: tuple[str, float], batch: int) -> Iterator[str]:
+def page(found: dict[str, dict[str, Any]], pytorch: tuple[str, float], batch: int) -> Iterator[str]:
+    """Yield the lines of the table of what `examine` found, by "backend/type", and of what failed."""
     rows = []
     for kind, one in found.items():
         if "failed" in one:

@@ -7,7 +7,6 @@ for the engine: of the predicted noise, and of the step's result x_{t-1}, which 
 """
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +47,7 @@ def main(
     samplers.run(model.network, seeds, model.shape, model.schedule, spec, lambda _, x, t: seen.append((x, t)))
     rows = []
     left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
-    quantized = fake_quantized(model.network, replace(plan, layers=left))
+    quantized = fake_quantized(model.network, plan)
     sampler = samplers.table(model.schedule, spec)
     with engines.open_engine(file) as opened, torch.no_grad():
         for step, (x, t) in enumerate(seen):

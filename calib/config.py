@@ -69,6 +69,17 @@ class OmegaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """What the sampler corrects of the predicted noise, by the rules of calib.correction."""
+
+    rule: str = "none"
+    images: int = 16  # trajectories of the quantized network; "ptqd" uses the calibration's
+    relative: float = 0.5  # of "tac": weight of the relative error, lambda 1
+    ridge: float = 0.1  # of "tac": pull towards no correction, lambda 2
+    floor: float = 1.0  # of "tac": values below this times their mean magnitude do not count
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """All settings of one calibration."""
 
@@ -76,6 +87,7 @@ class QuantConfig:
     activation: ActivationConfig = field(default_factory=ActivationConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     omega: OmegaConfig = field(default_factory=OmegaConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     convention: str = "deploy"  # which layers stay float: see calib.layers.CONVENTIONS
     keep_float: tuple[str, ...] = ()  # shell patterns of further layer names
     weight_steps: int = 20  # sampling steps, evenly spaced, whose samples calibrate weights
@@ -91,6 +103,7 @@ class QuantConfig:
             ("omega softmax", self.omega.softmax, OMEGA_SOFTMAX),
             ("activation rule", self.activation.rule, RANGE_RULES),
             ("rounding start", self.reconstruction.start, ROUNDING_STARTS),
+            ("correction", self.correction.rule, CORRECTIONS),
         ):
             if value not in known:
                 raise CalibError(f"Unknown {what} {value!r}. Choose one of {sorted(known)}.")
@@ -100,6 +113,7 @@ OMEGA_RULES = ("uniform", "random", "mse", "gac", "gac-exact", "fish")
 OMEGA_SOFTMAX = ("batch", "set")
 RANGE_RULES = ("ema", "minmax")
 ROUNDING_STARTS = ("float", "gptq")
+CORRECTIONS = ("none", "ptqd", "tac")
 
 
 def to_json(config: QuantConfig) -> dict[str, Any]:

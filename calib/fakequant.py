@@ -76,8 +76,9 @@ def _rounding(name: str, grid: Grid, step: Sequence[Tensor], float8: bool) -> Ca
     def rounded(x: Tensor) -> Tensor:
         if ratios is None:
             return on_grid(x, shifts)
-        if len(x) != len(step[0]):
-            raise CalibError(f"{name!r} got {len(x)} rows for {len(step[0])} samples: it cannot tell their steps.")
+        rows, samples = x.shape[0], step[0].shape[0]  # not len(), which would fix them in an exported graph
+        if rows != samples:
+            raise CalibError(f"{name!r} got {rows} rows for {samples} samples: it cannot tell their steps.")
         ratio = per_channel(ratios[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
         shift = None if shifts is None else per_channel(shifts[step[0]], x.ndim)
         return on_grid(x / ratio, shift) * ratio

@@ -21,11 +21,12 @@ from calib import config as configs
 from calib.affine import FLOAT8_LARGEST, integer_range
 from calib.attention import OPERANDS
 from calib.config import QuantConfig
+from calib.correction import Correction
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ class QuantPlan:
     """Everything an exporter needs, by module name; `about` says which model and sampler the plan belongs to.
 
     `num_train` is the number of training timesteps. Where grids have a `ratio`, `timesteps` (S,) int64, rising, says
-    which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`).
+    which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`). `correction` is
+    for the steps of the sampler in `about` and no other.
     """
 
     layers: Mapping[str, LayerQuant]
@@ -98,6 +100,7 @@ class QuantPlan:
     about: Mapping[str, Any]
     num_train: int
     timesteps: Tensor | None = None
+    correction: Correction | None = None
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -145,6 +148,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         "products": products,
         "float_layers": dict(plan.float_layers),
         "blocks": [dataclasses.asdict(b) for b in plan.blocks],
+        "correction": plan.correction and plan.correction.to_json(),
         "tensors_sha256": _digest(tensors),
     }
     text = json.dumps(readable, indent=1).encode()
@@ -185,6 +189,7 @@ def load_plan(path: Path) -> QuantPlan:
         about=data["about"],
         num_train=data["num_train"],
         timesteps=tensors.get("timesteps"),
+        correction=Correction.from_json(data["correction"]) if data["correction"] else None,
     )
 
 

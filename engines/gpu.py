@@ -68,7 +68,8 @@ class GpuRunner:
             self._kernels, self._context = self._make_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             self._stream = cuda.Stream()
             self._set_shapes(file.batch[2])
-            size = max(256, int(self._context.update_device_memory_size_for_shapes()))
+            most = int(self._engine.device_memory_size_v2)
+            size = max(256, most, int(self._context.update_device_memory_size_for_shapes()))
             self._scratch = cuda.mem_alloc(size)
             self._context.set_device_memory(int(self._scratch), size)
             self._buffers = {spec.name: self._allocate(spec) for spec in (*file.inputs, *file.outputs)}

@@ -30,7 +30,7 @@ GraphKind = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps, instead of the calibration's or the engine's.")]
 SamplerName = Annotated[str | None, typer.Option(help="ddim, ddpm or dpmpp-2m, instead of the calibration's.")]
-Spacing = Annotated[str | None, typer.Option(help="uniform or quad, instead of the calibration's.")]
+Spacing = Annotated[str | None, typer.Option(help="uniform, quad or beta, instead of the calibration's.")]
 Eta = Annotated[float | None, typer.Option(help="Noise that DDIM adds, 0 to 1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 
@@ -56,20 +56,36 @@ def calibrate(
     preset: Annotated[
         str, typer.Option(envvar="GAQ_EXPORT_PRESET", help="tiny (smoke test), fast (minutes) or paper (as published).")
     ] = "fast",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A published method, see `gaq-export recipes`; options beside it take precedence."),
+    ] = None,
     omega: Annotated[
-        str,
-        typer.Option(help="Sample weights: gac (gradient alignment), gac-exact, fish, mse, random or uniform (none)."),
-    ] = "gac",
+        str | None,
+        typer.Option(
+            help="Sample weights: gac (gradient alignment; default), gac-exact, fish, mse, random or uniform (none)."
+        ),
+    ] = None,
     convention: Annotated[
-        str, typer.Option(help="Layers that stay float: deploy (first, last, time embedding) or tfmq (the papers').")
-    ] = "deploy",
+        str | None,
+        typer.Option(
+            help="Layers that stay float: deploy (first, last, time embedding; default) or tfmq (the papers')."
+        ),
+    ] = None,
+    correct: Annotated[
+        str | None, typer.Option(help="What the sampler corrects of the noise: none (the default), ptqd or tac.")
+    ] = None,
     keep_float: Annotated[list[str] | None, typer.Option(help="Pattern of further layers to keep float.")] = None,
     per_step_ranges: Annotated[
-        bool, typer.Option("--per-step-ranges", help="Activation grids of each sampling step's own (TFMQ-DM).")
-    ] = False,
+        bool | None,
+        typer.Option("--per-step-ranges/--shared-ranges", help="Activation grids of each sampling step's own or not."),
+    ] = None,
     symmetric: Annotated[
-        bool, typer.Option("--symmetric", help="0 in the middle of every activation grid: coarser, fewer GPU kernels.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--symmetric/--moved", help="0 in the middle of every activation grid: coarser, fewer GPU kernels."
+        ),
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Trajectories to collect, instead of the preset's.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Iterations a block, instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the calibration.")] = 0,
@@ -89,8 +105,10 @@ def calibrate(
             preset,
             wbits=wbits,
             abits=abits,
+            recipe=recipe,
             omega=omega,
             convention=convention,
+            correction=correct,
             keep_float=tuple(keep_float or ()),
             per_step=per_step_ranges,
             symmetric=symmetric,
@@ -104,7 +122,9 @@ def calibrate(
         loaded = pipeline.load_model(model, weights)
         _warn_if_meaningless(loaded.meaningless)
         with terminal.Bars(quiet) as bars:
-            plan = pipeline.calibrate(loaded, chosen, folder=run, on_collect=bars.collect, on_progress=bars.calibrate)
+            plan = pipeline.calibrate(
+                loaded, chosen, folder=run, on_collect=bars.collect, on_progress=bars.calibrate, on_correct=bars.correct
+            )
         counts = f"{len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float"
         typer.echo(f"W{wbits}A{abits}: {counts} -> {run}/plan.safetensors")
         if not quiet:
@@ -142,6 +162,10 @@ def build_engine(
         str,
         typer.Option(help="int8, or fp8: E4M3 numbers in place of integers (TensorRT, sm89 and later)."),
     ] = "int8",
+    correction: Annotated[
+        bool,
+        typer.Option("--correction/--no-correction", help="With the plan's correction of the noise, if any."),
+    ] = True,
     strip_weights: Annotated[
         bool,
         typer.Option("--strip-weights", help="Put them in an ONNX file beside the plan (TensorRT, with a GPU)."),
@@ -167,7 +191,9 @@ def build_engine(
             stripped=strip_weights,
         )
         spec = _changed(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
-        built = pipeline.build_engine(folder=run, out=out, config=config, graph=graph, sampler=spec, numbers=numbers)
+        built = pipeline.build_engine(
+            folder=run, out=out, config=config, graph=graph, sampler=spec, numbers=numbers, correct=correction
+        )
         if not quiet:
             terminal.print_audit(built)
         typer.echo(
@@ -259,6 +285,16 @@ def doctor(
             typer.echo(json.dumps(found.to_json(), indent=1))
         else:
             terminal.print_checkup(found)
+
+
+@app.command()
+def recipes() -> None:
+    """List the published methods that `calibrate --recipe` knows."""
+    with _one_line_errors():
+        from gaq_export.recipes import RECIPES
+
+        for name, recipe in RECIPES.items():
+            typer.echo(f"{name:14} {recipe.description}")
 
 
 @app.command()

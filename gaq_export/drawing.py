@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from calib.correction import Correction
 from engines import Engine, EngineFile
 from gaq_export import samplers, step_engine
 from gaq_export.denoiser import Denoiser, engine_denoiser
@@ -20,6 +21,8 @@ def sampler_of(file: EngineFile, asked: SamplerSpec | None) -> SamplerSpec:
         GaqError: an engine of whole steps has another one.
     """
     own = SamplerSpec.from_json(file.about["sampler"])
+    if asked not in (None, own) and file.about.get("correction"):
+        raise GaqError(f"{file.path} corrects its noise for {own} only; asked for {asked}. Build with --no-correction.")
     if asked not in (None, own) and file.about["graph"] == "step":
         raise GaqError(
             f"{file.path} holds the steps of {own}; asked for {asked}. Build another engine for it, or one with "
@@ -34,12 +37,23 @@ def by_engine(
     """Draw with an open engine."""
     if file.about["graph"] == "step":
         return lambda seeds, tell: step_engine.run(engine, seeds, shape, spec.steps, lambda step: tell())
-    return by_network(engine_denoiser(engine), schedule, shape, spec)
+    kept = file.about.get("correction")
+    return by_network(engine_denoiser(engine), schedule, shape, spec, kept and Correction.from_json(kept))
 
 
-def by_network(network: Denoiser, schedule: NoiseSchedule, shape: tuple[int, int, int], spec: SamplerSpec) -> Draw:
-    """Draw with anything called as (x, t)."""
-    return lambda seeds, tell: samplers.run(network, seeds, shape, schedule, spec, lambda step, x, t: tell())
+def by_network(
+    network: Denoiser,
+    schedule: NoiseSchedule,
+    shape: tuple[int, int, int],
+    spec: SamplerSpec,
+    correction: Correction | None = None,
+) -> Draw:
+    """Draw with anything called as (x, t), its noise corrected."""
+
+    def draw(seeds: Sequence[int], tell: Callable[[], None]) -> Tensor:
+        return samplers.run(network, seeds, shape, schedule, spec, lambda step, x, t: tell(), correction=correction)
+
+    return draw
 
 
 def noise_of(engine: Engine, file: EngineFile, schedule: NoiseSchedule) -> Denoiser:

@@ -8,14 +8,10 @@
 A model is a `LoadedModel`: from `load_model` by name or folder, or from `wrap` for any module called as (x, t).
 """
 
-import hashlib
 import json
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,23 +22,16 @@ from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
-from engines import EngineConfig, EngineFile
-from gaq_export import drawing, inspection, page, parity, provenance, samples
+from gaq_export import corrections, drawing, inspection, page, provenance, samples
 from gaq_export import run as runs
+from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
 from gaq_export.errors import GaqError
-from gaq_export.group_norm import open_group_norms
-from gaq_export.half import compute_in
 from gaq_export.models import LoadedModel, load_model, wrap
-from gaq_export.onnx_export import export_float
-from gaq_export.parity import TOLERANCES, Parity
 from gaq_export.presets import Preset, preset
-from gaq_export.profiles import PROFILES, find_profile
-from gaq_export.qdq import insert_qdq, save_onnx
 from gaq_export.run import Run
 from gaq_export.samples import Sampled
 from gaq_export.schedule import SamplerSpec
-from gaq_export.stepgraph import make_step
 
 __all__ = [
     "Built",
@@ -59,35 +48,6 @@ __all__ = [
 ]
 
 
-# Graph to what it computes.
-GRAPHS = {
-    "step": "one whole denoising step of a fixed sampler: (x, step) -> x_next",
-    "eps": "the network alone, for any sampler: (x, t) -> eps",
-}
-
-
-# What weights and activations are rounded to, and what that makes of a backend's profile.
-NUMBERS = {"int8": "", "fp8": "-fp8"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """An ONNX file, and the modules of the network that are tables in it."""
-
-    path: Path
-    baked: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """A built engine; `parity` is None where it cannot run here, and `not_run` says why."""
-
-    file: EngineFile
-    plan: QuantPlan
-    parity: Parity | None
-    not_run: str | None
-
-
 def calibrate(
     model: LoadedModel,
     chosen: Preset,
@@ -96,6 +56,7 @@ def calibrate(
     sampler: SamplerSpec | None = None,
     on_collect: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_correct: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantPlan:
     """Quantize `model`, keeping everything in the run folder; the same call again continues or returns the result.
 
@@ -106,6 +67,7 @@ def calibrate(
         sampler: sampler the calibration follows; the model's own if None.
         on_collect: told (network calls done, in all) while trajectories are drawn.
         on_progress: told after every iteration and block.
+        on_correct: told (sampling steps done, in all) while the sampler's correction is measured, if there is one.
 
     Raises:
         GaqError, CalibError: bad settings, a folder that holds another run, or one that cannot be written.
@@ -135,6 +97,9 @@ def calibrate(
         folder=run.blocks,
         on_progress=keep,
     )
+    if chosen.config.correction.rule != "none":
+        fake = fake_quantized(model.network, plan)
+        plan = replace(plan, correction=corrections.measure(model, fake, spec, data, chosen.config, on_correct))
     save_plan(plan, run.plan)
     runs.note(
         run,
@@ -147,119 +112,9 @@ def calibrate(
     return plan
 
 
-def export_onnx(
-    profile: str,
-    *,
-    graph: str = "step",
-    sampler: SamplerSpec | None = None,
-    compute: str = "float32",
-    folder: str | Path = runs.DEFAULT,
-    model: LoadedModel | None = None,
-    out: Path | None = None,
-) -> Exported:
-    """Write the quantized graph of one profile.
-
-    Args:
-        profile: a key of `gaq_export.profiles.PROFILES`.
-        graph: a key of `GRAPHS`.
-        sampler: whose steps a "step" graph takes; the plan's if None.
-        compute: type of what is not integer, a key of `gaq_export.half.COMPUTE`.
-        folder: run folder with a finished plan.
-        model: the float model; found again from the plan if None.
-        out: where to write; a file in the run folder if None.
-
-    Raises:
-        GaqError, CalibError: no plan, another model, or a graph that does not hold all its layers.
-    """
-    if graph not in GRAPHS:
-        raise GaqError(f"Unknown graph {graph!r}. Choose one of {list(GRAPHS)}.")
-    run, wishes = Run(folder=Path(folder)), find_profile(profile)
-    plan = load_plan(run.plan)
-    model = provenance.model_of(plan.about, model)
-    network = export_float(model.network, model.shape)
-    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
-    step = make_step(network, model.schedule, spec) if graph == "step" else None
-    path = out or run.onnx(profile, graph)
-    insert_qdq(network, plan, wishes, step)
-    if wishes.open_group_norms:
-        open_group_norms(network)
-    save_onnx(compute_in(network, compute), path)
-    return Exported(path=path, baked=tuple(sorted(step.baked)) if step else ())
-
-
 def sampler_of(folder: str | Path = runs.DEFAULT) -> SamplerSpec:
     """Return the sampler that the calibration in the run folder followed; raise CalibError if there is none."""
     return SamplerSpec.from_json(load_plan(Run(folder=Path(folder)).plan).about["sampler"])
-
-
-def build_engine(
-    *,
-    folder: str | Path = runs.DEFAULT,
-    out: str | Path = "unet.plan",
-    config: EngineConfig | None = None,
-    graph: str = "step",
-    sampler: SamplerSpec | None = None,
-    numbers: str = "int8",
-    model: LoadedModel | None = None,
-) -> Built:
-    """Build an engine from the run's plan, audit it, and check it against fake-quantized PyTorch on the same inputs.
-
-    The files at `out` change only once the new engine has passed.
-
-    Args:
-        folder: run folder with a finished plan.
-        out: the engine file; its record goes to `<out>.json`.
-        config: backend and batch profile; the best backend present if None.
-        graph: a key of `GRAPHS`.
-        sampler: what it will draw with; the plan's if None.
-        numbers: a key of `NUMBERS`; "fp8" for TensorRT and plans of 8-bit activations only.
-        model: the float model; found again from the plan if None.
-
-    Raises:
-        GaqError, CalibError, EngineError: no plan, no backend, numbers that it does not take, a failed build, or an
-            engine below the parity floor.
-    """
-    run, out = Run(folder=Path(folder)), Path(out)
-    config = config or EngineConfig(backend=engines.best_backend())
-    backend = engines.find_backend(config.backend)
-    if reason := backend.can_build():
-        raise GaqError(f"{backend.name} cannot build here: {reason}")
-    plan = load_plan(run.plan)
-    profile = _profile(backend, numbers, plan)
-    model = provenance.model_of(plan.about, model)
-    bits = f"W{plan.config.weight.bits}A{plan.config.activation.bits}"
-    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
-    about = {
-        **plan.about,
-        "sampler": spec.to_json(),
-        "graph": graph,
-        "bits": bits,
-        "numbers": numbers,
-        "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)},
-    }
-    with _staging(out) as staged:
-        exported = export_onnx(
-            profile,
-            graph=graph,
-            sampler=spec,
-            compute=backend.compute(config.compute) if backend.typed else "float32",
-            folder=run.folder,
-            model=model,
-        )
-        about["baked"] = exported.baked
-        file = engines.build(exported.path, staged / out.name, config, about)
-        not_run = backend.can_run()
-        checked = None if not_run else _check(file, plan, model, run, profile)
-        for made in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):  # the record last
-            os.replace(made, out.with_name(made.name))
-    runs.note(
-        run,
-        "build-engine",
-        backend=backend.name,
-        seconds=round(file.build_seconds, 1),
-        sqnr_db=checked and checked.sqnr_db,
-    )
-    return Built(file=engines.load_engine_file(out), plan=plan, parity=checked, not_run=not_run)
 
 
 def sample(
@@ -340,7 +195,7 @@ def inspect(
     settings, journal = runs.recall(run)
     model = provenance.model_of(plan.about, model)
     spec = SamplerSpec.from_json(plan.about["sampler"])
-    with _staging(path) as staged:
+    with runs.staging(path) as staged:
         data = collect(
             model,
             spec,
@@ -355,58 +210,3 @@ def inspect(
         text = page.render(plan, found, page.Origin(settings=settings, journal=journal))
         write_atomically(path, text.encode())
     return path
-
-
-def _profile(backend: engines.Backend, numbers: str, plan: QuantPlan) -> str:
-    """Return the profile of the backend's graph; raise GaqError if it has none of such numbers."""
-    if numbers not in NUMBERS:
-        raise GaqError(f"Unknown numbers {numbers!r}. Choose one of {list(NUMBERS)}.")
-    profile = backend.profile + NUMBERS[numbers]
-    if profile not in PROFILES:
-        raise GaqError(f"{backend.name} does not compute in {numbers}; tensorrt and tensorrt-rtx do.")
-    if numbers == "fp8" and plan.config.activation.bits != 8:
-        raise GaqError(f"FP8 has 8 bits, this plan's activations {plan.config.activation.bits}: use --numbers int8.")
-    return profile
-
-
-def _check(file: EngineFile, plan: QuantPlan, model: LoadedModel, run: Run, profile: str) -> Parity:
-    """Compare the engine with fake-quantized PyTorch on calibration samples; raise GaqError below the floor."""
-    spec = drawing.sampler_of(file, None)
-    count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
-    folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
-    data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
-    left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
-    with engines.open_engine(file) as opened:
-        result = parity.compare(
-            fake_quantized(model.network, replace(plan, layers=left), float8=find_profile(profile).float8),
-            left,
-            drawing.noise_of(opened, file, model.schedule),
-            data,
-            TOLERANCES[profile],
-            compute=file.compute,
-            images=count,
-        )
-    if not result.passed:
-        worst = result.worst
-        raise GaqError(
-            f"The {file.backend} engine differs from fake-quantized PyTorch: SQNR {result.sqnr_db[worst]:.1f} dB at "
-            f"step {result.steps[worst]}, at least {result.required_db(worst):.1f} dB expected. Nothing was replaced; "
-            "try another --backend."
-        )
-    return result
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, so that a rename puts the finished files in place."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
-    except OSError as error:
-        raise GaqError(f"Cannot write to {out.parent}: {error.strerror}. Choose a folder you may write to.") from error
-    with folder as name:
-        yield Path(name)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

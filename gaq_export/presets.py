@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
 from gaq_export.errors import GaqError
+from gaq_export.recipes import find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,30 +58,37 @@ def preset(
     *,
     wbits: int = 4,
     abits: int = 8,
-    omega: str = "gac",
-    convention: str = "deploy",
+    recipe: str | None = None,
+    omega: str | None = None,
+    convention: str | None = None,
+    correction: str | None = None,
     keep_float: tuple[str, ...] = (),
-    per_step: bool = False,
-    symmetric: bool = False,
+    per_step: bool | None = None,
+    symmetric: bool | None = None,
     seed: int = 0,
 ) -> Preset:
-    """Return the preset `name` with the user's choices filled in.
+    """Return the preset `name` with the user's choices filled in; what is None stays the recipe's, or the preset's.
 
     Raises:
-        GaqError: there is no such preset.
-        CalibError: bits outside 2 to 8, or an unknown omega rule.
+        GaqError: there is no such preset or recipe.
+        CalibError: bits outside 2 to 8, or an unknown omega rule, convention or correction.
     """
     if name not in PRESETS:
         raise GaqError(f"Unknown preset {name!r}. Choose one of {list(PRESETS)}.")
     chosen = PRESETS[name]()
-    c = chosen.config
+    c = chosen.config if recipe is None else find_recipe(recipe).apply(chosen.config)
     config = replace(
         c,
         weight=replace(c.weight, bits=wbits),
-        activation=replace(c.activation, bits=abits, per_step=per_step, symmetric=symmetric),
-        omega=replace(c.omega, rule=omega),
-        convention=convention,
+        activation=replace(c.activation, bits=abits, **_given(per_step=per_step, symmetric=symmetric)),
+        omega=replace(c.omega, **_given(rule=omega)),
+        correction=replace(c.correction, **_given(rule=correction)),
+        **_given(convention=convention),
         keep_float=keep_float,
         seed=seed,
     )
     return replace(chosen, config=config)
+
+
+def _given(**choices: Any) -> dict[str, Any]:
+    return {name: choice for name, choice in choices.items() if choice is not None}

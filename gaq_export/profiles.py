@@ -22,7 +22,8 @@ class QdqProfile:
             layer sees a symmetric grid; or else before it.
         zero_points: takes a zero point other than the middle, where it is the same at every step.
         quantize_outputs: Q/DQ behind convolutions and fully connected layers too.
-        unsigned_products: takes unsigned codes with zero point 0, as the probabilities inside attention have.
+        unsigned_products: takes unsigned codes with zero point 0, as the probabilities inside attention have; or else
+            the products inside attention stay float.
         open_group_norms: GroupNorm as `gaq_export.group_norm` writes it.
         int4: form of weights of 4 bits and fewer: "cast" or "direct" (both packed two a byte), or "expand" (INT8).
         float8: E4M3 numbers in place of integers, weights and activations both.

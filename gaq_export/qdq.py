@@ -69,13 +69,9 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: Step
         step: what `make_step` returned.
 
     Raises:
-        GaqError: some layer of the plan has no node in the graph, or the target cannot take what the plan has.
+        GaqError: some layer of the plan has no node in the graph.
     """
-    if plan.products and not profile.unsigned_products:
-        raise GaqError(
-            "This plan quantizes the products inside attention with unsigned codes, which TensorRT does not take. "
-            "Calibrate with --convention deploy, or use OpenVINO or ONNX Runtime."
-        )
+    products = plan.products if profile.unsigned_products else {}
     visited = torch.arange(plan.num_train) if step is None else step.visited
     rewriter = _Rewriter(
         model.graph, profile, None if plan.timesteps is None else nearest_step(plan.timesteps, visited)
@@ -86,14 +82,14 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: Step
         layer = plan.layers.get(name) if node.op_type in WEIGHTED else None
         if layer is not None and profile.float8:
             layer = replace(layer, input=layer.input.float8())
-        product = plan.products.get(name) if node.op_type == "MatMul" and _in_attention(node) else None
+        product = products.get(name) if node.op_type == "MatMul" and _in_attention(node) else None
         if layer is not None and _constant_weight(node):
             rewriter.layer(node, name, layer)
             rewritten.add(name)
         elif product is not None:
             rewriter.product(node, name, product)
             rewritten.add(name)
-    wanted = (plan.layers.keys() | plan.products.keys()) - (step.baked if step else frozenset())
+    wanted = (plan.layers.keys() | products.keys()) - (step.baked if step else frozenset())
     missing = sorted(wanted - rewritten)
     if missing:
         raise GaqError(

@@ -12,11 +12,12 @@ timestep (1 after the last), `x0` the predicted clean image, `epsilon` the predi
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from calib.correction import Correction
 from engines import philox
 from gaq_export.denoiser import Denoiser
 from gaq_export.errors import GaqError
@@ -29,10 +30,12 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 class Coefficients:
     """One step of a sampler, linear but for the clipping of x0.
 
+        epsilon = gain * (epsilon - bias)
         x0 = clip(x_to_clean * x - epsilon_to_clean * epsilon)
-        x_next = keep * x + clean * x0 + direction * epsilon + previous * (x0 of the step before) + fresh * noise
+        x_next = keep * x + clean * x0 + direction * epsilon + previous * (x0 before) + fresh * noise - shift
 
-    As in diffusers, clipping x0 leaves epsilon as it was.
+    As in diffusers, clipping x0 leaves epsilon as it was. `gain`, `bias` and `shift` are of channels, (C,), or () where
+    there are none: what `calib.correction` takes back of a quantized network's error.
     """
 
     x_to_clean: float
@@ -42,16 +45,49 @@ class Coefficients:
     direction: float = 0.0
     previous: float = 0.0
     fresh: float = 0.0
+    gain: tuple[float, ...] = ()
+    bias: tuple[float, ...] = ()
+    shift: tuple[float, ...] = ()
 
 
-def table(schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
+def table(schedule: NoiseSchedule, spec: SamplerSpec, correction: Correction | None = None) -> list[Coefficients]:
     """Return the coefficients of every step, noisiest first.
 
+    Args:
+        schedule: what the network was trained with.
+        spec: the sampler.
+        correction: of a quantized network's noise, a row for each step.
+
     Raises:
-        GaqError: the sampler cannot be used with this schedule.
+        GaqError: the sampler cannot be used with this schedule, or the correction has other steps.
     """
     visited = timesteps(spec, schedule.num_train)
-    return SAMPLERS[spec.name]([*schedule.alpha_bar[visited].tolist(), 1.0], schedule, spec)
+    rows = SAMPLERS[spec.name]([*schedule.alpha_bar[visited].tolist(), 1.0], schedule, spec)
+    if correction is None:
+        return rows
+    if len(correction.gain) != len(rows):
+        raise GaqError(f"The correction has {len(correction.gain)} steps, the sampler {len(rows)}: calibrate again.")
+    return [_corrected(row, correction, step) for step, row in enumerate(rows)]
+
+
+def _corrected(row: Coefficients, correction: Correction, step: int) -> Coefficients:
+    """Return the row with the correction of its step, and less noise by as much as the rest of the error brings.
+
+    The rest's variance reaches x_next times the square of epsilon's whole factor; where the sampler adds less noise
+    than that, it adds none (PTQD, variance schedule calibration). DDIM's direction keeps the total.
+    """
+    factor = row.direction - row.clean * row.epsilon_to_clean
+    left = math.sqrt(max(row.fresh**2 - factor**2 * correction.variance[step], 0.0))
+    direction = math.sqrt(row.direction**2 + row.fresh**2 - left**2) if row.direction else 0.0
+    after = (*correction.shift[1:], (0.0,) * len(correction.shift[0]))[step]
+    return replace(
+        row,
+        fresh=left,
+        direction=direction,
+        gain=correction.gain[step],
+        bias=correction.bias[step],
+        shift=after,
+    )
 
 
 def run(
@@ -62,6 +98,7 @@ def run(
     spec: SamplerSpec,
     on_step: OnStep | None = None,
     *,
+    correction: Correction | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw one image for each seed.
@@ -73,6 +110,7 @@ def run(
         schedule: The noise schedule the network was trained with.
         spec: Which sampler, how many steps.
         on_step: Called before each network call with `step`, `x` and `t`, exactly what the network is about to see.
+        correction: Of the network's noise, if it is a quantized one.
         device: Where the loop runs. Noise is drawn on the CPU, so images do not depend on it.
 
     Returns:
@@ -81,7 +119,7 @@ def run(
     Raises:
         GaqError: If `seeds` is empty, the network returns the wrong shape, or the images are not finite.
     """
-    rows = table(schedule, spec)
+    rows = table(schedule, spec, correction)
     x = noise(seeds, 0, shape).to(device)
     previous = torch.zeros_like(x)
     with torch.no_grad():
@@ -112,6 +150,8 @@ def update(
     row: Coefficients, clip: float | None, x: Tensor, epsilon: Tensor, previous: Tensor, fresh: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the next x and this step's x0, see `Coefficients`; `fresh` may be None where a row needs none."""
+    if row.gain:
+        epsilon = _channels(row.gain, x) * (epsilon - _channels(row.bias, x))
     clean = row.x_to_clean * x - row.epsilon_to_clean * epsilon
     if clip is not None:
         clean = clean.clamp(-clip, clip)
@@ -123,7 +163,13 @@ def update(
         (row.fresh, fresh),
     )
     terms = [factor * part for factor, part in parts if factor and part is not None]
-    return sum(terms[1:], start=terms[0]), clean
+    total = sum(terms[1:], start=terms[0])
+    return total - _channels(row.shift, x) if any(row.shift) else total, clean
+
+
+def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:
+    """Return values of channels as (1, C, 1, 1)."""
+    return torch.tensor(values, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
 
 
 def finish(seeds: Sequence[int], x: Tensor) -> Tensor:
@@ -218,4 +264,5 @@ VARIANCES: dict[str, Callable[[float, float], float]] = {
 
 
 def _row(a: float, **factors: float) -> Coefficients:
-    return Coefficients(x_to_clean=1 / math.sqrt(a), epsilon_to_clean=math.sqrt((1 - a) / a), **factors)
+    plain = Coefficients(x_to_clean=1 / math.sqrt(a), epsilon_to_clean=math.sqrt((1 - a) / a))
+    return replace(plain, **factors)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from calib.correction import Correction
 from gaq_export import samplers
 from gaq_export.graph_writer import GraphWriter
 from gaq_export.qdq import StepInfo
@@ -24,13 +25,16 @@ from gaq_export.temporal_tables import bake
 FEEDBACK = {"x_next": "x", "step_next": "step", "clean": "previous"}
 
 
-def make_step(model: ir.Model, schedule: NoiseSchedule, spec: SamplerSpec) -> StepInfo:
+def make_step(
+    model: ir.Model, schedule: NoiseSchedule, spec: SamplerSpec, correction: Correction | None = None
+) -> StepInfo:
     """Turn a float graph (x, t) -> eps into one of the steps that `spec` takes; in place.
 
     Args:
         model: graph from `export_float`.
         schedule: what the network was trained with.
         spec: the sampler.
+        correction: of the noise that the graph, once quantized, will predict.
 
     Returns:
         What `gaq_export.qdq` needs to know of it.
@@ -40,25 +44,28 @@ def make_step(model: ir.Model, schedule: NoiseSchedule, spec: SamplerSpec) -> St
     """
     visited = timesteps(spec, schedule.num_train)
     baked = bake(model, visited)
-    _append_update(model.graph, samplers.table(schedule, spec), schedule.clip)
+    _append_update(model.graph, samplers.table(schedule, spec, correction), schedule.clip)
     return StepInfo(visited=visited, baked=baked)
 
 
 def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | None) -> None:
     """Append the sampler's update to a graph whose inputs are x and step, and whose output is eps."""
     write, (x, step), (epsilon,) = GraphWriter(graph), graph.inputs, graph.outputs
-    used = {name for name in Coefficients.__dataclass_fields__ if any(getattr(row, name) for row in rows)}
+    used = {name for name in Coefficients.__dataclass_fields__ if any(np.any(getattr(row, name)) for row in rows)}
 
-    def scaled(name: str, value: ir.Value) -> ir.Value:
-        table = np.array([getattr(row, name) for row in rows], dtype=np.float32).reshape(-1, 1, 1, 1)
+    def scaled(name: str, value: ir.Value, op: str = "Mul") -> ir.Value:
+        """Multiply by the step's row of a table, (1, 1, 1, 1) or (1, C, 1, 1), or do another `op` with it."""
+        table = np.array([getattr(row, name) for row in rows], dtype=np.float32).reshape(len(rows), -1, 1, 1)
         factor = write.node("Gather", [write.constant(f"update.{name}.rows", table), step], f"update.{name}.row")
-        return write.node("Mul", [value, factor], f"update.{name}")
+        return write.node(op, [value, factor], f"update.{name}")
 
-    clean = write.node("Sub", [scaled("x_to_clean", x), scaled("epsilon_to_clean", epsilon)], "update.unclipped")
+    noise = scaled("bias", epsilon, "Sub") if "bias" in used else epsilon
+    noise = scaled("gain", noise) if "gain" in used else noise
+    clean = write.node("Sub", [scaled("x_to_clean", x), scaled("epsilon_to_clean", noise)], "update.unclipped")
     if clip is not None:
         bounds = [write.constant(f"update.clip.{i}", np.float32(bound)) for i, bound in enumerate((-clip, clip))]
         clean = write.node("Clip", [clean, *bounds], "update.clipped")
-    parts = {"keep": x, "clean": clean, "direction": epsilon}
+    parts = {"keep": x, "clean": clean, "direction": noise}
     for name, source in (("previous", "previous"), ("fresh", "noise")):
         if name in used:
             parts[name] = ir.Value(name=source, type=x.type, shape=ir.Shape(x.shape or ()))
@@ -67,6 +74,7 @@ def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | 
     total = terms[0]
     for term in terms[1:]:
         total = write.node("Add", [total, term], "update.sum")
+    total = scaled("shift", total, "Sub") if "shift" in used else total
     one = write.constant("update.one", np.ones(1, dtype=np.int64))
     outputs = {
         "x_next": total,

@@ -125,6 +125,10 @@ class Bars:
         number = f"{progress.index + 1}/{progress.total} " if progress.stage == "block" else ""
         self._show("calibrate", f"{number}{progress.name}", progress.fraction)
 
+    def correct(self, done: int, total: int) -> None:
+        """Show how many steps' corrections are measured."""
+        self._show("correct", f"correcting step {done}/{total}", done / total)
+
     def sample(self, who: str, done: int, total: int) -> None:
         """Show how many network calls are done."""
         self._show(who, f"drawing ({who}) {done}/{total}", done / total)

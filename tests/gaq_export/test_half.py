@@ -10,11 +10,12 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from calib.fakequant import fake_quantized
 from gaq_export.errors import GaqError
 from gaq_export.half import compute_in
 from gaq_export.models import LoadedModel
 from gaq_export.onnx_export import export_float
-from gaq_export.parity import sqnr_db
+from gaq_export.parity import TOLERANCES, Tolerance, compare, sqnr_db
 from gaq_export.profiles import PROFILES
 from gaq_export.qdq import insert_qdq
 from gaq_export.schedule import SamplerSpec
@@ -93,3 +94,19 @@ def test_float32_changes_nothing_and_another_type_is_an_error(fresh) -> None:
     assert ir.to_proto(compute_in(fresh("eps"), "float32")).SerializeToString(deterministic=True) == before
     with pytest.raises(GaqError, match=r"Unknown compute type 'int8'. Choose one of \['float32', 'float16', 'bfl"):
         compute_in(fresh("eps"), "int8")
+
+
+@pytest.mark.parametrize("profile", ["trt", "ort-cuda"])
+def test_a_quantized_graph_in_16_bits_comes_as_close_as_its_rounding_allows(
+    profile: str, fresh, tiny_model: LoadedModel, tiny_plan, noisy
+) -> None:
+    plan = tiny_plan(4, 8, symmetric=False)
+    session_ = session(ir.to_proto(compute_in(insert_qdq(fresh("eps"), plan, PROFILES[profile]), "float16")))
+
+    def graph(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session_.run(["eps"], {"x": x.numpy(), "t": t.numpy()})[0])
+
+    fake = fake_quantized(tiny_model.network, plan)
+    result = compare(fake, plan.layers, graph, noisy(16), TOLERANCES[profile], compute="float16")
+    assert result.passed, result
+    assert not compare(fake, plan.layers, graph, noisy(16), Tolerance(floor_db=60.0, margin_db=0.0)).passed

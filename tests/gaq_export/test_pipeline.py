@@ -3,18 +3,23 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
 import engines
+from calib.fakequant import fake_quantized
 from calib.plan import load_plan
 from engines import EngineConfig, EngineError
-from gaq_export import images, pipeline
+from gaq_export import building, images, pipeline
 from gaq_export.errors import GaqError
-from gaq_export.parity import Tolerance
-from gaq_export.schedule import SamplerSpec, linear_schedule
+from gaq_export.parity import Tolerance, sqnr_db
+from gaq_export.schedule import SamplerSpec, linear_schedule, timesteps
+from tests.gaq_export.readback import session
 
 FEW = SamplerSpec(steps=5)
 IMPOSSIBLE = dict.fromkeys(("openvino", "ort-cpu"), Tolerance(floor_db=300.0, margin_db=-300.0))
@@ -186,7 +191,7 @@ def test_an_engine_that_fails_its_check_replaces_nothing(
     for name in ("unet.plan", "unet.plan.json"):
         shutil.copy(tiny_engine.path.with_name(name), tmp_path / name)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    monkeypatch.setattr(pipeline, "TOLERANCES", IMPOSSIBLE)
+    monkeypatch.setattr(building, "TOLERANCES", IMPOSSIBLE)
     config = EngineConfig(backend="openvino", threads=1)
     with pytest.raises(GaqError, match=r"The openvino engine differs .* at least 300.0 dB expected. Nothing was"):
         pipeline.build_engine(folder=tiny_run, out=tmp_path / "unet.plan", config=config, model=tiny_model)
@@ -210,3 +215,24 @@ def test_export_writes_where_it_is_told(tiny_run: Path, tiny_model, tmp_path: Pa
     assert out.stat().st_size > 10_000
     assert len(made.baked) == 10
     assert not list(tiny_run.glob("unet.*.reference.onnx"))
+
+
+def test_tables_hold_the_rounded_embedding_where_the_plan_rounds_it(tiny_model, noisy, tmp_path: Path) -> None:
+    folder, spec = tmp_path / "run", SamplerSpec(steps=4)
+    plan = pipeline.calibrate(tiny_model, pipeline.preset("tiny", convention="tfmq"), folder=folder, sampler=spec)
+    made = pipeline.export_onnx("reference", folder=folder, model=tiny_model, out=tmp_path / "step.onnx")
+    exact = {name: layer for name, layer in plan.layers.items() if name not in made.baked}
+    assert exact.keys() < plan.layers.keys()
+    visited, x = timesteps(spec, tiny_model.schedule.num_train), noisy(16).x
+    runtime = session(onnx.load(made.path))
+    won = []
+    for step, t in enumerate(visited):
+        found = torch.from_numpy(runtime.run(["eps"], {"x": x.numpy(), "step": np.array([step])})[0])
+        near = []
+        for layers in (plan.layers, exact):
+            with torch.no_grad():
+                fake = fake_quantized(tiny_model.network, replace(plan, layers=layers))
+                near.append(sqnr_db(fake(x, t.expand(len(x))), found))
+        won.append(near[0] - near[1])
+    assert min(won) > 0
+    assert sum(won) / len(won) > 3

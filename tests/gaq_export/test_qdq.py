@@ -194,9 +194,16 @@ def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_un
     assert sorted(map(str, found)) == sorted(map(str, wanted))
 
 
-def test_tensorrt_takes_no_unsigned_codes(float_graph, tiny_plan) -> None:
-    with pytest.raises(GaqError, match=r"which TensorRT does not take. Calibrate with --convention deploy, or use"):
-        insert_qdq(float_graph(), tiny_plan(4, 8, convention="tfmq"), find_profile("trt"))
+def test_tensorrt_takes_no_unsigned_codes_and_keeps_the_products_float(
+    float_graph, tiny_model: LoadedModel, tiny_plan, noisy
+) -> None:
+    plan = tiny_plan(4, 8, convention="tfmq")
+    assert plan.products
+    graph = Graph(ir.to_proto(insert_qdq(float_graph(), plan, find_profile("trt"))))
+    assert graph.products() == []
+    assert sorted({n.layer for n in graph.quantized()}) == sorted(plan.layers)
+    fake = fake_quantized(tiny_model.network, replace(plan, products={}))
+    assert max(layer_errors(graph.proto, fake, noisy(16)).values()) <= 1e-5
 
 
 @pytest.mark.parametrize("profile", ["reference", "ort-cpu"])

@@ -19,7 +19,7 @@ from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
-from gaq_export import pipeline
+from gaq_export import building
 from gaq_export.double import in_double
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.profiles import PROFILES
@@ -53,7 +53,7 @@ def _check(model: LoadedModel, config: QuantConfig, t: Tensor, folder: Path) -> 
     data = CalibrationSet(x=x, t=step * num_train // 4, step=step)
     plan = calibrate(model.network, data, config, timesteps=num_train)
     path = folder / "reference.onnx"
-    save_onnx(insert_qdq(pipeline.export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
+    save_onnx(insert_qdq(building.export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
 
     x = torch.randn(len(t), *model.shape, generator=generator, dtype=torch.float64)
     graph = in_double(onnx.load(path))

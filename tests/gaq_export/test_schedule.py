@@ -89,6 +89,20 @@ def test_quad_spacing_agrees_with_a_case_worked_by_hand() -> None:
     assert timesteps(SamplerSpec(steps=5, spacing="quad"), 125).tolist() == [100, 56, 25, 6, 0]
 
 
+def test_beta_spacing_is_symmetric_and_dense_at_both_ends() -> None:
+    visited = timesteps(SamplerSpec(steps=20, spacing="beta"), 1000).flip(0)
+    assert visited[0] == 0
+    assert visited[10] == 500
+    assert (visited[1:] + visited[1:].flip(0) - 1000).abs().max() <= 1
+    strides = visited.diff()
+    assert (strides > 0).all()
+    assert strides[0] < strides[5] < strides[9]
+    assert strides[-1] < strides[-5]
+    inner = ((visited > 100) & (visited < 900)).sum()
+    uniform = timesteps(SamplerSpec(steps=20), 1000)
+    assert inner < ((uniform > 100) & (uniform < 900)).sum()
+
+
 def test_quad_spacing_keeps_the_repeats_of_the_published_protocol() -> None:
     published = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), 100) ** 2]
     visited = timesteps(SamplerSpec(steps=100, spacing="quad"), 1000)
@@ -106,7 +120,7 @@ def test_more_steps_than_timesteps_are_refused() -> None:
     ("fields", "message"),
     [
         ({"name": "plms"}, r"Unknown sampler 'plms'. Choose one of \['ddim', 'ddpm', 'dpmpp-2m'\]"),
-        ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['quad', 'uniform'\]"),
+        ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['beta', 'quad', 'uniform'\]"),
         ({"steps": 0}, "from 1 up, not 0"),
         ({"steps": 2.5}, "from 1 up, not 2.5"),
         ({"eta": 1.5}, "between 0 and 1, not 1.5"),

@@ -1,0 +1,250 @@
+"""From a plan to an engine: write the quantized graph of a backend, build it, audit it, check what it computes."""
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+import engines
+from calib.correction import Correction
+from calib.fakequant import fake_quantized
+from calib.plan import QuantPlan, load_plan
+from engines import EngineConfig, EngineFile
+from gaq_export import drawing, parity, provenance
+from gaq_export import run as runs
+from gaq_export.collect import collect
+from gaq_export.errors import GaqError
+from gaq_export.group_norm import open_group_norms
+from gaq_export.half import compute_in
+from gaq_export.models import LoadedModel
+from gaq_export.onnx_export import export_float
+from gaq_export.parity import TOLERANCES, Parity
+from gaq_export.profiles import PROFILES, QdqProfile, find_profile
+from gaq_export.qdq import StepInfo, insert_qdq, save_onnx
+from gaq_export.run import Run
+from gaq_export.schedule import SamplerSpec
+from gaq_export.stepgraph import make_step
+
+# Graph to what it computes.
+GRAPHS = {
+    "step": "one whole denoising step of a fixed sampler: (x, step) -> x_next",
+    "eps": "the network alone, for any sampler: (x, t) -> eps",
+}
+
+
+# What weights and activations are rounded to, and what that makes of a backend's profile.
+NUMBERS = {"int8": "", "fp8": "-fp8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An ONNX file, and the modules of the network that are tables in it."""
+
+    path: Path
+    baked: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A built engine; `parity` is None where it cannot run here, and `not_run` says why."""
+
+    file: EngineFile
+    plan: QuantPlan
+    parity: Parity | None
+    not_run: str | None
+
+
+def export_onnx(
+    profile: str,
+    *,
+    graph: str = "step",
+    sampler: SamplerSpec | None = None,
+    compute: str = "float32",
+    correct: bool = True,
+    folder: str | Path = runs.DEFAULT,
+    model: LoadedModel | None = None,
+    out: Path | None = None,
+) -> Exported:
+    """Write the quantized graph of one profile.
+
+    Args:
+        profile: a key of `gaq_export.profiles.PROFILES`.
+        graph: a key of `GRAPHS`.
+        sampler: whose steps a "step" graph takes; the plan's if None.
+        compute: type of what is not integer, a key of `gaq_export.half.COMPUTE`.
+        correct: with the plan's correction of the noise, if it has one and `graph` is "step".
+        folder: run folder with a finished plan.
+        model: the float model; found again from the plan if None.
+        out: where to write; a file in the run folder if None.
+
+    Raises:
+        GaqError, CalibError: no plan, another model, or a graph that does not hold all its layers.
+    """
+    if graph not in GRAPHS:
+        raise GaqError(f"Unknown graph {graph!r}. Choose one of {list(GRAPHS)}.")
+    run, wishes = Run(folder=Path(folder)), find_profile(profile)
+    plan = load_plan(run.plan)
+    model = provenance.model_of(plan.about, model)
+    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
+    if graph == "step":
+        network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None)
+    else:
+        network, step = export_float(model.network, model.shape), None
+    path = out or run.onnx(profile, graph)
+    insert_qdq(network, plan, wishes, step)
+    if wishes.open_group_norms:
+        open_group_norms(network)
+    save_onnx(compute_in(network, compute), path)
+    return Exported(path=path, baked=tuple(sorted(step.baked)) if step else ())
+
+
+def _step(
+    model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, correction: Correction | None
+) -> tuple[ir.Model, StepInfo]:
+    """Return the graph of a step, still float but for the layers that became tables.
+
+    If the plan rounds some of those, the tables hold what comes of that: the other layers were fitted to it.
+    """
+    network = export_float(model.network, model.shape)
+    step = make_step(network, model.schedule, spec, correction)
+    rounded = {name: layer for name, layer in plan.layers.items() if name in step.baked}
+    if not rounded:
+        return network, step
+    network = export_float(fake_quantized(model.network, replace(plan, layers=rounded, products={})), model.shape)
+    return network, make_step(network, model.schedule, spec, correction)
+
+
+def build_engine(
+    *,
+    folder: str | Path = runs.DEFAULT,
+    out: str | Path = "unet.plan",
+    config: EngineConfig | None = None,
+    graph: str = "step",
+    sampler: SamplerSpec | None = None,
+    numbers: str = "int8",
+    correct: bool = True,
+    model: LoadedModel | None = None,
+) -> Built:
+    """Build an engine from the run's plan, audit it, and check it against fake-quantized PyTorch on the same inputs.
+
+    The files at `out` change only once the new engine has passed.
+
+    Args:
+        folder: run folder with a finished plan.
+        out: the engine file; its record goes to `<out>.json`.
+        config: backend and batch profile; the best backend present if None.
+        graph: a key of `GRAPHS`.
+        sampler: what it will draw with; the plan's if None.
+        numbers: a key of `NUMBERS`; "fp8" for TensorRT and plans of 8-bit activations only.
+        correct: with the plan's correction of the noise, if it has one.
+        model: the float model; found again from the plan if None.
+
+    Raises:
+        GaqError, CalibError, EngineError: no plan, no backend, numbers that it does not take, a failed build, or an
+            engine below the parity floor.
+    """
+    run, out = Run(folder=Path(folder)), Path(out)
+    config = config or EngineConfig(backend=engines.best_backend())
+    backend = engines.find_backend(config.backend)
+    if reason := backend.can_build():
+        raise GaqError(f"{backend.name} cannot build here: {reason}")
+    plan = load_plan(run.plan)
+    profile = _profile(backend, numbers, plan)
+    model = provenance.model_of(plan.about, model)
+    bits = f"W{plan.config.weight.bits}A{plan.config.activation.bits}"
+    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
+    correction = correction_of(plan, spec) if correct else None
+    about = {
+        **plan.about,
+        "sampler": spec.to_json(),
+        "graph": graph,
+        "bits": bits,
+        "numbers": numbers,
+        "correction": correction and correction.to_json(),
+        "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)},
+    }
+    with runs.staging(out) as staged:
+        exported = export_onnx(
+            profile,
+            graph=graph,
+            sampler=spec,
+            compute=backend.compute(config.compute) if backend.typed else "float32",
+            correct=correct,
+            folder=run.folder,
+            model=model,
+        )
+        about["baked"] = exported.baked
+        file = engines.build(exported.path, staged / out.name, config, about)
+        not_run = backend.can_run()
+        checked = None if not_run else _check(file, plan, model, run, profile)
+        for made in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):  # the record last
+            os.replace(made, out.with_name(made.name))
+    runs.note(
+        run,
+        "build-engine",
+        backend=backend.name,
+        seconds=round(file.build_seconds, 1),
+        sqnr_db=checked and checked.sqnr_db,
+    )
+    return Built(file=engines.load_engine_file(out), plan=plan, parity=checked, not_run=not_run)
+
+
+def correction_of(plan: QuantPlan, spec: SamplerSpec) -> Correction | None:
+    """Return the plan's correction of the noise; raise GaqError if it was measured for another sampler."""
+    own = SamplerSpec.from_json(plan.about["sampler"])
+    if plan.correction is not None and spec != own:
+        raise GaqError(
+            f"This plan's correction ({plan.correction.rule}) was measured for {own}; asked for {spec}. Calibrate with "
+            "that sampler, or build without the correction (--no-correction)."
+        )
+    return plan.correction
+
+
+def _profile(backend: engines.Backend, numbers: str, plan: QuantPlan) -> str:
+    """Return the profile of the backend's graph; raise GaqError if it has none of such numbers."""
+    if numbers not in NUMBERS:
+        raise GaqError(f"Unknown numbers {numbers!r}. Choose one of {list(NUMBERS)}.")
+    profile = backend.profile + NUMBERS[numbers]
+    if profile not in PROFILES:
+        raise GaqError(f"{backend.name} does not compute in {numbers}; tensorrt and tensorrt-rtx do.")
+    if numbers == "fp8" and plan.config.activation.bits != 8:
+        raise GaqError(f"FP8 has 8 bits, this plan's activations {plan.config.activation.bits}: use --numbers int8.")
+    return profile
+
+
+def _taken(plan: QuantPlan, wishes: QdqProfile) -> QuantPlan:
+    """Return what a target takes of the plan."""
+    return plan if wishes.unsigned_products else replace(plan, products={})
+
+
+def _check(file: EngineFile, plan: QuantPlan, model: LoadedModel, run: Run, profile: str) -> Parity:
+    """Compare the engine with fake-quantized PyTorch on calibration samples; raise GaqError below the floor."""
+    spec, wishes = drawing.sampler_of(file, None), find_profile(profile)
+    count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
+    folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
+    data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
+    left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
+    with engines.open_engine(file) as opened:
+        result = parity.compare(
+            fake_quantized(model.network, _taken(plan, wishes), float8=wishes.float8),
+            left,
+            drawing.noise_of(opened, file, model.schedule),
+            data,
+            TOLERANCES[profile],
+            compute=file.compute,
+            images=count,
+        )
+    if not result.passed:
+        worst = result.worst
+        raise GaqError(
+            f"The {file.backend} engine differs from fake-quantized PyTorch: SQNR {result.sqnr_db[worst]:.1f} dB at "
+            f"step {result.steps[worst]}, at least {result.required_db(worst):.1f} dB expected. Nothing was replaced; "
+            "try another --backend."
+        )
+    return result
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

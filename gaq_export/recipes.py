@@ -1,0 +1,69 @@
+"""Published recipes as one line of configuration each: what they change of a schedule's settings.
+
+A recipe is a composition of parts that are there for all of them: which layers stay float, how ranges are found, how
+rounding is learned and samples are weighted, what the sampler corrects. How long it all takes is the preset's business.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from calib.config import QuantConfig
+from gaq_export.errors import GaqError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method; `apply` turns a schedule's settings into its own."""
+
+    description: str
+    apply: Callable[[QuantConfig], QuantConfig]
+
+
+def _rtn(config: QuantConfig) -> QuantConfig:
+    return replace(
+        config,
+        weight=replace(config.weight, candidates=1),
+        activation=replace(config.activation, rule="minmax", symmetric=True),
+        reconstruction=replace(config.reconstruction, iterations=0, start="float"),
+        omega=replace(config.omega, rule="uniform"),
+    )
+
+
+def _adaround(config: QuantConfig) -> QuantConfig:
+    return replace(config, omega=replace(config.omega, rule="uniform"))
+
+
+def _tfmq(config: QuantConfig) -> QuantConfig:
+    return replace(_adaround(config), convention="tfmq", activation=replace(config.activation, per_step=True))
+
+
+def _gac(config: QuantConfig) -> QuantConfig:
+    return replace(_tfmq(config), omega=replace(config.omega, rule="gac"))
+
+
+def _ptqd(config: QuantConfig) -> QuantConfig:
+    return replace(_adaround(config), correction=replace(config.correction, rule="ptqd"))
+
+
+def _tac(config: QuantConfig) -> QuantConfig:
+    return replace(_adaround(config), correction=replace(config.correction, rule="tac"))
+
+
+RECIPES: dict[str, Recipe] = {
+    "rtn": Recipe("every weight rounded to nearest on the widest grid, activations on the widest range", _rtn),
+    "adaround": Recipe("rounding learned block by block (BRECQ, arXiv 2102.05426)", _adaround),
+    "tfmq": Recipe("the temporal block on its own, a grid for each step (TFMQ-DM, arXiv 2311.16503)", _tfmq),
+    "gac": Recipe("tfmq with samples weighted by gradient alignment (GAC, arXiv 2602.01289)", _gac),
+    "ptqd": Recipe("adaround, and the noise's correlated error, bias and variance corrected (arXiv 2305.10657)", _ptqd),
+    "tac": Recipe("adaround, and each step's noise and drift corrected (TAC-Diffusion, arXiv 2407.03917)", _tac),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe called `name`; raise GaqError naming the nearest."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise GaqError(f"Unknown recipe {name!r}. Choose one of {list(RECIPES)}.{hint}")
+    return RECIPES[name]

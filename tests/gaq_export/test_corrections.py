@@ -1,0 +1,194 @@
+"""A sampler that corrects its noise draws nearer to the float network, in PyTorch and in an exported step alike."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calib.config import QuantConfig
+from calib.correction import Correction
+from calib.data import CalibrationSet
+from calib.plan import load_plan
+from engines import EngineConfig, open_engine
+from gaq_export import corrections, drawing, pipeline, samplers
+from gaq_export.collect import collect
+from gaq_export.errors import GaqError
+from gaq_export.models import LoadedModel
+from gaq_export.onnx_export import export_float
+from gaq_export.recipes import RECIPES, find_recipe
+from gaq_export.schedule import SamplerSpec, linear_schedule
+from gaq_export.stepgraph import make_step
+from tests.gaq_export.readback import session
+
+SEEDS = (3, 4)
+NOISY = (SamplerSpec(steps=6, eta=1.0), SamplerSpec(name="ddpm", steps=6))
+K, SIGMA, BIAS = 0.05, 0.1, 0.02
+
+
+def _made_up(steps: int, variance: float = 0.01) -> Correction:
+    rows = torch.rand(steps, 2, 1, generator=torch.Generator().manual_seed(5)).double()
+    return Correction(
+        rule="ptqd",
+        gain=tuple(tuple(row) for row in (0.9 + 0.1 * rows[:, 0]).tolist()),
+        bias=tuple(tuple(row) for row in (0.01 * rows[:, 1]).tolist()),
+        shift=tuple(tuple(row) for row in (0.02 * rows[:, 0]).tolist()),
+        variance=(variance,) * steps,
+        explained=(0.0,) * steps,
+    )
+
+
+@pytest.mark.parametrize("spec", NOISY, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("variance", [1e-4, 0.01, 100.0])
+def test_the_sampler_adds_as_much_less_noise_as_the_error_brings(spec: SamplerSpec, variance: float) -> None:
+    schedule = linear_schedule()
+    plain = samplers.table(schedule, spec)
+    corrected = samplers.table(schedule, spec, _made_up(spec.steps, variance))
+    for before, after in zip(plain, corrected, strict=True):
+        brought = (before.direction - before.clean * before.epsilon_to_clean) ** 2 * variance
+        assert after.fresh**2 == pytest.approx(max(before.fresh**2 - brought, 0.0))
+        assert after.fresh**2 + after.direction**2 == pytest.approx(
+            before.fresh**2 + before.direction**2 if before.direction else after.fresh**2
+        )
+
+
+def test_without_noise_of_its_own_a_sampler_changes_nothing_but_the_predicted_noise() -> None:
+    spec, schedule = SamplerSpec(steps=4), linear_schedule()
+    made = _made_up(4)
+    for step, (before, after) in enumerate(
+        zip(samplers.table(schedule, spec), samplers.table(schedule, spec, made), strict=True)
+    ):
+        last = step == 3
+        wanted = replace(
+            before, gain=made.gain[step], bias=made.bias[step], shift=(0.0,) if last else made.shift[step + 1]
+        )
+        assert after == wanted
+
+
+class _Wrong(nn.Module):
+    """A network whose error is known: k of its noise, a bias, and noise of its own."""
+
+    def __init__(self, network: nn.Module, sigma: float) -> None:
+        super().__init__()
+        self.network, self.sigma = network, sigma
+        self.generator = torch.Generator().manual_seed(9)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        epsilon: Tensor = self.network(x, t)
+        return (1 + K) * epsilon + BIAS + self.sigma * torch.randn(x.shape, generator=self.generator)
+
+
+def _measured(model: LoadedModel, rule: str, sigma: float, spec: SamplerSpec, images: int = 16) -> Correction:
+    config = QuantConfig()
+    config = replace(config, correction=replace(config.correction, rule=rule, images=images))
+    data: CalibrationSet = collect(model, spec, images=images)
+    return corrections.measure(model, _Wrong(model.network, sigma), spec, data, config)
+
+
+def test_ptqd_finds_a_known_error(tiny_model: LoadedModel) -> None:
+    spec = SamplerSpec(steps=3)
+    found = _measured(tiny_model, "ptqd", SIGMA, spec)
+    assert [row[0] for row in found.gain] == pytest.approx([1 / (1 + K)] * 3, abs=0.01)
+    assert [row[0] for row in found.bias] == pytest.approx([BIAS] * 3, abs=0.02)
+    assert found.variance == pytest.approx([(SIGMA / (1 + K)) ** 2] * 3, rel=0.1)
+    assert all(0 < share < 1 for share in found.explained)
+
+
+@pytest.mark.parametrize("rule", ["ptqd", "tac"])
+def test_a_corrected_sampler_draws_nearer_to_the_float_network(rule: str, tiny_model: LoadedModel) -> None:
+    spec = SamplerSpec(steps=5)
+    shape, schedule = tiny_model.shape, replace(tiny_model.schedule, clip=None)
+    wrong = _Wrong(tiny_model.network, 0.0)
+    found = _measured(replace(tiny_model, schedule=schedule), rule, 0.0, spec)
+    exact = samplers.run(tiny_model.network, SEEDS, shape, schedule, spec)
+    plain = samplers.run(wrong, SEEDS, shape, schedule, spec)
+    corrected = samplers.run(wrong, SEEDS, shape, schedule, spec, correction=found)
+    assert torch.linalg.norm(corrected - exact) < 0.5 * torch.linalg.norm(plain - exact)
+
+
+@pytest.mark.parametrize("spec", [SamplerSpec(steps=5), SamplerSpec(steps=5, eta=1.0)], ids=["ddim", "noisy"])
+def test_an_exported_step_corrects_its_noise_too(spec: SamplerSpec, tiny_model: LoadedModel) -> None:
+    graph, made = export_float(tiny_model.network, tiny_model.shape), _made_up(5)
+    make_step(graph, tiny_model.schedule, spec, made)
+    proto = ir.to_proto(graph)
+    onnx.checker.check_model(proto, full_check=True)
+    runtime, x = session(proto), samplers.noise(SEEDS, 0, tiny_model.shape).numpy()
+    for step in range(5):
+        feeds = {"x": x, "step": np.array([step])}
+        if "noise" in {port.name for port in runtime.get_inputs()}:
+            feeds["noise"] = samplers.noise(SEEDS, step + 1, tiny_model.shape).numpy()
+        x = runtime.run(["x_next"], feeds)[0]
+    expected = samplers.run(tiny_model.network, SEEDS, tiny_model.shape, tiny_model.schedule, spec, correction=made)
+    found = samplers.finish(SEEDS, torch.from_numpy(x))
+    assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+def test_a_correction_of_other_steps_is_an_error() -> None:
+    with pytest.raises(GaqError, match=r"The correction has 4 steps, the sampler 6: calibrate again\."):
+        samplers.table(linear_schedule(), SamplerSpec(steps=6), _made_up(4))
+
+
+@pytest.fixture(scope="module")
+def corrected_run(tiny_model: LoadedModel, tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("corrected") / "run"
+    told: list[tuple[int, int]] = []
+    chosen = pipeline.preset("tiny", recipe="ptqd")
+    pipeline.calibrate(
+        tiny_model, chosen, folder=folder, sampler=SamplerSpec(steps=4), on_correct=lambda *at: told.append(at)
+    )
+    assert told == [(i, 4) for i in range(1, 5)]
+    return folder
+
+
+def test_a_plan_keeps_its_correction_and_both_kinds_of_engine_apply_it(
+    corrected_run: Path, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    plan = load_plan(corrected_run / "plan.safetensors")
+    assert plan.correction is not None
+    assert plan.correction.rule == "ptqd"
+    drawn = {}
+    for graph in ("step", "eps"):
+        for correct in (True, False):
+            file = pipeline.build_engine(
+                folder=corrected_run,
+                out=tmp_path / f"{graph}-{correct}.plan",
+                config=EngineConfig(backend="openvino", batch=(2, 2, 2), threads=1),
+                graph=graph,
+                correct=correct,
+                model=tiny_model,
+            ).file
+            with open_engine(file) as engine:
+                spec = drawing.sampler_of(file, None)
+                draw = drawing.by_engine(engine, file, tiny_model.schedule, tiny_model.shape, spec)
+                drawn[graph, correct] = draw(SEEDS, lambda: None)
+    assert torch.allclose(drawn["step", True], drawn["eps", True], atol=0.02)
+    assert torch.allclose(drawn["step", False], drawn["eps", False], atol=0.02)
+    assert not torch.allclose(drawn["step", True], drawn["step", False], atol=1e-4)
+    with pytest.raises(GaqError, match=r"corrects its noise for .* only; asked for .*Build with --no-correction"):
+        drawing.sampler_of(pipeline.engines.load_engine_file(tmp_path / "eps-True.plan"), SamplerSpec(steps=9))
+
+
+def test_a_correction_is_of_one_sampler(corrected_run: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    config = EngineConfig(backend="openvino", threads=1)
+    other = {"config": config, "sampler": SamplerSpec(steps=7), "model": tiny_model, "folder": corrected_run}
+    with pytest.raises(GaqError, match=r"correction \(ptqd\) was measured for .*; asked for .*\(--no-correction\)\."):
+        pipeline.build_engine(out=tmp_path / "unet.plan", **other)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_change_of_settings_that_options_go_before(name: str) -> None:
+    plain, chosen = pipeline.preset("tiny").config, pipeline.preset("tiny", recipe=name).config
+    assert chosen != plain
+    assert chosen == find_recipe(name).apply(plain)
+    assert pipeline.preset("tiny", recipe=name, omega="mse").config.omega.rule == "mse"
+    assert pipeline.preset("tiny", recipe=name, correction="tac").config.correction.rule == "tac"
+
+
+def test_an_unknown_recipe_is_an_error() -> None:
+    with pytest.raises(GaqError, match=r"Unknown recipe 'tfqm'. Choose one of \['rtn'.*\]. Did you mean 'tfmq'\?"):
+        pipeline.preset("tiny", recipe="tfqm")
