@@ -7,7 +7,6 @@ noise against the float network on trajectories that calibration never sees; tim
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from gaq_export.presets import preset
 from gaq_export.schedule import SamplerSpec
 from options import ModelName, Out
 from publish import machine, markdown_table, publish
+from timing import take_turns
 
 FORMS = {  # (a grid for each step, 0 in the middle)
     "one symmetric grid": (False, True),
@@ -74,7 +74,7 @@ def main(
         layers[name] = f"{moved} of {len(plans[bits[0]].layers)}"
         loops[name] = _loop(loaded, _engine(loaded, plans[bits[0]], folder / f"form-{len(loops)}", batch), batch)
         print(name, measured[name], layers[name], flush=True)
-    seconds = _interleaved(loops, rounds)
+    seconds = take_turns(loops, rounds)
     reference = statistics.median(seconds["one symmetric grid"])
     rows = [
         (
@@ -133,18 +133,6 @@ def _engine(model: LoadedModel, plan: QuantPlan, folder: Path, batch: int) -> En
 def _loop(model: LoadedModel, file: EngineFile, batch: int) -> Callable[[], object]:
     engine, steps = engines.open_engine(file), SamplerSpec.from_json(file.about["sampler"]).steps
     return lambda: step_engine.run(engine, range(batch), model.shape, steps)
-
-
-def _interleaved(loops: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for loop in loops.values():
-        loop()  # warm-up
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            started = time.perf_counter()
-            loop()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from gaq_export.qdq import save_onnx
 from gaq_export.schedule import SamplerSpec
 from options import ModelName, Out, Weights
 from publish import machine, markdown_table, publish
+from timing import take_turns
 
 Loop = Callable[[], object]
 REFERENCE = "PyTorch FP32 (diffusers DDIMPipeline)"
@@ -81,7 +81,7 @@ def main(
             job = Job(model=loaded, spec=spec, batch=batch, folder=folder / str(batch))
             job.folder.mkdir()
             loops, absent = _contestants(job, folder / "float.onnx", only.split(",") if only else [])
-            seconds = _take_turns(loops, rounds)
+            seconds = take_turns(loops, rounds)
             best = macs * batch * steps / peak
             lines += ["", f"Batch {batch}:", "", *_table(seconds, batch, best), *absent]
             lines += ["", *_costs(job)]
@@ -161,18 +161,6 @@ CONTESTANTS: dict[str, tuple[tuple[str, ...], Callable[[Job, Path], Loop]]] = {
         functools.partial(_ours, backend="openvino", wbits=4, compute="bfloat16"),
     ),
 }
-
-
-def _take_turns(loops: dict[str, Loop], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for loop in loops.values():
-        loop()  # warm-up
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            started = time.perf_counter()
-            loop()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def _table(seconds: dict[str, list[float]], batch: int, best: float) -> list[str]:

@@ -25,12 +25,12 @@ class Correction:
     """One row a sampling step.
 
     Attributes:
-        rule: who asked for it, a key of `config.CORRECTIONS`.
+        rule: who asked for it, one of `config.CORRECTIONS`.
         gain: (S, C) factor of the predicted noise, once the bias is off.
         bias: (S, C) mean error of the predicted noise.
         shift: (S, C) mean error of x.
         variance: (S,) of the error that is left; an eta or DDPM sampler takes it off its own noise.
-        explained: (S,) share of the error's variance that the gain explains (R^2 of the regression).
+        explained: (S,) share of the error that the gain takes away: R^2 of PTQD's regression, or of TAC's square.
     """
 
     rule: str

@@ -2,7 +2,7 @@
 
 Philox4x64-10 (Salmon et al. 2011, as in NumPy) keyed with the seed; the stream is the second word of its counter. Each
 64-bit word gives two normals by Box and Muller: its upper half the radius, its lower half the angle. An image's noise
-therefore does not depend on its batch, on what was drawn before, or on where it is drawn; `engines.cudaloop` does the
+therefore does not depend on its batch, on what was drawn before, or on where it is drawn; `engines.gpu` does the
 same on a GPU.
 """
 

@@ -36,57 +36,31 @@ class QdqProfile:
     unsigned_products: bool
     open_group_norms: bool
     int4: str
-    float8: bool = False
+    float8: bool
 
+
+_REFERENCE = QdqProfile(
+    unsigned=False,
+    factors_behind=True,
+    zero_points=False,
+    quantize_outputs=False,
+    unsigned_products=True,
+    open_group_norms=False,
+    int4="direct",
+    float8=False,
+)
+_TENSORRT = replace(_REFERENCE, unsigned_products=False, int4="cast")
 
 PROFILES: dict[str, QdqProfile] = {
-    "reference": QdqProfile(
-        unsigned=False,
-        factors_behind=True,
-        zero_points=False,
-        quantize_outputs=False,
-        unsigned_products=True,
-        open_group_norms=False,
-        int4="direct",
+    "reference": _REFERENCE,
+    "trt": _TENSORRT,
+    "openvino": replace(_REFERENCE, zero_points=True, open_group_norms=True, int4="cast"),
+    "ort-cpu": replace(
+        _REFERENCE, unsigned=True, factors_behind=False, zero_points=True, quantize_outputs=True, int4="expand"
     ),
-    "trt": QdqProfile(
-        unsigned=False,
-        factors_behind=True,
-        zero_points=False,
-        quantize_outputs=False,
-        unsigned_products=False,
-        open_group_norms=False,
-        int4="cast",
-    ),
-    "openvino": QdqProfile(
-        unsigned=False,
-        factors_behind=True,
-        zero_points=True,
-        quantize_outputs=False,
-        unsigned_products=True,
-        open_group_norms=True,
-        int4="cast",
-    ),
-    "ort-cpu": QdqProfile(
-        unsigned=True,
-        factors_behind=False,
-        zero_points=True,
-        quantize_outputs=True,
-        unsigned_products=True,
-        open_group_norms=False,
-        int4="expand",
-    ),
-    "ort-cuda": QdqProfile(
-        unsigned=False,
-        factors_behind=True,
-        zero_points=True,
-        quantize_outputs=False,
-        unsigned_products=True,
-        open_group_norms=False,
-        int4="expand",
-    ),
+    "ort-cuda": replace(_REFERENCE, zero_points=True, int4="expand"),
+    "trt-fp8": replace(_TENSORRT, float8=True),
 }
-PROFILES["trt-fp8"] = replace(PROFILES["trt"], float8=True)
 
 
 def find_profile(name: str) -> QdqProfile:
