@@ -65,8 +65,9 @@ def main(
             folder=Path(folder),
             on_progress=keep,
         )
+    samples = len(weight_samples(data, config, loaded.network).data)
     head = [
-        f"{model}, random weights, {images} images, {len(weight_samples(data, config).data)} samples for the weights;",
+        f"{model}, random weights, {images} images, {samples} samples for the weights;",
         f"{iterations} iterations of {config.reconstruction.batch} and {config.omega.meta_steps} meta-steps a block.",
         f"{torch.get_num_threads()} threads, {machine()}, torch {torch.__version__}.",
         f"{time.perf_counter() - started:.0f} s in all, peak resident memory of the process {peak_memory_mib()} MiB.",

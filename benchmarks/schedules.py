@@ -62,7 +62,7 @@ def main(
     network, shape = loaded.network, loaded.shape
     data = collect(loaded, loaded.spec.sampler, images=images)
     config = QuantConfig(weight_steps=10, omega=OmegaConfig(rule="uniform", validation=HELD_OUT))
-    subset = weight_samples(data, config)
+    subset = weight_samples(data, config, network)
     found = trace(network, shape, loaded.schedule.num_train)
     reasons = float_reasons(found, "deploy")
     order, _ = find_blocks(found, [layer.name for layer in found.layers if layer.name not in reasons])

@@ -1,12 +1,11 @@
 """The two products inside attention, softmax(q k^T) v, as something that can be observed and quantized.
 
 Networks call `scaled_dot_product_attention`, whose operands no module's input or output shows. `intercept` puts this
-module's plain form of it in its place. Both factors of q k^T carry the root of the softmax scale, as in an ONNX graph,
-so that what is rounded here is to the bit what is rounded there. (PyTorch's own MultiheadAttention calls it out of
-reach, inside a function that is dispatched as one: its products stay float.)
+module's plain form of it in its place. The queries carry the softmax scale, as they do in our ONNX graphs, so that what
+is rounded here is to the bit what is rounded there. (PyTorch's own MultiheadAttention calls it out of reach, inside a
+function that is dispatched as one: its products stay float.)
 """
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -92,6 +91,6 @@ def attend(
     """
     if not is_plain(query, key, value, *more, **others):
         raise CalibError("Attention with a mask or other options came where there was none before.")
-    root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
-    logits = each("query", query * root) @ each("key", key * root).mT
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = each("query", query * scale) @ each("key", key).mT
     return each("probability", torch.softmax(logits, -1)) @ each("value", value)

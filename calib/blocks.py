@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -34,6 +35,10 @@ class Block:
         whole = f"{layer}.weight"
         return whole if self.module is not None else whole[len(self.name) + 1 :]
 
+    def inner(self, layer: str) -> str:
+        """Return the name of a layer inside the block's module, "" where it is the module itself."""
+        return layer if self.module is not None else layer[len(self.name) + 1 :]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockIO:
@@ -44,6 +49,7 @@ class BlockIO:
         batched: which of the leaves are rows.
         spec: how the leaves make up (args, kwargs).
         target: (N, ...) rows.
+        reference: the same leaves in the float network, if they were recorded too.
         only: the rows that this recording is about, all of them if None.
     """
 
@@ -51,6 +57,7 @@ class BlockIO:
     batched: tuple[bool, ...]
     spec: pytree.TreeSpec
     target: Rows
+    reference: tuple[Any, ...] | None = None
     only: Tensor | None = None
 
     def __len__(self) -> int:
@@ -63,8 +70,19 @@ class BlockIO:
     def take(self, index: Tensor) -> "BlockIO":
         """Return the samples at `index` (M,), in memory."""
         rows = index if self.only is None else self.only[index]
-        leaves = tuple(v[rows] if b else v for v, b in zip(self.inputs, self.batched, strict=True))
-        return replace(self, inputs=leaves, target=self.target[rows], only=None)
+
+        def taken(leaves: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(v[rows] if b else v for v, b in zip(leaves, self.batched, strict=True))
+
+        reference = None if self.reference is None else taken(self.reference)
+        return replace(self, inputs=taken(self.inputs), target=self.target[rows], reference=reference, only=None)
+
+    def mixed(self, share: float, generator: torch.Generator) -> "BlockIO":
+        """Return a recording in memory with about `share` of the inputs' elements replaced by the float network's."""
+        if self.reference is None or share == 0:
+            return self
+        pairs = zip(self.inputs, self.reference, self.batched, strict=True)
+        return replace(self, inputs=tuple(_mixed(v, f, share, generator) if b else v for v, f, b in pairs))
 
     def single(self, inputs: tuple[Any, ...], target: Tensor) -> "BlockIO":
         """Return a recording of one sample like these, from leaves without their batch axis."""
@@ -75,6 +93,12 @@ class BlockIO:
         """Return the block's args and kwargs."""
         args, kwargs = pytree.tree_unflatten(self.inputs, self.spec)
         return args, kwargs
+
+
+def _mixed(value: Tensor, reference: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return torch.where(torch.rand(value.shape, generator=generator) < share, reference, value)
 
 
 def find_blocks(found: Trace, quantized: Iterable[str]) -> tuple[list[Block], list[str]]:

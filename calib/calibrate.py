@@ -13,26 +13,29 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib import affine, blocks, checkpoint, gptq, omega, ranges, reconstruct, temporal
+from calib import activations, affine, blocks, checkpoint, gptq, omega, ranges, reconstruct, temporal
 from calib import config as configs
+from calib.activations import Learned
 from calib.attention import OPERANDS
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
-from calib.data import CalibrationSet, Split, split, thin_steps
+from calib.data import CalibrationSet, Split, split
+from calib.fakequant import round_input
 from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.ranges import Reach
-from calib.reconstruct import BlockResult
+from calib.reconstruct import BlockResult, LayerWeight
 from calib.recording import recorder
+from calib.selection import select
 from calib.streams import stream
 
 
@@ -75,7 +78,7 @@ def calibrate(
         model=model,
         network=network,
         scales=scales,
-        subset=weight_samples(data, config),
+        subset=weight_samples(data, config, model),
         config=config,
         key=_key(model, data, config, order),
         folder=folder if order else None,
@@ -85,9 +88,13 @@ def calibrate(
     _put(network, codes, scales)
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
+    grids = {name: grid for state in states for name, grid in state.grids.items()}
     seen = _reaches(job, quantized, products, data)
     return QuantPlan(
-        layers={n: _layer(codes[n], scales[n], seen[n, "input"], seen[n, "output"], config) for n in quantized},
+        layers={
+            n: _layer(codes[n], scales[n], grids.get(n) or seen[n, "input"], seen[n, "output"], config)
+            for n in quantized
+        },
         products={n: ProductQuant(**{o: _operand(seen[n, o], o, config) for o in OPERANDS}) for n in products},
         float_layers=reasons,
         blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
@@ -128,28 +135,35 @@ def _cut(
     return first + order, loose
 
 
-def weight_samples(data: CalibrationSet, config: QuantConfig) -> Split:
-    """Return the samples that calibrate weights: those of every k-th step, the validation samples set aside."""
-    thinned = thin_steps(data, config.weight_steps)
-    return split(thinned, config.omega.validation, config.omega.groups, stream(config.seed, "split"))
+def weight_samples(data: CalibrationSet, config: QuantConfig, model: nn.Module) -> Split:
+    """Return the samples that calibrate weights, the validation samples set aside; `model` is the float network."""
+    return split(
+        select(data, config, model), config.omega.validation, config.omega.groups, stream(config.seed, "split")
+    )
 
 
 def _calibrate_blocks(job: _Job, order: Sequence[Block]) -> list[BlockState]:
     """Calibrate the blocks in order, or take them from the folder."""
     states: list[BlockState] = []
     scores = _first_scores(job)
-    with recorder(job.model, job.network, job.subset.data, job.config.micro_batch, job.folder) as recording:
+    reference = job.config.reconstruction.wants_reference
+    with recorder(
+        job.model, job.network, job.subset.data, job.config.micro_batch, job.folder, reference=reference
+    ) as recording:
         for i, block in enumerate(order):
             state = checkpoint.load_block(job.folder, i, job.key) if job.folder else None
             resumed = state is not None
             if state is None:
                 with job.meter.phase("record"):
                     io = recording.record(block)
-                tick = job.meter.block(i, block.name, job.config.reconstruction.iterations)
+                tick = job.meter.block(i, block.name, job.config.reconstruction.passes)
                 state = _calibrate_block(job, block, io, scores, tick)
                 if job.folder:
                     checkpoint.save_block(job.folder, i, job.key, state)
             _put(job.network, state.codes, job.scales)
+            if job.config.reconstruction.activations == "qdrop":  # what follows is fitted to rounded activations too
+                for name, grid in state.grids.items():
+                    round_input(job.network.get_submodule(name), name, grid)
             recording.finish(block)
             scores = state.scores
             states.append(state)
@@ -164,22 +178,69 @@ def _calibrate_block(
 
     Each part draws from a stream of its own, so that rules of omega are compared on the same mini-batches.
     """
-    config, meter = job.config, job.meter
+    config, meter, r = job.config, job.meter, job.config.reconstruction
     module = job.network.get_submodule(block.name) if block.module is None else block.module
     layers = reconstruct.layer_weights(module, block, job.scales, config.weight.bits)
     train, validation = io.part(job.subset.train), io.part(job.subset.validation)
     with meter.phase("start"):
         logits = gptq.first_logits(config, block.name, module, layers, train)
     loss = reconstruct.per_sample_loss(module, layers)
+    if train.reference is not None and r.fine:
+        loss = reconstruct.fine_loss(module, job.model.get_submodule(block.name), layers, r.fine)
+    learned = _first_grids(job, block, module, train) if r.activations == "qdrop" else []
     with meter.phase("meta"):
         drawn = stream(config.seed, block.name, "meta")
         scores = omega.align(loss, logits, train, validation, job.subset.group, scores, config.omega, drawn)
-    with meter.phase("fit"):
-        drawn = stream(config.seed, block.name, "fit")
-        logits = reconstruct.fit(loss, logits, train, scores, config.omega, config.reconstruction, drawn, on_iteration)
-    with meter.phase("decide"):
+    with meter.phase("fit"), activations.rounding(module, learned, r.drop, stream(config.seed, block.name, "drop")):
+        drawn, steps = stream(config.seed, block.name, "fit"), [grid.step for grid in learned]
+        logits = reconstruct.fit(loss, logits, train, scores, config.omega, r, drawn, on_iteration, steps)
+    with meter.phase("decide"), activations.rounding(module, learned):
         codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
-    return BlockState(codes=dict(zip(block.layers, codes, strict=True)), scores=scores, result=result)
+    if r.activations == "lsq":
+        with meter.phase("activations"):
+            learned = _grids_after(job, block, module, layers, codes, train, on_iteration)
+    grids = {name: grid.grid for grid in learned for name in block.layers if block.inner(name) in grid.layers}
+    return BlockState(codes=dict(zip(block.layers, codes, strict=True)), grids=grids, scores=scores, result=result)
+
+
+def _first_grids(job: _Job, block: Block, module: nn.Module, io: BlockIO) -> list[Learned]:
+    """Return the grids that a block's layers start from; none for a part that the network does not have as a module."""
+    if block.module is not None:
+        return []
+    inner = [block.inner(name) for name in block.layers]
+    drawn = stream(job.config.seed, block.name, "activations")
+    return activations.first_grids(module, inner, io, job.config.activation, drawn)
+
+
+def _grids_after(
+    job: _Job,
+    block: Block,
+    module: nn.Module,
+    layers: Sequence[LayerWeight],
+    codes: Sequence[Tensor],
+    io: BlockIO,
+    on_iteration: Callable[[int], None],
+) -> list[Learned]:
+    """Learn the block's activation grids with its weights rounded, on inputs of the float network (Q-Diffusion)."""
+    if io.reference is None:
+        return []
+    config, r = job.config, job.config.reconstruction
+    io = replace(io, inputs=io.reference)
+    learned = _first_grids(job, block, module, io)
+    fixed = [affine.dequantize_weight(c, w.scale) for c, w in zip(codes, layers, strict=True)]
+    with activations.rounding(module, learned):
+        reconstruct.fit(
+            lambda _, part: reconstruct.block_loss(module, layers, fixed, part),
+            [],
+            io,
+            torch.zeros(len(io), dtype=torch.float64),
+            config.omega,
+            replace(r, iterations=r.activation_iterations),
+            stream(config.seed, block.name, "lsq"),
+            lambda done: on_iteration(r.iterations + done),
+            [grid.step for grid in learned],
+        )
+    return learned
 
 
 def _reaches(
@@ -212,14 +273,17 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _layer(
-    codes: Tensor, scale: Tensor, inputs: Sequence[Reach], outputs: Sequence[Reach], config: QuantConfig
+    codes: Tensor, scale: Tensor, inputs: Grid | Sequence[Reach], outputs: Sequence[Reach], config: QuantConfig
 ) -> LayerQuant:
+    """Put a layer together; its `inputs` are a grid that was learned, or how far they reach."""
     activation = config.activation
+    if not isinstance(inputs, Grid):
+        inputs = ranges.grid(inputs, activation.bits, symmetric=activation.symmetric)
     return LayerQuant(
         codes=codes,
         weight_scale=scale,
         weight_bits=config.weight.bits,
-        input=ranges.grid(inputs, activation.bits, symmetric=activation.symmetric),
+        input=inputs,
         output_scale=ranges.scale_of(max(max(reach) for reach in outputs), 8),
     )
 
@@ -234,9 +298,11 @@ def _operand(reaches: Sequence[Reach], operand: str, config: QuantConfig) -> Gri
 def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block]) -> str:
     """Identify what the blocks depend on: themselves, samples, float weights, all settings but the activations'.
 
-    Activations are ranged after the last block, so finished blocks serve any activation bits.
+    Those are ranged after the last block, so finished blocks serve any activation bits, unless they learn grids too.
     """
-    settings = {name: part for name, part in configs.to_json(config).items() if name != "activation"}
+    settings = configs.to_json(config)
+    if config.reconstruction.activations == "float":
+        del settings["activation"]
     identity = [settings, [(b.name, b.layers) for b in order]]
     sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for tensor in (data.x, data.t, data.step, *model.state_dict().values()):

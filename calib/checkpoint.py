@@ -9,14 +9,16 @@ from torch import Tensor
 
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
+from calib.plan import Grid
 from calib.reconstruct import BlockResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockState:
-    """What the following blocks need: integer codes by layer name, the sample scores, and the result."""
+    """What the following blocks need: codes and learned input grids by layer name, sample scores, and the result."""
 
     codes: dict[str, Tensor]
+    grids: dict[str, Grid]
     scores: Tensor
     result: BlockResult
 
@@ -24,7 +26,8 @@ class BlockState:
 def save_block(folder: Path, index: int, key: str, state: BlockState) -> None:
     """Write block number `index`; `key` identifies the calibration it belongs to."""
     tensors = {f"codes.{name}": codes.contiguous() for name, codes in state.codes.items()} | {"scores": state.scores}
-    header = {"key": key, "result": json.dumps(asdict(state.result))}
+    grids = {name: asdict(grid) for name, grid in state.grids.items()}
+    header = {"key": key, "result": json.dumps(asdict(state.result)), "grids": json.dumps(grids)}
     write_atomically(folder / f"{index:03d}.safetensors", save(tensors, header))
 
 
@@ -42,6 +45,7 @@ def load_block(folder: Path, index: int, key: str) -> BlockState | None:
     result = json.loads(header["result"])
     return BlockState(
         codes={name.removeprefix("codes."): v for name, v in tensors.items() if name != "scores"},
+        grids={n: Grid(**{**grid, "zero": tuple(grid["zero"])}) for n, grid in json.loads(header["grids"]).items()},
         scores=tensors["scores"],
         result=BlockResult(**{**result, "layers": tuple(result["layers"])}),
     )

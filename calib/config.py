@@ -50,6 +50,21 @@ class ReconstructionConfig:
     beta_start: float = 20.0
     beta_end: float = 2.0
     warmup: float = 0.2  # fraction of the iterations without regulariser
+    activations: str = "float"  # meanwhile; or "qdrop", rounded and their steps learned; "lsq", learned afterwards
+    drop: float = 0.5  # of "qdrop": share of a block's input from the float network, and of activations left float
+    activation_iterations: int = 5_000  # of "lsq"
+    activation_learning_rate: float = 4e-4  # of the steps, falling to 0 along a cosine
+    fine: float = 0.0  # weight of the losses of the layers inside a block beside its own, gamma of EDA-DM
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether what goes into a block in the float network is needed."""
+        return self.activations != "float" or self.fine > 0
+
+    @property
+    def passes(self) -> int:
+        """Iterations a block in all."""
+        return self.iterations + (self.activation_iterations if self.activations == "lsq" else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +81,18 @@ class OmegaConfig:
     inner_step: float = 1e-2  # change of the rounding logits in the inner update: that of one sample's gradient, RMS
     batch: int = 32  # training samples whose scores a block updates
     validation_batch: int = 8  # samples a group, drawn anew at each meta step; memory goes with it
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which samples calibrate weights, by the rules of calib.selection."""
+
+    rule: str = "uniform"
+    mean: float = 0.4  # of "gaussian", as a share of the steps
+    deviation: float = 0.4  # of "gaussian", likewise
+    images: int = 8  # of "density": samples of a step whose features are compared
+    radius: float = 0.5  # of "density": features nearer than this times the mean error count as near
+    variety: float = 1.2  # of "density": its weight beside the density, lambda
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +115,10 @@ class QuantConfig:
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     omega: OmegaConfig = field(default_factory=OmegaConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     convention: str = "deploy"  # which layers stay float: see calib.layers.CONVENTIONS
     keep_float: tuple[str, ...] = ()  # shell patterns of further layer names
-    weight_steps: int = 20  # sampling steps, evenly spaced, whose samples calibrate weights
+    weight_steps: int = 20  # as many samples as this many sampling steps have calibrate weights
     micro_batch: int = 16  # samples per forward pass when recording; fixed, since it decides the last bits
     seed: int = 0
 
@@ -103,17 +131,26 @@ class QuantConfig:
             ("omega softmax", self.omega.softmax, OMEGA_SOFTMAX),
             ("activation rule", self.activation.rule, RANGE_RULES),
             ("rounding start", self.reconstruction.start, ROUNDING_STARTS),
+            ("activations in reconstruction", self.reconstruction.activations, RECONSTRUCTION_ACTIVATIONS),
             ("correction", self.correction.rule, CORRECTIONS),
+            ("selection rule", self.selection.rule, SELECTIONS),
         ):
             if value not in known:
                 raise CalibError(f"Unknown {what} {value!r}. Choose one of {sorted(known)}.")
+        if self.activation.per_step and self.reconstruction.activations != "float":
+            raise CalibError(
+                f"Activation grids learned with the rounding ({self.reconstruction.activations!r}) are one for all "
+                "steps; give up a grid for each step, or learn the rounding with float activations."
+            )
 
 
 OMEGA_RULES = ("uniform", "random", "mse", "gac", "gac-exact", "fish")
 OMEGA_SOFTMAX = ("batch", "set")
 RANGE_RULES = ("ema", "minmax")
 ROUNDING_STARTS = ("float", "gptq")
+RECONSTRUCTION_ACTIVATIONS = ("float", "qdrop", "lsq")
 CORRECTIONS = ("none", "ptqd", "tac")
+SELECTIONS = ("uniform", "gaussian", "density")
 
 
 def to_json(config: QuantConfig) -> dict[str, Any]:

@@ -53,25 +53,25 @@ def thin_steps(data: CalibrationSet, steps: int) -> CalibrationSet:
 
 
 def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.Generator) -> Split:
-    """Set aside the same number of samples of every step for validation; group the steps in order.
+    """Set aside the same share of every step's samples for validation; group the steps in order.
 
     Args:
-        data: the samples; each step must have at least two.
+        data: the samples; a step that has only one trains alone.
         fraction: share of each step's samples that validate (rounded, at least one).
         groups: number of contiguous groups of steps; fewer if there are fewer steps.
         generator: draws the validation samples.
 
     Raises:
-        CalibError: a step has fewer than two samples.
+        CalibError: no step has two samples.
     """
     steps, position = torch.unique(data.step, return_inverse=True)
     chosen = torch.zeros(len(data), dtype=torch.bool)
     for k in range(len(steps)):
         members = (position == k).nonzero()[:, 0]
-        if len(members) < 2:
-            raise CalibError(f"Step {int(steps[k])} has {len(members)} sample; collect at least 2 images.")
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not bool(chosen.any()):
+        raise CalibError("No step has more than one sample, of which one could validate; collect at least 2 images.")
     group = position * min(groups, len(steps)) // len(steps)
     validation = chosen.nonzero()[:, 0]
     return Split(data=data, train=(~chosen).nonzero()[:, 0], validation=validation, group=group[validation])

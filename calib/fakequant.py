@@ -48,12 +48,26 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
             codes = round_float8(layer.codes.float()) if float8 else layer.codes
             weight.copy_(dequantize_weight(codes, layer.weight_scale))
         if activations:
-            modules[name].register_forward_pre_hook(_on_input(_rounding(name, layer.input, step, float8)))
+            round_input(modules[name], name, layer.input, step, float8=float8)
     if activations:
         for name, product in plan.products.items():
             rounded = {operand: _rounding(name, getattr(product, operand), step, float8) for operand in OPERANDS}
             intercept(modules[name], _on_operands(rounded))
     return result
+
+
+def round_input(module: nn.Module, name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> None:
+    """Make `module` round its first input to `grid` from now on.
+
+    Args:
+        module: a layer.
+        name: its name, for errors.
+        grid: one for all steps, unless `step` says which step is at hand.
+        step: filled, before each call of the network, with (N,), which of the grid's steps each sample belongs to.
+        float8: to E4M3 numbers in place of integers.
+    """
+    rounded = _rounding(name, grid, step, float8)
+    module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
 
 
 def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -84,10 +98,6 @@ def _rounding(name: str, grid: Grid, step: Sequence[Tensor], float8: bool) -> Ca
         return on_grid(x / ratio, shift) * ratio
 
     return rounded
-
-
-def _on_input(rounded: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda module, args: (rounded(args[0]), *args[1:])
 
 
 def _on_operands(rounded: Mapping[str, Callable[[Tensor], Tensor]]) -> Callable[[str, Tensor], Tensor]:

@@ -26,7 +26,7 @@ from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
 
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
     costs = []
     for b in blocks:
         per_sample = seconds[b.name] / len(x)
-        fitting = config.reconstruction.iterations * BACKWARD * config.reconstruction.batch * per_sample
+        fitting = config.reconstruction.passes * BACKWARD * config.reconstruction.batch * per_sample
         o = config.omega
         step = META.get(o.rule, 0.0) * min(o.groups, config.weight_steps) * o.validation_batch
         meta = (JACOBIAN * o.batch + o.meta_steps * step) * per_sample if o.rule in META else 0.0

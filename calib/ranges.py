@@ -68,7 +68,7 @@ def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
     """
     low, high = integer_range(bits)
     middle = [scale_of(max(reach), bits) for reach in reaches]
-    moved = [_short(max(sum(reach), 1e-8) / (high - low)) for reach in reaches]
+    moved = [short(max(sum(reach), 1e-8) / (high - low)) for reach in reaches]
     if symmetric or sum(moved) > (1 - WORTH) * sum(middle):
         scales, zero = middle, tuple(0 for _ in reaches)
     else:
@@ -81,7 +81,7 @@ def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
     return Grid(scale=widest_scale, bits=bits, zero=zero, ratio=ratio)
 
 
-def _short(scale: float) -> float:
+def short(scale: float) -> float:
     """Round to 16 bits, so that its product with any code is exact in float32."""
     mantissa, exponent = math.frexp(scale)
     return math.ldexp(round(math.ldexp(mantissa, 16)), exponent - 16)

@@ -1,7 +1,10 @@
 """Fit the rounding of one block so that its output matches the float block's (BRECQ / AdaRound, asymmetric inputs)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +76,44 @@ def per_sample_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> PerSampl
     return loss
 
 
+def fine_loss(block: nn.Module, reference: nn.Module, layers: Sequence[LayerWeight], weight: float) -> PerSample:
+    """Return the block's loss plus `weight` times those of its layers, the last one left out (EDA-DM, FBR).
+
+    A layer's loss compares what it gives in the block with what it gives in the float block, on float inputs; the
+    recording must have them.
+    """
+    plain, inner = per_sample_loss(block, layers), [layer.key.removesuffix(".weight") for layer in layers[:-1]]
+
+    def loss(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
+        assert io.reference is not None
+        with torch.no_grad(), _outputs(reference, inner) as expected:
+            args, kwargs = replace(io, inputs=io.reference).call()
+            reference(*args, **kwargs)
+        with _outputs(block, inner) as found:
+            total = plain(logits, io)
+        for name in inner:
+            total = total + weight * output_loss(found[name], expected[name])
+        return total
+
+    return loss
+
+
+@contextmanager
+def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Yield what will hold the output of each named submodule."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, args, out: seen.update({name: out})
+
+    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def fit(
     loss: PerSample,
     logits: Sequence[Tensor],
@@ -82,6 +123,7 @@ def fit(
     config: ReconstructionConfig,
     generator: torch.Generator,
     on_iteration: Callable[[int], None],
+    steps: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Return the logits after minimising sum_i omega_i l_i + lambda sum(1 - |2h - 1|^beta) with Adam.
 
@@ -94,12 +136,18 @@ def fit(
         config: iterations, batch, learning rate and annealing.
         generator: draws the mini-batches.
         on_iteration: called with the number of finished iterations.
+        steps: step sizes of activations that `loss` depends on, learned along with the logits, in place.
     """
     values = [v.detach().clone().requires_grad_() for v in logits]
-    optimiser = torch.optim.Adam(values, lr=config.learning_rate)
+    share = config.drop if config.activations == "qdrop" else 0.0
+    groups: list[dict[str, Any]] = [{"params": values, "lr": config.learning_rate}, {"params": [*steps]}]
+    optimiser = torch.optim.Adam(groups)
     for i in range(config.iterations):
+        falling = 0.5 + 0.5 * math.cos(math.pi * i / config.iterations)
+        optimiser.param_groups[1]["lr"] = config.activation_learning_rate * falling
         index = torch.randperm(len(io), generator=generator)[: config.batch]
-        objective = (weights_of(scores, index, omega) * loss(values, io.take(index))).sum()
+        taken = io.take(index).mixed(share, generator)
+        objective = (weights_of(scores, index, omega) * loss(values, taken)).sum()
         sharpness = adaround.beta(i, config.iterations, config.warmup, config.beta_start, config.beta_end)
         if sharpness is not None:
             objective = objective + config.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)

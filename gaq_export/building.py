@@ -16,10 +16,10 @@ from gaq_export import drawing, parity, provenance
 from gaq_export import run as runs
 from gaq_export.collect import collect
 from gaq_export.errors import GaqError
-from gaq_export.group_norm import open_group_norms
 from gaq_export.half import compute_in
 from gaq_export.models import LoadedModel
 from gaq_export.onnx_export import export_float
+from gaq_export.opening import open_up
 from gaq_export.parity import TOLERANCES, Parity
 from gaq_export.profiles import PROFILES, QdqProfile, find_profile
 from gaq_export.qdq import StepInfo, insert_qdq, save_onnx
@@ -94,8 +94,8 @@ def export_onnx(
         network, step = export_float(model.network, model.shape), None
     path = out or run.onnx(profile, graph)
     insert_qdq(network, plan, wishes, step)
-    if wishes.open_group_norms:
-        open_group_norms(network)
+    if wishes.opened:
+        open_up(network)
     save_onnx(compute_in(network, compute), path)
     return Exported(path=path, baked=tuple(sorted(step.baked)) if step else ())
 

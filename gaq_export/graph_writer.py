@@ -35,7 +35,7 @@ class GraphWriter:
         inputs: Sequence[ir.Value],
         name: str,
         kind: ir.DataType = ir.DataType.FLOAT,
-        attributes: Mapping[str, int] | None = None,
+        attributes: Mapping[str, int | Sequence[int]] | None = None,
     ) -> ir.Value:
         """Make a node with one output of element type `kind`, and return that output."""
         made = ir.node(op, inputs, attributes=attributes or {}, num_outputs=1, name=self._unique(f"{name}.{op}"))
@@ -53,6 +53,13 @@ class GraphWriter:
         """Put the new nodes behind `node`."""
         self.graph.insert_after(node, self.pending)
         self.pending = []
+
+    def replace(self, node: ir.Node, result: ir.Value) -> None:
+        """Put the new nodes, of which `result` is the output, in the place of `node`."""
+        result.shape = node.outputs[0].shape
+        self.insert_before(node)
+        ir.convenience.replace_all_uses_with(node.outputs[0], result)
+        self.graph.remove(node, safe=True)
 
     def append(self) -> None:
         """Put the new nodes at the end."""

@@ -110,7 +110,7 @@ def examine(
     float_network, network = model.network, fake_quantized(model.network, plan, activations=False)
     blocks = diagnose.inspectable(float_network, plan, model.shape, model.schedule.num_train)
     chosen = diagnose.choose(blocks, block)
-    subset = weight_samples(data, plan.config)
+    subset = weight_samples(data, plan.config, model.network)
     few = _first_of_each_step(subset.data.take(subset.train), FEW)
     overview = []
     with recorder(float_network, network, few, plan.config.micro_batch) as recording:

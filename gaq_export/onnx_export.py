@@ -2,10 +2,17 @@
 
 The plain network is exported, never the fake-quantized one: Q/DQ comes afterwards (`gaq_export.qdq`), straight from
 the plan's integers. Opset 21 is the first with INT4 and with per-channel GroupNormalization.
+
+Attention is written plainly, two products around a softmax, since runtimes know it by that form; the exporter's own
+takes the keys through three dimensions to transpose them.
 """
+
+import math
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import opset21 as op
 from torch import nn
 
 from calib.quiet import quiet
@@ -38,6 +45,7 @@ def export_float(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
                 dynamic_shapes=({0: batch}, {0: batch}),
                 input_names=["x", "t"],
                 output_names=["eps"],
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds; all mean the same to a user
@@ -49,3 +57,24 @@ def export_float(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
     if first is None or isinstance(first[0], int):
         raise GaqError(f"The exported graph fixed its batch at {first and first[0]}: the network's code depends on it.")
     return model
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Write softmax(scale q k^T + mask) v, all of them (N, heads, L, D); called by the exporter as it traces."""
+    if is_causal or enable_gqa:
+        raise NotImplementedError("attention that is causal, or whose queries outnumber the keys' heads")
+    scaled = op.Mul(query, op.Constant(value_float=query.shape[-1] ** -0.5 if scale is None else scale))
+    logits = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        kept, hidden = (op.Constant(value_float=value) for value in (0.0, -math.inf))
+        attn_mask = op.Where(attn_mask, kept, hidden)  # type: ignore[type-var]
+    return op.MatMul(op.Softmax(logits if attn_mask is None else op.Add(logits, attn_mask), axis=-1), value)

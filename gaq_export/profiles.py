@@ -24,7 +24,7 @@ class QdqProfile:
         quantize_outputs: Q/DQ behind convolutions and fully connected layers too.
         unsigned_products: takes unsigned codes with zero point 0, as the probabilities inside attention have; or else
             the products inside attention stay float.
-        open_group_norms: GroupNorm as `gaq_export.group_norm` writes it.
+        opened: GroupNorm, SiLU and the passage to tokens as `gaq_export.opening` writes them.
         int4: form of weights of 4 bits and fewer: "cast" or "direct" (both packed two a byte), or "expand" (INT8).
         float8: E4M3 numbers in place of integers, weights and activations both.
     """
@@ -34,7 +34,7 @@ class QdqProfile:
     zero_points: bool
     quantize_outputs: bool
     unsigned_products: bool
-    open_group_norms: bool
+    opened: bool
     int4: str
     float8: bool
 
@@ -45,7 +45,7 @@ _REFERENCE = QdqProfile(
     zero_points=False,
     quantize_outputs=False,
     unsigned_products=True,
-    open_group_norms=False,
+    opened=False,
     int4="direct",
     float8=False,
 )
@@ -54,7 +54,7 @@ _TENSORRT = replace(_REFERENCE, unsigned_products=False, int4="cast")
 PROFILES: dict[str, QdqProfile] = {
     "reference": _REFERENCE,
     "trt": _TENSORRT,
-    "openvino": replace(_REFERENCE, zero_points=True, open_group_norms=True, int4="cast"),
+    "openvino": replace(_REFERENCE, zero_points=True, opened=True, int4="cast"),
     "ort-cpu": replace(
         _REFERENCE, unsigned=True, factors_behind=False, zero_points=True, quantize_outputs=True, int4="expand"
     ),

@@ -27,7 +27,7 @@ ORDER = (
     "onnx_export",
     "double",
     "graph_writer",
-    "group_norm",
+    "opening",
     "profiles",
     "qdq",
     "temporal_tables",

@@ -118,7 +118,7 @@ def test_quantized_products_are_those_of_the_rounded_operands(per_step: bool) ->
     fake, seen = fake_quantized(network, plan), dict[str, Tensor]()
     fake.attention.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
     fake(x, t)
-    operands = {"query": seen["x"] / 4**0.25, "key": 0.5 * seen["x"] / 4**0.25, "value": seen["x"] + 1}
+    operands = {"query": seen["x"] / 2, "key": 0.5 * seen["x"], "value": seen["x"] + 1}
     rounded = {}
     for name in (*operands, "probability"):
         if name == "probability":

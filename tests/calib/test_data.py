@@ -27,8 +27,15 @@ def test_the_split_takes_as_many_samples_of_every_step_and_loses_none() -> None:
     assert torch.equal(parts.group, held_out.step // 4)
 
 
+def test_a_step_of_one_sample_trains_alone() -> None:
+    data = _set(3, 4)
+    parts = split(data.take(torch.tensor([0, 1, 2, 3, 4])), 0.25, 5, torch.Generator().manual_seed(0))
+    assert parts.data.step[parts.validation].tolist() == [0]
+    assert 4 in parts.train
+
+
 def test_one_image_cannot_be_split() -> None:
-    with pytest.raises(CalibError, match="Step 0 has 1 sample; collect at least 2"):
+    with pytest.raises(CalibError, match=r"No step has more than one sample, .* collect at least 2"):
         split(_set(3, 1), 0.05, 5, torch.Generator())
 
 

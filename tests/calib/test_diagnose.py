@@ -51,7 +51,7 @@ def plan(network: nn.Module) -> QuantPlan:
 @pytest.fixture(scope="module")
 def recorded(network: nn.Module, plan: QuantPlan) -> Callable[[str], tuple[BlockResult, BlockIO, BlockIO]]:
     """Return what finds a block of the plan, and records it on its training and its validation samples."""
-    quantized, subset = fake_quantized(network, plan, activations=False), weight_samples(noise(), CONFIG)
+    quantized, subset = fake_quantized(network, plan, activations=False), weight_samples(noise(), CONFIG, network)
 
     def record(name: str) -> tuple[BlockResult, BlockIO, BlockIO]:
         block = next(b for b in plan.blocks if b.name == name)
@@ -62,8 +62,8 @@ def recorded(network: nn.Module, plan: QuantPlan) -> Callable[[str], tuple[Block
     return record
 
 
-def train_steps() -> torch.Tensor:
-    subset = weight_samples(noise(), CONFIG)
+def train_steps(network: nn.Module) -> torch.Tensor:
+    subset = weight_samples(noise(), CONFIG, network)
     return subset.data.step[subset.train]
 
 
@@ -80,7 +80,7 @@ def losses(module: nn.Module, io: BlockIO, index: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [RESNET, ATTENTION])
 def test_a_steps_gradient_is_that_of_its_mean_loss_at_the_rounded_weights(name: str, network, plan, recorded) -> None:
     block, io, _ = recorded(name)
-    step = train_steps()
+    step = train_steps(network)
     found = diagnose.agreement(network, plan, block, io, step)
     rounded = {
         "before": lambda w, q: affine.fake_quantize(w, affine.per_channel(q.weight_scale, w.ndim), q.weight_bits),

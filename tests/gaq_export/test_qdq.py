@@ -187,7 +187,7 @@ def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_un
     signed = (np.dtype("uint8"), 128) if profile == "ort-cpu" else (np.dtype("int8"), 0)
     wanted = []
     for p in plan.products.values():
-        wanted += [("Mul", p.query.scale, *signed, True), ("Mul", p.key.scale, *signed, True)]
+        wanted += [("Mul", p.query.scale, *signed, True), ("Transpose", p.key.scale, *signed, True)]
         wanted += [("Softmax", p.probability.scale, np.dtype("uint8"), 0, False)]
         wanted += [("Transpose", p.value.scale, *signed, True)]
     assert len(plan.products) == 4
