@@ -29,9 +29,9 @@ from gaq_export.models import LoadedModel, load_model
 from gaq_export.parity import sqnr_db
 from gaq_export.pipeline import build_engine
 from gaq_export.presets import preset
+from gaq_export.publish import machine, markdown_table, publish
 from gaq_export.schedule import SamplerSpec
 from options import ModelName, Out
-from publish import machine, markdown_table, publish
 from timing import take_turns
 
 FORMS = {  # (a grid for each step, 0 in the middle)

@@ -14,19 +14,19 @@ from typing import Annotated
 
 import typer
 
-import cells
-import pages
-import quality
 import verdicts
-from bench import Bench, Row, command_line, one_line_errors, parse_bits, parse_seeds, schedule
 from calib.config import QuantConfig
+from command import command_line, one_line_errors
+from gaq_export import cells, tables
+from gaq_export.comparison import Comparison, Row, parse_bits, parse_seeds, schedule
 from gaq_export.errors import GaqError
+from gaq_export.measured import Table, table_at
 from gaq_export.models import load_model
+from gaq_export.publish import publish
+from gaq_export.quality import Yardstick
 from gaq_export.schedule import timesteps
+from gaq_export.tables import Column
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
-from pages import Column, Table
-from publish import publish
-from quality import Yardstick
 
 MAIN = (4, 8)  # the bits that the figure and the goal are about
 LEARNED = "gac"  # the row whose share of the baseline's error is reported
@@ -66,7 +66,7 @@ def main(
         yardstick = Yardstick(
             model=load_model(model, weights), folder=folder, images=images, draw=draw, data=data, classifier=features
         )
-        bench = Bench(
+        bench = Comparison(
             yardstick=yardstick,
             schedule=schedule(preset, iterations),
             rows={name: rung(name) for name in rungs.split(",")},
@@ -74,7 +74,7 @@ def main(
             seeds=parse_seeds(seeds),
             workers=workers,
         )
-        cells.execute(bench, job, report_only, lambda: write_page(bench, out))
+        cells.execute(bench, job, report_only, lambda: write_page(bench, out), print)
 
 
 def rung(name: str) -> Row:
@@ -104,51 +104,39 @@ def _round_to_nearest(config: QuantConfig) -> QuantConfig:
     )
 
 
-def write_page(bench: Bench, out: Path) -> None:
+def write_page(bench: Comparison, out: Path) -> None:
     """Write the page and its figure from the cells there are."""
-    tables = {pair: pages.table_at(bench, *pair) for pair in bench.bits}
+    found = {pair: table_at(bench, *pair) for pair in bench.bits}
     shown = columns(bench)
     lines = [f"# What each calibration ingredient is worth, {bench.model.spec.name}", "", f"    {command_line()}", ""]
-    lines += [*pages.conditions(bench, shown), "", "Rows:", ""]
+    lines += [*tables.conditions(bench, shown), "", "Rows:", ""]
     lines += [f"- `{row}`: {MEANING[row]}." for row in bench.rows]
     lines += ["", verdicts.caution(len(bench.seeds))]
-    main_bits = MAIN if MAIN in tables else bench.bits[0]
-    for (w, a), table in tables.items():
+    main_bits = MAIN if MAIN in found else bench.bits[0]
+    for (w, a), table in found.items():
         setting = f"W{w}A{a}"
-        lines += ["", f"## {setting}", "", *pages.markdown(table, "row", shown, float_rows(bench)), ""]
+        lines += ["", f"## {setting}", "", *tables.markdown(table, "row", shown, tables.float_rows(bench, shown)), ""]
         lines += [verdicts.standing(setting, table)]
         if (w, a) == MAIN and LEARNED in bench.rows:
             lines += [line for text in verdicts.learned(setting, table, LEARNED) for line in ("", text)]
         if (w, a) == main_bits and table:
             lines += ["", f"![SQNR at every step]({_figure(bench, out, setting, table)})"]
-    lines += pages.still_missing(bench)
+    lines += tables.still_missing(bench)
     publish(lines, out)
 
 
-def columns(bench: Bench) -> list[Column]:
+def columns(bench: Comparison) -> list[Column]:
     """Return the columns that were measured."""
-    images = [pages.PSNR] if bench.yardstick.images else []
-    distances = [pages.FD_REAL, pages.FD_FLOAT] if images and bench.yardstick.data else []
-    noise = [pages.SQNR, pages.SQNR_LEAD, pages.POOLED, pages.WEIGHTS]
-    return [*noise, *images, *distances, pages.SECONDS, pages.PEAK, pages.SPREAD]
+    images = [tables.PSNR] if bench.yardstick.images else []
+    distances = [tables.FD_REAL, tables.FD_FLOAT] if images and bench.yardstick.data else []
+    noise = [tables.SQNR, tables.SQNR_LEAD, tables.POOLED, tables.WEIGHTS]
+    return [*noise, *images, *distances, tables.SECONDS, tables.PEAK, tables.SPREAD]
 
 
-def float_rows(bench: Bench) -> list[list[str]]:
-    """Return the float network's rows: infinitely close to itself, and as far from real images as it is."""
-    if not bench.yardstick.images:
-        return []
-    found = quality.facts(bench.yardstick).get("frechet")
-    rows = []
-    for name, psnr in (("same", "∞"), ("other", "-")):
-        distances = [f"{found['float'][name][to]:.2f}" for to in ("fd_real", "fd_float")] if found else []
-        rows.append([f"float, {name} noise", "∞", "∞", "∞", "∞", psnr, *distances, "-", "-", "-"])
-    return rows
-
-
-def _figure(bench: Bench, out: Path, setting: str, table: Table) -> str:
+def _figure(bench: Comparison, out: Path, setting: str, table: Table) -> str:
     path = out.with_suffix(".svg")
     visited = timesteps(bench.model.spec.sampler, bench.model.schedule.num_train).tolist()
-    pages.curves(path, f"{bench.model.spec.name} {setting}", table, visited, far=(RTN,))
+    tables.curves(path, f"{bench.model.spec.name} {setting}", table, visited, far=(RTN,))
     return path.name
 
 

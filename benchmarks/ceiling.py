@@ -19,16 +19,16 @@ from typing import Annotated
 import torch
 import typer
 
-import quality
-from bench import collected
 from calib.calibrate import calibrate
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
+from gaq_export import quality
+from gaq_export.comparison import collected
 from gaq_export.models import load_model
 from gaq_export.presets import preset
+from gaq_export.publish import markdown_table, publish
+from gaq_export.quality import HELD_OUT, Yardstick
 from options import Folder, ModelName, Out, Workers
-from publish import markdown_table, publish
-from quality import HELD_OUT, Yardstick
 
 GROUPS = 5
 HEAD = ("steps", "own group only, weights alone", "own group only, W4A8", "W8A8 instead of W4A8")

@@ -26,9 +26,9 @@ from gaq_export.images import psnr
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.parity import sqnr_db
 from gaq_export.presets import preset
+from gaq_export.publish import markdown_table, publish
 from gaq_export.schedule import SamplerSpec
 from options import ModelName, Out
-from publish import markdown_table, publish
 
 SAMPLERS = (SamplerSpec(steps=50), SamplerSpec(steps=50, eta=1.0), SamplerSpec(name="ddpm", steps=50))
 HEAD = ("plan", "sampler", "correction", "SQNR dB, mean", "R^2, median", "PSNR dB, median", "PSNR dB, worst")

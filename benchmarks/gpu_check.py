@@ -28,8 +28,8 @@ from engines.machine import look
 from gaq_export import drawing, samplers
 from gaq_export.errors import user_errors
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, export_onnx, load_model, preset
+from gaq_export.publish import markdown_table, publish
 from gaq_export.schedule import SamplerSpec
-from publish import markdown_table, publish
 
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 ROUNDS = 5

@@ -30,10 +30,10 @@ from engines.machine import CPU_FEATURES, look
 from gaq_export import drawing, samplers, step_engine
 from gaq_export.onnx_export import export_float
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
+from gaq_export.publish import machine, markdown_table, publish
 from gaq_export.qdq import save_onnx
 from gaq_export.schedule import SamplerSpec
 from options import ModelName, Out, Weights
-from publish import machine, markdown_table, publish
 from timing import take_turns
 
 Loop = Callable[[], object]

@@ -23,10 +23,10 @@ from calib.layers import trace
 from calib.progress import Progress
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.presets import preset
+from gaq_export.publish import machine, markdown_table, publish
 from gaq_export.run import peak_memory_mib
 from gaq_export.schedule import timesteps
 from options import ModelName, Out
-from publish import machine, markdown_table, publish
 
 PHASES = ("record", "start", "meta", "fit", "decide")
 

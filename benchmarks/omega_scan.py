@@ -12,16 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-import cells
-import pages
 import verdicts
-from bench import Bench, Row, command_line, one_line_errors, parse_seeds, schedule
 from calib.config import QuantConfig
+from command import command_line, one_line_errors
+from gaq_export import cells, tables
+from gaq_export.comparison import Comparison, Row, parse_seeds, schedule
 from gaq_export.errors import GaqError
+from gaq_export.measured import table_at
 from gaq_export.models import load_model
+from gaq_export.publish import publish
+from gaq_export.quality import Yardstick
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
-from publish import publish
-from quality import Yardstick
 
 BITS = (4, 8)
 
@@ -42,7 +43,7 @@ VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("validation-20", {**FASTER, "validation": 0.2}),
 )
 
-COLUMNS = (pages.SQNR, pages.SQNR_LEAD, pages.WEIGHTS, pages.WEIGHTS_LEAD, pages.SPREAD, pages.SECONDS)
+COLUMNS = (tables.SQNR, tables.SQNR_LEAD, tables.WEIGHTS, tables.WEIGHTS_LEAD, tables.SPREAD, tables.SECONDS)
 
 
 def main(
@@ -63,7 +64,7 @@ def main(
         yardstick = Yardstick(
             model=load_model(model, weights), folder=folder, images=0, draw="pytorch", data=None, classifier=None
         )
-        bench = Bench(
+        bench = Comparison(
             yardstick=yardstick,
             schedule=schedule(preset, iterations),
             rows=chosen(variants),
@@ -71,7 +72,7 @@ def main(
             seeds=parse_seeds(seeds),
             workers=workers,
         )
-        cells.execute(bench, job, report_only, lambda: write_page(bench, out))
+        cells.execute(bench, job, report_only, lambda: write_page(bench, out), print)
 
 
 def chosen(names: str) -> dict[str, Row]:
@@ -92,14 +93,14 @@ def changed(fields: Mapping[str, Any]) -> Row:
     return row
 
 
-def write_page(bench: Bench, out: Path) -> None:
+def write_page(bench: Comparison, out: Path) -> None:
     """Write the page from the cells there are."""
-    table = pages.table_at(bench, *BITS)
+    table = table_at(bench, *BITS)
     lines = [f"# Settings of the sample weights, {bench.model.spec.name} W4A8", "", f"    {command_line()}", ""]
-    lines += [*pages.conditions(bench, COLUMNS), "", verdicts.caution(len(bench.seeds)), ""]
+    lines += [*tables.conditions(bench, COLUMNS), "", verdicts.caution(len(bench.seeds)), ""]
     words = {name: f"`{name}`" + "".join(f", {k} {v}" for k, v in fields.items()) for name, fields in VARIANTS}
-    lines += [*pages.markdown(table, "variant, what it changes", COLUMNS, words=words), ""]
-    lines += [verdicts.standing("W4A8", table), *pages.still_missing(bench)]
+    lines += [*tables.markdown(table, "variant, what it changes", COLUMNS, words=words), ""]
+    lines += [verdicts.standing("W4A8", table), *tables.still_missing(bench)]
     publish(lines, out)
 
 

@@ -19,8 +19,8 @@ from calib.fakequant import fake_quantized
 from calib.plan import load_plan
 from gaq_export import drawing, provenance, samplers
 from gaq_export.parity import PERTURBATION, perturbed, sqnr_db
+from gaq_export.publish import markdown_table, publish
 from options import Out
-from publish import markdown_table, publish
 
 COLUMNS = (
     "step",

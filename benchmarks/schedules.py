@@ -26,8 +26,8 @@ from calib.recording import recorder
 from gaq_export.collect import collect
 from gaq_export.models import load_model
 from gaq_export.presets import preset
+from gaq_export.publish import machine, markdown_table, publish
 from options import ModelName, Out
-from publish import machine, markdown_table, publish
 
 BITS = 4
 HELD_OUT = 0.25  # of the images of each step

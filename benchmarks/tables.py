@@ -21,9 +21,9 @@ from gaq_export.models import load_model
 from gaq_export.onnx_export import export_float
 from gaq_export.parity import sqnr_db
 from gaq_export.presets import preset
+from gaq_export.publish import markdown_table, publish
 from gaq_export.stepgraph import make_step
 from options import ModelName, Out
-from publish import markdown_table, publish
 
 SHOWN = 6  # steps that have a column
 

@@ -1,6 +1,7 @@
 """The command line: parse, call the pipeline, print. No logic, and no heavy import before a command runs."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from gaq_export import __version__, terminal
 
 if TYPE_CHECKING:
+    from gaq_export.models import LoadedModel
     from gaq_export.schedule import SamplerSpec
 
 app = typer.Typer(
@@ -97,10 +99,8 @@ def calibrate(
         from dataclasses import replace
 
         from gaq_export import pipeline
-        from gaq_export.errors import GaqError
 
-        if model is None and weights is None:
-            raise GaqError("Give --model NAME (see `gaq-export models`) or --weights FOLDER.")
+        loaded = _loaded(model, weights)
         chosen = pipeline.preset(
             preset,
             wbits=wbits,
@@ -119,8 +119,6 @@ def calibrate(
         if iterations is not None:
             fitting = replace(chosen.config.reconstruction, iterations=iterations)
             chosen = replace(chosen, config=replace(chosen.config, reconstruction=fitting))
-        loaded = pipeline.load_model(model, weights)
-        _warn_if_meaningless(loaded.meaningless)
         with terminal.Bars(quiet) as bars:
             plan = pipeline.calibrate(
                 loaded, chosen, folder=run, on_collect=bars.collect, on_progress=bars.calibrate, on_correct=bars.correct
@@ -288,6 +286,60 @@ def doctor(
 
 
 @app.command()
+def compare(
+    model: Annotated[str | None, typer.Argument(help="A name from `gaq-export models`.")] = None,
+    weights: Weights = None,
+    recipes: Annotated[
+        str, typer.Option(help="Names with commas between them, see `gaq-export recipes`; all if empty.")
+    ] = "",
+    wbits: Annotated[int, typer.Option(help="Weight bits, 2 to 8.")] = 4,
+    abits: Annotated[int, typer.Option(help="Activation bits, 2 to 8.")] = 8,
+    bits: Annotated[str, typer.Option(help="Several settings, as W8A8,W4A8, in place of the two above.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Calibrations of each recipe.")] = 1,
+    preset: Annotated[str, typer.Option(envvar="GAQ_EXPORT_PRESET", help="tiny, fast or paper.")] = "fast",
+    iterations: Annotated[int | None, typer.Option(help="Iterations a block, instead of the preset's.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="Images that each network draws; 0 leaves them out.")] = 64,
+    data: Annotated[Path | None, typer.Option(help=".npz of real images, for Frechet distances.")] = None,
+    features: Annotated[Path | None, typer.Option(help="ResNet-56 checkpoint, for three-channel images.")] = None,
+    sampler: SamplerName = None,
+    steps: Steps = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
+    folder: Annotated[Path, typer.Option(help="Keeps results, so that it can continue.")] = Path("gaq-compare"),
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages; --folder if not given.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Calibrations beside each other, one thread each.")] = 1,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Write the pages from what is there.")] = False,
+    job: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Calibrate with several recipes and judge them side by side; finished ones are kept."""
+    with _one_line_errors():
+        from gaq_export import cells, comparison
+        from gaq_export import compare as comparing
+        from gaq_export.recipes import RECIPES
+
+        loaded = _loaded(model, weights)
+        bench = comparing.comparison(
+            loaded,
+            recipes.split(",") if recipes else list(RECIPES),
+            comparison.schedule(preset, iterations),
+            bits=comparison.parse_bits(bits or f"W{wbits}A{abits}"),
+            seeds=seeds,
+            folder=folder,
+            images=images,
+            sampler=_changed(loaded.spec.sampler, name=sampler, steps=steps, spacing=spacing, eta=eta),
+            data=data,
+            features=features,
+            workers=workers,
+        )
+        name = f"compare-{loaded.spec.name}"
+        pages = comparing.Pages(html=(out or folder) / f"{name}.html", markdown=(out or folder) / f"{name}.md")
+        command = comparing.command_line(sys.argv[1:])
+        cells.execute(bench, job, report_only, lambda: comparing.write_pages(bench, command, pages), typer.echo)
+        if not job:
+            typer.echo(f"-> {pages.html}")
+
+
+@app.command()
 def recipes() -> None:
     """List the published methods that `calibrate --recipe` knows."""
     with _one_line_errors():
@@ -328,6 +380,18 @@ def _changed(own: "SamplerSpec", **asked: object) -> "SamplerSpec | None":
 
     wishes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     return replace(own, **wishes) if wishes else None
+
+
+def _loaded(model: str | None, weights: str | None) -> "LoadedModel":
+    """Return the model by name or folder, and say so if its weights mean nothing."""
+    from gaq_export import pipeline
+    from gaq_export.errors import GaqError
+
+    if model is None and weights is None:
+        raise GaqError("Give the name of a model (see `gaq-export models`), or --weights FOLDER.")
+    loaded = pipeline.load_model(model, weights)
+    _warn_if_meaningless(loaded.meaningless)
+    return loaded
 
 
 def _warn_if_meaningless(meaningless: bool) -> None:

@@ -7,7 +7,7 @@ plan, a record or a model is escaped where it enters the page.
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -18,46 +18,8 @@ from calib import config as configs
 from calib.diagnose import Agreement, Alignment, bin_means, spearman
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
-from gaq_export import __version__, figures
+from gaq_export import __version__, figures, html
 from gaq_export.inspection import Fidelity, Inspection, LayerRange
-
-_CSS = """
-:root { color-scheme: light dark; --paper: #fbfbfa; --ink: #22262b; --soft: #5c636d; --line: #dfe2e6; --card: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16181b; --ink: #e4e6e9; --soft: #a0a7b1; --line: #363b42; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 1rem/1.6 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 50rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 600; margin: 0 0 1.5rem; }
-h2 { font-size: 1.25rem; line-height: 1.3; font-weight: 600; margin: 4rem 0 .5rem; }
-p { margin: 0 0 1rem; }
-.kicker, .numbers { color: var(--soft); font-size: .875rem; }
-.kicker { margin: 0 0 .25rem; }
-.note { border-left: 3px solid var(--soft); padding-left: .8rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.5rem; margin: 0 0 1.25rem; font-size: .9rem; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 1.25rem 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .75rem; overflow-x: auto; }
-.card svg { display: block; width: 100%; min-width: 34rem; height: auto; }
-figcaption { margin-top: .6rem; }
-details { margin: .75rem 0; font-size: .9rem; }
-summary { cursor: pointer; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin: .75rem 0; font-size: .8125rem; line-height: 1.4;
-  font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); vertical-align: bottom; }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); }
-th:not(:first-child), td:not(:first-child) { text-align: right; }
-th:last-child, td:last-child { padding-right: 0; }
-.chosen td { font-weight: 600; }
-code, pre, td:first-child { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
-  font-size: .9em; }
-pre { overflow-x: auto; }
-@media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +40,7 @@ def render(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
         _fidelity_section(found.fidelity),
         _ranges_section(found.ranges),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)}: inside the calibration</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"{_header(name, plan, found, origin)}\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
+    return html.document(f"{name}: inside the calibration", _header(name, plan, found, origin), sections)
 
 
 def _header(name: str, plan: QuantPlan, found: Inspection, origin: Origin) -> str:
@@ -93,7 +50,7 @@ def _header(name: str, plan: QuantPlan, found: Inspection, origin: Origin) -> st
     warning = "The weights are random: every figure is about noise." if plan.about["model"]["meaningless"] else ""
     return (
         f'<header>\n<p class="kicker">Looking inside a calibration</p>\n<h1>{escape(name)}</h1>\n'
-        f"{_note(warning)}<dl>\n{rows}</dl>\n"
+        f"{html.note(warning)}<dl>\n{rows}</dl>\n"
         f"<details><summary>All settings</summary><pre>{settings}</pre></details>\n</header>"
     )
 
@@ -134,7 +91,7 @@ def _agreement_section(plan: QuantPlan, found: Inspection) -> str:
     title = "Do the sampling steps pull the same way?"
     shown = found.agreement
     if shown is None:
-        return _section(title, _note("No block of this plan can be looked at alone."))
+        return html.section(title, html.note("No block of this plan can be looked at alone."))
     block = next(b for b in plan.blocks if b.name == shown.block)
     text = (
         "Each cell compares two sampling steps: the cosine similarity of their gradients of the block loss with "
@@ -142,19 +99,19 @@ def _agreement_section(plan: QuantPlan, found: Inspection) -> str:
         "ways; white: neither. Learning uses up what the steps have in common, so paler on the right is no fault."
     )
     numbers = (
-        f"Block {_code(shown.block)}, {_count(len(block.layers), 'layer')}; {found.train} training samples, "
+        f"Block {html.code(shown.block)}, {_count(len(block.layers), 'layer')}; {found.train} training samples, "
         f"{shown.samples} at each of {_count(len(shown.steps), 'step')}; inputs from the quantized layers "
         f"before it, targets from the float block. Mean of the cells off the diagonal: {_cosine(shown.before.between)} "
         f"before, {_cosine(shown.after.between)} after. As a yardstick for noise: the two halves of one step's samples "
         f"have {_cosine(shown.before.halves)} before and {_cosine(shown.after.halves)} after."
     )
-    return _section(
-        title, _text(text), _figure(figures.cosines(shown), numbers), _overview(found.overview, shown.block)
+    return html.section(
+        title, html.text(text), html.figure(figures.cosines(shown), numbers), _overview(found.overview, shown.block)
     )
 
 
 def _overview(rows: Sequence[Agreement], chosen: str) -> str:
-    table = _table(
+    table = html.table(
         ("block", "steps, before", "halves, before", "steps, after", "halves, after"),
         [(a.block, *(_cosine(v) for c in (a.before, a.after) for v in (c.between, c.halves))) for a in rows],
         marked=chosen,
@@ -172,20 +129,20 @@ def _alignment_section(found: Inspection) -> str:
     shown = found.alignment
     if shown is None:
         same = f"The sample weights are uniform: all {found.train} scores are equal, so there is nothing to sort."
-        return _section(title, _note(same))
+        return html.section(title, html.note(same))
     text = (
         "Training samples sorted by their weight, omega (the softmax of the plan's scores), and cut into bins, one "
         "point a bin. Where points rise to the right, samples whose gradient agrees with the validation samples' "
         "weigh more."
     )
-    return _section(title, _text(text), _figure(figures.alignment(shown), _alignment_numbers(shown)))
+    return html.section(title, html.text(text), html.figure(figures.alignment(shown), _alignment_numbers(shown)))
 
 
 def _alignment_numbers(shown: Alignment) -> str:
     relative = shown.omega * len(shown.omega)
     bins = bin_means(shown.omega, [relative, shown.inner], figures.BINS)
     return (
-        f"Block {_code(shown.block)}, gradients with respect to its rounding logits at their start; "
+        f"Block {html.code(shown.block)}, gradients with respect to its rounding logits at their start; "
         f"{len(relative)} training samples in {len(bins[0])} bins, {shown.validation} validation samples. Weights from "
         f"{float(relative.min()):.4f} to {float(relative.max()):.4f} times uniform, {len(torch.unique(relative))} "
         f"different ones; they are the last block's, having passed through all. Spearman's rank correlation "
@@ -198,7 +155,7 @@ def _losses_section(blocks: Sequence[BlockResult]) -> str:
     title = "What did learning the rounding gain?"
     measured = [b for b in blocks if b.loss_before is not None and b.loss_after is not None]
     if not measured:
-        return _section(title, _note("The plan holds no block losses: every layer is rounded to nearest."))
+        return html.section(title, html.note("The plan holds no block losses: every layer is rounded to nearest."))
     text = (
         "The mean block loss over the training samples with nearest rounding (open) and with the learned rounding "
         "(filled), blocks in network order, on a logarithmic scale. A cross marks a block where learning did not beat "
@@ -208,9 +165,9 @@ def _losses_section(blocks: Sequence[BlockResult]) -> str:
     kept = sum(b.rounding == "nearest" for b in measured)
     ratio = f" The loss after is {statistics.median(ratios):.2f} of the loss before (median block)." if ratios else ""
     apart = [b.name for b in blocks if b not in measured]
-    rest = f" Not in the figure, rounded to nearest: {', '.join(map(_code, apart))}." if apart else ""
+    rest = f" Not in the figure, rounded to nearest: {', '.join(map(html.code, apart))}." if apart else ""
     numbers = f"{_count(len(measured), 'block')}; {kept} kept nearest.{ratio}{rest}"
-    return _section(title, _text(text), _figure(figures.losses(measured), numbers))
+    return html.section(title, html.text(text), html.figure(figures.losses(measured), numbers))
 
 
 def _fidelity_section(found: Fidelity) -> str:
@@ -227,8 +184,8 @@ def _fidelity_section(found: Fidelity) -> str:
         f"steps: {float(weights.median()):.1f} dB with rounded weights, {float(both.median()):.1f} dB with rounded "
         f"activations too; lowest {float(both[worst]):.1f} dB, at step {worst} (t = {int(found.t[worst])})."
     )
-    section = _figure(figures.fidelity(found), numbers)
-    return _section("How close is the predicted noise?", _text(text), section)
+    section = html.figure(figures.fidelity(found), numbers)
+    return html.section("How close is the predicted noise?", html.text(text), section)
 
 
 def _ranges_section(layers: Sequence[LayerRange]) -> str:
@@ -245,7 +202,7 @@ def _ranges_section(layers: Sequence[LayerRange]) -> str:
         f"the median channel's grid covers {min(covered):.2f} to {max(covered):.2f}, and the input's reaches "
         f"{min(reach):.3g} to {max(reach):.3g}."
     )
-    table = _table(
+    table = html.table(
         ("layer", "channels", "weight bits", "least", "median", "most", "input bits", "largest input"),
         [
             (
@@ -260,43 +217,9 @@ def _ranges_section(layers: Sequence[LayerRange]) -> str:
         ],
     )
     details = f"<details><summary>The numbers, layer by layer</summary>\n{table}</details>\n"
-    return _section("How far do the grids reach?", _text(text), _figure(figures.ranges(layers), numbers), details)
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{''.join(parts)}</section>\n"
-
-
-def _figure(svg: str, numbers: str) -> str:
-    """Frame a figure; `numbers` is HTML."""
-    return f'<figure>\n<div class="card">{svg}</div>\n<figcaption class="numbers">{numbers}</figcaption>\n</figure>\n'
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]], marked: str = "") -> str:
-    """Make a table; the row whose first cell is `marked` stands out."""
-    lines = [_row("th", head, ' scope="col"')]
-    for row in rows:
-        lines.append(_row("td", row, "", ' class="chosen"' if row[0] == marked else ""))
-    return (
-        f'<div class="scroll"><table>\n<thead>\n{lines[0]}</thead>\n'
-        f"<tbody>\n{''.join(lines[1:])}</tbody>\n</table></div>\n"
+    return html.section(
+        "How far do the grids reach?", html.text(text), html.figure(figures.ranges(layers), numbers), details
     )
-
-
-def _row(tag: str, cells: Iterable[str], cell: str = "", row: str = "") -> str:
-    return f"<tr{row}>{''.join(f'<{tag}{cell}>{escape(text)}</{tag}>' for text in cells)}</tr>\n"
-
-
-def _text(text: str) -> str:
-    return f"<p>{escape(text)}</p>\n"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>\n' if text else ""
-
-
-def _code(text: str) -> str:
-    return f"<code>{escape(text)}</code>"
 
 
 def _count(number: int, what: str) -> str:

@@ -25,7 +25,9 @@ class Preset:
 
 def _tiny() -> Preset:
     config = QuantConfig(
-        reconstruction=ReconstructionConfig(iterations=4, batch=4, learning_rate=1e-2, start="gptq"),
+        reconstruction=ReconstructionConfig(
+            iterations=4, batch=4, learning_rate=1e-2, start="gptq", activation_iterations=4
+        ),
         omega=OmegaConfig(meta_steps=1, batch=4, validation_batch=2),
         activation=ActivationConfig(batches=2, batch=4),
         weight_steps=2,
@@ -36,7 +38,9 @@ def _tiny() -> Preset:
 
 def _fast() -> Preset:
     config = QuantConfig(
-        reconstruction=ReconstructionConfig(iterations=200, batch=8, learning_rate=0.1, start="gptq"),
+        reconstruction=ReconstructionConfig(
+            iterations=200, batch=8, learning_rate=0.1, start="gptq", activation_iterations=200
+        ),
         omega=OmegaConfig(  # the best of docs/results/omega-scan-ddpm-mnist.md, if by little
             softmax="set", meta_steps=6, meta_learning_rate=0.1, inner_step=0.1, batch=32, validation_batch=2
         ),

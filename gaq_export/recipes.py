@@ -50,13 +50,39 @@ def _tac(config: QuantConfig) -> QuantConfig:
     return replace(_adaround(config), correction=replace(config.correction, rule="tac"))
 
 
+def _qdrop(config: QuantConfig) -> QuantConfig:
+    return replace(_adaround(config), reconstruction=replace(config.reconstruction, activations="qdrop"))
+
+
+def _pqd(config: QuantConfig) -> QuantConfig:
+    return replace(_qdrop(config), selection=replace(config.selection, rule="gaussian"))
+
+
+def _ptq4dm(config: QuantConfig) -> QuantConfig:
+    return replace(_pqd(config), activation=replace(config.activation, symmetric=True))
+
+
+def _q_diffusion(config: QuantConfig) -> QuantConfig:
+    return replace(_adaround(config), reconstruction=replace(config.reconstruction, activations="lsq"))
+
+
+def _eda_dm(config: QuantConfig) -> QuantConfig:
+    fine = replace(config.reconstruction, activations="qdrop", fine=0.8, regulariser=0.0)
+    return replace(_adaround(config), reconstruction=fine, selection=replace(config.selection, rule="density"))
+
+
 RECIPES: dict[str, Recipe] = {
     "rtn": Recipe("every weight rounded to nearest on the widest grid, activations on the widest range", _rtn),
     "adaround": Recipe("rounding learned block by block (BRECQ, arXiv 2102.05426)", _adaround),
+    "qdrop": Recipe("rounding and activation grids learned together, half of it dropped (arXiv 2203.05740)", _qdrop),
+    "ptq4dm": Recipe("qdrop, symmetric, on steps drawn from a normal distribution (arXiv 2211.15736)", _ptq4dm),
+    "pqd": Recipe("qdrop on steps drawn from a normal distribution (arXiv 2501.00124)", _pqd),
+    "q-diffusion": Recipe("even steps, activation grids learned after the rounding (arXiv 2302.04304)", _q_diffusion),
+    "ptqd": Recipe("adaround, and the noise's correlated error, bias and variance corrected (arXiv 2305.10657)", _ptqd),
+    "eda-dm": Recipe("qdrop with fine-grained loss, on dense and various steps (EDA-DM, arXiv 2401.04585)", _eda_dm),
+    "tac": Recipe("adaround, and each step's noise and drift corrected (TAC-Diffusion, arXiv 2407.03917)", _tac),
     "tfmq": Recipe("the temporal block on its own, a grid for each step (TFMQ-DM, arXiv 2311.16503)", _tfmq),
     "gac": Recipe("tfmq with samples weighted by gradient alignment (GAC, arXiv 2602.01289)", _gac),
-    "ptqd": Recipe("adaround, and the noise's correlated error, bias and variance corrected (arXiv 2305.10657)", _ptqd),
-    "tac": Recipe("adaround, and each step's noise and drift corrected (TAC-Diffusion, arXiv 2407.03917)", _tac),
 }
 
 

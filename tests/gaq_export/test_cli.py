@@ -142,7 +142,7 @@ def test_export_names_the_file_it_wrote(tiny_run: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("--model", "ddpm-mnits"), r"Unknown model 'ddpm-mnits'. Did you mean 'ddpm-mnist'?"),
-        ((), "Give --model NAME (see `gaq-export models`) or --weights FOLDER."),
+        ((), "Give the name of a model (see `gaq-export models`), or --weights FOLDER."),
         (("--model", "ddpm-mnist", "--wbits", 1), "weight bits = 1: choose a whole number from 2 to 8."),
         (("--model", "ddpm-mnist", "--wbits", 9), "weight bits = 9: choose a whole number from 2 to 8."),
         (("--model", "ddpm-mnist", "--abits", 16), "activation bits = 16: choose a whole number from 2 to 8."),

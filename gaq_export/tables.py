@@ -10,61 +10,20 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-import cells
-import quality
-from bench import Bench
 from calib.files import write_atomically
+from gaq_export import cells, quality
+from gaq_export.comparison import Comparison
 from gaq_export.errors import GaqError
-from publish import machine, markdown_table
+from gaq_export.measured import Measured, Table
+from gaq_export.publish import machine, markdown_table
 
 BASELINE = "uniform"
 STARTS = {"float": "the float weights", "gptq": "GPTQ's rounding"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One cell at one activation width.
-
-    Attributes:
-        steps_db: SQNR of the predicted noise at each sampling step.
-        pooled_db: the same with signal and error summed over all steps.
-        error: squared error, summed over all steps and held-out images.
-        weights_db: mean over steps of the SQNR with float activations.
-        weights_error: squared error with float activations.
-        psnr_db: median over images, None if none were drawn.
-        fd_real: Frechet distance to real images, None without data.
-        fd_float: Frechet distance to images of the float model.
-        seconds: of the calibration, images already collected.
-        peak_mib: largest resident memory of the process until the plan was there.
-        spread: standard deviation of the sample weights over the training set, times their number.
-        blocks: loss of each reconstructed block with its final rounding, over training samples.
-    """
-
-    steps_db: tuple[float, ...]
-    pooled_db: float
-    error: float
-    weights_db: float
-    weights_error: float
-    psnr_db: float | None
-    fd_real: float | None
-    fd_float: float | None
-    seconds: float
-    peak_mib: float
-    spread: float
-    blocks: Mapping[str, float]
-
-    @property
-    def mean_db(self) -> float:
-        """Mean over steps of the SQNR."""
-        return statistics.fmean(self.steps_db)
-
-
-Table = Mapping[str, Mapping[int, Measured]]  # row -> seed -> what was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,44 +85,20 @@ SECONDS = Column(
 PEAK = Column(
     title="peak, MiB", value=lambda m: m.peak_mib, digits=0, meaning="resident memory of the calibrating process"
 )
+WORST = Column(title="worst step, dB", value=lambda m: min(m.steps_db), meaning="SQNR at the step with the lowest")
+SIZE = Column(title="weights, MB", value=lambda m: m.megabytes, meaning="codes packed, scales, float parameters")
+WORK = Column(
+    title="Gbit-ops",
+    value=lambda m: m.giga_bit_operations,
+    digits=1,
+    meaning="for one image and step: multiplications times weight bits times activation bits, 32 in a float layer",
+)
 SPREAD = Column(
     title="omega spread",
     value=lambda m: m.spread,
     digits=3,
     meaning="standard deviation of the sample weights' softmax over the training set, times their number; 0 is uniform",
 )
-
-
-def table_at(bench: Bench, wbits: int, abits: int) -> Table:
-    """Read what there is at one setting of bits; rows without any seed are left out."""
-    signal = quality.facts(bench.yardstick)["signal"]
-    table: dict[str, dict[int, Measured]] = {}
-    for cell in bench.cells:
-        found = cells.result(bench, cell) if cell.wbits == wbits else None
-        if found and str(abits) in found["activations"]:
-            table.setdefault(cell.row, {})[cell.seed] = _measured(signal, found, found["activations"][str(abits)])
-    return table
-
-
-def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str, Any]) -> Measured:
-    return Measured(
-        steps_db=tuple(map(_db, signal, at["error"])),
-        pooled_db=_db(sum(signal), sum(at["error"])),
-        error=sum(at["error"]),
-        weights_db=statistics.fmean(map(_db, signal, found["weights_error"])),
-        weights_error=sum(found["weights_error"]),
-        psnr_db=statistics.median(at["psnr_db"]) if "psnr_db" in at else None,
-        fd_real=at.get("fd_real"),
-        fd_float=at.get("fd_float"),
-        seconds=found["seconds"],
-        peak_mib=found["peak_mib"],
-        spread=found["omega_spread"],
-        blocks=found["block_losses"],
-    )
-
-
-def _db(signal: float, error: float) -> float:
-    return 10 * math.log10(signal / error)
 
 
 def paired(table: Table, row: str, value: Callable[[Measured], float | None]) -> list[float]:
@@ -201,18 +136,57 @@ def markdown(
         more: further rows, already in words.
         words: what to call a row, where that is not its name.
     """
-    rows = []
+    return markdown_table([first, *(c.title for c in columns)], [*rows(table, columns, words), *more])
+
+
+def rows(table: Table, columns: Sequence[Column], words: Mapping[str, str] = {}) -> list[list[str]]:
+    """Return what `markdown` shows of the table, cell by cell."""
+    found = []
     for row, seeds in table.items():
         shown = [words.get(row, f"`{row}`")]
         for c in columns:
             values = paired(table, row, c.value) if c.paired else [c.value(m) for m in seeds.values()]
             known = [v for v in values if v is not None]
             shown.append("-" if c.paired and row == BASELINE else mean_sd(known, c.digits))
-        rows.append(shown)
-    return markdown_table([first, *(c.title for c in columns)], [*rows, *more])
+        found.append(shown)
+    return found
 
 
-def conditions(bench: Bench, columns: Sequence[Column]) -> list[str]:
+def float_rows(bench: Comparison, columns: Sequence[Column]) -> list[list[str]]:
+    """Return the float network's rows: infinitely close to itself, and as far from real images as it is."""
+    if not bench.yardstick.images:
+        return []
+    distances = quality.facts(bench.yardstick).get("frechet", {}).get("float", {})
+    found = []
+    for name in ("same", "other"):
+        shown = {column.title: "∞" for column in (SQNR, WORST, POOLED, WEIGHTS)}
+        shown |= {PSNR.title: "∞" if name == "same" else "-"}
+        if distances:
+            shown |= {FD_REAL.title: f"{distances[name]['fd_real']:.2f}"}
+            shown |= {FD_FLOAT.title: f"{distances[name]['fd_float']:.2f}"}
+        found.append([f"float, {name} noise", *(shown.get(column.title, "-") for column in columns)])
+    return found
+
+
+def ranking(table: Table) -> str:
+    """Say in which order the rows stand by mean SQNR over the seeds that all have, and which are too close to call."""
+    shared = sorted(set.intersection(*(set(seeds) for seeds in table.values())))
+    if len(table) < 2 or not shared:
+        return "Fewer than two rows have a seed in common, so there is no order."
+    means = {row: statistics.fmean(seeds[s].mean_db for s in shared) for row, seeds in table.items()}
+    order = sorted(means, key=lambda row: -means[row])
+    text = f"`{order[0]}`"
+    for before, after in pairwise(order):
+        leads = [table[before][s].mean_db - table[after][s].mean_db for s in shared]
+        sure = len(leads) > 1 and statistics.fmean(leads) > 2 * statistics.stdev(leads) / math.sqrt(len(leads))
+        text += f" {'>' if sure else '≈'} `{after}`"
+    return (
+        f"By mean SQNR, seeds {', '.join(map(str, shared))}: {text}; ≈ where the lead, seed by seed, is not more than "
+        "twice its standard error, or there is one seed."
+    )
+
+
+def conditions(bench: Comparison, columns: Sequence[Column]) -> list[str]:
     """Return what a reader needs to repeat and to judge the numbers, as list items.
 
     Raises:
@@ -244,7 +218,7 @@ def conditions(bench: Bench, columns: Sequence[Column]) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def still_missing(bench: Bench) -> list[str]:
+def still_missing(bench: Comparison) -> list[str]:
     """Return the lines that name the cells not measured yet, none if there are none."""
     names = [cell.name for cell in cells.missing(bench)]
     return ["", f"Not measured: {', '.join(names)}."] if names else []
@@ -254,7 +228,7 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(sorted({str(value) for value in values}))
 
 
-def _frechet_line(bench: Bench) -> str:
+def _frechet_line(bench: Comparison) -> str:
     n, facts = bench.yardstick.images, quality.facts(bench.yardstick)["frechet"]
     return (
         f"FD: Frechet distance (squared) in the 64 features of a {facts['classifier']} that classifies "
@@ -265,7 +239,14 @@ def _frechet_line(bench: Bench) -> str:
     )
 
 
-def curves(path: Path, setting: str, table: Table, timesteps: Sequence[int], far: Sequence[str] = ()) -> None:
+def curves(
+    path: Path,
+    setting: str,
+    table: Table,
+    timesteps: Sequence[int],
+    far: Sequence[str] = (),
+    baseline: str = BASELINE,
+) -> None:
     """Draw SQNR against the sampling step, mean over seeds, and below it the difference to the baseline.
 
     Args:
@@ -274,6 +255,7 @@ def curves(path: Path, setting: str, table: Table, timesteps: Sequence[int], far
         table: what was measured.
         timesteps: training timestep of each sampling step.
         far: rows so far from the baseline that the others would not be told apart below.
+        baseline: a row.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -282,16 +264,16 @@ def curves(path: Path, setting: str, table: Table, timesteps: Sequence[int], far
     figure = Figure(figsize=(8, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for row, values in means.items():
-        style = "--" if row == BASELINE else "-"
+        style = "--" if row == baseline else "-"
         (line,) = upper.plot(values, style, label=row, linewidth=1.2)
-        seeds = [seed for seed in table[row] if seed in table.get(BASELINE, {})]
+        seeds = [seed for seed in table[row] if seed in table.get(baseline, {})]
         if seeds and row not in far:
-            pairs = [np.subtract(table[row][s].steps_db, table[BASELINE][s].steps_db) for s in seeds]
+            pairs = [np.subtract(table[row][s].steps_db, table[baseline][s].steps_db) for s in seeds]
             lower.plot(np.mean(pairs, axis=0), style, color=line.get_color(), linewidth=1.2)
     upper.set(ylabel="SQNR of the predicted noise, dB", title=f"{setting}, mean over seeds")
     upper.legend(ncols=3, fontsize="small")
     marks = [*range(0, len(timesteps) - 1, max(1, len(timesteps) // 5)), len(timesteps) - 1]
-    lower.set(xlabel="sampling step (training timestep)", ylabel=f"difference to {BASELINE}, dB")
+    lower.set(xlabel="sampling step (training timestep)", ylabel=f"difference to {baseline}, dB")
     lower.set_xticks(marks, [f"{i}\n({timesteps[i]})" for i in marks])
     for axes in (upper, lower):
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What a calibration benchmark measures, and how its command line is read.
+"""What a comparison of ways to calibrate measures, and what its folder holds.
 
 A cell is a row of the table (a way to calibrate), a seed and a weight width; see `cells.py` for how it is measured.
 """
@@ -6,11 +6,8 @@ A cell is a row of the table (a way to calibrate), a seed and a weight width; se
 import dataclasses
 import hashlib
 import json
-import shlex
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +17,10 @@ from calib.data import CalibrationSet
 from calib.files import write_atomically
 from gaq_export import __version__
 from gaq_export.collect import collect
-from gaq_export.errors import GaqError, user_errors
+from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
 from gaq_export.presets import Preset, preset
-from quality import Yardstick
+from gaq_export.quality import Yardstick
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = Callable[[QuantConfig], QuantConfig]
@@ -44,8 +41,8 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """One benchmark.
+class Comparison:
+    """Ways to calibrate, side by side.
 
     Attributes:
         yardstick: what all cells are measured with; its folder keeps the results too.
@@ -124,17 +121,7 @@ def collected(model: LoadedModel, chosen: Preset, seed: int, folder: Path) -> Ca
     return collect(model, model.spec.sampler, images=chosen.images, seed=seed, folder=folder / f"calibration-{seed}")
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line and exit code 2."""
-    try:
-        yield
-    except user_errors() as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def claim(bench: Bench) -> None:
+def claim(bench: Comparison) -> None:
     """Write down what the folder's numbers depend on; raise GaqError if it holds numbers of something else."""
     y, path = bench.yardstick, bench.yardstick.folder / "settings.json"
     settings = {
@@ -158,18 +145,12 @@ def claim(bench: Bench) -> None:
 
 
 def version() -> str:
-    """Return the version of gaq-export and the commit it stands at."""
+    """Return the version of gaq-export, and the commit it stands at if this is a clone of its repository."""
+    if not (ROOT / ".git").exists():
+        return __version__
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{__version__} ({found.stdout.strip() or 'no commit'})"
-
-
-def command_line() -> str:
-    """Return the command of this process, as the page gives it: without the folders of files from elsewhere."""
-    words = [word for word in sys.argv[1:] if word != "--report-only"]
-    split = [word.rpartition("=") for word in words]
-    short = [head + sep + (Path(tail).name if Path(tail).is_absolute() else tail) for head, sep, tail in split]
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *short])
 
 
 def _sha256(path: Path) -> str:

@@ -2,9 +2,10 @@
 
 import pytest
 
-import pages
 import verdicts
-from pages import Column, Measured
+from gaq_export import tables
+from gaq_export.measured import Measured, Table
+from gaq_export.tables import Column
 
 
 def measured(
@@ -30,7 +31,7 @@ def measured(
     )
 
 
-def table(**rows: list[float]) -> pages.Table:
+def table(**rows: list[float]) -> Table:
     return {row: {seed: measured(db) for seed, db in enumerate(values)} for row, values in rows.items()}
 
 
@@ -85,7 +86,7 @@ def test_the_table_pairs_seeds_and_leaves_unmeasured_columns_empty() -> None:
         Column(title="paired", value=lambda m: m.mean_db, digits=1, paired=True),
         Column(title="PSNR", value=lambda m: m.psnr_db),
     )
-    rows = pages.markdown(
+    rows = tables.markdown(
         table(uniform=[20.0, 30.0], gac=[20.5, 30.7, 50.0]), "row", columns, [["float", "∞", "-", "∞"]]
     )
     assert rows == [

@@ -1,4 +1,4 @@
-"""How far is a quantized network from the float one? The yardstick that every cell of a benchmark is held to.
+"""How far is a quantized network from the float one? The yardstick that every cell of a comparison is held to.
 
 Three measures, on starting noise that no calibration uses (calibration hashes its seeds, see `gaq_export.collect`):
 
@@ -22,15 +22,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 import engines
-import frechet
+from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.files import read_safetensors, write_atomically
 from calib.plan import QuantPlan
 from engines import EngineConfig
-from frechet import Classifier, Moments
-from gaq_export import drawing, samplers, samples
+from gaq_export import drawing, frechet, samplers, samples
 from gaq_export.denoiser import Denoiser, engine_denoiser
 from gaq_export.errors import GaqError
+from gaq_export.frechet import Classifier, Moments
 from gaq_export.images import psnr
 from gaq_export.models import LoadedModel
 from gaq_export.onnx_export import export_float
@@ -98,20 +98,34 @@ def facts(y: Yardstick) -> dict[str, Any]:
     return found
 
 
-def noise_errors(y: Yardstick, network: Denoiser) -> list[float]:
+def noise_errors(y: Yardstick, network: Denoiser, correction: Correction | None = None) -> list[float]:
     """Return the squared error of the predicted noise at each sampling step, summed over the held-out images."""
-    held = _held_out(y)
+    held, errors = _held_out(y), []
     with torch.no_grad():
-        return [
-            float((network(x, t).double() - expected.double()).square().sum())
-            for x, t, expected in zip(held["x"], held["t"], held["epsilon"], strict=True)
-        ]
+        for step, (x, t, expected) in enumerate(zip(held["x"], held["t"], held["epsilon"], strict=True)):
+            found = network(x, t).double()
+            if correction is not None:
+                gain, bias = (torch.tensor(rows[step])[:, None, None] for rows in (correction.gain, correction.bias))
+                found = gain * (found - bias)
+            errors.append(float((found - expected.double()).square().sum()))
+    return errors
 
 
-def picture_measures(y: Yardstick, plan: QuantPlan) -> dict[str, Any]:
-    """Draw with the quantized network; return PSNR of each image and, if there is data, the Frechet distances."""
+def pictures(y: Yardstick, plan: QuantPlan) -> Tensor:
+    """Draw with the quantized network from the noise of the float network's images, (N, C, H, W) in [-1, 1]."""
     seeds = _seeds(y, "same")
-    drawn = _by_engine(y, plan, seeds) if y.draw == "engine" else _draw(y, fake_quantized(y.model.network, plan), seeds)
+    if y.draw == "engine":
+        return _by_engine(y, plan, seeds)
+    return _draw(y, fake_quantized(y.model.network, plan), seeds, plan.correction)
+
+
+def float_pictures(y: Yardstick) -> Tensor:
+    """Return the float network's images from the same noise."""
+    return _float_images(y)["same"]
+
+
+def picture_measures(y: Yardstick, drawn: Tensor) -> dict[str, Any]:
+    """Return PSNR of each image that `pictures` drew and, if there is data, the Frechet distances."""
     result: dict[str, Any] = {"psnr_db": [round(v, 3) for v in psnr(drawn, _float_images(y)["same"]).tolist()]}
     return result | _distances(y, _features(y, frechet.as_bytes(drawn))) if y.data else result
 
@@ -120,10 +134,10 @@ def _seeds(y: Yardstick, name: str) -> range:
     return range(FIRST_SEEDS[name], FIRST_SEEDS[name] + y.images)
 
 
-def _draw(y: Yardstick, network: Denoiser, seeds: Sequence[int]) -> Tensor:
+def _draw(y: Yardstick, network: Denoiser, seeds: Sequence[int], correction: Correction | None = None) -> Tensor:
     model = y.model
     spec = model.spec.sampler
-    some = drawing.by_network(network, model.schedule, model.shape, spec)
+    some = drawing.by_network(network, model.schedule, model.shape, spec, correction)
     return samples.draw(some, seeds, y.batch, spec.steps, lambda done, total: None)
 
 
@@ -135,7 +149,7 @@ def _by_engine(y: Yardstick, plan: QuantPlan, seeds: Sequence[int]) -> Tensor:
         save_onnx(graph, Path(scratch, "unet.onnx"))
         file = engines.build(Path(scratch, "unet.onnx"), Path(scratch, "unet.plan"), config)
         with engines.open_engine(file) as opened:
-            return _draw(y, engine_denoiser(opened), seeds)
+            return _draw(y, engine_denoiser(opened), seeds, plan.correction)
 
 
 def _facts(y: Yardstick) -> Path:

@@ -1,4 +1,4 @@
-"""Measuring the cells of a benchmark: one calibration each, in a process of its own, its numbers kept as JSON.
+"""Measuring the cells of a comparison: one calibration each, in a process of its own, its numbers kept as JSON.
 
 Rounding does not depend on activation bits, since weights are calibrated before activations are ranged: one cell serves
 all activation widths of its weights. A process a cell makes its peak memory its own and lets a crash cost one cell;
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
-import quality
-from bench import Bench, Cell, claim, collected, version
 from calib import config as configs
+from calib import cost
 from calib.calibrate import calibrate
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
@@ -29,39 +29,47 @@ from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan
 from calib.progress import Progress
+from gaq_export import corrections, quality
+from gaq_export.comparison import Cell, Comparison, claim, collected, version
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
 
+SHOWN = 8  # images that are kept to be looked at
 PREPARE = "prepare"  # the job before all cells
 
 
-def execute(bench: Bench, job: str | None, report_only: bool, write_page: Callable[[], None]) -> None:
-    """Do the one job that a process was started for, or measure what is missing and write the page."""
+def execute(
+    bench: Comparison, job: str | None, report_only: bool, write_page: Callable[[], None], say: Callable[[str], None]
+) -> None:
+    """Do the one job that a process was started for, or measure what is missing and write the page.
+
+    `say` is told of every finished cell.
+    """
     if job:
         work(bench, job)
         return
     claim(bench)
-    failed = [] if report_only else run(bench)
+    failed = [] if report_only else run(bench, say)
     write_page()
     if failed:
         raise SystemExit(1)
 
 
-def run(bench: Bench) -> list[Cell]:
+def run(bench: Comparison, say: Callable[[str], None]) -> list[Cell]:
     """Measure every cell that is missing, each in a process that repeats this command with --job; return the failed."""
-    if not _spawn(bench, PREPARE):
+    if not _spawn(bench, PREPARE, say):
         raise GaqError(f"The preparation failed: see {_log(bench, PREPARE)}.")
     todo = missing(bench)
     with ThreadPoolExecutor(bench.workers) as pool:
         try:
-            succeeded = list(pool.map(lambda cell: _spawn(bench, cell.name), todo))
+            succeeded = list(pool.map(lambda cell: _spawn(bench, cell.name, say), todo))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
     return [cell for cell, ok in zip(todo, succeeded, strict=True) if not ok]
 
 
-def work(bench: Bench, job: str) -> None:
+def work(bench: Comparison, job: str) -> None:
     """Do one job in this process."""
     torch.set_num_threads(1)
     if job == PREPARE:
@@ -72,18 +80,23 @@ def work(bench: Bench, job: str) -> None:
         _measure(bench, next(cell for cell in bench.cells if cell.name == job))
 
 
-def missing(bench: Bench) -> list[Cell]:
+def missing(bench: Comparison) -> list[Cell]:
     """Return the cells that have yet to measure an activation width."""
     return [cell for cell in bench.cells if _lacking(bench, cell)]
 
 
-def result(bench: Bench, cell: Cell) -> dict[str, Any] | None:
+def result(bench: Comparison, cell: Cell) -> dict[str, Any] | None:
     """Return what a cell measured so far, or None."""
     path = bench.path(cell, ".json")
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def pictures_path(bench: Comparison, cell: Cell, abits: int) -> Path:
+    """Return where the first SHOWN images of a cell are kept."""
+    return bench.path(cell, f"-a{abits}.safetensors")
 
 
 def plan_at(
@@ -101,15 +114,20 @@ def plan_at(
     """
     config = dataclasses.replace(config, activation=dataclasses.replace(config.activation, bits=abits))
     timesteps = model.schedule.num_train
-    return calibrate(model.network, data, config, timesteps=timesteps, folder=folder, on_progress=on_progress)
+    plan = calibrate(model.network, data, config, timesteps=timesteps, folder=folder, on_progress=on_progress)
+    if config.correction.rule == "none":
+        return plan
+    fake = fake_quantized(model.network, plan)
+    return dataclasses.replace(plan, correction=corrections.measure(model, fake, model.spec.sampler, data, config))
 
 
-def _measure(bench: Bench, cell: Cell) -> None:
+def _measure(bench: Comparison, cell: Cell) -> None:
     """Calibrate once for each activation width that is missing, and write down what comes of it."""
     y, model = bench.yardstick, bench.model
     data = _collected(bench, cell.seed)
     config, blocks = bench.config(cell), bench.path(cell, "")
     found = result(bench, cell) or {"activations": {}}
+    macs = cost.layer_macs(model.network, model.shape, model.schedule.num_train)
     for abits in _lacking(bench, cell):
         clock = Clock(blocks / "clock.json")
         plan = plan_at(model, data, config, abits, blocks, clock.on_progress)
@@ -122,9 +140,15 @@ def _measure(bench: Bench, cell: Cell) -> None:
                 "block_losses": {b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
                 "weights_error": quality.noise_errors(y, fake_quantized(model.network, plan, activations=False)),
             }
-        measured = {"error": quality.noise_errors(y, fake_quantized(model.network, plan))}
+        measured: dict[str, Any] = {
+            "error": quality.noise_errors(y, fake_quantized(model.network, plan), plan.correction),
+            "bytes": cost.weight_bytes(model.network, plan),
+            "bit_operations": cost.bit_operations(macs, plan),
+        }
         if y.images:
-            measured |= quality.picture_measures(y, plan)
+            drawn = quality.pictures(y, plan)
+            measured |= quality.picture_measures(y, drawn)
+            write_atomically(pictures_path(bench, cell, abits), save({"images": drawn[:SHOWN].contiguous()}))
         found["activations"][str(abits)] = measured
         write_atomically(bench.path(cell, ".json"), json.dumps(found, indent=1).encode())
 
@@ -162,30 +186,29 @@ def omega_spread(plan: QuantPlan) -> float:
     return float(omega.std(correction=0)) * len(omega)
 
 
-def _collected(bench: Bench, seed: int) -> CalibrationSet:
+def _collected(bench: Comparison, seed: int) -> CalibrationSet:
     return collected(bench.model, bench.schedule, seed, bench.yardstick.folder)
 
 
-def _lacking(bench: Bench, cell: Cell) -> list[int]:
+def _lacking(bench: Comparison, cell: Cell) -> list[int]:
     """Return the activation widths that a cell has yet to measure."""
     have = (result(bench, cell) or {"activations": {}})["activations"]
     return [a for w, a in bench.bits if w == cell.wbits and str(a) not in have]
 
 
-def _spawn(bench: Bench, job: str) -> bool:
+def _spawn(bench: Comparison, job: str, say: Callable[[str], None]) -> bool:
     """Run this command again for one job, with one thread, its output in a log; return whether it succeeded."""
     started, log = time.perf_counter(), _log(bench, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
-        command = [sys.executable, *sys.argv, "--job", job]
+        own = Path(sys.argv[0]).name in ("gaq-export", "__main__.py")
+        program = ["-m", "gaq_export"] if own else [sys.argv[0]]
+        command = [sys.executable, *program, *sys.argv[1:], "--job", job]
         threads = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=stream, stderr=stream, env=threads, check=False).returncode
-    print(
-        f"{job}: {'done' if code == 0 else f'failed, see {log}'} after {time.perf_counter() - started:.0f} s",
-        flush=True,
-    )
+    say(f"{job}: {'done' if code == 0 else f'failed, see {log}'} after {time.perf_counter() - started:.0f} s")
     return code == 0
 
 
-def _log(bench: Bench, job: str) -> Path:
+def _log(bench: Comparison, job: str) -> Path:
     return bench.yardstick.folder / "logs" / f"{job}.log"

@@ -8,20 +8,19 @@ import pytest
 import torch
 
 import calibration
-import cells
 import omega_scan
-import pages
-import quality
-from bench import Bench, Cell, claim, parse_bits, schedule
 from calib.affine import quantize_weight
 from calib.config import OMEGA_RULES
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
+from gaq_export import cells, quality
+from gaq_export.comparison import Cell, Comparison, claim, parse_bits, schedule
 from gaq_export.errors import GaqError
 from gaq_export.images import psnr
+from gaq_export.measured import table_at
 from gaq_export.models import LoadedModel, wrap
+from gaq_export.quality import Yardstick
 from gaq_export.schedule import SamplerSpec
-from quality import Yardstick
 
 RUNGS = ("rtn", "gptq", "uniform", "gac")
 
@@ -31,11 +30,11 @@ def model(make_foreign, tiny_schedule) -> LoadedModel:
     return wrap(make_foreign(), shape=(1, 8, 8), schedule=tiny_schedule, sampler=SamplerSpec(steps=4))
 
 
-def bench_of(model: LoadedModel, folder: Path, images: int = 2, draw: str = "pytorch") -> Bench:
+def bench_of(model: LoadedModel, folder: Path, images: int = 2, draw: str = "pytorch") -> Comparison:
     yardstick = Yardstick(model=model, folder=folder, images=images, draw=draw, data=None, classifier=None)
     rows = {name: calibration.rung(name) for name in RUNGS}
     bits = ((4, 8), (4, 4))
-    return Bench(yardstick=yardstick, schedule=schedule("tiny", 3), rows=rows, bits=bits, seeds=(0,), workers=1)
+    return Comparison(yardstick=yardstick, schedule=schedule("tiny", 3), rows=rows, bits=bits, seeds=(0,), workers=1)
 
 
 def saved(plan: QuantPlan, folder: Path) -> bytes:
@@ -83,7 +82,7 @@ def test_every_omega_rule_is_a_rung_that_says_what_it_is() -> None:
 
 
 @pytest.fixture
-def measured(model, tmp_path: Path) -> Bench:
+def measured(model, tmp_path: Path) -> Comparison:
     """A bench of which everything but one cell was measured."""
     b = bench_of(model, tmp_path / "bench")
     claim(b)
@@ -92,7 +91,7 @@ def measured(model, tmp_path: Path) -> Bench:
     return b
 
 
-def test_a_page_shows_every_row_and_says_what_is_missing(measured: Bench, tmp_path: Path, monkeypatch) -> None:
+def test_a_page_shows_every_row_and_says_what_is_missing(measured: Comparison, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/elsewhere/calibration.py", "--folder", "/a/b/bench", "--report-only"])
     calibration.write_page(measured, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
@@ -108,7 +107,7 @@ def test_a_page_shows_every_row_and_says_what_is_missing(measured: Bench, tmp_pa
     assert "the goal of 50 %" in text
 
 
-def test_what_was_measured_is_not_measured_again_and_other_bits_are_added(measured: Bench) -> None:
+def test_what_was_measured_is_not_measured_again_and_other_bits_are_added(measured: Comparison) -> None:
     cell = measured.cells[0]
     before = cells.result(measured, cell)
     more = dataclasses.replace(measured, bits=((4, 8), (4, 4), (4, 6)))
@@ -123,15 +122,15 @@ def test_what_was_measured_is_not_measured_again_and_other_bits_are_added(measur
     assert after["activations"]["8"] == before["activations"]["8"]
 
 
-def test_fewer_activation_bits_and_nothing_learned_are_further_from_float(measured: Bench) -> None:
-    a8, a4 = (pages.table_at(measured, 4, abits) for abits in (8, 4))
+def test_fewer_activation_bits_and_nothing_learned_are_further_from_float(measured: Comparison) -> None:
+    a8, a4 = (table_at(measured, 4, abits) for abits in (8, 4))
     for row in ("rtn", "uniform"):
         assert a8[row][0].mean_db > a4[row][0].mean_db + 3
         assert a8[row][0].weights_db == a4[row][0].weights_db > a8[row][0].mean_db
     assert a8["uniform"][0].spread == 0
 
 
-def test_a_folder_of_other_measurements_is_refused(measured: Bench) -> None:
+def test_a_folder_of_other_measurements_is_refused(measured: Comparison) -> None:
     claim(dataclasses.replace(measured, seeds=(0, 1), bits=((8, 8),)))
     other = dataclasses.replace(measured.yardstick, images=3)
     with pytest.raises(GaqError, match=r"holds results with other settings \(images\)\. Give another --folder"):

@@ -1,8 +1,10 @@
-"""What every benchmark's page is made of: Markdown tables, the machine's name, and where the text goes."""
+"""What a page of results is made of: Markdown tables, the machine's name, and where the text goes."""
 
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import typer
 
 from calib.files import write_atomically
 
@@ -28,6 +30,6 @@ def publish(lines: Iterable[str], out: Path | None) -> None:
     """Write the page, or print it if it has no place to go."""
     text = "\n".join(lines)
     if out is None:
-        print(text)
+        typer.echo(text)
     else:
         write_atomically(out, f"{text}\n".encode())

@@ -1,0 +1,56 @@
+"""What a quantized network costs on paper: multiplications, bit operations, bytes of weights."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.plan import QuantPlan
+
+FLOAT_BITS = 32
+
+
+def layer_macs(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> dict[str, int]:
+    """Return the multiplications that each convolution and linear layer does for one image, by layer name.
+
+    Args:
+        model: called as (x, t).
+        shape: (C, H, W).
+        timesteps: number of training timesteps.
+    """
+    found: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def count(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            weight = module.get_parameter("weight")
+            found[name] = found.get(name, 0) + out.numel() * weight[0].numel()
+
+        return count
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *shape), torch.full((1,), timesteps // 2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def bit_operations(macs: Mapping[str, int], plan: QuantPlan) -> int:
+    """Return the sum over layers of multiplications times weight bits times activation bits, 32 where it is float."""
+    total = 0
+    for name, count in macs.items():
+        layer = plan.layers.get(name)
+        total += count * (FLOAT_BITS**2 if layer is None else layer.weight_bits * layer.input.bits)
+    return total
+
+
+def weight_bytes(model: nn.Module, plan: QuantPlan) -> int:
+    """Return the bytes of all parameters: codes packed to their width, a float32 scale a channel, the rest float32."""
+    total = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for layer in plan.layers.values():
+        total += layer.codes.numel() * layer.weight_bits // 8 + 4 * len(layer.weight_scale) - 4 * layer.codes.numel()
+    return total
