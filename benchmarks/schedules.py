@@ -72,7 +72,7 @@ def main(
         for block in order:
             module = network.get_submodule(block.name)
             scales = {name: affine.search_weight_scale(_weight(network, name), BITS) for name in block.layers}
-            layers = reconstruct.layer_weights(module, block, scales, BITS)
+            layers = reconstruct.layer_weights(module, block, scales, dict.fromkeys(block.layers, BITS))
             if block.name in blocks.split(","):
                 io = recording.record(block)
                 parts = io.part(subset.train), io.part(subset.validation)

@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import activations, affine, blocks, checkpoint, gptq, omega, ranges, reconstruct, temporal
+from calib import activations, affine, blocks, checkpoint, gptq, mixed, omega, ranges, reconstruct, temporal
 from calib import config as configs
 from calib.activations import Learned
 from calib.attention import OPERANDS
 from calib.blocks import Block, BlockIO
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
+from calib.cost import FLOAT_BITS
 from calib.data import CalibrationSet, Split, split
+from calib.errors import CalibError
 from calib.fakequant import round_input
 from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
+from calib.mixed import Assignment
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.ranges import Reach
@@ -67,24 +70,31 @@ def calibrate(
     found = trace(model, shape, timesteps)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
+    given = _bits(model, data, quantized, config, timesteps, on_progress)
+    bits = given.bits
+    reasons |= {n: "left float within the budget, since it matters most" for n in quantized if bits[n] == FLOAT_BITS}
+    quantized = [n for n in quantized if n not in reasons]
+    if not quantized:
+        raise CalibError("The budget has room for every layer in float, so nothing is left to quantize: lower it.")
     products = quantized_products(found, config.convention, reasons)
     if config.activation.per_step:
         require_batch_first(found, quantized)
     order, loose = _cut(model, found, quantized, shape, config)
     w = config.weight
-    scales = {n: affine.search_weight_scale(_weight(model, n), w.bits, w.norm, w.candidates) for n in quantized}
+    scales = {n: affine.search_weight_scale(_weight(model, n), bits[n], w.norm, w.candidates) for n in quantized}
     network = copy.deepcopy(model)
     job = _Job(
         model=model,
         network=network,
         scales=scales,
+        bits=bits,
         subset=weight_samples(data, config, model),
         config=config,
-        key=_key(model, data, config, order),
+        key=_key(model, data, config, order, bits),
         folder=folder if order else None,
         meter=Meter(block_costs(model, order, data, config), on_progress),
     )
-    codes = {n: affine.quantize_weight(_weight(model, n), scales[n], w.bits) for n in loose}
+    codes = {n: affine.quantize_weight(_weight(model, n), scales[n], bits[n]) for n in loose}
     _put(network, codes, scales)
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
@@ -92,7 +102,7 @@ def calibrate(
     seen = _reaches(job, quantized, products, data)
     return QuantPlan(
         layers={
-            n: _layer(codes[n], scales[n], grids.get(n) or seen[n, "input"], seen[n, "output"], config)
+            n: _layer(codes[n], scales[n], bits[n], grids.get(n) or seen[n, "input"], seen[n, "output"], config)
             for n in quantized
         },
         products={n: ProductQuant(**{o: _operand(seen[n, o], o, config) for o in OPERANDS}) for n in products},
@@ -103,6 +113,7 @@ def calibrate(
         about=dict(about or {}),
         num_train=timesteps,
         timesteps=torch.unique(data.t) if config.activation.per_step else None,
+        sensitivity=given.errors,
     )
 
 
@@ -113,11 +124,32 @@ class _Job:
     model: nn.Module
     network: nn.Module
     scales: Mapping[str, Tensor]
+    bits: Mapping[str, int]
     subset: Split
     config: QuantConfig
     key: str
     folder: Path | None
     meter: Meter
+
+
+def _bits(
+    model: nn.Module,
+    data: CalibrationSet,
+    layers: Sequence[str],
+    config: QuantConfig,
+    timesteps: int,
+    on_progress: Callable[[Progress], None],
+) -> Assignment:
+    """Return the weight bits of each layer: the same for all, or the best within the budget."""
+    if not config.mixed.budget:
+        return Assignment(bits=dict.fromkeys(layers, config.weight.bits), errors=None)
+
+    def tell(done: int, total: int) -> None:
+        on_progress(
+            Progress(stage="bits", name=f"bits, layer {done}/{total}", index=0, total=0, fraction=0.0, seconds={})
+        )
+
+    return mixed.assign(model, data, layers, config, timesteps, tell)
 
 
 def _cut(
@@ -180,7 +212,7 @@ def _calibrate_block(
     """
     config, meter, r = job.config, job.meter, job.config.reconstruction
     module = job.network.get_submodule(block.name) if block.module is None else block.module
-    layers = reconstruct.layer_weights(module, block, job.scales, config.weight.bits)
+    layers = reconstruct.layer_weights(module, block, job.scales, job.bits)
     train, validation = io.part(job.subset.train), io.part(job.subset.validation)
     with meter.phase("start"):
         logits = gptq.first_logits(config, block.name, module, layers, train)
@@ -273,7 +305,12 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _layer(
-    codes: Tensor, scale: Tensor, inputs: Grid | Sequence[Reach], outputs: Sequence[Reach], config: QuantConfig
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    inputs: Grid | Sequence[Reach],
+    outputs: Sequence[Reach],
+    config: QuantConfig,
 ) -> LayerQuant:
     """Put a layer together; its `inputs` are a grid that was learned, or how far they reach."""
     activation = config.activation
@@ -282,7 +319,7 @@ def _layer(
     return LayerQuant(
         codes=codes,
         weight_scale=scale,
-        weight_bits=config.weight.bits,
+        weight_bits=bits,
         input=inputs,
         output_scale=ranges.scale_of(max(max(reach) for reach in outputs), 8),
     )
@@ -295,7 +332,9 @@ def _operand(reaches: Sequence[Reach], operand: str, config: QuantConfig) -> Gri
     return ranges.grid(reaches, config.activation.bits, symmetric=True)
 
 
-def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block]) -> str:
+def _key(
+    model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block], bits: Mapping[str, int]
+) -> str:
     """Identify what the blocks depend on: themselves, samples, float weights, all settings but the activations'.
 
     Those are ranged after the last block, so finished blocks serve any activation bits, unless they learn grids too.
@@ -303,7 +342,7 @@ def _key(model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Seq
     settings = configs.to_json(config)
     if config.reconstruction.activations == "float":
         del settings["activation"]
-    identity = [settings, [(b.name, b.layers) for b in order]]
+    identity = [settings, [(b.name, b.layers) for b in order], dict(bits)]
     sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for tensor in (data.x, data.t, data.step, *model.state_dict().values()):
         sha.update(tensor.contiguous().numpy().tobytes())

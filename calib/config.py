@@ -84,6 +84,17 @@ class OmegaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixedConfig:
+    """Weight bits of each layer's own, within a budget, by calib.mixed; a budget of 0 gives all layers the same."""
+
+    budget: float = 0.0
+    unit: str = "bits"  # of a weight, on average; "MB" of all weights; or "Gbit-ops" an image and step
+    choices: tuple[int, ...] = (4, 8, 32)  # widths to choose from; 32 leaves a layer float
+    images: int = 4  # whose samples, at each of
+    steps: int = 8  # so many sampling steps, measure what a layer's bits matter
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
     """Which samples calibrate weights, by the rules of calib.selection."""
 
@@ -116,6 +127,7 @@ class QuantConfig:
     omega: OmegaConfig = field(default_factory=OmegaConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    mixed: MixedConfig = field(default_factory=MixedConfig)
     convention: str = "deploy"  # which layers stay float: see calib.layers.CONVENTIONS
     keep_float: tuple[str, ...] = ()  # shell patterns of further layer names
     weight_steps: int = 20  # as many samples as this many sampling steps have calibrate weights
@@ -134,9 +146,12 @@ class QuantConfig:
             ("activations in reconstruction", self.reconstruction.activations, RECONSTRUCTION_ACTIVATIONS),
             ("correction", self.correction.rule, CORRECTIONS),
             ("selection rule", self.selection.rule, SELECTIONS),
+            ("unit of a budget", self.mixed.unit, BUDGET_UNITS),
         ):
             if value not in known:
                 raise CalibError(f"Unknown {what} {value!r}. Choose one of {sorted(known)}.")
+        if wrong := [bits for bits in self.mixed.choices if bits not in (*BITS, 32)]:
+            raise CalibError(f"Found {wrong[0]} among the bits to choose from; choose {BITS[0]} to {BITS[-1]}, or 32.")
         if self.activation.per_step and self.reconstruction.activations != "float":
             raise CalibError(
                 f"Activation grids learned with the rounding ({self.reconstruction.activations!r}) are one for all "
@@ -150,6 +165,7 @@ RANGE_RULES = ("ema", "minmax")
 ROUNDING_STARTS = ("float", "gptq")
 RECONSTRUCTION_ACTIVATIONS = ("float", "qdrop", "lsq")
 CORRECTIONS = ("none", "ptqd", "tac")
+BUDGET_UNITS = ("bits", "MB", "Gbit-ops")
 SELECTIONS = ("uniform", "gaussian", "density")
 
 
@@ -165,12 +181,11 @@ def from_json(data: Mapping[str, Any]) -> QuantConfig:
         key: _part(hints[key], value) if isinstance(value, Mapping) and key in hints else value
         for key, value in data.items()
     }
-    if isinstance(parts.get("keep_float"), list):
-        parts["keep_float"] = tuple(parts["keep_float"])
     return _part(QuantConfig, parts)
 
 
 def _part(kind: type[_T], data: Mapping[str, Any]) -> _T:
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in data:
         if key not in known:

@@ -56,13 +56,13 @@ def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.G
     """Set aside the same share of every step's samples for validation; group the steps in order.
 
     Args:
-        data: the samples; a step that has only one trains alone.
+        data: the samples, at least two; a step that has only one trains alone, but if all do, one sample validates.
         fraction: share of each step's samples that validate (rounded, at least one).
         groups: number of contiguous groups of steps; fewer if there are fewer steps.
         generator: draws the validation samples.
 
     Raises:
-        CalibError: no step has two samples.
+        CalibError: there is one sample.
     """
     steps, position = torch.unique(data.step, return_inverse=True)
     chosen = torch.zeros(len(data), dtype=torch.bool)
@@ -70,8 +70,10 @@ def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.G
         members = (position == k).nonzero()[:, 0]
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if len(data) < 2:
+        raise CalibError("There is one sample, which cannot train and validate; collect at least 2 images.")
     if not bool(chosen.any()):
-        raise CalibError("No step has more than one sample, of which one could validate; collect at least 2 images.")
+        chosen[torch.randint(len(data), (1,), generator=generator)] = True
     group = position * min(groups, len(steps)) // len(steps)
     validation = chosen.nonzero()[:, 0]
     return Split(data=data, train=(~chosen).nonzero()[:, 0], validation=validation, group=group[validation])

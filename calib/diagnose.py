@@ -225,7 +225,8 @@ def _gradient_sum(
 
 def _layer_weights(module: nn.Module, plan: QuantPlan, block: BlockResult) -> list[LayerWeight]:
     scales = {name: plan.layers[name].weight_scale for name in block.layers}
-    return layer_weights(module, Block(name=block.name, layers=block.layers), scales, plan.config.weight.bits)
+    bits = {name: plan.layers[name].weight_bits for name in block.layers}
+    return layer_weights(module, Block(name=block.name, layers=block.layers), scales, bits)
 
 
 def _chunks(index: Tensor) -> Sequence[Tensor]:

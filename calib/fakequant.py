@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from calib.affine import dequantize_weight, fake_quantize, per_channel, round_float8
 from calib.attention import OPERANDS, intercept
@@ -56,8 +57,10 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
     return result
 
 
-def round_input(module: nn.Module, name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> None:
-    """Make `module` round its first input to `grid` from now on.
+def round_input(
+    module: nn.Module, name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False
+) -> RemovableHandle:
+    """Make `module` round its first input to `grid` until the returned handle is removed.
 
     Args:
         module: a layer.
@@ -67,7 +70,7 @@ def round_input(module: nn.Module, name: str, grid: Grid, step: Sequence[Tensor]
         float8: to E4M3 numbers in place of integers.
     """
     rounded = _rounding(name, grid, step, float8)
-    module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
+    return module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
 
 
 def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -88,7 +88,8 @@ class QuantPlan:
 
     `num_train` is the number of training timesteps. Where grids have a `ratio`, `timesteps` (S,) int64, rising, says
     which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`). `correction` is
-    for the steps of the sampler in `about` and no other.
+    for the steps of the sampler in `about` and no other. `sensitivity`, of mixed precision, is the error of the noise
+    with one layer alone quantized, by layer and weight bits (`calib.mixed`).
     """
 
     layers: Mapping[str, LayerQuant]
@@ -101,6 +102,7 @@ class QuantPlan:
     num_train: int
     timesteps: Tensor | None = None
     correction: Correction | None = None
+    sensitivity: Mapping[str, Mapping[int, float]] | None = None
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -149,6 +151,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         "float_layers": dict(plan.float_layers),
         "blocks": [dataclasses.asdict(b) for b in plan.blocks],
         "correction": plan.correction and plan.correction.to_json(),
+        "sensitivity": plan.sensitivity,
         "tensors_sha256": _digest(tensors),
     }
     text = json.dumps(readable, indent=1).encode()
@@ -190,6 +193,8 @@ def load_plan(path: Path) -> QuantPlan:
         num_train=data["num_train"],
         timesteps=tensors.get("timesteps"),
         correction=Correction.from_json(data["correction"]) if data["correction"] else None,
+        sensitivity=data["sensitivity"]
+        and {name: {int(bits): error for bits, error in row.items()} for name, row in data["sensitivity"].items()},
     )
 
 

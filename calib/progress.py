@@ -26,7 +26,7 @@ class Progress:
     `seconds` is the time spent so far in each phase: record, start, meta, fit, decide, ranges.
     """
 
-    stage: str  # "block" or "ranges"
+    stage: str  # "bits", "block" or "ranges"
     name: str
     index: int
     total: int

@@ -42,13 +42,15 @@ class LayerWeight:
     bits: int
 
 
-def layer_weights(module: nn.Module, block: Block, scales: Mapping[str, Tensor], bits: int) -> list[LayerWeight]:
-    """Return copies of the weights that `module` holds of `block`, in call order, on the grids `scales` by layer."""
+def layer_weights(
+    module: nn.Module, block: Block, scales: Mapping[str, Tensor], bits: Mapping[str, int]
+) -> list[LayerWeight]:
+    """Return copies of the weights that `module` holds of `block`, in call order; scales and bits are by layer."""
     found = []
     for name in block.layers:
         key = block.key(name)
         weight = module.get_parameter(key).detach().clone()
-        found.append(LayerWeight(key=key, weight=weight, scale=scales[name], bits=bits))
+        found.append(LayerWeight(key=key, weight=weight, scale=scales[name], bits=bits[name]))
     return found
 
 

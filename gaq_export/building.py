@@ -153,7 +153,8 @@ def build_engine(
     plan = load_plan(run.plan)
     profile = _profile(backend, numbers, plan)
     model = provenance.model_of(plan.about, model)
-    bits = f"W{plan.config.weight.bits}A{plan.config.activation.bits}"
+    widths = sorted({layer.weight_bits for layer in plan.layers.values()})
+    bits = f"W{'/'.join(map(str, widths))}A{plan.config.activation.bits}"
     spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
     correction = correction_of(plan, spec) if correct else None
     about = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from gaq_export import __version__, terminal
 
 if TYPE_CHECKING:
+    from calib.plan import QuantPlan
     from gaq_export.models import LoadedModel
     from gaq_export.schedule import SamplerSpec
 
@@ -77,6 +79,12 @@ def calibrate(
     correct: Annotated[
         str | None, typer.Option(help="What the sampler corrects of the noise: none (the default), ptqd or tac.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of each layer's own: 4, 8 or float, the best within 5bits (on average), 2.5MB or 300Gbit-ops."
+        ),
+    ] = None,
     keep_float: Annotated[list[str] | None, typer.Option(help="Pattern of further layers to keep float.")] = None,
     per_step_ranges: Annotated[
         bool | None,
@@ -109,6 +117,7 @@ def calibrate(
             omega=omega,
             convention=convention,
             correction=correct,
+            budget=budget,
             keep_float=tuple(keep_float or ()),
             per_step=per_step_ranges,
             symmetric=symmetric,
@@ -124,7 +133,8 @@ def calibrate(
                 loaded, chosen, folder=run, on_collect=bars.collect, on_progress=bars.calibrate, on_correct=bars.correct
             )
         counts = f"{len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float"
-        typer.echo(f"W{wbits}A{abits}: {counts} -> {run}/plan.safetensors")
+        widths = f"W{wbits}A{abits}" if budget is None else f"mixed ({_widths(plan)}) A{abits}"
+        typer.echo(f"{widths}: {counts} -> {run}/plan.safetensors")
         if not quiet:
             typer.echo("next: gaq-export build-engine" + ("" if run == Path("gaq-run") else f" --run {run}"))
 
@@ -380,6 +390,12 @@ def _changed(own: "SamplerSpec", **asked: object) -> "SamplerSpec | None":
 
     wishes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     return replace(own, **wishes) if wishes else None
+
+
+def _widths(plan: "QuantPlan") -> str:
+    """Say how many layers have which weight bits."""
+    counts = Counter(layer.weight_bits for layer in plan.layers.values())
+    return ", ".join(f"{count} x {bits} bits" for bits, count in sorted(counts.items()))
 
 
 def _loaded(model: str | None, weights: str | None) -> "LoadedModel":

@@ -1,10 +1,11 @@
 """Calibration schedules by name: how many images, and how long each block is fitted."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
+from calib.config import BUDGET_UNITS, ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
 from gaq_export.errors import GaqError
 from gaq_export.recipes import find_recipe
 
@@ -69,12 +70,13 @@ def preset(
     keep_float: tuple[str, ...] = (),
     per_step: bool | None = None,
     symmetric: bool | None = None,
+    budget: str | None = None,
     seed: int = 0,
 ) -> Preset:
     """Return the preset `name` with the user's choices filled in; what is None stays the recipe's, or the preset's.
 
     Raises:
-        GaqError: there is no such preset or recipe.
+        GaqError: there is no such preset or recipe, or the budget is not one.
         CalibError: bits outside 2 to 8, or an unknown omega rule, convention or correction.
     """
     if name not in PRESETS:
@@ -87,11 +89,25 @@ def preset(
         activation=replace(c.activation, bits=abits, **_given(per_step=per_step, symmetric=symmetric)),
         omega=replace(c.omega, **_given(rule=omega)),
         correction=replace(c.correction, **_given(rule=correction)),
+        mixed=c.mixed if budget is None else replace(c.mixed, **_budget(budget)),
         **_given(convention=convention),
         keep_float=keep_float,
         seed=seed,
     )
     return replace(chosen, config=config)
+
+
+def _budget(text: str) -> dict[str, Any]:
+    """Read "5bits", "2.5MB" or "300Gbit-ops".
+
+    >>> _budget("2.5 MB")
+    {'budget': 2.5, 'unit': 'MB'}
+    """
+    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z-]+)", text.strip())
+    units = {unit.lower(): unit for unit in BUDGET_UNITS}
+    if found is None or found[2].lower() not in units or found[1].count(".") > 1 or float(found[1]) == 0:
+        raise GaqError(f"Found a budget of {text!r}; write it as 5bits, 2.5MB or 300Gbit-ops.")
+    return {"budget": float(found[1]), "unit": units[found[2].lower()]}
 
 
 def _given(**choices: Any) -> dict[str, Any]:

@@ -34,9 +34,14 @@ def test_a_step_of_one_sample_trains_alone() -> None:
     assert 4 in parts.train
 
 
-def test_one_image_cannot_be_split() -> None:
-    with pytest.raises(CalibError, match=r"No step has more than one sample, .* collect at least 2"):
-        split(_set(3, 1), 0.05, 5, torch.Generator())
+def test_where_all_steps_have_one_sample_one_validates() -> None:
+    parts = split(_set(3, 1), 0.05, 5, torch.Generator().manual_seed(0))
+    assert (len(parts.train), len(parts.validation)) == (2, 1)
+
+
+def test_one_sample_cannot_be_split() -> None:
+    with pytest.raises(CalibError, match=r"There is one sample.*collect at least 2"):
+        split(_set(1, 1), 0.05, 5, torch.Generator())
 
 
 def test_a_set_of_unequal_lengths_is_refused() -> None:

@@ -1,0 +1,179 @@
+"""Weight bits of each layer's own: few where they hardly matter, many or none where they do, within a budget.
+
+How much a layer matters is measured: with that layer alone quantized, the error of the predicted noise,
+|eps_hat - eps|^2 / |eps|^2, averaged over sampling steps. Errors of single layers are taken to add up, and the best
+assignment under the budget is then an integer program, solved exactly (HiGHS, through scipy):
+
+    min sum_l sum_b e_lb z_lb    subject to    sum_b z_lb = 1 for every layer l,    sum_l sum_b c_lb z_lb <= budget
+
+c is what layer l costs at b bits: bytes of its weight, or its bit operations; z_lb is 1 where layer l gets b bits.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib import affine, ranges
+from calib.config import MixedConfig, QuantConfig
+from calib.cost import FLOAT_BITS, layer_macs
+from calib.data import CalibrationSet
+from calib.errors import CalibError
+from calib.fakequant import round_input
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Weight bits by layer name, FLOAT_BITS where it stays float; each layer's error at each width, if measured."""
+
+    bits: Mapping[str, int]
+    errors: Mapping[str, Mapping[int, float]] | None
+
+
+def assign(
+    model: nn.Module,
+    data: CalibrationSet,
+    layers: Sequence[str],
+    config: QuantConfig,
+    timesteps: int,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> Assignment:
+    """Return the best weight bits for `layers` within the config's budget.
+
+    Args:
+        model: the float network.
+        data: what it saw at each sampling step.
+        layers: names of those that could be quantized.
+        config: budget, choices of bits, activation bits.
+        timesteps: number of training timesteps.
+        on_layer: told how many layers are measured, of how many.
+
+    Raises:
+        CalibError: not even the fewest bits keep to the budget.
+    """
+    macs = layer_macs(model, tuple(data.x.shape[1:]), timesteps)
+    errors = sensitivities(model, _few(data, config.mixed), layers, config, on_layer)
+    costs, budget = _costs(model, layers, macs, config)
+    return Assignment(bits=solve(errors, costs, budget, config.mixed.unit), errors=errors)
+
+
+def sensitivities(
+    model: nn.Module,
+    data: CalibrationSet,
+    layers: Sequence[str],
+    config: QuantConfig,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[int, float]]:
+    """Return the error of the predicted noise with one layer alone quantized, by layer and weight bits; 0 where float.
+
+    The layer's input is rounded too, on a grid over the range that it has in the float network.
+    """
+    activation = config.activation
+    batches = [(0, index) for index in torch.split(torch.arange(len(data)), activation.batch)]
+    seen = ranges.observe(model, layers, (), data, batches, activation, lambda done: None)
+    exact = _predict(model, data, config.micro_batch)
+    found: dict[str, dict[int, float]] = {}
+    for done, name in enumerate(layers, 1):
+        grid = ranges.grid(seen[name, "input"], activation.bits, symmetric=activation.symmetric)
+        layer, found[name] = model.get_submodule(name), {}
+        for bits in config.mixed.choices:
+            if bits == FLOAT_BITS:
+                found[name][bits] = 0.0
+                continue
+            with _quantized(layer, bits, config):
+                handle = round_input(layer, name, grid)
+                try:
+                    found[name][bits] = _error(_predict(model, data, config.micro_batch), exact, data.step)
+                finally:
+                    handle.remove()
+        on_layer(done, len(layers))
+    return found
+
+
+def solve(
+    errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, Mapping[int, float]], budget: float, unit: str = ""
+) -> dict[str, int]:
+    """Return the bits of each layer that have the least sum of errors and cost at most `budget`.
+
+    >>> errors = {"a": {4: 9.0, 8: 1.0}, "b": {4: 2.0, 8: 1.0}}
+    >>> solve(errors, {"a": {4: 4, 8: 8}, "b": {4: 4, 8: 8}}, 12)
+    {'a': 8, 'b': 4}
+
+    Raises:
+        CalibError: not even the fewest bits keep to the budget.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    least = sum(min(cost.values()) for cost in costs.values())
+    if least > budget:
+        raise CalibError(f"A budget of {budget:g} {unit} cannot be kept: the fewest bits need {least:g}.")
+    pairs = [(name, bits) for name in errors for bits in errors[name]]
+    one_each = np.array([[float(name == other) for other, _ in pairs] for name in errors])
+    price = np.array([[costs[name][bits] for name, bits in pairs]])
+    goal = np.array([errors[name][bits] for name, bits in pairs])
+    result = milp(
+        goal / max(goal.max(), 1e-30),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price / budget, -inf, 1)],
+        integrality=np.ones(len(pairs)),
+        bounds=Bounds(0, 1),
+    )
+    if result.x is None:
+        raise CalibError(f"No assignment of bits was found for a budget of {budget:g} {unit}: {result.message}")
+    return {name: bits for (name, bits), chosen in zip(pairs, result.x, strict=True) if chosen > 0.5}
+
+
+def _costs(
+    model: nn.Module, layers: Sequence[str], macs: Mapping[str, int], config: QuantConfig
+) -> tuple[dict[str, dict[int, float]], float]:
+    """Return what each layer costs at each width, and what they may cost together, in the unit of the budget."""
+    mixed, activation = config.mixed, config.activation.bits
+    sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in layers}
+    if mixed.unit == "Gbit-ops":
+        done = {name: macs.get(name, 0) / 1e9 for name in layers}
+        costs = {n: {b: done[n] * b * (b if b == FLOAT_BITS else activation) for b in mixed.choices} for n in layers}
+        rest = sum(count for name, count in macs.items() if name not in sizes) * FLOAT_BITS**2 / 1e9
+        return costs, mixed.budget - rest
+    if mixed.unit == "MB":
+        scales = 4 * sum(len(model.get_parameter(f"{name}.weight")) for name in layers)
+        rest = 4 * (sum(p.numel() for p in model.parameters()) - sum(sizes.values())) + scales
+        return {n: {b: sizes[n] * b / 8e6 for b in mixed.choices} for n in layers}, mixed.budget - rest / 1e6
+    whole = sum(sizes.values())
+    return {n: {b: sizes[n] * b / whole for b in mixed.choices} for n in layers}, mixed.budget
+
+
+def _few(data: CalibrationSet, config: MixedConfig) -> CalibrationSet:
+    """Return the first samples of some steps, evenly spread."""
+    steps = torch.unique(data.step)
+    chosen = steps[torch.linspace(0, len(steps) - 1, min(config.steps, len(steps))).round().long()]
+    return data.take(torch.cat([(data.step == step).nonzero()[: config.images, 0] for step in chosen]))
+
+
+@contextmanager
+def _quantized(layer: nn.Module, bits: int, config: QuantConfig) -> Iterator[None]:
+    """Round the layer's weight to nearest while this is open."""
+    weight = layer.get_parameter("weight")
+    kept = weight.detach().clone()
+    scale = affine.search_weight_scale(kept, bits, config.weight.norm, config.weight.candidates)
+    with torch.no_grad():
+        weight.copy_(affine.dequantize_weight(affine.quantize_weight(kept, scale, bits), scale))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def _predict(model: nn.Module, data: CalibrationSet, batch: int) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(data.x[i], data.t[i]) for i in torch.split(torch.arange(len(data)), batch)])
+
+
+def _error(found: Tensor, exact: Tensor, step: Tensor) -> float:
+    """Return |found - exact|^2 / |exact|^2, of each step's samples together, averaged over the steps."""
+    signal, error = exact.double().square().flatten(1).sum(1), (found - exact).double().square().flatten(1).sum(1)
+    shares = [float(error[step == s].sum() / signal[step == s].sum()) for s in torch.unique(step)]
+    return sum(shares) / len(shares)

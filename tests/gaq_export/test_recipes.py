@@ -1,0 +1,46 @@
+"""Every recipe's plan becomes an engine: checked against PyTorch on OpenVINO, all of it INT8 x INT8 on TensorRT-RTX."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from calib.plan import load_plan
+from engines import EngineConfig, EngineFile
+from gaq_export import pipeline
+from gaq_export.building import Built
+from gaq_export.models import LoadedModel
+from gaq_export.recipes import RECIPES
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def folder(request, tiny_model: LoadedModel, tmp_path_factory) -> Path:
+    """The run folder of one recipe."""
+    made: Path = tmp_path_factory.mktemp(request.param)
+    pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe=request.param), folder=made)
+    return made
+
+
+def build(folder: Path, model: LoadedModel, config: EngineConfig) -> Built:
+    return pipeline.build_engine(folder=folder, out=folder / f"{config.backend}.plan", config=config, model=model)
+
+
+def quantized(folder: Path, file: EngineFile) -> int:
+    """Return how many layers are quantized and no tables in the engine."""
+    return len(load_plan(folder / "plan.safetensors").layers.keys() - set(file.about["baked"]))
+
+
+def test_on_openvino_it_computes_what_pytorch_does(folder: Path, tiny_model: LoadedModel) -> None:
+    built = build(folder, tiny_model, EngineConfig(backend="openvino"))
+    assert built.parity is not None
+    assert built.parity.passed
+
+
+@pytest.mark.rtx
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: pip install tensorrt-rtx"
+)
+def test_on_tensorrt_rtx_every_layer_multiplies_int8_by_int8(folder: Path, tiny_model: LoadedModel) -> None:
+    file = build(folder, tiny_model, EngineConfig(backend="tensorrt-rtx", targets=("sm89",))).file
+    counts = file.audit.counts
+    assert sum(n for (_, precision), n in counts.items() if precision == "int8") == quantized(folder, file) > 0
