@@ -43,6 +43,7 @@ ORDER = (
     "figures",
     "html",
     "page",
+    "auto",
     "pipeline",
     "frechet",
     "quality",
@@ -54,6 +55,8 @@ ORDER = (
     "compare",
     "checkup",
     "terminal",
+    "options",
+    "recipe_commands",
     "cli",
     "__main__",
 )
