@@ -40,6 +40,7 @@ from calib.reconstruct import BlockResult, LayerWeight
 from calib.recording import recorder
 from calib.selection import select
 from calib.streams import stream
+from calib.surgery import operate, plan_surgery
 
 
 def calibrate(
@@ -67,6 +68,8 @@ def calibrate(
         CalibError: nothing to quantize, too few samples, or a network of another form.
     """
     shape = tuple(data.x.shape[1:])
+    surgery = plan_surgery(model, data, config.surgery)
+    model = operate(model, surgery)
     found = trace(model, shape, timesteps)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
@@ -114,6 +117,7 @@ def calibrate(
         num_train=timesteps,
         timesteps=torch.unique(data.t) if config.activation.per_step else None,
         sensitivity=given.errors,
+        surgery=surgery,
     )
 
 

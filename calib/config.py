@@ -84,6 +84,15 @@ class OmegaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SurgeryConfig:
+    """How the float network is rewritten beforehand, by calib.surgery."""
+
+    split: bool = False  # convolutions of a concatenation in two
+    scale_channels: float = 0.0  # input channels of convolutions brought to like ranges, by at most this; 0 = off
+    images: int = 8  # samples of each step whose ranges count
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixedConfig:
     """Weight bits of each layer's own, within a budget, by calib.mixed; a budget of 0 gives all layers the same."""
 
@@ -128,6 +137,7 @@ class QuantConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     mixed: MixedConfig = field(default_factory=MixedConfig)
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
     convention: str = "deploy"  # which layers stay float: see calib.layers.CONVENTIONS
     keep_float: tuple[str, ...] = ()  # shell patterns of further layer names
     weight_steps: int = 20  # as many samples as this many sampling steps have calibrate weights

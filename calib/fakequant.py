@@ -18,6 +18,7 @@ from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
 from calib.plan import Grid, QuantPlan
 from calib.ranges import nearest_step
+from calib.surgery import operate
 
 
 def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = True, float8: bool = False) -> nn.Module:
@@ -32,7 +33,8 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
     Raises:
         CalibError: a layer of the plan is not in the model, or has another shape there.
     """
-    result = copy.deepcopy(model)
+    result = operate(model, plan.surgery)
+    result = copy.deepcopy(model) if result is model else result
     step: list[Tensor] = []  # of the call at hand: (N,), which of the plan's steps each sample takes its ranges from
     if activations and plan.timesteps is not None:
         result.register_forward_pre_hook(_step_finder(plan.timesteps, step))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from calib.correction import Correction
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
+from calib.surgery import Surgery
 
 FORMAT = 7
 
@@ -89,7 +90,8 @@ class QuantPlan:
     `num_train` is the number of training timesteps. Where grids have a `ratio`, `timesteps` (S,) int64, rising, says
     which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`). `correction` is
     for the steps of the sampler in `about` and no other. `sensitivity`, of mixed precision, is the error of the noise
-    with one layer alone quantized, by layer and weight bits (`calib.mixed`).
+    with one layer alone quantized, by layer and weight bits (`calib.mixed`). Layers are those of the network as
+    `surgery` rewrites it.
     """
 
     layers: Mapping[str, LayerQuant]
@@ -103,6 +105,7 @@ class QuantPlan:
     timesteps: Tensor | None = None
     correction: Correction | None = None
     sensitivity: Mapping[str, Mapping[int, float]] | None = None
+    surgery: Surgery = field(default_factory=Surgery)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
     tensors: dict[str, Tensor] = {"omega_scores": plan.scores}
     if plan.timesteps is not None:
         tensors["timesteps"] = plan.timesteps
+    tensors |= {f"{name}.factors": factors for name, factors in plan.surgery.factors.items()}
     layers: dict[str, Any] = {}
     for name, q in plan.layers.items():
         tensors[f"{name}.codes"] = pack_nibbles(q.codes) if q.weight_bits <= 4 else q.codes.contiguous()
@@ -152,6 +156,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         "blocks": [dataclasses.asdict(b) for b in plan.blocks],
         "correction": plan.correction and plan.correction.to_json(),
         "sensitivity": plan.sensitivity,
+        "splits": dict(plan.surgery.splits),
         "tensors_sha256": _digest(tensors),
     }
     text = json.dumps(readable, indent=1).encode()
@@ -179,6 +184,7 @@ def load_plan(path: Path) -> QuantPlan:
         raise CalibError(f"{path.name} has format {data['format']}, this version reads {FORMAT}: run calibrate again.")
     if data["tensors_sha256"] != _digest(tensors):
         raise CalibError(f"{path.name} was altered since it was written (sha256 differs): run calibrate again.")
+    factors = {name.removesuffix(".factors"): v for name, v in tensors.items() if name.endswith(".factors")}
     return QuantPlan(
         layers={name: _layer(name, fields, tensors) for name, fields in data["layers"].items()},
         products={
@@ -195,6 +201,7 @@ def load_plan(path: Path) -> QuantPlan:
         correction=Correction.from_json(data["correction"]) if data["correction"] else None,
         sensitivity=data["sensitivity"]
         and {name: {int(bits): error for bits, error in row.items()} for name, row in data["sensitivity"].items()},
+        surgery=Surgery(splits=data["splits"], factors=factors),
     )
 
 

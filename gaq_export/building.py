@@ -86,7 +86,7 @@ def export_onnx(
         raise GaqError(f"Unknown graph {graph!r}. Choose one of {list(GRAPHS)}.")
     run, wishes = Run(folder=Path(folder)), find_profile(profile)
     plan = load_plan(run.plan)
-    model = provenance.model_of(plan.about, model)
+    model = provenance.rewritten(provenance.model_of(plan.about, model), plan)
     spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
     if graph == "step":
         network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None)

@@ -29,6 +29,7 @@ from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan
 from calib.progress import Progress
+from calib.surgery import operate
 from gaq_export import corrections, quality
 from gaq_export.comparison import Cell, Comparison, claim, collected, version
 from gaq_export.errors import GaqError
@@ -127,7 +128,6 @@ def _measure(bench: Comparison, cell: Cell) -> None:
     data = _collected(bench, cell.seed)
     config, blocks = bench.config(cell), bench.path(cell, "")
     found = result(bench, cell) or {"activations": {}}
-    macs = cost.layer_macs(model.network, model.shape, model.schedule.num_train)
     for abits in _lacking(bench, cell):
         clock = Clock(blocks / "clock.json")
         plan = plan_at(model, data, config, abits, blocks, clock.on_progress)
@@ -140,9 +140,11 @@ def _measure(bench: Comparison, cell: Cell) -> None:
                 "block_losses": {b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
                 "weights_error": quality.noise_errors(y, fake_quantized(model.network, plan, activations=False)),
             }
+        network = operate(model.network, plan.surgery)
+        macs = cost.layer_macs(network, model.shape, model.schedule.num_train)
         measured: dict[str, Any] = {
             "error": quality.noise_errors(y, fake_quantized(model.network, plan), plan.correction),
-            "bytes": cost.weight_bytes(model.network, plan),
+            "bytes": cost.weight_bytes(network, plan),
             "bit_operations": cost.bit_operations(macs, plan),
         }
         if y.images:

@@ -107,6 +107,7 @@ def examine(
     """
     if images < 1:
         raise GaqError(f"Found {images} images to measure with; ask for 1 or more.")
+    model = provenance.rewritten(model, plan)
     float_network, network = model.network, fake_quantized(model.network, plan, activations=False)
     blocks = diagnose.inspectable(float_network, plan, model.shape, model.schedule.num_train)
     chosen = diagnose.choose(blocks, block)

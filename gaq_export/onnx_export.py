@@ -53,10 +53,33 @@ def export_float(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
         raise GaqError(f"torch cannot export this network to ONNX: {reason[0] if reason else error!r}") from error
     assert program is not None
     model = program.model
+    _skip_slices(model.graph)
     first = model.graph.inputs[0].shape
     if first is None or isinstance(first[0], int):
         raise GaqError(f"The exported graph fixed its batch at {first and first[0]}: the network's code depends on it.")
     return model
+
+
+def _skip_slices(graph: ir.Graph) -> None:
+    """Read a part of a concatenation where it comes from, instead of cutting it out again."""
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "Slice" else None
+        joined = source.producer() if source is not None else None
+        if joined is None or joined.op_type != "Concat" or joined.attributes["axis"].as_int() != 1:
+            continue
+        bounds = [value.const_value.numpy() for value in node.inputs[1:] if value is not None and value.const_value]
+        if len(bounds) != len(node.inputs) - 1 or [b.tolist() for b in bounds[2:]] not in ([[1]], [[1], [1]]):
+            continue
+        end = 0
+        for part in joined.inputs:
+            size = part.shape[1] if part is not None and part.shape is not None else None
+            if part is None or not isinstance(size, int):
+                break
+            begin, end = end, end + size
+            if int(bounds[0][0]) == begin and (int(bounds[1][0]) == end or part is joined.inputs[-1]):
+                ir.convenience.replace_all_uses_with(node.outputs[0], part)
+                graph.remove(node, safe=True)
+                break
 
 
 def _attention(

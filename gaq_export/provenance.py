@@ -1,11 +1,13 @@
 """What a plan and an engine file say of the model they came from, and how to find it again from that."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+from calib.plan import QuantPlan
+from calib.surgery import operate
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.schedule import NoiseSchedule, SamplerSpec
@@ -57,3 +59,9 @@ def model_of(about: Mapping[str, Any], model: LoadedModel | None) -> LoadedModel
             f"{wanted['fingerprint'][:12]}, found {model.spec.name} with {model.fingerprint[:12]}. Calibrate again."
         )
     return model
+
+
+def rewritten(model: LoadedModel, plan: QuantPlan) -> LoadedModel:
+    """Return the model with its network as the plan's layers name it; the one it has if the plan rewrites nothing."""
+    network = operate(model.network, plan.surgery)
+    return model if network is model.network else replace(model, unet=network)

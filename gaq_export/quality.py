@@ -26,6 +26,7 @@ from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.files import read_safetensors, write_atomically
 from calib.plan import QuantPlan
+from calib.surgery import operate
 from engines import EngineConfig
 from gaq_export import drawing, frechet, samplers, samples
 from gaq_export.denoiser import Denoiser, engine_denoiser
@@ -143,7 +144,10 @@ def _draw(y: Yardstick, network: Denoiser, seeds: Sequence[int], correction: Cor
 
 def _by_engine(y: Yardstick, plan: QuantPlan, seeds: Sequence[int]) -> Tensor:
     """Build the engine of `plan` for one thread, draw with it and forget it."""
-    graph = insert_qdq(ir.load(_float_graph(y)), plan, find_profile(engines.find_backend(BACKEND).profile))
+    network = operate(y.model.network, plan.surgery)
+    known = network is y.model.network
+    graph = ir.load(_float_graph(y)) if known else export_float(network, y.model.shape)
+    graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
     config = EngineConfig(backend=BACKEND, batch=(y.batch, y.batch, y.batch), threads=1)
     with tempfile.TemporaryDirectory(dir=y.folder) as scratch:
         save_onnx(graph, Path(scratch, "unet.onnx"))

@@ -63,7 +63,8 @@ def _ptq4dm(config: QuantConfig) -> QuantConfig:
 
 
 def _q_diffusion(config: QuantConfig) -> QuantConfig:
-    return replace(_adaround(config), reconstruction=replace(config.reconstruction, activations="lsq"))
+    learned = replace(_adaround(config), reconstruction=replace(config.reconstruction, activations="lsq"))
+    return replace(learned, surgery=replace(config.surgery, split=True))
 
 
 def _eda_dm(config: QuantConfig) -> QuantConfig:
@@ -77,7 +78,7 @@ RECIPES: dict[str, Recipe] = {
     "qdrop": Recipe("rounding and activation grids learned together, half of it dropped (arXiv 2203.05740)", _qdrop),
     "ptq4dm": Recipe("qdrop, symmetric, on steps drawn from a normal distribution (arXiv 2211.15736)", _ptq4dm),
     "pqd": Recipe("qdrop on steps drawn from a normal distribution (arXiv 2501.00124)", _pqd),
-    "q-diffusion": Recipe("even steps, activation grids learned after the rounding (arXiv 2302.04304)", _q_diffusion),
+    "q-diffusion": Recipe("shortcuts in two, activation grids learned after rounding (arXiv 2302.04304)", _q_diffusion),
     "ptqd": Recipe("adaround, and the noise's correlated error, bias and variance corrected (arXiv 2305.10657)", _ptqd),
     "eda-dm": Recipe("qdrop with fine-grained loss, on dense and various steps (EDA-DM, arXiv 2401.04585)", _eda_dm),
     "tac": Recipe("adaround, and each step's noise and drift corrected (TAC-Diffusion, arXiv 2407.03917)", _tac),
