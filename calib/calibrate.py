@@ -108,7 +108,10 @@ def calibrate(
             n: _layer(codes[n], scales[n], bits[n], grids.get(n) or seen[n, "input"], seen[n, "output"], config)
             for n in quantized
         },
-        products={n: ProductQuant(**{o: _operand(seen[n, o], o, config) for o in OPERANDS}) for n in products},
+        products={
+            n: ProductQuant(**{o: ranges.operand_grid(seen[n, o], o, config.activation.bits) for o in OPERANDS})
+            for n in products
+        },
         float_layers=reasons,
         blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
         scores=states[-1].scores if states else _first_scores(job),
@@ -327,13 +330,6 @@ def _layer(
         input=inputs,
         output_scale=ranges.scale_of(max(max(reach) for reach in outputs), 8),
     )
-
-
-def _operand(reaches: Sequence[Reach], operand: str, config: QuantConfig) -> Grid:
-    """Return the grid of an operand inside attention; probabilities always have 8 bits, from 0 up."""
-    if operand == "probability":
-        return ranges.grid([(0.0, above) for _, above in reaches], 8, symmetric=False)
-    return ranges.grid(reaches, config.activation.bits, symmetric=True)
 
 
 def _key(

@@ -35,6 +35,7 @@ class ActivationConfig:
     per_step: bool = False  # a grid for each sampling step (TFMQ-DM's finite set calibration)
     symmetric: bool = False  # or else a grid lies where the values do, if that makes it much finer
     batch: int = 16
+    trajectory: str = "float"  # whose x_t are observed: the float network's or, step by step, the "quantized" one's
     batches: int | None = None  # None = every collected sample once; split evenly over the steps if `per_step`
 
 
@@ -155,11 +156,14 @@ class QuantConfig:
             ("rounding start", self.reconstruction.start, ROUNDING_STARTS),
             ("activations in reconstruction", self.reconstruction.activations, RECONSTRUCTION_ACTIVATIONS),
             ("correction", self.correction.rule, CORRECTIONS),
+            ("trajectory", self.activation.trajectory, TRAJECTORIES),
             ("selection rule", self.selection.rule, SELECTIONS),
             ("unit of a budget", self.mixed.unit, BUDGET_UNITS),
         ):
             if value not in known:
                 raise CalibError(f"Unknown {what} {value!r}. Choose one of {sorted(known)}.")
+        if self.activation.trajectory == "quantized" and not self.activation.per_step:
+            raise CalibError("Ranges on the quantized network's own trajectory are of each step: ask for those too.")
         if wrong := [bits for bits in self.mixed.choices if bits not in (*BITS, 32)]:
             raise CalibError(f"Found {wrong[0]} among the bits to choose from; choose {BITS[0]} to {BITS[-1]}, or 32.")
         if self.activation.per_step and self.reconstruction.activations != "float":
@@ -175,6 +179,7 @@ RANGE_RULES = ("ema", "minmax")
 ROUNDING_STARTS = ("float", "gptq")
 RECONSTRUCTION_ACTIVATIONS = ("float", "qdrop", "lsq")
 CORRECTIONS = ("none", "ptqd", "tac")
+TRAJECTORIES = ("float", "quantized")
 BUDGET_UNITS = ("bits", "MB", "Gbit-ops")
 SELECTIONS = ("uniform", "gaussian", "density")
 

@@ -54,7 +54,7 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
             round_input(modules[name], name, layer.input, step, float8=float8)
     if activations:
         for name, product in plan.products.items():
-            rounded = {operand: _rounding(name, getattr(product, operand), step, float8) for operand in OPERANDS}
+            rounded = {operand: rounding(name, getattr(product, operand), step, float8=float8) for operand in OPERANDS}
             intercept(modules[name], _on_operands(rounded))
     return result
 
@@ -71,7 +71,7 @@ def round_input(
         step: filled, before each call of the network, with (N,), which of the grid's steps each sample belongs to.
         float8: to E4M3 numbers in place of integers.
     """
-    rounded = _rounding(name, grid, step, float8)
+    rounded = rounding(name, grid, step, float8=float8)
     return module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
 
 
@@ -82,8 +82,8 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
     return hook
 
 
-def _rounding(name: str, grid: Grid, step: Sequence[Tensor], float8: bool) -> Callable[[Tensor], Tensor]:
-    """Return what rounds an activation of module `name` to its grid."""
+def rounding(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> Callable[[Tensor], Tensor]:
+    """Return what rounds an activation of module `name` to its grid; for the rest see `round_input`."""
     grid = grid.float8() if float8 else grid
     scale = torch.tensor(grid.scale, dtype=torch.float32)
     shifts = scale * torch.tensor(grid.zero) if any(grid.zero) else None  # (1,) or (S,)

@@ -81,6 +81,13 @@ def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
     return Grid(scale=widest_scale, bits=bits, zero=zero, ratio=ratio)
 
 
+def operand_grid(reaches: Sequence[Reach], operand: str, bits: int) -> Grid:
+    """Return the grid of an operand inside attention; probabilities always have 8 bits, from 0 up."""
+    if operand == "probability":
+        return grid([(0.0, above) for _, above in reaches], 8, symmetric=False)
+    return grid(reaches, bits, symmetric=True)
+
+
 def short(scale: float) -> float:
     """Round to 16 bits, so that its product with any code is exact in float32."""
     mantissa, exponent = math.frexp(scale)

@@ -22,7 +22,7 @@ from engines.audit import UNKNOWN, name_kernels
 from engines.base import Audit, EngineConfig, EngineFile, TensorSpec
 from engines.errors import EngineError
 from engines.graph import initializer_bytes, layer_kinds, tensor_specs
-from engines.running import Arrays, HostRunner, OpenEngine
+from engines.running import Arrays, HostRunner, Infer, OpenEngine
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _PRECISIONS = {"u8": "int8", "i8": "int8", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -65,38 +65,30 @@ def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
 
 def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
     """Compile the plan for this CPU, at the best batch now and at others when they come."""
-    import openvino
-
-    batched = {spec.name for spec in (*file.inputs, *file.outputs) if None in spec.shape}
 
     @functools.cache
-    def requests(batch: int) -> list[Any]:
+    def parts(batch: int) -> list[Infer]:
         streams = _streams(batch, file.threads)
         compiled = _compile(plan, file.inputs, batch // streams, file.threads, file.compute, streams)
-        return [compiled.create_infer_request() for _ in range(streams)]
+        return [functools.partial(_infer, compiled.create_infer_request()) for _ in range(streams)]
 
-    requests(file.batch[1])
+    parts(file.batch[1])
+    return OpenEngine(file, HostRunner(file, parts))
 
-    def infer(inputs: Arrays, outputs: Arrays) -> None:
-        batch = next((inputs[spec.name].shape[0] for spec in file.inputs if None in spec.shape), 1)
-        asked = requests(batch)
-        share = batch // len(asked)
-        for i, request in enumerate(asked):
-            for name, array in {**inputs, **outputs}.items():
-                part = array[i * share : (i + 1) * share] if name in batched else array
-                if name in batched or name in inputs or i == 0:  # only one may write what all of them compute
-                    request.set_tensor(name, openvino.Tensor(part, shared_memory=True))
-            request.start_async()
-        for request in asked:
-            request.wait()
 
-    return OpenEngine(file, HostRunner(file, infer))
+def _infer(request: Any, inputs: Arrays, outputs: Arrays) -> None:
+    import openvino
+
+    for name, array in {**inputs, **outputs}.items():
+        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+    request.start_async()
+    request.wait()
 
 
 def _streams(batch: int, threads: int | None) -> int:
     """Return into how many equal parts a batch is cut, which run beside each other on a share of the threads.
 
-    Cores that work on images of their own wait for each other only once a call, not in every layer.
+    Cores that work on images of their own do not wait for each other in every layer.
     """
     return math.gcd(batch, threads or os.cpu_count() or 1)
 

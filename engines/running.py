@@ -4,7 +4,9 @@ A loop runs the network on its own outputs. Arrays are made once: what an iterat
 sets of them change places.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -18,6 +20,7 @@ from engines.errors import EngineError
 
 Arrays = dict[str, npt.NDArray[Any]]
 OnStep = Callable[[int], None]
+Infer = Callable[[Arrays, Arrays], None]  # reads contiguous inputs, writes to the outputs it is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,37 +49,86 @@ class Runner(Protocol):
 class HostRunner:
     """A `Runner` for a runtime that works in the host's memory.
 
+    A batch may be cut in equal parts that run beside each other. Each goes through a whole loop on its own, so that
+    none waits for the others between iterations.
+
     Args:
         file: What was opened.
-        infer: Runs the network once on contiguous inputs, and writes to the outputs it is given.
+        parts: Returns for a batch size what runs the network on each part of such a batch.
     """
 
-    def __init__(self, file: EngineFile, infer: Callable[[Arrays, Arrays], None]) -> None:
-        self._file = file
-        self._infer = infer
+    def __init__(self, file: EngineFile, parts: Callable[[int], Sequence[Infer]]) -> None:
+        self._file, self._parts = file, parts
 
     def run(self, feeds: Arrays, batch: int) -> Arrays:
         """Run once and return fresh arrays by output name."""
-        outputs = {spec.name: np.empty(spec.at_batch(batch), spec.dtype) for spec in self._file.outputs}
-        self._infer(feeds, outputs)
-        return outputs
+
+        def once(infer: Infer, inputs: Arrays, rows: slice) -> Arrays:
+            outputs = self._outputs(rows)
+            infer(inputs, outputs)
+            return outputs
+
+        return self._beside(once, feeds, batch)
 
     def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
         """Run `loop.count` times and return the last outputs."""
-        inputs = {name: array.copy() for name, array in feeds.items()}
-        outputs = {spec.name: np.empty(spec.at_batch(batch), spec.dtype) for spec in self._file.outputs}
-        for i in range(loop.count):
-            if i:
-                for output, name in loop.feedback.items():
-                    inputs[name], outputs[output] = outputs[output], inputs[name]
-            for name, seeds in loop.noise.items():
-                inputs[name][:] = philox.normals(seeds, i + 1, inputs[name].shape[1:])
-            loop.on_step(i)
-            self._infer(inputs, outputs)
-        return outputs
+        stopped = threading.Event()
+
+        def repeat(infer: Infer, feeds: Arrays, rows: slice) -> Arrays:
+            inputs, outputs = {name: array.copy() for name, array in feeds.items()}, self._outputs(rows)
+            for i in range(loop.count):
+                if i:
+                    for output, name in loop.feedback.items():
+                        inputs[name], outputs[output] = outputs[output], inputs[name]
+                for name, seeds in loop.noise.items():
+                    inputs[name][:] = philox.normals(seeds[rows], i + 1, inputs[name].shape[1:])
+                if rows.start == 0:
+                    loop.on_step(i)
+                infer(inputs, outputs)
+                if stopped.is_set():
+                    break
+            return outputs
+
+        return self._beside(repeat, feeds, batch, stopped)
 
     def free(self) -> None:
         """Release what the runtime holds: it goes with the last reference to this."""
+
+    def _outputs(self, rows: slice) -> Arrays:
+        return {spec.name: np.empty(spec.at_batch(rows.stop - rows.start), spec.dtype) for spec in self._file.outputs}
+
+    def _beside(
+        self,
+        work: Callable[[Infer, Arrays, slice], Arrays],
+        feeds: Arrays,
+        batch: int,
+        stopped: threading.Event | None = None,
+    ) -> Arrays:
+        """Call work(infer, feeds, rows) for each part of the batch, and put what they return together.
+
+        If one of them fails, or the user interrupts, `stopped` is set, and the others end early.
+        """
+        parts = self._parts(batch)
+        rows = [slice(batch * i // len(parts), batch * (i + 1) // len(parts)) for i in range(len(parts))]
+        whole = {spec.name for spec in (*self._file.inputs, *self._file.outputs) if None not in spec.shape}
+
+        def cut(rows: slice) -> Arrays:
+            return {name: array if name in whole else array[rows] for name, array in feeds.items()}
+
+        if len(parts) == 1:
+            return work(parts[0], feeds, rows[0])
+        with ThreadPoolExecutor(len(parts)) as pool:
+            started = [pool.submit(work, infer, cut(own), own) for infer, own in zip(parts, rows, strict=True)]
+            try:
+                made = [one.result() for one in started]
+            except BaseException:
+                if stopped is not None:
+                    stopped.set()
+                raise
+        return {
+            name: made[0][name] if name in whole else np.concatenate([outputs[name] for outputs in made])
+            for name in made[0]
+        }
 
 
 class OpenEngine:

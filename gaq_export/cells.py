@@ -30,9 +30,10 @@ from calib.files import write_atomically
 from calib.plan import QuantPlan
 from calib.progress import Progress
 from calib.surgery import operate
-from gaq_export import corrections, quality
+from gaq_export import quality
 from gaq_export.comparison import Cell, Comparison, claim, collected, version
 from gaq_export.errors import GaqError
+from gaq_export.finishing import finish
 from gaq_export.models import LoadedModel
 
 SHOWN = 8  # images that are kept to be looked at
@@ -116,10 +117,7 @@ def plan_at(
     config = dataclasses.replace(config, activation=dataclasses.replace(config.activation, bits=abits))
     timesteps = model.schedule.num_train
     plan = calibrate(model.network, data, config, timesteps=timesteps, folder=folder, on_progress=on_progress)
-    if config.correction.rule == "none":
-        return plan
-    fake = fake_quantized(model.network, plan)
-    return dataclasses.replace(plan, correction=corrections.measure(model, fake, model.spec.sampler, data, config))
+    return finish(model, plan, model.spec.sampler, data)
 
 
 def _measure(bench: Comparison, cell: Cell) -> None:

@@ -11,22 +11,21 @@ A model is a `LoadedModel`: from `load_model` by name or folder, or from `wrap` 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import engines
 from calib import config as configs
 from calib.calibrate import calibrate as quantize
-from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
-from gaq_export import corrections, drawing, inspection, page, provenance, samples
+from gaq_export import drawing, inspection, page, provenance, samples
 from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
 from gaq_export.errors import GaqError
+from gaq_export.finishing import finish
 from gaq_export.models import LoadedModel, load_model, wrap
 from gaq_export.presets import Preset, preset
 from gaq_export.run import Run
@@ -67,7 +66,7 @@ def calibrate(
         sampler: sampler the calibration follows; the model's own if None.
         on_collect: told (network calls done, in all) while trajectories are drawn.
         on_progress: told after every iteration and block.
-        on_correct: told (sampling steps done, in all) while the sampler's correction is measured, if there is one.
+        on_correct: told (sampling steps done, in all) while something is measured along the sampler, if anything is.
 
     Raises:
         GaqError, CalibError: bad settings, a folder that holds another run, or one that cannot be written.
@@ -97,9 +96,7 @@ def calibrate(
         folder=run.blocks,
         on_progress=keep,
     )
-    if chosen.config.correction.rule != "none":
-        fake = fake_quantized(model.network, plan)
-        plan = replace(plan, correction=corrections.measure(model, fake, spec, data, chosen.config, on_correct))
+    plan = finish(model, plan, spec, data, on_correct)
     save_plan(plan, run.plan)
     runs.note(
         run,

@@ -72,6 +72,11 @@ def _eda_dm(config: QuantConfig) -> QuantConfig:
     return replace(_adaround(config), reconstruction=fine, selection=replace(config.selection, rule="density"))
 
 
+def _pcr(config: QuantConfig) -> QuantConfig:
+    on_its_own = replace(config.activation, per_step=True, trajectory="quantized")
+    return replace(_adaround(config), activation=on_its_own)
+
+
 RECIPES: dict[str, Recipe] = {
     "rtn": Recipe("every weight rounded to nearest on the widest grid, activations on the widest range", _rtn),
     "adaround": Recipe("rounding learned block by block (BRECQ, arXiv 2102.05426)", _adaround),
@@ -81,6 +86,7 @@ RECIPES: dict[str, Recipe] = {
     "q-diffusion": Recipe("shortcuts in two, activation grids learned after rounding (arXiv 2302.04304)", _q_diffusion),
     "ptqd": Recipe("adaround, and the noise's correlated error, bias and variance corrected (arXiv 2305.10657)", _ptqd),
     "eda-dm": Recipe("qdrop with fine-grained loss, on dense and various steps (EDA-DM, arXiv 2401.04585)", _eda_dm),
+    "pcr": Recipe("a grid for each step, on what the quantized network draws (PCR, arXiv 2311.06322)", _pcr),
     "tac": Recipe("adaround, and each step's noise and drift corrected (TAC-Diffusion, arXiv 2407.03917)", _tac),
     "tfmq": Recipe("the temporal block on its own, a grid for each step (TFMQ-DM, arXiv 2311.16503)", _tfmq),
     "gac": Recipe("tfmq with samples weighted by gradient alignment (GAC, arXiv 2602.01289)", _gac),

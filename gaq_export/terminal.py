@@ -127,7 +127,7 @@ class Bars:
 
     def correct(self, done: int, total: int) -> None:
         """Show how many steps' corrections are measured."""
-        self._show("correct", f"correcting step {done}/{total}", done / total)
+        self._show("correct", f"following the sampler, step {done}/{total}", done / total)
 
     def sample(self, who: str, done: int, total: int) -> None:
         """Show how many network calls are done."""

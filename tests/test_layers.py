@@ -24,6 +24,7 @@ ORDER = (
     "run",
     "collect",
     "corrections",
+    "finishing",
     "onnx_export",
     "double",
     "graph_writer",

@@ -1,0 +1,93 @@
+"""Activation grids of each step, on what the quantized network itself draws (PCR, arXiv 2311.06322).
+
+Ranges are otherwise observed where the float network would be. The quantized one gets elsewhere, a little further at
+every step. Here its own trajectory is followed: at a step, with all earlier ones quantized, the ranges are observed,
+the step's grids are made of them, and the step is taken with those.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from calib import ranges
+from calib.attention import OPERANDS, intercept
+from calib.config import ActivationConfig
+from calib.data import CalibrationSet
+from calib.fakequant import fake_quantized, round_input, rounding
+from calib.plan import ProductQuant, QuantPlan
+from calib.ranges import Reach
+
+
+class Progressive:
+    """A network to sample with that finds its own grids as it goes; `plan` has them once all steps are taken.
+
+    Args:
+        model: the float network.
+        plan: its plan, with grids of each step; only its weights are used.
+    """
+
+    def __init__(self, model: nn.Module, plan: QuantPlan) -> None:
+        self._plan = plan
+        self._network = fake_quantized(model, plan, activations=False)
+        self._seen: dict[int, dict[tuple[str, str], Reach]] = {}
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
+        """Observe the ranges of this step, and predict the noise with activations rounded to grids of them.
+
+        Args:
+            x: (N, C, H, W), all of one step.
+            t: (N,) its timestep.
+        """
+        plan, activation = self._plan, self._plan.config.activation
+        data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t))
+        batches = [(0, index) for index in torch.split(torch.arange(len(x)), activation.batch)]
+        found = ranges.observe(
+            self._network, list(plan.layers), list(plan.products), data, batches, activation, lambda done: None
+        )
+        self._seen[int(t[0])] = {key: reach for key, (reach,) in found.items()}
+        step = _with_grids(plan, {key: (reach,) for key, reach in self._seen[int(t[0])].items()}, activation)
+        return self._predict(step, x, t)
+
+    @property
+    def plan(self) -> QuantPlan:
+        """The plan with the grids found, one for each timestep that was met."""
+        met = sorted(self._seen)
+        reaches = {key: tuple(self._seen[t][key] for t in met) for key in self._seen[met[0]]}
+        plan = _with_grids(self._plan, reaches, self._plan.config.activation)
+        return replace(plan, timesteps=torch.tensor(met, dtype=torch.int64))
+
+    @torch.no_grad()
+    def _predict(self, plan: QuantPlan, x: Tensor, t: Tensor) -> Tensor:
+        handles = []
+        for name, layer in plan.layers.items():
+            handles.append(round_input(self._network.get_submodule(name), name, layer.input))
+        for name, product in plan.products.items():
+            handles += intercept(self._network.get_submodule(name), partial(_operand, name, product))
+        try:
+            out: Tensor = self._network(x, t)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return out
+
+
+def _operand(name: str, product: ProductQuant, operand: str, x: Tensor) -> Tensor:
+    return rounding(name, getattr(product, operand))(x)
+
+
+def _with_grids(
+    plan: QuantPlan, reaches: Mapping[tuple[str, str], Sequence[Reach]], config: ActivationConfig
+) -> QuantPlan:
+    """Return the plan with grids over `reaches`, one for each of its steps."""
+    layers = {
+        name: replace(layer, input=ranges.grid(reaches[name, "input"], config.bits, symmetric=config.symmetric))
+        for name, layer in plan.layers.items()
+    }
+    products = {
+        name: ProductQuant(**{o: ranges.operand_grid(reaches[name, o], o, config.bits) for o in OPERANDS})
+        for name in plan.products
+    }
+    return replace(plan, layers=layers, products=products)
