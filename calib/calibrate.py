@@ -13,30 +13,29 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib import activations, affine, blocks, checkpoint, gptq, mixed, omega, ranges, reconstruct, temporal
+from calib import affine, blocks, checkpoint, dynamic, mixed, omega, ranges, temporal
 from calib import config as configs
-from calib.activations import Learned
 from calib.attention import OPERANDS
-from calib.blocks import Block, BlockIO
+from calib.blocks import Block
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
 from calib.cost import FLOAT_BITS
 from calib.data import CalibrationSet, Split, split
 from calib.errors import CalibError
 from calib.fakequant import round_input
+from calib.fitting import Job, calibrate_block
 from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
 from calib.mixed import Assignment
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.ranges import Reach
-from calib.reconstruct import BlockResult, LayerWeight
+from calib.reconstruct import BlockResult
 from calib.recording import recorder
 from calib.selection import select
 from calib.streams import stream
@@ -86,7 +85,7 @@ def calibrate(
     w = config.weight
     scales = {n: affine.search_weight_scale(_weight(model, n), bits[n], w.norm, w.candidates) for n in quantized}
     network = copy.deepcopy(model)
-    job = _Job(
+    job = Job(
         model=model,
         network=network,
         scales=scales,
@@ -102,6 +101,8 @@ def calibrate(
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
     grids = {name: grid for state in states for name, grid in state.grids.items()}
+    if config.activation.sizes != "ranges":
+        grids = dynamic.step_grids(network, quantized, data, config.activation, timesteps, config.seed)
     seen = _reaches(job, quantized, products, data)
     return QuantPlan(
         layers={
@@ -122,21 +123,6 @@ def calibrate(
         sensitivity=given.errors,
         surgery=surgery,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What the calibration of every block needs: the float `model`, and the `network` that is quantized in place."""
-
-    model: nn.Module
-    network: nn.Module
-    scales: Mapping[str, Tensor]
-    bits: Mapping[str, int]
-    subset: Split
-    config: QuantConfig
-    key: str
-    folder: Path | None
-    meter: Meter
 
 
 def _bits(
@@ -181,7 +167,7 @@ def weight_samples(data: CalibrationSet, config: QuantConfig, model: nn.Module) 
     )
 
 
-def _calibrate_blocks(job: _Job, order: Sequence[Block]) -> list[BlockState]:
+def _calibrate_blocks(job: Job, order: Sequence[Block]) -> list[BlockState]:
     """Calibrate the blocks in order, or take them from the folder."""
     states: list[BlockState] = []
     scores = _first_scores(job)
@@ -196,7 +182,7 @@ def _calibrate_blocks(job: _Job, order: Sequence[Block]) -> list[BlockState]:
                 with job.meter.phase("record"):
                     io = recording.record(block)
                 tick = job.meter.block(i, block.name, job.config.reconstruction.passes)
-                state = _calibrate_block(job, block, io, scores, tick)
+                state = calibrate_block(job, block, io, scores, tick)
                 if job.folder:
                     checkpoint.save_block(job.folder, i, job.key, state)
             _put(job.network, state.codes, job.scales)
@@ -210,80 +196,8 @@ def _calibrate_blocks(job: _Job, order: Sequence[Block]) -> list[BlockState]:
     return states
 
 
-def _calibrate_block(
-    job: _Job, block: Block, io: BlockIO, scores: Tensor, on_iteration: Callable[[int], None]
-) -> BlockState:
-    """Align, reconstruct and harden one block.
-
-    Each part draws from a stream of its own, so that rules of omega are compared on the same mini-batches.
-    """
-    config, meter, r = job.config, job.meter, job.config.reconstruction
-    module = job.network.get_submodule(block.name) if block.module is None else block.module
-    layers = reconstruct.layer_weights(module, block, job.scales, job.bits)
-    train, validation = io.part(job.subset.train), io.part(job.subset.validation)
-    with meter.phase("start"):
-        logits = gptq.first_logits(config, block.name, module, layers, train)
-    loss = reconstruct.per_sample_loss(module, layers)
-    if train.reference is not None and r.fine:
-        loss = reconstruct.fine_loss(module, job.model.get_submodule(block.name), layers, r.fine)
-    learned = _first_grids(job, block, module, train) if r.activations == "qdrop" else []
-    with meter.phase("meta"):
-        drawn = stream(config.seed, block.name, "meta")
-        scores = omega.align(loss, logits, train, validation, job.subset.group, scores, config.omega, drawn)
-    with meter.phase("fit"), activations.rounding(module, learned, r.drop, stream(config.seed, block.name, "drop")):
-        drawn, steps = stream(config.seed, block.name, "fit"), [grid.step for grid in learned]
-        logits = reconstruct.fit(loss, logits, train, scores, config.omega, r, drawn, on_iteration, steps)
-    with meter.phase("decide"), activations.rounding(module, learned):
-        codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
-    if r.activations == "lsq":
-        with meter.phase("activations"):
-            learned = _grids_after(job, block, module, layers, codes, train, on_iteration)
-    grids = {name: grid.grid for grid in learned for name in block.layers if block.inner(name) in grid.layers}
-    return BlockState(codes=dict(zip(block.layers, codes, strict=True)), grids=grids, scores=scores, result=result)
-
-
-def _first_grids(job: _Job, block: Block, module: nn.Module, io: BlockIO) -> list[Learned]:
-    """Return the grids that a block's layers start from; none for a part that the network does not have as a module."""
-    if block.module is not None:
-        return []
-    inner = [block.inner(name) for name in block.layers]
-    drawn = stream(job.config.seed, block.name, "activations")
-    return activations.first_grids(module, inner, io, job.config.activation, drawn)
-
-
-def _grids_after(
-    job: _Job,
-    block: Block,
-    module: nn.Module,
-    layers: Sequence[LayerWeight],
-    codes: Sequence[Tensor],
-    io: BlockIO,
-    on_iteration: Callable[[int], None],
-) -> list[Learned]:
-    """Learn the block's activation grids with its weights rounded, on inputs of the float network (Q-Diffusion)."""
-    if io.reference is None:
-        return []
-    config, r = job.config, job.config.reconstruction
-    io = replace(io, inputs=io.reference)
-    learned = _first_grids(job, block, module, io)
-    fixed = [affine.dequantize_weight(c, w.scale) for c, w in zip(codes, layers, strict=True)]
-    with activations.rounding(module, learned):
-        reconstruct.fit(
-            lambda _, part: reconstruct.block_loss(module, layers, fixed, part),
-            [],
-            io,
-            torch.zeros(len(io), dtype=torch.float64),
-            config.omega,
-            replace(r, iterations=r.activation_iterations),
-            stream(config.seed, block.name, "lsq"),
-            lambda done: on_iteration(r.iterations + done),
-            [grid.step for grid in learned],
-        )
-    return learned
-
-
 def _reaches(
-    job: _Job, layers: Sequence[str], products: Sequence[str], data: CalibrationSet
+    job: Job, layers: Sequence[str], products: Sequence[str], data: CalibrationSet
 ) -> dict[tuple[str, str], tuple[Reach, ...]]:
     """Return what `ranges.observe` sees of the network once its weights are quantized."""
     activation = job.config.activation
@@ -293,7 +207,7 @@ def _reaches(
         return ranges.observe(job.network, layers, products, data, batches, activation, tick)
 
 
-def _first_scores(job: _Job) -> Tensor:
+def _first_scores(job: Job) -> Tensor:
     return omega.initial_scores(job.config.omega, len(job.subset.train), stream(job.config.seed, "scores"))
 
 

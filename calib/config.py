@@ -35,6 +35,7 @@ class ActivationConfig:
     per_step: bool = False  # a grid for each sampling step (TFMQ-DM's finite set calibration)
     symmetric: bool = False  # or else a grid lies where the values do, if that makes it much finer
     batch: int = 16
+    sizes: str = "ranges"  # of `per_step` grids: from the ranges, or learned, by a "network" of t or in "groups"
     trajectory: str = "float"  # whose x_t are observed: the float network's or, step by step, the "quantized" one's
     batches: int | None = None  # None = every collected sample once; split evenly over the steps if `per_step`
 
@@ -141,6 +142,7 @@ class QuantConfig:
     surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
     convention: str = "deploy"  # which layers stay float: see calib.layers.CONVENTIONS
     keep_float: tuple[str, ...] = ()  # shell patterns of further layer names
+    rounds: int = 1  # calibrations; those after the first on what the network quantized by the one before draws
     weight_steps: int = 20  # as many samples as this many sampling steps have calibrate weights
     micro_batch: int = 16  # samples per forward pass when recording; fixed, since it decides the last bits
     seed: int = 0
@@ -156,14 +158,16 @@ class QuantConfig:
             ("rounding start", self.reconstruction.start, ROUNDING_STARTS),
             ("activations in reconstruction", self.reconstruction.activations, RECONSTRUCTION_ACTIVATIONS),
             ("correction", self.correction.rule, CORRECTIONS),
+            ("sizes of steps", self.activation.sizes, STEP_SIZES),
             ("trajectory", self.activation.trajectory, TRAJECTORIES),
             ("selection rule", self.selection.rule, SELECTIONS),
             ("unit of a budget", self.mixed.unit, BUDGET_UNITS),
         ):
             if value not in known:
                 raise CalibError(f"Unknown {what} {value!r}. Choose one of {sorted(known)}.")
-        if self.activation.trajectory == "quantized" and not self.activation.per_step:
-            raise CalibError("Ranges on the quantized network's own trajectory are of each step: ask for those too.")
+        special = self.activation.trajectory != "float" or self.activation.sizes != "ranges"
+        if special and not self.activation.per_step:
+            raise CalibError("Grids on the quantized trajectory, or of learned sizes, are of each step: ask for those.")
         if wrong := [bits for bits in self.mixed.choices if bits not in (*BITS, 32)]:
             raise CalibError(f"Found {wrong[0]} among the bits to choose from; choose {BITS[0]} to {BITS[-1]}, or 32.")
         if self.activation.per_step and self.reconstruction.activations != "float":
@@ -179,6 +183,7 @@ RANGE_RULES = ("ema", "minmax")
 ROUNDING_STARTS = ("float", "gptq")
 RECONSTRUCTION_ACTIVATIONS = ("float", "qdrop", "lsq")
 CORRECTIONS = ("none", "ptqd", "tac")
+STEP_SIZES = ("ranges", "network", "groups")
 TRAJECTORIES = ("float", "quantized")
 BUDGET_UNITS = ("bits", "MB", "Gbit-ops")
 SELECTIONS = ("uniform", "gaussian", "density")

@@ -22,7 +22,6 @@ from safetensors.torch import save
 
 from calib import config as configs
 from calib import cost
-from calib.calibrate import calibrate
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
@@ -33,7 +32,7 @@ from calib.surgery import operate
 from gaq_export import quality
 from gaq_export.comparison import Cell, Comparison, claim, collected, version
 from gaq_export.errors import GaqError
-from gaq_export.finishing import finish
+from gaq_export.learning import learn
 from gaq_export.models import LoadedModel
 
 SHOWN = 8  # images that are kept to be looked at
@@ -115,9 +114,7 @@ def plan_at(
     are, rather than old scales stretched, because a scale in float32 no longer has every bit of its magnitude.
     """
     config = dataclasses.replace(config, activation=dataclasses.replace(config.activation, bits=abits))
-    timesteps = model.schedule.num_train
-    plan = calibrate(model.network, data, config, timesteps=timesteps, folder=folder, on_progress=on_progress)
-    return finish(model, plan, model.spec.sampler, data)
+    return learn(model, data, config, model.spec.sampler, folder=folder, on_progress=on_progress)
 
 
 def _measure(bench: Comparison, cell: Cell) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import engines
 from calib import config as configs
-from calib.calibrate import calibrate as quantize
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
@@ -25,7 +24,7 @@ from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
 from gaq_export.errors import GaqError
-from gaq_export.finishing import finish
+from gaq_export.learning import learn
 from gaq_export.models import LoadedModel, load_model, wrap
 from gaq_export.presets import Preset, preset
 from gaq_export.run import Run
@@ -87,16 +86,16 @@ def calibrate(
         phases.update(progress.seconds)
         on_progress(progress)
 
-    plan = quantize(
-        model.network,
+    plan = learn(
+        model,
         data,
         chosen.config,
-        timesteps=model.schedule.num_train,
+        spec,
         about=about,
         folder=run.blocks,
         on_progress=keep,
+        on_step=on_correct,
     )
-    plan = finish(model, plan, spec, data, on_correct)
     save_plan(plan, run.plan)
     runs.note(
         run,

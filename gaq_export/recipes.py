@@ -72,6 +72,21 @@ def _eda_dm(config: QuantConfig) -> QuantConfig:
     return replace(_adaround(config), reconstruction=fine, selection=replace(config.selection, rule="density"))
 
 
+def _tcaq(config: QuantConfig) -> QuantConfig:
+    fewer = replace(config.reconstruction, iterations=max(1, config.reconstruction.iterations // 2))
+    rounds = replace(_adaround(config), reconstruction=fewer, rounds=2)
+    per_step = replace(config.activation, per_step=True)
+    return replace(rounds, activation=per_step, surgery=replace(config.surgery, scale_channels=8.0))
+
+
+def _tdq(config: QuantConfig) -> QuantConfig:
+    return replace(_adaround(config), activation=replace(config.activation, per_step=True, sizes="network"))
+
+
+def _adp(config: QuantConfig) -> QuantConfig:
+    return replace(_adaround(config), activation=replace(config.activation, per_step=True, sizes="groups"))
+
+
 def _pcr(config: QuantConfig) -> QuantConfig:
     on_its_own = replace(config.activation, per_step=True, trajectory="quantized")
     return replace(_adaround(config), activation=on_its_own)
@@ -86,6 +101,9 @@ RECIPES: dict[str, Recipe] = {
     "q-diffusion": Recipe("shortcuts in two, activation grids learned after rounding (arXiv 2302.04304)", _q_diffusion),
     "ptqd": Recipe("adaround, and the noise's correlated error, bias and variance corrected (arXiv 2305.10657)", _ptqd),
     "eda-dm": Recipe("qdrop with fine-grained loss, on dense and various steps (EDA-DM, arXiv 2401.04585)", _eda_dm),
+    "tcaq": Recipe("channels of like range, two rounds, a grid for each step (TCAQ-DM, arXiv 2412.16700)", _tcaq),
+    "tdq": Recipe("a grid for each step, its size given by a small network of t (TDQ, arXiv 2306.02316)", _tdq),
+    "adp": Recipe("grids for groups of steps, the assignment learned (after ADP-DM, arXiv 2305.18723)", _adp),
     "pcr": Recipe("a grid for each step, on what the quantized network draws (PCR, arXiv 2311.06322)", _pcr),
     "tac": Recipe("adaround, and each step's noise and drift corrected (TAC-Diffusion, arXiv 2407.03917)", _tac),
     "tfmq": Recipe("the temporal block on its own, a grid for each step (TFMQ-DM, arXiv 2311.16503)", _tfmq),

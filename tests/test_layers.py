@@ -24,7 +24,7 @@ ORDER = (
     "run",
     "collect",
     "corrections",
-    "finishing",
+    "learning",
     "onnx_export",
     "double",
     "graph_writer",

@@ -1,0 +1,152 @@
+"""Step sizes of each sampling step, learned from the values a layer sees there; all are known before sampling starts.
+
+Legend: t timestep, s(t) step size, x the values seen at t, Q_s(x) = s clamp(round(x / s)), phi(t) sines and cosines.
+
+    network   s(t) = s_0 exp(f(phi(t))), f a small perceptron (TDQ, arXiv 2306.02316): steps near each other share
+              what they know, and steps that were not calibrated get a size too
+    groups    s(t) = s_g(t): G sizes for all steps, and an assignment g that is learned as probabilities,
+              x_hat = sum_g softmax(a_t)_g Q_{s_g}(x), with a penalty on their entropy (after ADP-DM, arXiv 2305.18723)
+
+Both minimise the mean of |x - x_hat|^2 / |x|^2 over the steps, rounding passed through as in LSQ. ADP-DM groups
+channels as well, for which no integer convolution has scales; here a step is grouped as a whole.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.affine import integer_range
+from calib.config import ActivationConfig
+from calib.data import CalibrationSet
+from calib.plan import Grid
+from calib.streams import stream
+
+VALUES, IMAGES = 2048, 16  # of a layer at each step, from as many images
+ITERATIONS, RATE = 300, 0.02
+FREQUENCIES, HIDDEN = 8, 16  # of `network`
+GROUPS, ENTROPY = 8, 0.01  # of `groups`
+
+
+def step_grids(
+    model: nn.Module,
+    layers: Sequence[str],
+    data: CalibrationSet,
+    config: ActivationConfig,
+    num_train: int,
+    seed: int,
+) -> dict[str, Grid]:
+    """Return the input grid of every layer, symmetric, one step size for each timestep in `data`, rising.
+
+    Args:
+        model: its weights quantized.
+        layers: names.
+        data: what the float network saw.
+        config: bits, and which rule.
+        num_train: number of training timesteps.
+        seed: of everything drawn.
+    """
+    t = torch.unique(data.t)
+    seen = sample_values(model, layers, data, seed)
+    grids = {}
+    for name in layers:
+        sizes = RULES[config.sizes](seen[name], t / num_train, config.bits, stream(seed, name, "sizes"))
+        most = float(sizes.max())
+        grids[name] = Grid(
+            scale=most, bits=config.bits, zero=(0,) * len(t), ratio=tuple((sizes / torch.tensor(most)).tolist())
+        )
+    return grids
+
+
+def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet, seed: int) -> dict[str, Tensor]:
+    """Return VALUES values of every layer's input at every step, by rising timestep, (S, VALUES)."""
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    seen: dict[str, Tensor] = {}
+    drawn = stream(seed, "values")
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            before = [seen[name]] if name in seen else []  # by an earlier call in this pass
+            seen[name] = torch.cat([*before, args[0].flatten()])
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    try:
+        for t in torch.unique(data.t):
+            index = (data.t == t).nonzero()[:IMAGES, 0]
+            seen.clear()
+            with torch.no_grad():
+                model(data.x[index], data.t[index])
+            for name in layers:
+                found[name].append(seen[name][torch.randint(len(seen[name]), (VALUES,), generator=drawn)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def network(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+    """Return s(t) (S,) by a perceptron.
+
+    Args:
+        values: (S, K) what was seen.
+        t: (S,) in [0, 1).
+        bits: width of the grid.
+        generator: draws the perceptron's first weights.
+    """
+    angles = math.pi * t[:, None] * 2.0 ** torch.arange(FREQUENCIES)  # (S, F)
+    phi = torch.cat([angles.sin(), angles.cos()], 1)
+    into = (torch.randn(2 * FREQUENCIES, HIDDEN, generator=generator) / (2 * FREQUENCIES) ** 0.5).requires_grad_()
+    bias, out = torch.zeros(HIDDEN, requires_grad=True), torch.zeros(HIDDEN, requires_grad=True)
+    first = _first_size(values, bits).log().mean().clone().requires_grad_()
+
+    def sizes() -> Tensor:
+        return (first + nn.functional.silu(phi @ into + bias) @ out).exp()
+
+    _descend([into, bias, out, first], lambda: _error(values, _rounded(values, sizes()[:, None], bits)))
+    return sizes().detach()
+
+
+def groups(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+    """Return s(t) (S,), at most GROUPS different ones; arguments as for `network`."""
+    start = _first_size(values, bits).log()
+    logs = torch.quantile(start, torch.linspace(0.05, 0.95, GROUPS)).requires_grad_()
+    scores = (-(start[:, None] - logs.detach()).abs()).clone().requires_grad_()
+
+    def objective() -> Tensor:
+        shares = torch.softmax(scores, 1)  # (S, G)
+        mixed = sum(shares[:, g, None] * _rounded(values, logs[g].exp(), bits) for g in range(GROUPS))
+        entropy = -(shares * shares.clamp(min=1e-12).log()).sum(1).mean()
+        return _error(values, mixed) + ENTROPY * entropy
+
+    _descend([logs, scores], objective)
+    return logs.detach().exp()[scores.argmax(1)]
+
+
+def _first_size(values: Tensor, bits: int) -> Tensor:
+    """Return the step size (S,) whose grid reaches each step's largest value."""
+    return values.abs().amax(1).clamp(min=1e-6) / integer_range(bits)[1]
+
+
+def _rounded(values: Tensor, size: Tensor, bits: int) -> Tensor:
+    low, high = integer_range(bits)
+    codes = values / size
+    return (codes + (torch.round(codes) - codes).detach()).clamp(low, high) * size
+
+
+def _error(values: Tensor, rounded: Tensor | int) -> Tensor:
+    return ((values - rounded).square().mean(1) / values.square().mean(1).clamp(min=1e-12)).mean()
+
+
+def _descend(parameters: Sequence[Tensor], objective: Callable[[], Tensor]) -> None:
+    optimiser = torch.optim.Adam(parameters, lr=RATE)
+    for _ in range(ITERATIONS):
+        optimiser.zero_grad()
+        torch.autograd.backward(objective())
+        optimiser.step()
+
+
+RULES: Mapping[str, Callable[[Tensor, Tensor, int, torch.Generator], Tensor]] = {"network": network, "groups": groups}

@@ -1,0 +1,86 @@
+"""From trajectories to a finished plan: calibrate, again on what the quantized network draws, measure what is left.
+
+Rounds after the first collect a new calibration set with the quantized network in place of the float one, and
+reconstruct on that (progressive alignment, TCAQ-DM, arXiv 2412.16700): what blocks see when they are fitted is then
+what they will see in use.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib.calibrate import calibrate
+from calib.config import QuantConfig
+from calib.data import CalibrationSet
+from calib.fakequant import fake_quantized
+from calib.plan import QuantPlan
+from calib.progress import Progress
+from calib.progressive import Progressive
+from gaq_export import corrections, samplers
+from gaq_export.collect import collect, image_seed
+from gaq_export.models import LoadedModel
+from gaq_export.schedule import SamplerSpec
+
+Told = Callable[[int, int], None]
+
+
+def learn(
+    model: LoadedModel,
+    data: CalibrationSet,
+    config: QuantConfig,
+    spec: SamplerSpec,
+    *,
+    about: Mapping[str, Any] | None = None,
+    folder: Path,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_step: Told = lambda done, total: None,
+) -> QuantPlan:
+    """Return the plan that the config asks for.
+
+    Args:
+        model: the float model.
+        data: what it saw at each of the sampler's steps.
+        config: everything else.
+        spec: the sampler.
+        about: copied into the plan.
+        folder: finished blocks are kept here, those of later rounds in folders beside it.
+        on_progress: told after every iteration and block.
+        on_step: told how many sampling steps something was measured at, of how many.
+    """
+    images = int(torch.bincount(data.step)[0])
+    own, plan = data, None
+    for k in range(config.rounds):
+        place = folder if k == 0 else folder.with_name(f"{folder.name}-round-{k + 1}")
+        if plan is not None:
+            drawing = replace(model, unet=fake_quantized(model.network, plan))
+            own = collect(drawing, spec, images=images, seed=config.seed, on_step=on_step)
+        plan = calibrate(
+            model.network,
+            own,
+            config,
+            timesteps=model.schedule.num_train,
+            about=about,
+            folder=place,
+            on_progress=on_progress,
+        )
+    assert plan is not None
+    return _finish(model, plan, spec, data, on_step)
+
+
+def _finish(model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, data: CalibrationSet, on_step: Told) -> QuantPlan:
+    """Return the plan with what is measured along the sampler: ranges on its own trajectory, corrections."""
+    config = plan.config
+    if config.activation.trajectory == "quantized":
+        network = Progressive(model.network, plan)
+        seeds = [image_seed(config.seed, i) for i in range(int(torch.bincount(data.step)[0]))]
+        samplers.run(
+            network, seeds, model.shape, model.schedule, spec, lambda step, x, t: on_step(step + 1, spec.steps)
+        )
+        plan = network.plan
+    if config.correction.rule != "none":
+        fake = fake_quantized(model.network, plan)
+        plan = replace(plan, correction=corrections.measure(model, fake, spec, data, config, on_step))
+    return plan
