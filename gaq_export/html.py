@@ -24,6 +24,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 1.25rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .75rem; overflow-x: auto; }
 .card svg { display: block; width: 100%; min-width: 34rem; height: auto; }
+.card img { display: block; max-width: 100%; height: auto; }
 figcaption { margin-top: .6rem; }
 details { margin: .75rem 0; font-size: .9rem; }
 summary { cursor: pointer; }

@@ -263,6 +263,8 @@ def curves(
     means = {row: np.mean([m.steps_db for m in seeds.values()], axis=0) for row, seeds in table.items()}
     figure = Figure(figsize=(8, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
+    if len(means) > 10:  # more than the default has colours
+        upper.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for row, values in means.items():
         style = "--" if row == baseline else "-"
         (line,) = upper.plot(values, style, label=row, linewidth=1.2)
