@@ -24,8 +24,8 @@ from calib.data import CalibrationSet
 from calib.plan import Grid
 from calib.streams import stream
 
-VALUES, IMAGES = 2048, 16  # of a layer at each step, from as many images
-ITERATIONS, RATE = 300, 0.02
+VALUES, IMAGES = 512, 16  # of a layer at each step, from as many images
+ITERATIONS, RATE = 150, 0.03
 FREQUENCIES, HIDDEN = 8, 16  # of `network`
 GROUPS, ENTROPY = 8, 0.01  # of `groups`
 

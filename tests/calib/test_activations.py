@@ -138,7 +138,7 @@ def test_the_fine_loss_adds_those_of_the_layers_but_the_last(net: nn.Module, rec
     names, float_block = ("second.a", "second.b", "second.out"), _Pair()
     block = Block(name="second", layers=names)
     scales = {name: torch.full((4,), 0.1) for name in names}
-    layers = reconstruct.layer_weights(net.second, block, scales, 4)
+    layers = reconstruct.layer_weights(net.second, block, scales, dict.fromkeys(names, 4))
     logits = [torch.zeros_like(w.weight) for w in layers]
     plain = reconstruct.per_sample_loss(net.second, layers)(logits, io)
     found = reconstruct.fine_loss(net.second, float_block, layers, 0.5)(logits, io)
