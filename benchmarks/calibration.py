@@ -3,8 +3,9 @@ r"""What is each calibration ingredient worth? One row each: from plain rounding
     python benchmarks/calibration.py --model ddpm-mnist --data mnist_70k.npz --folder bench-calibration \
         --out docs/results/calibration-ddpm-mnist.md
 
-Every row is calibrated at every seed and weight width and judged on the same images (`quality.py`); results gather in
-the folder, where the same command continues after an interruption. `--report-only` writes the page from what is there.
+Every row is calibrated at every seed and weight width and judged on the same images (`gaq_export/quality.py`); results
+gather in the folder, where the same command continues after an interruption. `--report-only` writes the page from what
+is there.
 """
 
 import dataclasses

@@ -118,7 +118,7 @@ def groups(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> 
 
     def objective() -> Tensor:
         shares = torch.softmax(scores, 1)  # (S, G)
-        mixed = sum(shares[:, g, None] * _rounded(values, logs[g].exp(), bits) for g in range(GROUPS))
+        mixed = (shares[:, None] * _rounded(values[..., None], logs.exp(), bits)).sum(2)  # (S, K, G) -> (S, K)
         entropy = -(shares * shares.clamp(min=1e-12).log()).sum(1).mean()
         return _error(values, mixed) + ENTROPY * entropy
 
@@ -137,7 +137,7 @@ def _rounded(values: Tensor, size: Tensor, bits: int) -> Tensor:
     return (codes + (torch.round(codes) - codes).detach()).clamp(low, high) * size
 
 
-def _error(values: Tensor, rounded: Tensor | int) -> Tensor:
+def _error(values: Tensor, rounded: Tensor) -> Tensor:
     return ((values - rounded).square().mean(1) / values.square().mean(1).clamp(min=1e-12)).mean()
 
 

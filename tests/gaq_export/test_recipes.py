@@ -1,23 +1,38 @@
-"""Every recipe's plan becomes an engine: checked against PyTorch on OpenVINO, all of it INT8 x INT8 on TensorRT-RTX."""
+"""Every form of plan that recipes make becomes an engine: what PyTorch computes on OpenVINO, all INT8 on TensorRT-RTX.
+
+Recipes whose plans differ in their numbers alone, not in what a graph has to hold, are tried once.
+"""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from calib.config import QuantConfig
 from calib.plan import load_plan
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
 from gaq_export.building import Built
 from gaq_export.models import LoadedModel
-from gaq_export.recipes import RECIPES
+from gaq_export.recipes import RECIPES, find_recipe
+from gaq_export.schedule import SamplerSpec
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+def form(name: str) -> tuple[object, ...]:
+    """Return what of a recipe decides the form of its plan."""
+    c = find_recipe(name).apply(QuantConfig())
+    return c.convention, c.surgery, c.activation.per_step, c.activation.symmetric, c.correction.rule, c.activation.sizes
+
+
+FORMS = {form(name): name for name in RECIPES}
+
+
+@pytest.fixture(scope="module", params=FORMS.values())
 def folder(request, tiny_model: LoadedModel, tmp_path_factory) -> Path:
     """The run folder of one recipe."""
     made: Path = tmp_path_factory.mktemp(request.param)
-    pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe=request.param), folder=made)
+    chosen, sampler = pipeline.preset("tiny", recipe=request.param), SamplerSpec(steps=4)
+    pipeline.calibrate(tiny_model, chosen, folder=made, sampler=sampler)
     return made
 
 
