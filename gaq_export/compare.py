@@ -96,8 +96,8 @@ def write_pages(bench: Comparison, command: str, pages: Pages) -> None:
     head = f"Recipes for {bench.model.spec.name}"
     shown = _columns(bench)
     said = tables.conditions(bench, shown)
-    lines = [f"# {head}", "", f"    {command}", "", *said, "", "Recipes:", ""]
-    lines += [f"- `{name}`: {RECIPES[name].description}." for name in bench.rows]
+    recipes = [f"- {name}: {RECIPES[name].description}." for name in bench.rows]
+    lines = [f"# {head}", "", f"    {command}", "", *said, "", "Recipes:", "", *recipes]
     sections = []
     for w, a in bench.bits:
         found, setting = table_at(bench, w, a), f"W{w}A{a}"
@@ -117,8 +117,11 @@ def write_pages(bench: Comparison, command: str, pages: Pages) -> None:
         lines += ["", f"![Images from the same noise]({figure.name}.png)"] if grid else []
         sections.append(_section(bench, found, setting, shown, figure, grid=grid))
     lines += tables.still_missing(bench)
-    header = f'<header>\n<p class="kicker">Which recipe?</p>\n<h1>{escape(head)}</h1>\n<pre>{escape(command)}</pre>\n'
-    header += "".join(html.text(line.removeprefix("- ")) for line in said) + "</header>"
+    told = "".join(html.text(line.removeprefix("- ")) for line in (*said, *recipes))
+    header = (
+        f'<header>\n<p class="kicker">Which recipe?</p>\n<h1>{escape(head)}</h1>\n<pre>{escape(command)}</pre>\n'
+        f"<details><summary>How this was measured, and what the recipes are</summary>\n{told}</details>\n</header>"
+    )
     write_atomically(pages.markdown, ("\n".join(lines) + "\n").encode())
     write_atomically(pages.html, html.document(head, header, sections).encode())
 
