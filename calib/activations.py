@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calib import ranges
-from calib.affine import integer_range
+from calib.affine import integer_range, round_through
 from calib.blocks import BlockIO
 from calib.config import ActivationConfig
 from calib.plan import Grid
@@ -118,6 +118,5 @@ def _dropped(x: Tensor, grid: Learned, drop: float, generator: torch.Generator |
 def learnable_round(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """Round `x` to `grid` with another `step` (), differentiable in both."""
     low, high = integer_range(grid.bits)
-    codes = x / step + grid.zero[0]
-    codes = (codes + (torch.round(codes) - codes).detach()).clamp(low, high)
+    codes = round_through(x / step + grid.zero[0]).clamp(low, high)
     return (codes - grid.zero[0]) * step

@@ -45,6 +45,11 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, shift: Tensor | None = No
     return torch.round((x + shift) / scale).clamp(low, high) * scale - shift
 
 
+def round_through(x: Tensor) -> Tensor:
+    """Round to whole numbers, with the derivative of doing nothing."""
+    return x + (torch.round(x) - x).detach()
+
+
 def round_float8(x: Tensor) -> Tensor:
     """Round to the nearest E4M3 number, in the dtype of `x`; what lies beyond the largest becomes it."""
     return x.clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.affine import integer_range
+from calib.affine import integer_range, round_through
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
 from calib.plan import Grid
@@ -133,8 +133,7 @@ def _first_size(values: Tensor, bits: int) -> Tensor:
 
 def _rounded(values: Tensor, size: Tensor, bits: int) -> Tensor:
     low, high = integer_range(bits)
-    codes = values / size
-    return (codes + (torch.round(codes) - codes).detach()).clamp(low, high) * size
+    return round_through(values / size).clamp(low, high) * size
 
 
 def _error(values: Tensor, rounded: Tensor) -> Tensor:
