@@ -76,7 +76,8 @@ def _skip_slices(graph: ir.Graph) -> None:
             if part is None or not isinstance(size, int):
                 break
             begin, end = end, end + size
-            if int(bounds[0][0]) == begin and (int(bounds[1][0]) == end or part is joined.inputs[-1]):
+            last = int(bounds[1][0])
+            if int(bounds[0][0]) == begin and (last == end or (part is joined.inputs[-1] and last > end)):
                 ir.convenience.replace_all_uses_with(node.outputs[0], part)
                 graph.remove(node, safe=True)
                 break

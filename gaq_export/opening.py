@@ -45,7 +45,8 @@ def _open_norm(node: ir.Node, write: GraphWriter) -> None:
         image = flattened.inputs[0]
     else:
         flattened = None
-    if _image_size(image) is None:
+    size = _image_size(image)
+    if size is None or _channels(source) != size[0]:
         return
     name = f"{node.name}.open"
     factor, offset = _factor_and_offset(node, image, write)
@@ -94,12 +95,13 @@ def _open_passage(node: ir.Node, write: GraphWriter) -> None:
     assert source is not None
     before, after = source.producer(), uses[0].node
     image = before.inputs[0] if before is not None and before.op_type == "Reshape" else None
-    if after.op_type == "Reshape" and len(uses) == 1 and (size := _image_size(after.outputs[0])):
+    size = _image_size(after.outputs[0]) if after.op_type == "Reshape" and len(uses) == 1 else None
+    if size is not None and _channels(node.outputs[0]) == size[0]:
         shape = write.constant(f"{node.name}.image", np.array([0, *size[1:], size[0]], dtype=np.int64))
         nhwc = write.node("Reshape", [source, shape], f"{node.name}.nhwc")
         nchw = write.node("Transpose", [nhwc], f"{node.name}.nchw", attributes={"perm": [0, 3, 1, 2]})
         write.replace(after, nchw)
-    elif image is not None and (size := _image_size(image)):
+    elif image is not None and (size := _image_size(image)) and _channels(source) == size[0]:
         nhwc = write.node("Transpose", [image], f"{node.name}.nhwc", attributes={"perm": [0, 2, 3, 1]})
         shape = write.constant(f"{node.name}.tokens", np.array([0, -1, size[0]], dtype=np.int64))
         write.replace(node, write.node("Reshape", [nhwc, shape], f"{node.name}.flat"))
@@ -123,6 +125,12 @@ def _open_silu(node: ir.Node, write: GraphWriter) -> None:
     negative = write.node("Mul", [x, minus], f"{node.name}.negative")
     below = write.node("Sub", [minus, write.node("Exp", [negative], f"{node.name}.power")], f"{node.name}.below")
     write.replace(product, write.node("Div", [negative, below], f"{node.name}.silu"))
+
+
+def _channels(value: ir.Value) -> int | None:
+    """Return the size of axis 1, if it is known: what was flattened has as many channels as the image."""
+    size = None if value.shape is None or len(value.shape) < 2 else value.shape[1]
+    return size if isinstance(size, int) else None
 
 
 def _image_size(value: ir.Value) -> tuple[int, int, int] | None:

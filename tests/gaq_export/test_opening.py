@@ -66,6 +66,21 @@ def test_norms(groups: int, x: Tensor) -> None:
     assert torch.allclose(found, expected, rtol=1e-2, atol=2e-2 if x.mean() > 50 else 1e-4)
 
 
+class _Rows(nn.Module):
+    """Regroups an image into rows that are not its channels, and cuts a part of a concatenation's part."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        wide = x.repeat(1, 8, 1, 1) * torch.arange(1.0, 9.0).reshape(1, 8, 1, 1)
+        rows = wide.reshape(-1, 48, 6).transpose(1, 2).reshape(-1, 2, 4, 36)
+        joined = torch.cat([rows, rows + 1], 1)[:, 2:3]  # half of its second part
+        return joined.reshape(-1, 1, 6, 24)[..., :6] + 0 * t.reshape(-1, 1, 1, 1)
+
+
+def test_what_only_looks_like_images_and_parts_is_left_alone() -> None:
+    *_, expected, found = _both(_Rows(), torch.randn(3, 1, 6, 6))
+    assert torch.equal(found, expected)
+
+
 def test_attention_and_silu() -> None:
     """Far from zero SiLU's exponential overflows, and still gives 0 there."""
     torch.manual_seed(0)
