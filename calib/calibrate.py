@@ -100,13 +100,19 @@ def calibrate(
     _put(network, codes, scales)
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
-    grids = {name: grid for state in states for name, grid in state.grids.items()}
+    grids: dict[str, tuple[Grid, ...]] = {name: (grid,) for state in states for name, grid in state.grids.items()}
     if config.activation.sizes != "ranges":
         grids = dynamic.step_grids(network, quantized, data, config.activation, timesteps, config.seed)
     seen = _reaches(job, quantized, products, data)
     return QuantPlan(
         layers={
-            n: _layer(codes[n], scales[n], bits[n], grids.get(n) or seen[n, "input"], seen[n, "output"], config)
+            n: _layer(
+                codes[n],
+                scales[n],
+                bits[n],
+                grids.get(n) or ranges.grids(seen[n, "input"], config.activation),
+                seen[n, "output"],
+            )
             for n in quantized
         },
         products={
@@ -119,7 +125,7 @@ def calibrate(
         config=config,
         about=dict(about or {}),
         num_train=timesteps,
-        timesteps=torch.unique(data.t) if config.activation.per_step else None,
+        timesteps=torch.unique(data.t) if config.activation.per_step or config.activation.narrower else None,
         sensitivity=given.errors,
         surgery=surgery,
     )
@@ -229,19 +235,16 @@ def _layer(
     codes: Tensor,
     scale: Tensor,
     bits: int,
-    inputs: Grid | Sequence[Reach],
+    inputs: Sequence[Grid],
     outputs: Sequence[Reach],
-    config: QuantConfig,
 ) -> LayerQuant:
-    """Put a layer together; its `inputs` are a grid that was learned, or how far they reach."""
-    activation = config.activation
-    if not isinstance(inputs, Grid):
-        inputs = ranges.grid(inputs, activation.bits, symmetric=activation.symmetric)
+    """Put a layer together; the first of its `inputs` is the widest grid."""
     return LayerQuant(
         codes=codes,
         weight_scale=scale,
         weight_bits=bits,
-        input=inputs,
+        input=inputs[0],
+        narrower=tuple(inputs[1:]),
         output_scale=ranges.scale_of(max(max(reach) for reach in outputs), 8),
     )
 

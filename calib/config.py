@@ -37,6 +37,8 @@ class ActivationConfig:
     batch: int = 16
     sizes: str = "ranges"  # of `per_step` grids: from the ranges, or learned, by a "network" of t or in "groups"
     trajectory: str = "float"  # whose x_t are observed: the float network's or, step by step, the "quantized" one's
+    narrower: tuple[int, ...] = ()  # widths that a step may take in place of `bits`, by calib.step_bits
+    wide_window: tuple[float, float] | None = None  # share of the sampling steps, from the noisiest, that keep `bits`
     batches: int | None = None  # None = every collected sample once; split evenly over the steps if `per_step`
 
 
@@ -168,6 +170,16 @@ class QuantConfig:
         special = self.activation.trajectory != "float" or self.activation.sizes != "ranges"
         if special and not self.activation.per_step:
             raise CalibError("Grids on the quantized trajectory, or of learned sizes, are of each step: ask for those.")
+        narrower, learned = self.activation.narrower, self.reconstruction.activations
+        if any(bits not in BITS or bits >= self.activation.bits for bits in narrower):
+            raise CalibError(
+                f"Found {list(narrower)} as activation bits beside {self.activation.bits}; choose {BITS[0]} to fewer."
+            )
+        if narrower and learned != "float":
+            raise CalibError(
+                f"Activation grids learned with the rounding ({learned!r}) have one width; give one, or learn the "
+                "rounding with float activations."
+            )
         if wrong := [bits for bits in self.mixed.choices if bits not in (*BITS, 32)]:
             raise CalibError(f"Found {wrong[0]} among the bits to choose from; choose {BITS[0]} to {BITS[-1]}, or 32.")
         if self.activation.per_step and self.reconstruction.activations != "float":

@@ -40,12 +40,19 @@ def layer_macs(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> dict
 
 
 def bit_operations(macs: Mapping[str, int], plan: QuantPlan) -> int:
-    """Return the sum over layers of multiplications times weight bits times activation bits, 32 where it is float."""
-    total = 0
+    """Return the sum over layers of multiplications times weight bits times activation bits, 32 where it is float.
+
+    Of a plan whose steps differ in activation bits it is their mean.
+    """
+    total, own = 0.0, plan.step_bits
     for name, count in macs.items():
         layer = plan.layers.get(name)
-        total += count * (FLOAT_BITS**2 if layer is None else layer.weight_bits * layer.input.bits)
-    return total
+        if layer is None:
+            total += count * FLOAT_BITS**2
+        else:
+            activation = layer.input.bits if own is None else sum(own.bits) / len(own.bits)
+            total += count * layer.weight_bits * activation
+    return round(total)
 
 
 def weight_bytes(model: nn.Module, plan: QuantPlan) -> int:

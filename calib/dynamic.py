@@ -37,8 +37,8 @@ def step_grids(
     config: ActivationConfig,
     num_train: int,
     seed: int,
-) -> dict[str, Grid]:
-    """Return the input grid of every layer, symmetric, one step size for each timestep in `data`, rising.
+) -> dict[str, tuple[Grid, ...]]:
+    """Return the input grids of every layer, the widest first, symmetric, a step size for each timestep, rising.
 
     Args:
         model: its weights quantized.
@@ -50,14 +50,13 @@ def step_grids(
     """
     t = torch.unique(data.t)
     seen = sample_values(model, layers, data, seed)
-    grids = {}
-    for name in layers:
-        sizes = RULES[config.sizes](seen[name], t / num_train, config.bits, stream(seed, name, "sizes"))
+
+    def grid(name: str, bits: int) -> Grid:
+        sizes = RULES[config.sizes](seen[name], t / num_train, bits, stream(seed, name, "sizes"))
         most = float(sizes.max())
-        grids[name] = Grid(
-            scale=most, bits=config.bits, zero=(0,) * len(t), ratio=tuple((sizes / torch.tensor(most)).tolist())
-        )
-    return grids
+        return Grid(scale=most, bits=bits, zero=(0,) * len(t), ratio=tuple((sizes / torch.tensor(most)).tolist()))
+
+    return {name: tuple(grid(name, bits) for bits in (config.bits, *config.narrower)) for name in layers}
 
 
 def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet, seed: int) -> dict[str, Tensor]:

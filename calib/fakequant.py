@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from calib.affine import dequantize_weight, fake_quantize, per_channel, round_float8
 from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
-from calib.plan import Grid, QuantPlan
+from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.ranges import nearest_step
 from calib.surgery import operate
 
@@ -51,7 +51,7 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
             codes = round_float8(layer.codes.float()) if float8 else layer.codes
             weight.copy_(dequantize_weight(codes, layer.weight_scale))
         if activations:
-            round_input(modules[name], name, layer.input, step, float8=float8)
+            _before(modules[name], _layer_rounding(name, layer, plan, step, float8=float8))
     if activations:
         for name, product in plan.products.items():
             rounded = {operand: rounding(name, getattr(product, operand), step, float8=float8) for operand in OPERANDS}
@@ -71,8 +71,27 @@ def round_input(
         step: filled, before each call of the network, with (N,), which of the grid's steps each sample belongs to.
         float8: to E4M3 numbers in place of integers.
     """
-    rounded = rounding(name, grid, step, float8=float8)
+    return _before(module, rounding(name, grid, step, float8=float8))
+
+
+def _before(module: nn.Module, rounded: Callable[[Tensor], Tensor]) -> RemovableHandle:
     return module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
+
+
+def _layer_rounding(
+    name: str, layer: LayerQuant, plan: QuantPlan, step: Sequence[Tensor], *, float8: bool
+) -> Callable[[Tensor], Tensor]:
+    """Return what rounds a layer's input, at each step to as many bits as the plan gives it."""
+    if plan.step_bits is None:
+        return rounding(name, layer.input, step, float8=float8)
+    by_width = {grid.bits: rounding(name, grid, step) for grid in (layer.input, *layer.narrower)}
+    bits = torch.tensor(plan.step_bits.bits)
+
+    def rounded(x: Tensor) -> Tensor:
+        own = per_channel(bits[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
+        return sum((torch.where(own == width, rounds(x), 0.0) for width, rounds in by_width.items()), torch.zeros(()))
+
+    return rounded
 
 
 def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:

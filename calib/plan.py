@@ -27,7 +27,7 @@ from calib.files import read_safetensors, write_atomically
 from calib.reconstruct import BlockResult
 from calib.surgery import Surgery
 
-FORMAT = 7
+FORMAT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class LayerQuant:
         weight_scale: (C,) float32.
         weight_bits: width of the weight grid, 2 to 8.
         input: the grid of the layer's input.
+        narrower: the same input's grids of fewer bits, for the steps that take those (`QuantPlan.step_bits`).
         output_scale: float32 value, 8-bit scale of the layer's output; only the `ort-cpu` profile uses it.
     """
 
@@ -71,6 +72,7 @@ class LayerQuant:
     weight_bits: int
     input: Grid
     output_scale: float
+    narrower: tuple[Grid, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,33 @@ class ProductQuant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepBits:
+    """How many bits the activations of each sampling step have, and why (`calib.step_bits`).
+
+    Attributes:
+        bits: (S,) by rising timestep.
+        required_db: (S,) signal over noise that a quantized network has to exceed there; () if that did not decide.
+        measured_db: (S,) what it has, by width; {} if that did not decide.
+    """
+
+    bits: tuple[int, ...]
+    required_db: tuple[float, ...] = ()
+    measured_db: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "StepBits":
+        """Read what `dataclasses.asdict` and JSON made of one."""
+        measured = {int(bits): tuple(row) for bits, row in fields["measured_db"].items()}
+        return cls(bits=tuple(fields["bits"]), required_db=tuple(fields["required_db"]), measured_db=measured)
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantPlan:
     """Everything an exporter needs, by module name; `about` says which model and sampler the plan belongs to.
 
-    `num_train` is the number of training timesteps. Where grids have a `ratio`, `timesteps` (S,) int64, rising, says
-    which timesteps its steps have; any other t takes the nearest one's (`calib.ranges.nearest_step`). `correction` is
+    `num_train` is the number of training timesteps. Where grids have a `ratio`, or activations `step_bits` of each
+    step's own, `timesteps` (S,) int64, rising, says which timesteps its steps have; any other t takes the nearest one's
+    (`calib.ranges.nearest_step`). `correction` is
     for the steps of the sampler in `about` and no other. `sensitivity`, of mixed precision, is the error of the noise
     with one layer alone quantized, by layer and weight bits (`calib.mixed`). Layers are those of the network as
     `surgery` rewrites it.
@@ -106,6 +130,7 @@ class QuantPlan:
     correction: Correction | None = None
     sensitivity: Mapping[str, Mapping[int, float]] | None = None
     surgery: Surgery = field(default_factory=Surgery)
+    step_bits: StepBits | None = None
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -140,6 +165,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
             "shape": list(q.codes.shape),
             "weight_bits": q.weight_bits,
             "input": dataclasses.asdict(q.input),
+            "narrower": [dataclasses.asdict(grid) for grid in q.narrower],
             "output_scale": q.output_scale,
         }
     products = {
@@ -157,6 +183,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         "correction": plan.correction and plan.correction.to_json(),
         "sensitivity": plan.sensitivity,
         "splits": dict(plan.surgery.splits),
+        "step_bits": plan.step_bits and dataclasses.asdict(plan.step_bits),
         "tensors_sha256": _digest(tensors),
     }
     text = json.dumps(readable, indent=1).encode()
@@ -202,6 +229,7 @@ def load_plan(path: Path) -> QuantPlan:
         sensitivity=data["sensitivity"]
         and {name: {int(bits): error for bits, error in row.items()} for name, row in data["sensitivity"].items()},
         surgery=Surgery(splits=data["splits"], factors=factors),
+        step_bits=StepBits.from_json(data["step_bits"]) if data["step_bits"] else None,
     )
 
 
@@ -217,6 +245,7 @@ def _layer(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         weight_scale=tensors[f"{name}.weight_scale"],
         weight_bits=bits,
         input=_grid(fields["input"]),
+        narrower=tuple(_grid(grid) for grid in fields["narrower"]),
         output_scale=fields["output_scale"],
     )
 

@@ -19,6 +19,7 @@ from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized, round_input, rounding
 from calib.plan import ProductQuant, QuantPlan
 from calib.ranges import Reach
+from calib.step_bits import at_bits
 
 
 class Progressive:
@@ -49,6 +50,8 @@ class Progressive:
         )
         self._seen[int(t[0])] = {key: reach for key, (reach,) in found.items()}
         step = _with_grids(plan, {key: (reach,) for key, reach in self._seen[int(t[0])].items()}, activation)
+        if plan.step_bits is not None and plan.timesteps is not None:
+            step = at_bits(step, plan.step_bits.bits[int(ranges.nearest_step(plan.timesteps, t[:1]))])
         return self._predict(step, x, t)
 
     @property
@@ -82,9 +85,9 @@ def _with_grids(
     plan: QuantPlan, reaches: Mapping[tuple[str, str], Sequence[Reach]], config: ActivationConfig
 ) -> QuantPlan:
     """Return the plan with grids over `reaches`, one for each of its steps."""
+    found = {name: ranges.grids(reaches[name, "input"], config) for name in plan.layers}
     layers = {
-        name: replace(layer, input=ranges.grid(reaches[name, "input"], config.bits, symmetric=config.symmetric))
-        for name, layer in plan.layers.items()
+        name: replace(layer, input=found[name][0], narrower=found[name][1:]) for name, layer in plan.layers.items()
     }
     products = {
         name: ProductQuant(**{o: ranges.operand_grid(reaches[name, o], o, config.bits) for o in OPERANDS})

@@ -81,6 +81,11 @@ def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
     return Grid(scale=widest_scale, bits=bits, zero=zero, ratio=ratio)
 
 
+def grids(reaches: Sequence[Reach], config: ActivationConfig) -> tuple[Grid, ...]:
+    """Return the grids of all widths that the config has, the widest first."""
+    return tuple(grid(reaches, bits, symmetric=config.symmetric) for bits in (config.bits, *config.narrower))
+
+
 def operand_grid(reaches: Sequence[Reach], operand: str, bits: int) -> Grid:
     """Return the grid of an operand inside attention; probabilities always have 8 bits, from 0 up."""
     if operand == "probability":

@@ -275,6 +275,7 @@ class Engine(Protocol):
         feedback: Mapping[str, str],
         noise: Mapping[str, Sequence[int]] = ...,
         on_step: Callable[[int], None] = ...,
+        first: int = ...,
     ) -> dict[str, npt.NDArray[Any]]:
         """Run the network on its own outputs, all memory made once, on a GPU without waiting between iterations.
 
@@ -284,6 +285,7 @@ class Engine(Protocol):
             feedback: Output name to the name of the input that it becomes in the next iteration.
             noise: Input name to one seed a row: iteration i gets `philox.normals(seeds, i + 1, ...)`.
             on_step: Told each iteration's number; on a GPU when it is asked for, which may be before it runs.
+            first: Number of the first iteration, for a loop that goes on where another stopped.
 
         Returns:
             The last iteration's outputs.

@@ -88,7 +88,8 @@ class GpuRunner:
             draw, advance = kernels.get_function("normals"), kernels.get_function("advance")
             rows = {name: np.array([seed % 2**64 for seed in seeds], np.uint64) for name, seeds in loop.noise.items()}
             seeds = {name: self._cuda.to_device(row) for name, row in rows.items()}
-            iteration = self._cuda.to_device(np.zeros(1, np.int64))
+            first = np.full(1, loop.first, np.int64)
+            iteration = self._cuda.to_device(first)
 
             def once() -> None:
                 for name, row in seeds.items():
@@ -108,12 +109,12 @@ class GpuRunner:
             once()  # what is compiled or allocated on first use must not fall into the capture
             self._stream.synchronize()
             self._upload(feeds, batch)
-            self._cuda.memcpy_htod(iteration, np.zeros(1, np.int64))
+            self._cuda.memcpy_htod(iteration, first)
             capturable = getattr(self._context, "is_stream_capturable", lambda stream: True)
             graph = captured(self._stream.handle, once) if capturable(self._stream.handle) else nullcontext(once)
             with graph as replay:
                 for i in range(loop.count):
-                    loop.on_step(i)
+                    loop.on_step(loop.first + i)
                     replay()
                 results = self._download()
             for memory in (*seeds.values(), iteration):

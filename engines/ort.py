@@ -94,8 +94,8 @@ class _SessionRunner:
                 for output, name in loop.feedback.items():
                     inputs[name], outputs[output] = outputs[output], inputs[name]
             for name, seeds in loop.noise.items():
-                inputs[name].update_inplace(philox.normals(seeds, i + 1, feeds[name].shape[1:]))
-            loop.on_step(i)
+                inputs[name].update_inplace(philox.normals(seeds, loop.first + i + 1, feeds[name].shape[1:]))
+            loop.on_step(loop.first + i)
             self._infer(inputs, outputs)
         return _arrays(outputs)
 

@@ -31,6 +31,7 @@ class Loop:
     feedback: Mapping[str, str]
     noise: Mapping[str, Sequence[int]]
     on_step: OnStep
+    first: int = 0
 
 
 class Runner(Protocol):
@@ -81,9 +82,9 @@ class HostRunner:
                     for output, name in loop.feedback.items():
                         inputs[name], outputs[output] = outputs[output], inputs[name]
                 for name, seeds in loop.noise.items():
-                    inputs[name][:] = philox.normals(seeds[rows], i + 1, inputs[name].shape[1:])
+                    inputs[name][:] = philox.normals(seeds[rows], loop.first + i + 1, inputs[name].shape[1:])
                 if rows.start == 0:
-                    loop.on_step(i)
+                    loop.on_step(loop.first + i)
                 infer(inputs, outputs)
                 if stopped.is_set():
                     break
@@ -158,6 +159,7 @@ class OpenEngine:
         feedback: Mapping[str, str],
         noise: Mapping[str, Sequence[int]] = {},
         on_step: OnStep = lambda step: None,
+        first: int = 0,
     ) -> Arrays:
         """Run the network `count` times on its own outputs."""
         runner = self._open()
@@ -165,7 +167,7 @@ class OpenEngine:
         rows = {name: np.zeros(spec.at_batch(len(noise[name])), spec.dtype) for name, spec in blank.items()}
         batch = check_feeds(self._file, {**feeds, **rows})
         check_loop(self._file, batch, count, feedback, noise)
-        how = Loop(count=count, feedback=feedback, noise=noise, on_step=on_step)
+        how = Loop(count=count, feedback=feedback, noise=noise, on_step=on_step, first=first)
         return runner.loop(_contiguous({**feeds, **rows}), batch, how)
 
     def close(self) -> None:
@@ -189,7 +191,8 @@ class OpenEngine:
 
 
 def _contiguous(feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+    """Return arrays without gaps, their dtypes NumPy's own: of two kinds of int64, OpenVINO knows one."""
+    return {name: np.ascontiguousarray(array).view(array.dtype.name) for name, array in feeds.items()}
 
 
 def check_loop(

@@ -2,15 +2,19 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 import engines
 from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
+from calib.ranges import nearest_step
+from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
 from gaq_export import drawing, parity, provenance
 from gaq_export import run as runs
@@ -24,7 +28,7 @@ from gaq_export.parity import TOLERANCES, Parity
 from gaq_export.profiles import PROFILES, QdqProfile, find_profile
 from gaq_export.qdq import StepInfo, insert_qdq, save_onnx
 from gaq_export.run import Run
-from gaq_export.schedule import SamplerSpec
+from gaq_export.schedule import SamplerSpec, timesteps
 from gaq_export.stepgraph import make_step
 
 # Graph to what it computes.
@@ -48,9 +52,13 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A built engine; `parity` is None where it cannot run here, and `not_run` says why."""
+    """A built engine; `parity` is None where it cannot run here, and `not_run` says why.
+
+    `others` take over from it at the steps whose activations have fewer bits, if there are such.
+    """
 
     file: EngineFile
+    others: tuple[EngineFile, ...]
     plan: QuantPlan
     parity: Parity | None
     not_run: str | None
@@ -63,6 +71,7 @@ def export_onnx(
     sampler: SamplerSpec | None = None,
     compute: str = "float32",
     correct: bool = True,
+    abits: int | None = None,
     folder: str | Path = runs.DEFAULT,
     model: LoadedModel | None = None,
     out: Path | None = None,
@@ -75,6 +84,7 @@ def export_onnx(
         sampler: whose steps a "step" graph takes; the plan's if None.
         compute: type of what is not integer, a key of `gaq_export.half.COMPUTE`.
         correct: with the plan's correction of the noise, if it has one and `graph` is "step".
+        abits: of a plan whose steps differ in activation bits, which it is to have; the most if None.
         folder: run folder with a finished plan.
         model: the float model; found again from the plan if None.
         out: where to write; a file in the run folder if None.
@@ -86,13 +96,14 @@ def export_onnx(
         raise GaqError(f"Unknown graph {graph!r}. Choose one of {list(GRAPHS)}.")
     run, wishes = Run(folder=Path(folder)), find_profile(profile)
     plan = load_plan(run.plan)
+    plan = at_bits(plan, abits or plan.config.activation.bits)
     model = provenance.rewritten(provenance.model_of(plan.about, model), plan)
     spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
     if graph == "step":
         network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None)
     else:
         network, step = export_float(model.network, model.shape), None
-    path = out or run.onnx(profile, graph)
+    path = out or run.onnx(profile, graph if abits is None else f"{graph}.a{abits}")
     insert_qdq(network, plan, wishes, step)
     if wishes.opened:
         open_up(network)
@@ -153,43 +164,66 @@ def build_engine(
     plan = load_plan(run.plan)
     profile = _profile(backend, numbers, plan)
     model = provenance.model_of(plan.about, model)
-    widths = sorted({layer.weight_bits for layer in plan.layers.values()})
-    bits = f"W{'/'.join(map(str, widths))}A{plan.config.activation.bits}"
     spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
+    turns = _turns(plan, spec, model.schedule.num_train, graph)
     correction = correction_of(plan, spec) if correct else None
     about = {
         **plan.about,
         "sampler": spec.to_json(),
         "graph": graph,
-        "bits": bits,
+        "bits": _bits(plan, turns),
         "numbers": numbers,
         "correction": correction and correction.to_json(),
         "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)},
     }
+    not_run, files, checks = backend.can_run(), list[EngineFile](), list[Parity]()
     with runs.staging(out) as staged:
-        exported = export_onnx(
-            profile,
-            graph=graph,
-            sampler=spec,
-            compute=backend.compute(config.compute) if backend.typed else "float32",
-            correct=correct,
-            folder=run.folder,
-            model=model,
-        )
-        about["baked"] = exported.baked
-        file = engines.build(exported.path, staged / out.name, config, about)
-        not_run = backend.can_run()
-        checked = None if not_run else _check(file, plan, model, run, profile)
-        for made in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):  # the record last
-            os.replace(made, out.with_name(made.name))
+        for abits in sorted(set(turns)):  # the most last, since that engine's record names the others
+            exported = export_onnx(
+                profile,
+                graph=graph,
+                sampler=spec,
+                compute=backend.compute(config.compute) if backend.typed else "float32",
+                correct=correct,
+                abits=abits if len(set(turns)) > 1 else None,
+                folder=run.folder,
+                model=model,
+            )
+            last = abits == max(turns)
+            path = staged / (out.name if last else f"{out.stem}-a{abits}{out.suffix}")
+            relay = drawing.describe_relay(files, turns) if last and files else None
+            files.append(engines.build(exported.path, path, config, about | {"baked": exported.baked, "relay": relay}))
+            if not not_run:
+                checks.append(_check(files[-1], at_bits(plan, abits), model, run, profile, turns, abits))
+        made = sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json"))
+        for path in made:  # the record that names all others last
+            os.replace(path, out.with_name(path.name))
+    checked = parity.merge(checks) if checks else None
     runs.note(
         run,
         "build-engine",
         backend=backend.name,
-        seconds=round(file.build_seconds, 1),
+        seconds=round(sum(file.build_seconds for file in files), 1),
         sqnr_db=checked and checked.sqnr_db,
     )
-    return Built(file=engines.load_engine_file(out), plan=plan, parity=checked, not_run=not_run)
+    *others, file = (engines.load_engine_file(out.with_name(file.path.name)) for file in files)
+    return Built(file=file, others=tuple(others), plan=plan, parity=checked, not_run=not_run)
+
+
+def _turns(plan: QuantPlan, spec: SamplerSpec, num_train: int, graph: str) -> tuple[int, ...]:
+    """Return the activation bits of each of the sampler's steps; raise GaqError if the graph cannot tell steps."""
+    visited = timesteps(spec, num_train)
+    if plan.step_bits is None or plan.timesteps is None:
+        return (plan.config.activation.bits,) * len(visited)
+    if graph != "step":
+        raise GaqError("Steps differ in activation bits in this plan, and --graph eps does not know steps; use step.")
+    return tuple(plan.step_bits.bits[k] for k in nearest_step(plan.timesteps, visited))
+
+
+def _bits(plan: QuantPlan, turns: Sequence[int]) -> str:
+    """Say how many bits weights and activations have, as W4A8."""
+    weights, activations = {layer.weight_bits for layer in plan.layers.values()}, set(turns)
+    return "".join(f"{what}{'/'.join(map(str, sorted(w)))}" for what, w in (("W", weights), ("A", activations)))
 
 
 def correction_of(plan: QuantPlan, spec: SamplerSpec) -> Correction | None:
@@ -210,8 +244,8 @@ def _profile(backend: engines.Backend, numbers: str, plan: QuantPlan) -> str:
     profile = backend.profile + NUMBERS[numbers]
     if profile not in PROFILES:
         raise GaqError(f"{backend.name} does not compute in {numbers}; tensorrt and tensorrt-rtx do.")
-    if numbers == "fp8" and plan.config.activation.bits != 8:
-        raise GaqError(f"FP8 has 8 bits, this plan's activations {plan.config.activation.bits}: use --numbers int8.")
+    if numbers == "fp8" and widths(plan) != (8,):
+        raise GaqError(f"FP8 has 8 bits, this plan's activations {list(widths(plan))}: use --numbers int8.")
     return profile
 
 
@@ -220,12 +254,21 @@ def _taken(plan: QuantPlan, wishes: QdqProfile) -> QuantPlan:
     return plan if wishes.unsigned_products else replace(plan, products={})
 
 
-def _check(file: EngineFile, plan: QuantPlan, model: LoadedModel, run: Run, profile: str) -> Parity:
-    """Compare the engine with fake-quantized PyTorch on calibration samples; raise GaqError below the floor."""
+def _check(
+    file: EngineFile,
+    plan: QuantPlan,
+    model: LoadedModel,
+    run: Run,
+    profile: str,
+    turns: Sequence[int],
+    abits: int,
+) -> Parity:
+    """Compare the engine with fake-quantized PyTorch on samples of its steps; raise GaqError below the floor."""
     spec, wishes = drawing.sampler_of(file, None), find_profile(profile)
     count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
     folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
     data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
+    data = data.take((torch.tensor(turns)[data.step] == abits).nonzero()[:, 0])
     left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
     with engines.open_engine(file) as opened:
         result = parity.compare(

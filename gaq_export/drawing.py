@@ -1,11 +1,15 @@
 """Who draws, and with which sampler: an engine of whole steps, an engine of the network alone, or the float network."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor
 
+import engines
 from calib.correction import Correction
 from engines import Engine, EngineFile
+from engines.relay import Relay
 from gaq_export import samplers, step_engine
 from gaq_export.denoiser import Denoiser, engine_denoiser
 from gaq_export.errors import GaqError
@@ -29,6 +33,40 @@ def sampler_of(file: EngineFile, asked: SamplerSpec | None) -> SamplerSpec:
             "--graph eps, which takes any sampler."
         )
     return asked or own
+
+
+def describe_relay(others: Sequence[EngineFile], turns: Sequence[int]) -> dict[str, Any]:
+    """Return what the record of the engine for the largest of `turns` says of the others, which have the smaller.
+
+    Args:
+        others: those engines, by rising bits.
+        turns: activation bits of each step.
+    """
+    order = sorted(set(turns))
+    return {
+        "engines": [{"file": file.path.name, "sha256": file.sha256} for file in others],
+        "turns": [order.index(bits) for bits in turns],
+    }
+
+
+def open_engines(file: EngineFile) -> Engine:
+    """Open an engine file and those that take turns with it, if any; use it in a `with` statement.
+
+    Raises:
+        GaqError: one of the others is of another build.
+        EngineError: one is missing, damaged, or cannot run here.
+    """
+    relay = file.about.get("relay")
+    if not relay:
+        return engines.open_engine(file)
+    files = [engines.load_engine_file(file.path.with_name(other["file"])) for other in relay["engines"]]
+    for other, loaded in zip(relay["engines"], files, strict=True):
+        if loaded.sha256 != other["sha256"]:
+            raise GaqError(f"{loaded.path} and {file.path} are of different builds: run build-engine again.")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(engines.open_engine(one)) for one in (*files, file)]
+        stack.pop_all()
+    return Relay(opened, relay["turns"], "step")
 
 
 def by_engine(

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from calib import step_bits
 from calib.calibrate import calibrate
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.plan import QuantPlan
+from calib.plan import QuantPlan, StepBits
 from calib.progress import Progress
 from calib.progressive import Progressive
 from gaq_export import corrections, samplers
@@ -71,8 +72,10 @@ def learn(
 
 
 def _finish(model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, data: CalibrationSet, on_step: Told) -> QuantPlan:
-    """Return the plan with what is measured along the sampler: ranges on its own trajectory, corrections."""
+    """Return the plan with what is measured along the sampler: bits of steps, ranges on its own path, corrections."""
     config = plan.config
+    if config.activation.narrower:
+        plan = replace(plan, step_bits=_step_bits(model, plan, data))
     if config.activation.trajectory == "quantized":
         network = Progressive(model.network, plan)
         seeds = [image_seed(config.seed, i) for i in range(int(torch.bincount(data.step)[0]))]
@@ -84,3 +87,12 @@ def _finish(model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, data: Calibr
         fake = fake_quantized(model.network, plan)
         plan = replace(plan, correction=corrections.measure(model, fake, spec, data, config, on_step))
     return plan
+
+
+def _step_bits(model: LoadedModel, plan: QuantPlan, data: CalibrationSet) -> StepBits:
+    """Return how many bits each step's activations get."""
+    window = plan.config.activation.wide_window
+    if window is not None:
+        return step_bits.by_window(plan, window)
+    kept = model.schedule.alpha_bar[plan.timesteps]
+    return step_bits.by_ratio(model.network, plan, data, (10 * torch.log10(kept / (1 - kept))).tolist())

@@ -8,7 +8,7 @@ the last sampling steps it can be far below 40 dB. An engine passes if every ste
 `margin_db` of the network's own resolution.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,13 @@ def compare(
         resolution_db=tuple(resolution),
         tolerance=tolerance,
     )
+
+
+def merge(found: Sequence[Parity]) -> Parity:
+    """Return what was measured of engines that take turns as one, its steps in order."""
+    rows = sorted(row for part in found for row in zip(part.steps, part.sqnr_db, part.resolution_db, strict=True))
+    steps, sqnr, resolution = zip(*rows, strict=True)
+    return Parity(steps=steps, sqnr_db=sqnr, resolution_db=resolution, tolerance=found[0].tolerance)
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def sample(
     seeds = tuple(range(seed, seed + num))
     samples.check_writable(Path(out))
     float_model = provenance.model_of(file.about, model) if compare else None
-    with engines.open_engine(file) as opened:
+    with drawing.open_engines(file) as opened:
         started = time.perf_counter()
         some = drawing.by_engine(opened, file, schedule, shape, spec)
         drawn = samples.draw(some, seeds, size, spec.steps, partial(on_step, "engine"))

@@ -1,7 +1,7 @@
 """Calibration schedules by name: how many images, and how long each block is fitted."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +62,7 @@ def preset(
     name: str,
     *,
     wbits: int = 4,
-    abits: int = 8,
+    abits: int | Sequence[int] = 8,
     recipe: str | None = None,
     omega: str | None = None,
     convention: str | None = None,
@@ -75,6 +75,8 @@ def preset(
 ) -> Preset:
     """Return the preset `name` with the user's choices filled in; what is None stays the recipe's, or the preset's.
 
+    Of several `abits` each sampling step takes its own (`calib.step_bits`).
+
     Raises:
         GaqError: there is no such preset or recipe, or the budget is not one.
         CalibError: bits outside 2 to 8, or an unknown omega rule, convention or correction.
@@ -83,10 +85,12 @@ def preset(
         raise GaqError(f"Unknown preset {name!r}. Choose one of {list(PRESETS)}.")
     chosen = PRESETS[name]()
     c = chosen.config if recipe is None else find_recipe(recipe).apply(chosen.config)
+    most, *narrower = sorted({abits} if isinstance(abits, int) else set(abits), reverse=True)
+    given = _given(per_step=per_step, symmetric=symmetric)
     config = replace(
         c,
         weight=replace(c.weight, bits=wbits),
-        activation=replace(c.activation, bits=abits, **_given(per_step=per_step, symmetric=symmetric)),
+        activation=replace(c.activation, bits=most, narrower=tuple(narrower), **given),
         omega=replace(c.omega, **_given(rule=omega)),
         correction=replace(c.correction, **_given(rule=correction)),
         mixed=c.mixed if budget is None else replace(c.mixed, **_budget(budget)),
@@ -95,6 +99,18 @@ def preset(
         seed=seed,
     )
     return replace(chosen, config=config)
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Read "8" or "4,8".
+
+    >>> parse_widths("4,8")
+    (4, 8)
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise GaqError(f"Found activation bits {text!r}; write them as 8, or as 4,8.") from error
 
 
 def _budget(text: str) -> dict[str, Any]:

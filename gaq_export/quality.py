@@ -115,7 +115,7 @@ def noise_errors(y: Yardstick, network: Denoiser, correction: Correction | None 
 def pictures(y: Yardstick, plan: QuantPlan) -> Tensor:
     """Draw with the quantized network from the noise of the float network's images, (N, C, H, W) in [-1, 1]."""
     seeds = _seeds(y, "same")
-    if y.draw == "engine":
+    if y.draw == "engine" and plan.step_bits is None:
         return _by_engine(y, plan, seeds)
     return _draw(y, fake_quantized(y.model.network, plan), seeds, plan.correction)
 

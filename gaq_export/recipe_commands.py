@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +32,9 @@ def calibrate(
     model: Annotated[str | None, typer.Option("--model", "-m", help="A name from `gaq-export models`.")] = None,
     weights: Weights = None,
     wbits: Annotated[int, typer.Option(help="Weight bits, 2 to 8.")] = 4,
-    abits: Annotated[int, typer.Option(help="Activation bits, 2 to 8.")] = 8,
+    abits: Annotated[
+        str, typer.Option(help="Activation bits, 2 to 8; of several, as 4,8, each sampling step takes what it needs.")
+    ] = "8",
     preset: Annotated[
         str, typer.Option(envvar="GAQ_EXPORT_PRESET", help="tiny (smoke test), fast (minutes) or paper (as published).")
     ] = "fast",
@@ -84,13 +87,13 @@ def calibrate(
     with one_line_errors():
         from dataclasses import replace
 
-        from gaq_export import auto, pipeline
+        from gaq_export import auto, pipeline, presets
 
         def chosen(recipe: str | None) -> "Preset":
             made = pipeline.preset(
                 preset,
                 wbits=wbits,
-                abits=abits,
+                abits=presets.parse_widths(abits),
                 recipe=recipe,
                 omega=omega,
                 convention=convention,
@@ -121,7 +124,9 @@ def calibrate(
                 typer.echo(auto.explain(tried))
             plan = learn(chosen(tried[0].recipe if recipe == "auto" else recipe), folder=run)
         counts = f"{len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float"
-        widths = f"W{wbits}A{abits}" if budget is None else f"mixed ({_widths(plan)}) A{abits}"
+        own = plan.step_bits and f"{_counted(plan.step_bits.bits)} steps"
+        widths = f"W{wbits}" if budget is None else f"mixed ({_counted(_weight_bits(plan))}) "
+        widths += f"A{abits}" if own is None else f"A{abits.replace(',', '/')} ({own})"
         typer.echo(f"{widths}: {counts} -> {run}/plan.safetensors")
         if not quiet:
             typer.echo("next: gaq-export build-engine" + ("" if run == Path("gaq-run") else f" --run {run}"))
@@ -191,7 +196,10 @@ def recipes() -> None:
         typer.echo(f"{'auto':14} the best of {', '.join(auto.CANDIDATES)} by the noise they predict")
 
 
-def _widths(plan: "QuantPlan") -> str:
-    """Say how many layers have which weight bits."""
-    counts = Counter(layer.weight_bits for layer in plan.layers.values())
-    return ", ".join(f"{count} x {bits} bits" for bits, count in sorted(counts.items()))
+def _weight_bits(plan: "QuantPlan") -> list[int]:
+    return [layer.weight_bits for layer in plan.layers.values()]
+
+
+def _counted(widths: Sequence[int]) -> str:
+    """Say how many have which bits."""
+    return ", ".join(f"{count} x {bits} bits" for bits, count in sorted(Counter(widths).items()))

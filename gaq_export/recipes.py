@@ -88,7 +88,7 @@ def _adp(config: QuantConfig) -> QuantConfig:
 
 
 def _pcr(config: QuantConfig) -> QuantConfig:
-    on_its_own = replace(config.activation, per_step=True, trajectory="quantized")
+    on_its_own = replace(config.activation, per_step=True, trajectory="quantized", wide_window=(0.8, 1.0))
     return replace(_adaround(config), activation=on_its_own)
 
 

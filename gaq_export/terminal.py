@@ -36,6 +36,8 @@ def print_audit(built: "Built") -> None:
     kept = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
     console.print(f"in {wanted} arithmetic: {done} of the plan's {len(built.plan.layers)} layers", highlight=False)
     console.print(f"kept float by the plan: {kept}", highlight=False)
+    for other in built.others:
+        console.print(f"{other.path.name} takes over where {other.about['bits']} is enough", highlight=False)
     if built.parity is None:
         console.print(f"not run here: {built.not_run}", highlight=False)
     else:
