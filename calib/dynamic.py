@@ -5,7 +5,8 @@ Legend: t timestep, s(t) step size, x the values seen at t, Q_s(x) = s clamp(rou
     network   s(t) = s_0 exp(f(phi(t))), f a small perceptron (TDQ, arXiv 2306.02316): steps near each other share
               what they know, and steps that were not calibrated get a size too
     groups    s(t) = s_g(t): G sizes for all steps, and an assignment g that is learned as probabilities,
-              x_hat = sum_g softmax(a_t)_g Q_{s_g}(x), with a penalty on their entropy (after ADP-DM, arXiv 2305.18723)
+              x_hat = sum_g softmax(a_t)_g Q_{s_g}(x), with a penalty on their entropy, from the steps whose group is
+              most uncertain (after ADP-DM, arXiv 2305.18723)
 
 Both minimise the mean of |x - x_hat|^2 / |x|^2 over the steps, rounding passed through as in LSQ. ADP-DM groups
 channels as well, for which no integer convolution has scales; here a step is grouped as a whole.
@@ -28,6 +29,7 @@ VALUES, IMAGES = 512, 16  # of a layer at each step, from as many images
 ITERATIONS, RATE = 150, 0.03
 FREQUENCIES, HIDDEN = 8, 16  # of `network`
 GROUPS, ENTROPY = 8, 0.01  # of `groups`
+SHARE, RISK = 0.5, 0.05  # of `groups`: steps an iteration learns from; a use of a step, beside its entropy
 
 
 def step_grids(
@@ -114,15 +116,33 @@ def groups(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> 
     start = _first_size(values, bits).log()
     logs = torch.quantile(start, torch.linspace(0.05, 0.95, GROUPS)).requires_grad_()
     scores = (-(start[:, None] - logs.detach()).abs()).clone().requires_grad_()
+    used = torch.zeros(len(values))
 
     def objective() -> Tensor:
-        shares = torch.softmax(scores, 1)  # (S, G)
-        mixed = (shares[:, None] * _rounded(values[..., None], logs.exp(), bits)).sum(2)  # (S, K, G) -> (S, K)
-        entropy = -(shares * shares.clamp(min=1e-12).log()).sum(1).mean()
-        return _error(values, mixed) + ENTROPY * entropy
+        chosen = most_uncertain(_entropy(scores.detach()), used)
+        used[chosen] += 1
+        shares, seen = torch.softmax(scores[chosen], 1), values[chosen]  # (B, G), (B, K)
+        mixed = (shares[:, None] * _rounded(seen[..., None], logs.exp(), bits)).sum(2)  # (B, K, G) -> (B, K)
+        return _error(seen, mixed) + ENTROPY * _entropy(scores[chosen]).mean()
 
     _descend([logs, scores], objective)
     return logs.detach().exp()[scores.argmax(1)]
+
+
+def most_uncertain(entropy: Tensor, used: Tensor) -> Tensor:
+    """Return the steps (B,) to learn from next: assignments of most entropy, less a penalty on those often used.
+
+    ADP-DM's active selection, which minimises the structural risk.
+
+    >>> most_uncertain(torch.tensor([0.1, 2.0, 1.9, 0.2]), torch.zeros(4)).tolist()
+    [1, 2]
+    """
+    return (entropy - RISK * used).topk(math.ceil(len(entropy) * SHARE)).indices
+
+
+def _entropy(scores: Tensor) -> Tensor:
+    shares = torch.softmax(scores, 1)
+    return -(shares * shares.clamp(min=1e-12).log()).sum(1)
 
 
 def _first_size(values: Tensor, bits: int) -> Tensor:

@@ -56,6 +56,19 @@ def test_groups_are_few_and_the_network_is_smooth() -> None:
     assert bool((smooth.diff() > 0).all())
 
 
+def test_uncertain_steps_are_learned_from_first_and_none_is_forgotten() -> None:
+    entropy, used = torch.linspace(0.0, 2.0, STEPS), torch.zeros(STEPS)
+    first = dynamic.most_uncertain(entropy, used)
+    assert sorted(first.tolist()) == list(range(STEPS // 2, STEPS))
+    for _ in range(dynamic.ITERATIONS):
+        used[dynamic.most_uncertain(entropy, used)] += 1
+    assert used.sum() == dynamic.ITERATIONS * STEPS // 2
+    assert bool((used.diff() >= 0).all())
+    assert used[0] > dynamic.ITERATIONS / 5
+    # where all are used equally often beside what their entropy is worth, as the penalty says
+    assert float(used[-1] - used[0]) == pytest.approx(2.0 / dynamic.RISK, abs=2)
+
+
 class _Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
