@@ -31,7 +31,7 @@ from calib.errors import CalibError
 from calib.fakequant import round_input
 from calib.fitting import Job, calibrate_block
 from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
-from calib.mixed import Assignment
+from calib.mixed import Assignment, Clock
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.ranges import Reach
@@ -50,6 +50,7 @@ def calibrate(
     timesteps: int,
     about: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    clock: Clock | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> QuantPlan:
     """Quantize `model` and return the plan; the model itself is not changed.
@@ -61,6 +62,7 @@ def calibrate(
         timesteps: number of training timesteps; `t` lies below it.
         about: copied into the plan.
         folder: finished blocks are kept here, and taken from here if they belong to the same calibration.
+        clock: measures milliseconds, for a budget of those.
         on_progress: told after every iteration and block.
 
     Raises:
@@ -72,7 +74,7 @@ def calibrate(
     found = trace(model, shape, timesteps)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
-    given = _bits(model, data, quantized, config, timesteps, on_progress)
+    given = _bits(model, data, quantized, config, timesteps, clock, on_progress)
     bits = given.bits
     reasons |= {n: "left float within the budget, since it matters most" for n in quantized if bits[n] == FLOAT_BITS}
     quantized = [n for n in quantized if n not in reasons]
@@ -137,6 +139,7 @@ def _bits(
     layers: Sequence[str],
     config: QuantConfig,
     timesteps: int,
+    clock: Clock | None,
     on_progress: Callable[[Progress], None],
 ) -> Assignment:
     """Return the weight bits of each layer: the same for all, or the best within the budget."""
@@ -148,7 +151,7 @@ def _bits(
             Progress(stage="bits", name=f"bits, layer {done}/{total}", index=0, total=0, fraction=0.0, seconds={})
         )
 
-    return mixed.assign(model, data, layers, config, timesteps, tell)
+    return mixed.assign(model, data, layers, config, timesteps, clock, tell)
 
 
 def _cut(

@@ -101,7 +101,7 @@ class MixedConfig:
     """Weight bits of each layer's own, within a budget, by calib.mixed; a budget of 0 gives all layers the same."""
 
     budget: float = 0.0
-    unit: str = "bits"  # of a weight, on average; "MB" of all weights; or "Gbit-ops" an image and step
+    unit: str = "bits"  # of a weight, on average; "MB" of all weights; "Gbit-ops" an image and step; or "ms" a step
     choices: tuple[int, ...] = (4, 8, 32)  # widths to choose from; 32 leaves a layer float
     images: int = 4  # whose samples, at each of
     steps: int = 8  # so many sampling steps, measure what a layer's bits matter
@@ -197,7 +197,7 @@ RECONSTRUCTION_ACTIVATIONS = ("float", "qdrop", "lsq")
 CORRECTIONS = ("none", "ptqd", "tac")
 STEP_SIZES = ("ranges", "network", "groups")
 TRAJECTORIES = ("float", "quantized")
-BUDGET_UNITS = ("bits", "MB", "Gbit-ops")
+BUDGET_UNITS = ("bits", "MB", "Gbit-ops", "ms")
 SELECTIONS = ("uniform", "gaussian", "density")
 
 

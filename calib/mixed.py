@@ -6,7 +6,9 @@ assignment under the budget is then an integer program, solved exactly (HiGHS, t
 
     min sum_l sum_b e_lb z_lb    subject to    sum_b z_lb = 1 for every layer l,    sum_l sum_b c_lb z_lb <= budget
 
-c is what layer l costs at b bits: bytes of its weight, or its bit operations; z_lb is 1 where layer l gets b bits.
+c is what layer l costs at b bits: bytes of its weight, its bit operations, or milliseconds; z_lb is 1 where layer l
+gets b bits. Milliseconds are measured of the network with all layers at b bits, and a layer's are its share of that by
+its share of the multiplications: right where all layers have the same width, a straight line between.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,9 @@ from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import round_input
 
+# Of a network, milliseconds with the layers of these names at each of these widths.
+Clock = Callable[[nn.Module, Sequence[str], Sequence[int]], Mapping[int, float]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
@@ -40,6 +45,7 @@ def assign(
     layers: Sequence[str],
     config: QuantConfig,
     timesteps: int,
+    clock: Clock | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Assignment:
     """Return the best weight bits for `layers` within the config's budget.
@@ -50,14 +56,22 @@ def assign(
         layers: names of those that could be quantized.
         config: budget, choices of bits, activation bits.
         timesteps: number of training timesteps.
+        clock: measures milliseconds, for a budget of those.
         on_layer: told how many layers are measured, of how many.
 
     Raises:
-        CalibError: not even the fewest bits keep to the budget.
+        CalibError: not even the fewest bits keep to the budget, or nothing measures milliseconds.
     """
     macs = layer_macs(model, tuple(data.x.shape[1:]), timesteps)
+    if config.mixed.unit == "ms" and clock is None:
+        raise CalibError("A budget of milliseconds needs something that measures them: give a clock.")
+    if config.mixed.unit == "ms" and clock is not None:
+        times, whole = clock(model, layers, config.mixed.choices), sum(macs[name] for name in layers)
+        costs = {n: {bits: ms * macs[n] / whole for bits, ms in times.items()} for n in layers}
+        budget = config.mixed.budget
+    else:
+        costs, budget = _costs(model, layers, macs, config)
     errors = sensitivities(model, _few(data, config.mixed), layers, config, on_layer)
-    costs, budget = _costs(model, layers, macs, config)
     return Assignment(bits=solve(errors, costs, budget, config.mixed.unit), errors=errors)
 
 

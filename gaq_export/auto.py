@@ -48,6 +48,8 @@ def choose(
         started, first = time.perf_counter(), next(iter(places.values()))
         if places[name] != first and not Run(folder=places[name]).calibration.exists():
             shutil.copytree(Run(folder=first).calibration, Run(folder=places[name]).calibration)
+            if Run(folder=first).times.exists():
+                shutil.copy(Run(folder=first).times, Run(folder=places[name]).times)
         plan = calibrate(chosen, folder=places[name])
         seconds = time.perf_counter() - started
         values = fidelity(model, plan, IMAGES, on_step).both.mean(1)

@@ -17,6 +17,7 @@ from calib.calibrate import calibrate
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
+from calib.mixed import Clock
 from calib.plan import QuantPlan, StepBits
 from calib.progress import Progress
 from calib.progressive import Progressive
@@ -36,6 +37,7 @@ def learn(
     *,
     about: Mapping[str, Any] | None = None,
     folder: Path,
+    clock: Clock | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_step: Told = lambda done, total: None,
 ) -> QuantPlan:
@@ -48,6 +50,7 @@ def learn(
         spec: the sampler.
         about: copied into the plan.
         folder: finished blocks are kept here, those of later rounds in folders beside it.
+        clock: measures milliseconds, for a budget of those.
         on_progress: told after every iteration and block.
         on_step: told how many sampling steps something was measured at, of how many.
     """
@@ -65,6 +68,7 @@ def learn(
             timesteps=model.schedule.num_train,
             about=about,
             folder=place,
+            clock=clock,
             on_progress=on_progress,
         )
     assert plan is not None

@@ -22,12 +22,12 @@ OPSET = 21
 EXAMPLE_BATCH = 2
 
 
-def export_float(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
+def export_float(network: nn.Module, shape: tuple[int, ...]) -> ir.Model:
     """Return the float graph of `network`.
 
     Args:
         network: in eval mode, called as (x, t); its layers' module names end up in the nodes' metadata.
-        shape: (C, H, W).
+        shape: of an image, (C, H, W).
 
     Raises:
         GaqError: torch cannot export it, or the batch did not stay dynamic.

@@ -19,7 +19,7 @@ from calib import config as configs
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
-from gaq_export import drawing, inspection, page, provenance, samples
+from gaq_export import drawing, inspection, latency, page, provenance, samples
 from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
@@ -93,6 +93,7 @@ def calibrate(
         spec,
         about=about,
         folder=run.blocks,
+        clock=partial(latency.step_times, model, kept=run.times),
         on_progress=keep,
         on_step=on_correct,
     )

@@ -114,7 +114,7 @@ def parse_widths(text: str) -> tuple[int, ...]:
 
 
 def _budget(text: str) -> dict[str, Any]:
-    """Read "5bits", "2.5MB" or "300Gbit-ops".
+    """Read "5bits", "2.5MB", "300Gbit-ops" or "12ms".
 
     >>> _budget("2.5 MB")
     {'budget': 2.5, 'unit': 'MB'}
@@ -122,7 +122,7 @@ def _budget(text: str) -> dict[str, Any]:
     found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z-]+)", text.strip())
     units = {unit.lower(): unit for unit in BUDGET_UNITS}
     if found is None or found[2].lower() not in units or found[1].count(".") > 1 or float(found[1]) == 0:
-        raise GaqError(f"Found a budget of {text!r}; write it as 5bits, 2.5MB or 300Gbit-ops.")
+        raise GaqError(f"Found a budget of {text!r}; write it as 5bits, 2.5MB, 300Gbit-ops or 12ms.")
     return {"budget": float(found[1]), "unit": units[found[2].lower()]}
 
 

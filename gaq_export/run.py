@@ -45,6 +45,11 @@ class Run:
         return self.folder / "blocks"
 
     @property
+    def times(self) -> Path:
+        """How long a step takes at each width, if a budget asked for it."""
+        return self.folder / "times.json"
+
+    @property
     def page(self) -> Path:
         """What `inspect` writes."""
         return self.folder / "inspect.html"

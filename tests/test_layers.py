@@ -31,6 +31,7 @@ ORDER = (
     "opening",
     "profiles",
     "qdq",
+    "latency",
     "temporal_tables",
     "half",
     "stepgraph",

@@ -130,6 +130,28 @@ def test_budgets_in_bytes_and_bit_operations_are_those_of_the_plan(net: nn.Modul
         assert measure(less) < exactly
 
 
+def test_a_budget_of_milliseconds_shares_what_is_measured_by_multiplications(net: nn.Module) -> None:
+    asked: list[object] = []
+
+    def clock(network: nn.Module, layers: list[str], widths: tuple[int, ...]) -> dict[int, float]:
+        asked.append((list(layers), widths))
+        return {4: 10.0, 8: 12.0, 32: 30.0}
+
+    def bits(milliseconds: float) -> dict[str, int]:
+        plan = calibrate(net, _data(), _config(milliseconds, "ms"), timesteps=100, clock=clock)
+        return {name: layer.weight_bits for name, layer in plan.layers.items()}
+
+    # Both layers multiply equally often, so that each has half of the time, and "loud" matters more.
+    assert bits(10.0) == {"loud": 4, "quiet": 4}
+    assert bits(11.0) == {"loud": 8, "quiet": 4}
+    assert bits(20.0) == {"quiet": 4}
+    assert asked[0] == (["loud", "quiet"], (4, 8, 32))
+    with pytest.raises(CalibError, match=r"A budget of 9 ms cannot be kept: the fewest bits need 10\."):
+        bits(9.0)
+    with pytest.raises(CalibError, match="needs something that measures them"):
+        calibrate(net, _data(), _config(10, "ms"), timesteps=100)
+
+
 def test_other_bits_do_not_take_up_blocks_of_these(net: nn.Module, tmp_path: Path) -> None:
     learned = dataclasses.replace(_config(6), reconstruction=ReconstructionConfig(iterations=2, batch=4))
     first = calibrate(net, _data(), learned, timesteps=100, folder=tmp_path)

@@ -1,0 +1,44 @@
+"""Milliseconds of a network by width: measured on a real engine, and kept, since no two measurements are the same."""
+
+import json
+from pathlib import Path
+
+from gaq_export import latency, pipeline
+from gaq_export.models import LoadedModel
+
+LAYERS = ("unet.mid_block.resnets.0.conv1", "unet.mid_block.resnets.0.conv2")
+
+
+def test_times_are_measured_once(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    kept, widths = tmp_path / "times.json", (4, 32)
+    first = latency.step_times(tiny_model, tiny_model.network, LAYERS, widths, kept, "openvino")
+    assert first.keys() == {4, 32}
+    assert all(0 < ms < 10_000 for ms in first.values())
+    assert latency.step_times(tiny_model, tiny_model.network, LAYERS, widths, kept, "openvino") == first
+    record = json.loads(kept.read_text())
+    assert record["conditions"]["backend"] == "openvino"
+    record["milliseconds"] = {"4": 1.0, "32": 2.0}  # believed, while the conditions are the same
+    kept.write_text(json.dumps(record))
+    assert latency.step_times(tiny_model, tiny_model.network, LAYERS, widths, kept, "openvino") == {4: 1.0, 32: 2.0}
+    other = latency.step_times(tiny_model, tiny_model.network, LAYERS[:1], widths, kept, "openvino")
+    assert other != {4: 1.0, 32: 2.0}
+
+
+def test_a_budget_of_milliseconds_makes_a_plan(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    chosen = pipeline.preset("tiny", recipe="rtn", budget="100000ms")
+    times = tmp_path / "times.json"
+    plan = pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe="rtn"), folder=tmp_path / "first")
+    record = {
+        "conditions": {
+            "backend": pipeline.engines.best_backend(),
+            "batch": latency.BATCH,
+            "widths": list(chosen.config.mixed.choices),
+            "layers": list(plan.layers),
+        },
+        "milliseconds": {"4": 10.0, "8": 11.0, "32": 30.0},
+    }
+    times.write_text(json.dumps(record))
+    mixed = pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe="rtn", budget="15ms"), folder=tmp_path)
+    widths = {layer.weight_bits for layer in mixed.layers.values()}
+    assert widths <= {4, 8}
+    assert len(mixed.layers) < len(plan.layers)  # there is time for some in float
