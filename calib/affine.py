@@ -45,6 +45,15 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, shift: Tensor | None = No
     return torch.round((x + shift) / scale).clamp(low, high) * scale - shift
 
 
+def round_log2(x: Tensor, scale: float, bits: int) -> Tensor:
+    """Round `x`, not negative, to the nearest in the logarithm of scale * 2^-code, codes from 0 to 2^bits - 1.
+
+    >>> round_log2(torch.tensor([1.0, 0.3, 0.2, 0.0]), 1.0, 2).tolist()
+    [1.0, 0.25, 0.25, 0.125]
+    """
+    return scale * torch.exp2(-torch.round(-torch.log2(x / scale)).clamp(0, 2**bits - 1))
+
+
 def round_through(x: Tensor) -> Tensor:
     """Round to whole numbers, with the derivative of doing nothing."""
     return x + (torch.round(x) - x).detach()

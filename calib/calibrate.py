@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import affine, blocks, checkpoint, dynamic, mixed, omega, ranges, temporal
+from calib import affine, blocks, checkpoint, dynamic, mixed, omega, power_law, ranges, temporal
 from calib import config as configs
 from calib.attention import OPERANDS
 from calib.blocks import Block
@@ -106,6 +106,9 @@ def calibrate(
     if config.activation.sizes != "ranges":
         grids = dynamic.step_grids(network, quantized, data, config.activation, timesteps, config.seed)
     seen = _reaches(job, quantized, products, data)
+    tailed = frozenset[str]()
+    if config.activation.logarithmic:
+        tailed = power_law.heavy_tailed(network, products, data, stream(config.seed, "tails"))
     return QuantPlan(
         layers={
             n: _layer(
@@ -118,7 +121,9 @@ def calibrate(
             for n in quantized
         },
         products={
-            n: ProductQuant(**{o: ranges.operand_grid(seen[n, o], o, config.activation.bits) for o in OPERANDS})
+            n: ProductQuant(
+                **{o: ranges.operand_grid(seen[n, o], o, config.activation.bits, log2=n in tailed) for o in OPERANDS}
+            )
             for n in products
         },
         float_layers=reasons,

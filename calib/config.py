@@ -37,6 +37,7 @@ class ActivationConfig:
     batch: int = 16
     sizes: str = "ranges"  # of `per_step` grids: from the ranges, or learned, by a "network" of t or in "groups"
     trajectory: str = "float"  # whose x_t are observed: the float network's or, step by step, the "quantized" one's
+    logarithmic: bool = False  # inside attention: probabilities that follow a power law on powers of two
     narrower: tuple[int, ...] = ()  # widths that a step may take in place of `bits`, by calib.step_bits
     wide_window: tuple[float, float] | None = None  # share of the sampling steps, from the noisiest, that keep `bits`
     batches: int | None = None  # None = every collected sample once; split evenly over the steps if `per_step`

@@ -7,13 +7,14 @@ This is the reference that every exported graph and every engine is compared wit
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from calib.affine import dequantize_weight, fake_quantize, per_channel, round_float8
+from calib.affine import dequantize_weight, fake_quantize, per_channel, round_float8, round_log2
 from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
 from calib.plan import Grid, LayerQuant, QuantPlan
@@ -103,6 +104,8 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
 
 def rounding(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> Callable[[Tensor], Tensor]:
     """Return what rounds an activation of module `name` to its grid; for the rest see `round_input`."""
+    if grid.log2:
+        return partial(round_log2, scale=grid.scale, bits=grid.bits)
     grid = grid.float8() if float8 else grid
     scale = torch.tensor(grid.scale, dtype=torch.float32)
     shifts = scale * torch.tensor(grid.zero) if any(grid.zero) else None  # (1,) or (S,)

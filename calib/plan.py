@@ -34,6 +34,8 @@ FORMAT = 8
 class Grid:
     """The values that an activation is rounded to: (code - zero) * scale * ratio, the codes symmetric about 0.
 
+    Or, if `log2`, scale * 2^-code, the codes from 0 to 2^bits - 1; such a grid has neither zero nor ratio.
+
     Attributes:
         scale: float32 value, step of the grid; with `ratio`, at the sampling step with the widest range.
         bits: width, 2 to 8.
@@ -45,6 +47,7 @@ class Grid:
     bits: int
     zero: tuple[int, ...] = (0,)
     ratio: tuple[float, ...] | None = None
+    log2: bool = False
 
     def float8(self) -> "Grid":
         """Return the grid on which E4M3 numbers reach as far as the integers of this one, 0 in the middle."""

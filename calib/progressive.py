@@ -90,7 +90,12 @@ def _with_grids(
         name: replace(layer, input=found[name][0], narrower=found[name][1:]) for name, layer in plan.layers.items()
     }
     products = {
-        name: ProductQuant(**{o: ranges.operand_grid(reaches[name, o], o, config.bits) for o in OPERANDS})
-        for name in plan.products
+        name: ProductQuant(
+            **{
+                o: ranges.operand_grid(reaches[name, o], o, config.bits, log2=product.probability.log2)
+                for o in OPERANDS
+            }
+        )
+        for name, product in plan.products.items()
     }
     return replace(plan, layers=layers, products=products)

@@ -86,8 +86,10 @@ def grids(reaches: Sequence[Reach], config: ActivationConfig) -> tuple[Grid, ...
     return tuple(grid(reaches, bits, symmetric=config.symmetric) for bits in (config.bits, *config.narrower))
 
 
-def operand_grid(reaches: Sequence[Reach], operand: str, bits: int) -> Grid:
-    """Return the grid of an operand inside attention; probabilities always have 8 bits, from 0 up."""
+def operand_grid(reaches: Sequence[Reach], operand: str, bits: int, *, log2: bool = False) -> Grid:
+    """Return the grid of an operand inside attention; probabilities have 8 bits, from 0 up, or are powers of two."""
+    if operand == "probability" and log2:
+        return Grid(scale=1.0, bits=bits, log2=True)
     if operand == "probability":
         return grid([(0.0, above) for _, above in reaches], 8, symmetric=False)
     return grid(reaches, bits, symmetric=True)

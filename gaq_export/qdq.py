@@ -15,6 +15,7 @@ Behind the layer, the factors leave its arithmetic in integers.
 
 import ast
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -183,6 +184,8 @@ class _Rewriter:
 
     def _rounded(self, value: ir.Value, name: str, grid: Grid, rank: int, *, keep_moved: bool = False) -> ir.Value:
         """Return `value` rounded to `grid`; if `keep_moved`, still divided by the ratio and shifted."""
+        if grid.log2:
+            return self._power_of_two(value, name, grid)
         if grid.ratio is None and not keep_moved:
             return self._quantize(value, name, grid)
         ratio = shift = None
@@ -198,6 +201,22 @@ class _Rewriter:
         if shift is not None:
             value = self._write.node("Sub", [value, shift], f"{name}.unshifted")
         return self._write.node("Mul", [value, ratio], f"{name}.multiplied") if ratio is not None else value
+
+    def _power_of_two(self, value: ir.Value, name: str, grid: Grid) -> ir.Value:
+        """Return `value` rounded to a power of two, in float: no integer product takes such codes."""
+
+        def number(what: str, of: float) -> ir.Value:
+            return self._write.constant(f"{name}.{what}", np.float32(of))
+
+        value = self._write.node("Div", [value, number("scale", grid.scale)], f"{name}.divided")
+        value = self._write.node("Log", [value], f"{name}.log")
+        value = self._write.node("Mul", [value, number("per_octave", -1 / math.log(2))], f"{name}.octaves")
+        value = self._write.node("Round", [value], f"{name}.rounded")
+        bounds = [number("low", 0), number("high", 2**grid.bits - 1)]
+        value = self._write.node("Clip", [value, *bounds], f"{name}.code")
+        value = self._write.node("Mul", [value, number("octave", -math.log(2))], f"{name}.log_rounded")
+        value = self._write.node("Exp", [value], f"{name}.power")
+        return self._write.node("Mul", [value, number("unit", grid.scale)], f"{name}.multiplied")
 
     def _move_back(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
         """Undo behind the layer what `_rounded` left moved: the ratio as a factor, the shift in the bias."""

@@ -75,7 +75,7 @@ def _eda_dm(config: QuantConfig) -> QuantConfig:
 def _tcaq(config: QuantConfig) -> QuantConfig:
     fewer = replace(config.reconstruction, iterations=max(1, config.reconstruction.iterations // 2))
     rounds = replace(_adaround(config), reconstruction=fewer, rounds=2)
-    per_step = replace(config.activation, per_step=True)
+    per_step = replace(config.activation, per_step=True, logarithmic=True)
     return replace(rounds, activation=per_step, surgery=replace(config.surgery, scale_channels=8.0))
 
 

@@ -159,7 +159,7 @@ def test_a_plan_of_another_format_is_an_error(path: Path) -> None:
     readable.write_text(json.dumps(data))
     sha = hashlib.sha256(readable.read_bytes()).hexdigest()
     save_file(load_file(path), path, {"json_sha256": sha})
-    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 7: run calibrate again"):
+    with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 8: run calibrate again"):
         load_plan(path)
 
 

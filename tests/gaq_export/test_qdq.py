@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.plan import QuantPlan
+from calib.plan import Grid, QuantPlan
 from calib.ranges import nearest_step
 from gaq_export import parity
 from gaq_export.errors import GaqError
@@ -206,11 +206,14 @@ def test_tensorrt_takes_no_unsigned_codes_and_keeps_the_products_float(
     assert max(layer_errors(graph.proto, fake, noisy(16)).values()) <= 1e-5
 
 
-@pytest.mark.parametrize("profile", ["reference", "ort-cpu"])
+@pytest.mark.parametrize(("profile", "log2"), [("reference", False), ("reference", True), ("ort-cpu", False)])
 def test_a_graph_with_quantized_products_comes_as_close_as_rounding_allows(
-    profile: str, float_graph, tiny_model: LoadedModel, tiny_plan, noisy
+    profile: str, log2: bool, float_graph, tiny_model: LoadedModel, tiny_plan, noisy
 ) -> None:
     plan = tiny_plan(4, 8, convention="tfmq")
+    if log2:
+        power = Grid(scale=1.0, bits=4, log2=True)
+        plan = replace(plan, products={n: replace(p, probability=power) for n, p in plan.products.items()})
     session_ = session(ir.to_proto(insert_qdq(float_graph(), plan, find_profile(profile))))
 
     def graph(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

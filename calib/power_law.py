@@ -1,0 +1,68 @@
+"""Do the probabilities inside attention follow a power law? Then most are tiny, and powers of two suit them better.
+
+TCAQ-DM (arXiv 2412.16700), its distribution-aware quantizer: a power law and an alternative are fitted by maximum
+likelihood, and the sign of the log likelihood ratio decides. Its alternative is not told; an exponential is taken here,
+as Clauset et al. 2009 (arXiv 0706.1062) do for heavy tails, of the values x above a least one m, their mean:
+
+    p(x) = (a - 1) / m (x / m)^-a,  a = 1 + 1 / mean ln(x / m)        q(x) = l exp(-l (x - m)),  l = 1 / (mean x - m)
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from calib.attention import intercept
+from calib.data import CalibrationSet
+
+VALUES = 4096  # of each product, from each of
+BATCHES, BATCH = 16, 8
+
+
+def log_likelihood_ratio(values: Tensor) -> float:
+    """Return the mean of ln p(x) - ln q(x) over the values above their mean, both laws fitted; 0 if there are none.
+
+    Args:
+        values: not negative.
+    """
+    values = values.double().flatten()
+    least = values.mean()
+    x = values[values > least]
+    if len(x) == 0 or float(least) == 0:
+        return 0.0
+    logs, rate = (x / least).log(), 1 / (x.mean() - least)
+    exponent = 1 + 1 / logs.mean()
+    power = ((exponent - 1) / least).log() - exponent * logs
+    return float((power - (rate.log() - rate * (x - least))).mean())
+
+
+def heavy_tailed(
+    network: nn.Module, products: Sequence[str], data: CalibrationSet, generator: torch.Generator
+) -> frozenset[str]:
+    """Return those modules whose attention's probabilities follow a power law.
+
+    Args:
+        network: its weights quantized.
+        products: names of modules with attention.
+        data: what it saw; batches are drawn from all of it.
+        generator: draws them, and the values.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in products}
+
+    def keep(name: str, operand: str, value: Tensor) -> Tensor:
+        if operand == "probability":
+            flat = value.flatten()
+            seen[name].append(flat[torch.randint(len(flat), (VALUES,), generator=generator)])
+        return value
+
+    handles = [handle for name in products for handle in intercept(network.get_submodule(name), partial(keep, name))]
+    try:
+        order = torch.randperm(len(data), generator=generator)[: BATCHES * BATCH]
+        with torch.no_grad():
+            for index in torch.split(order, BATCH):
+                network(data.x[index], data.t[index])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(name for name, values in seen.items() if log_likelihood_ratio(torch.cat(values)) > 0)
