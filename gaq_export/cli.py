@@ -22,6 +22,8 @@ from gaq_export.options import (
 if TYPE_CHECKING:
     pass
 
+PNGS = 1000  # more images than this go to files of many
+
 app = typer.Typer(
     name="gaq-export",
     help="Quantize a diffusion model, build a low-bit engine, draw with it. Start with: gaq-export calibrate",
@@ -129,17 +131,56 @@ def sample(
     spacing: Spacing = None,
     eta: Eta = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also draw with the float model, side by side.")] = False,
+    shard: Annotated[
+        int | None,
+        typer.Option(
+            help="Images a file: they are streamed to disk, and the same command goes on after a kill. Without it one "
+            f"PNG each, or of more than {PNGS} images 256 a file."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that draw shards, one thread each; as many as cores by default.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster that draws the shards instead, or local.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     quiet: Quiet = False,
 ) -> None:
-    """Run the whole denoising loop on the engine and write PNGs, a grid and samples.json."""
+    """Run the whole denoising loop on the engine and write PNGs, a grid and samples.json, or files of many images."""
     with one_line_errors():
+        import os
+
         import engines
         from gaq_export import pipeline
+        from gaq_export.errors import GaqError
         from gaq_export.schedule import SamplerSpec
 
-        own = SamplerSpec.from_json(engines.load_engine_file(engine).about["sampler"])
+        file = engines.load_engine_file(engine)
+        own = SamplerSpec.from_json(file.about["sampler"])
         spec = changed(own, steps=steps, name=sampler, spacing=spacing, eta=eta)
+        if num > PNGS or shard is not None or workers is not None or ray is not None:
+            if compare:
+                raise GaqError(
+                    "--compare writes one PNG an image: ask for fewer of them, without --shard or --workers."
+                )
+            cores = 1 if "tensorrt" in file.backend else os.cpu_count() or 1
+            with terminal.Bars(quiet) as bars:
+                made = pipeline.sample_shards(
+                    engine,
+                    num=num,
+                    seed=seed,
+                    batch=batch,
+                    sampler=spec,
+                    out=out,
+                    shard=256 if shard is None else shard,
+                    workers=cores if workers is None else workers,
+                    ray=ray,
+                    on_images=bars.images,
+                )
+            warn_if_meaningless(file.about["model"]["meaningless"])
+            typer.echo(f"{made.drawn} of {num} images in {made.seconds:.1f} s, sha256 {made.digest[:16]} -> {out}")
+            return
         with terminal.Bars(quiet) as bars:
             drawn = pipeline.sample(
                 engine, num=num, seed=seed, batch=batch, sampler=spec, out=out, compare=compare, on_step=bars.sample

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ def describe_relay(others: Sequence[EngineFile], turns: Sequence[int]) -> dict[s
 
 
 def open_engines(file: EngineFile) -> Engine:
-    """Open an engine file and those that take turns with it, if any; use it in a `with` statement.
+    """Open an engine file and those that take turns with it, if any, on as many threads; use it in a `with` statement.
 
     Raises:
         GaqError: one of the others is of another build.
@@ -59,7 +60,8 @@ def open_engines(file: EngineFile) -> Engine:
     relay = file.about.get("relay")
     if not relay:
         return engines.open_engine(file)
-    files = [engines.load_engine_file(file.path.with_name(other["file"])) for other in relay["engines"]]
+    others = [engines.load_engine_file(file.path.with_name(other["file"])) for other in relay["engines"]]
+    files = [replace(other, threads=file.threads) for other in others]
     for other, loaded in zip(relay["engines"], files, strict=True):
         if loaded.sha256 != other["sha256"]:
             raise GaqError(f"{loaded.path} and {file.path} are of different builds: run build-engine again.")

@@ -2,7 +2,7 @@
 
     calibrate     float model            -> QuantPlan      in the run folder
     build_engine  plan                   -> QDQ ONNX -> unet.plan, audited, checked against PyTorch
-    sample        unet.plan              -> images
+    sample        unet.plan              -> images, or shards of them
     inspect       run folder             -> a page about its calibration
 
 A model is a `LoadedModel`: from `load_model` by name or folder, or from `wrap` for any module called as (x, t).
@@ -19,7 +19,7 @@ from calib import config as configs
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
-from gaq_export import drawing, inspection, latency, page, provenance, samples
+from gaq_export import crew, drawing, inspection, latency, page, provenance, samples, shards
 from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
@@ -28,7 +28,7 @@ from gaq_export.learning import learn
 from gaq_export.models import LoadedModel, load_model, wrap
 from gaq_export.presets import Preset, preset
 from gaq_export.run import Run
-from gaq_export.samples import Sampled
+from gaq_export.samples import Sampled, Streamed
 from gaq_export.schedule import SamplerSpec
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "load_model",
     "preset",
     "sample",
+    "sample_shards",
     "wrap",
 ]
 
@@ -163,6 +164,63 @@ def sample(
         some = drawing.by_network(float_model.network, schedule, shape, spec)
         reference = samples.draw(some, seeds, size, spec.steps, partial(on_step, "float"))
     return samples.write(Path(out), file, spec, seeds, drawn, reference, seconds)
+
+
+def sample_shards(
+    engine: str | Path = "unet.plan",
+    *,
+    num: int,
+    seed: int = 0,
+    batch: int | None = None,
+    sampler: SamplerSpec | None = None,
+    out: str | Path = "samples",
+    shard: int = 256,
+    workers: int = 1,
+    ray: str | None = None,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
+) -> Streamed:
+    """Draw any number of images to files of `shard` images each; the same call again draws what is missing.
+
+    Args:
+        engine: the engine file.
+        num: number of images; image i has seed `seed + i`.
+        seed: of the first image.
+        batch: images at a time, within the engine's profile; its best batch if None.
+        sampler: as for `sample`.
+        out: folder for the files, see `gaq_export.shards`.
+        shard: images in a file.
+        workers: processes that draw, one thread each.
+        ray: address of a Ray cluster that draws instead, or "local".
+        on_images: told how many images there are, of how many.
+
+    Raises:
+        GaqError, EngineError: as for `sample`; a folder that holds other images; a worker that died.
+    """
+    for what, count in (("images to draw", num), ("images a shard", shard), ("workers", workers)):
+        if count < 1:
+            raise GaqError(f"Found {count} {what}; ask for 1 or more.")
+    file, out = engines.load_engine_file(engine), Path(out)
+    spec = drawing.sampler_of(file, sampler)
+    size = file.batch[1] if batch is None else batch
+    if not file.batch[0] <= size <= file.batch[2]:
+        raise GaqError(f"Found {size} images at a time; this engine takes {file.batch[0]} to {file.batch[2]}.")
+    samples.check_writable(out)
+    conditions = samples.conditions(file, spec)
+    order = shards.Order(num=num, seed=seed, shard=shard, batch=size, conditions=conditions)
+    shards.claim(out, order)
+    todo = shards.missing(out, order)
+    done = num - sum(len(order.seeds(index)) for index in todo)
+    started, drawn = time.perf_counter(), 0
+    on_images(done, num)
+    draw = crew.choose(file, spec, size, min(workers, len(todo)), ray)
+    for index, images in draw([(index, order.seeds(index)) for index in todo]) if todo else ():
+        shards.write_shard(out, order, index, images)
+        drawn += len(images)
+        on_images(done + drawn, num)
+    grid = samples.write_overview(out, file, conditions, next(shards.read_shards(out))[0])
+    return Streamed(
+        folder=out, grid=grid, drawn=drawn, seconds=time.perf_counter() - started, digest=shards.digest(out)
+    )
 
 
 def inspect(

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,17 @@ class Sampled:
     folder: Path
     grid: Path
     meaningless: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What `sample_shards` did: `drawn` images in `seconds`; `digest` is the sha256 of all there are now."""
+
+    folder: Path
+    grid: Path
+    drawn: int
+    seconds: float
+    digest: str
 
 
 def check_writable(out: Path) -> None:
@@ -73,6 +85,27 @@ def draw(
     return torch.cat(parts)
 
 
+def conditions(file: EngineFile, spec: SamplerSpec) -> dict[str, Any]:
+    """Return what images of an engine depend on, but for seeds and batch."""
+    about = file.about["model"]
+    return {
+        "model": about["name"],
+        "meaningless": about["meaningless"],
+        "backend": file.backend,
+        "bits": file.about["bits"],
+        "engine_sha256": file.sha256,
+        "sampler": asdict(spec),
+    }
+
+
+def write_overview(out: Path, file: EngineFile, made: dict[str, Any], first: Tensor) -> Path:
+    """Write the grid of the first images, uint8, of a folder of shards, and return its path."""
+    grid = out / "grid.png"
+    row = (file.about["bits"] + "\n" + file.backend, first[:GRID_COLUMNS].float() / 127.5 - 1)
+    images.save_grid(grid, [row], made)
+    return grid
+
+
 def write(
     out: Path,
     file: EngineFile,
@@ -83,27 +116,18 @@ def write(
     seconds: float,
 ) -> Sampled:
     """Write one PNG an image, the grid and samples.json."""
-    about = file.about["model"]
-    conditions = {
-        "model": about["name"],
-        "meaningless": about["meaningless"],
-        "backend": file.backend,
-        "engine_sha256": file.sha256,
-        "sampler": asdict(spec),
-    }
+    about, made = file.about["model"], conditions(file, spec)
     psnr = None if reference is None else tuple(images.psnr(drawn, reference).tolist())
     for i, (seed, image) in enumerate(zip(seeds, drawn, strict=True)):
-        images.save_png(out / f"{seed:06d}.png", image, {**conditions, "seed": seed})
+        images.save_png(out / f"{seed:06d}.png", image, {**made, "seed": seed})
         if reference is not None:
-            images.save_png(
-                out / f"{seed:06d}-float.png", reference[i], {**conditions, "backend": "float", "seed": seed}
-            )
+            images.save_png(out / f"{seed:06d}-float.png", reference[i], {**made, "backend": "float", "seed": seed})
     shown = min(len(drawn), GRID_COLUMNS)
     rows = [] if reference is None else [("float", reference[:shown])]
     grid = out / "grid.png"
-    images.save_grid(grid, [*rows, (file.about["bits"] + "\n" + file.backend, drawn[:shown])], conditions)
+    images.save_grid(grid, [*rows, (file.about["bits"] + "\n" + file.backend, drawn[:shown])], made)
     record = {
-        **conditions,
+        **made,
         "seconds": round(seconds, 3),
         "images": [
             {"seed": s, "file": f"{s:06d}.png"} | ({} if psnr is None else {"psnr_db": round(psnr[i], 3)})

@@ -135,6 +135,13 @@ class Bars:
         """Show how many network calls are done."""
         self._show(who, f"drawing ({who}) {done}/{total}", done / total)
 
+    def images(self, done: int, total: int) -> None:
+        """Show how many images are drawn, and how many a second."""
+        started, offset = self._first.get("images", (time.perf_counter(), done / total))
+        seconds = time.perf_counter() - started
+        rate = f", {(done - offset * total) / seconds:.2f} images/s" if seconds > 0 and done > offset * total else ""
+        self._show("images", f"drawing {done}/{total}{rate}", done / total)
+
     def inspect(self, what: str, done: int, total: int) -> None:
         """Show what is being measured and how much of it is done."""
         self._show(what, f"{what} {done}/{total}", done / total)
