@@ -43,6 +43,8 @@ ORDER = (
     "samples",
     "shards",
     "frechet",
+    "fidelity",
+    "extractors",
     "crew",
     "inspection",
     "figures",
