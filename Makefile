@@ -59,6 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps clean-fid torch-fidelity
 	@touch $@
 
 # The wheels are several hundred megabytes and not to be had everywhere; without them the rtx tests skip.
