@@ -210,6 +210,31 @@ def build_engine(
     return Built(file=file, others=tuple(others), plan=plan, parity=checked, not_run=not_run)
 
 
+def build_float(model: LoadedModel, out: Path, *, sampler: SamplerSpec | None = None, backend: str = "") -> EngineFile:
+    """Build an engine of the float network's steps, to draw with as fast and in as many processes as the quantized.
+
+    Args:
+        model: the float model.
+        out: the engine file.
+        sampler: its steps; the model's own if None.
+        backend: the best present if "".
+    """
+    spec, name = sampler or model.spec.sampler, backend or engines.best_backend()
+    network = export_float(model.network, model.shape)
+    make_step(network, model.schedule, spec)
+    if find_profile(engines.find_backend(name).profile).opened:
+        open_up(network)
+    about = provenance.describe(model, spec)
+    about |= {"graph": "step", "bits": "float", "numbers": "int8", "correction": None, "baked": [], "relay": None}
+    with runs.staging(out) as staged:
+        save_onnx(compute_in(network, "float32"), staged / "unet.onnx")
+        engines.build(staged / "unet.onnx", staged / out.name, EngineConfig(backend=name, compute="float32"), about)
+        (staged / "unet.onnx").unlink()
+        for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):
+            os.replace(path, out.with_name(path.name))
+    return engines.load_engine_file(out)
+
+
 def _turns(plan: QuantPlan, spec: SamplerSpec, num_train: int, graph: str) -> tuple[int, ...]:
     """Return the activation bits of each of the sampler's steps; raise GaqError if the graph cannot tell steps."""
     visited = timesteps(spec, num_train)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gaq_export import __version__, recipe_commands, terminal
+from gaq_export import __version__, evaluate_command, recipe_commands, terminal
 from gaq_export.options import (
     Eta,
     GraphKind,
@@ -243,6 +243,7 @@ def doctor(
             terminal.print_checkup(found)
 
 
+app.command()(evaluate_command.evaluate)
 app.command()(recipe_commands.compare)
 app.command()(recipe_commands.recipes)
 

@@ -34,6 +34,7 @@ class Extractor:
         distance: what a Frechet distance of its features is called.
         sha256: of its weights.
         channels: that its images have; one-channel images are repeated where it wants three.
+        size: height and width that its images have, None if any will do.
         run: makes features of (N, C, H, W) uint8.
     """
 
@@ -41,14 +42,17 @@ class Extractor:
     distance: str
     sha256: str
     channels: int
+    size: int | None
     run: Callable[[Tensor], Features]
 
     def __call__(self, images: Tensor) -> Features:
-        """Return the features of images (N, C, H, W) uint8; raise GaqError if they have other channels."""
+        """Return the features of images (N, C, H, W) uint8; raise GaqError if they have other channels or sizes."""
         if images.shape[1] == 1 and self.channels == 3:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != self.channels:
             raise GaqError(f"{self.name!r} takes images of {self.channels} channels; these have {images.shape[1]}.")
+        if self.size is not None and images.shape[2:] != (self.size, self.size):
+            raise GaqError(f"{self.name!r} takes images of {self.size}x{self.size}; these are {images.shape[2:]}.")
         with torch.no_grad():
             parts = [self.run(part) for part in torch.split(images, BATCH)]
         return Features(
@@ -75,18 +79,20 @@ def _digits(name: str, path: Path | None) -> Extractor:
     if not path.is_file():
         raise GaqError(f"{path} is not there; examples/train_digits.py makes such a file.")
     net = frechet.digit_net(path, path, (1, 32, 32))
-    return _of_classifier(name, "Frechet distance (digits)", path, 1, net, net.convolutions)
+    return _of_classifier(name, "Frechet distance (digits)", path, (1, 32), net, net.convolutions)
 
 
 def _resnet56(name: str, path: Path | None) -> Extractor:
     if path is None:
         raise GaqError("There is no ResNet-56 in the package: give its file, as resnet56=PATH.")
     net = frechet.resnet56(path)
-    return _of_classifier(name, "Frechet distance (ResNet-56)", path, 3, net, net.layer3)
+    return _of_classifier(name, "Frechet distance (ResNet-56)", path, (3, None), net, net.layer3)
 
 
-def _of_classifier(name: str, distance: str, path: Path, channels: int, net: Classifier, last: nn.Module) -> Extractor:
-    """Make an extractor of a classifier whose convolutions end with `last`."""
+def _of_classifier(
+    name: str, distance: str, path: Path, takes: tuple[int, int | None], net: Classifier, last: nn.Module
+) -> Extractor:
+    """Make an extractor of a classifier whose convolutions end with `last`; it `takes` (channels, size)."""
     kept: list[Tensor] = []
     last.register_forward_hook(lambda _, args, out: kept.append(out[:, :SPATIAL_CHANNELS].flatten(1)))
 
@@ -95,7 +101,7 @@ def _of_classifier(name: str, distance: str, path: Path, channels: int, net: Cla
         pooled = net.features(frechet.pixels(images))
         return Features(pooled=pooled, logits=net.linear(pooled), spatial=kept[0])
 
-    return Extractor(name=name, distance=distance, sha256=_sha256(path), channels=channels, run=run)
+    return Extractor(name=name, distance=distance, sha256=_sha256(path), channels=takes[0], size=takes[1], run=run)
 
 
 def _inception(name: str, path: Path | None) -> Extractor:
@@ -122,7 +128,9 @@ def _inception(name: str, path: Path | None) -> Extractor:
 
     state = b"".join(value.numpy().tobytes() for value in net.state_dict().values())
     called = "FID (clean resizing)" if name == "inception-clean" else "FID"
-    return Extractor(name=name, distance=called, sha256=hashlib.sha256(state).hexdigest(), channels=3, run=run)
+    return Extractor(
+        name=name, distance=called, sha256=hashlib.sha256(state).hexdigest(), channels=3, size=None, run=run
+    )
 
 
 def _resized_clean(images: Tensor) -> Tensor:

@@ -116,10 +116,11 @@ def load_images(path: Path, part: str, shape: tuple[int, int, int]) -> Labelled:
     channels, height, width = shape
     if array.dtype != np.uint8 or array.shape[-1] != channels or array.shape[1] > height or array.shape[2] > width:
         raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; the model draws {shape} (C, H, W).")
-    return Labelled(images=_padded(array, height, width), labels=torch.from_numpy(labels.astype(np.int64)))
+    return Labelled(images=padded(array, height, width), labels=torch.from_numpy(labels.astype(np.int64)))
 
 
-def _padded(array: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
+def padded(array: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
+    """Return images (N, H, W, C) as (N, C, height, width), black around them."""
     down, right = height - array.shape[1], width - array.shape[2]
     around = ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0))
     return torch.from_numpy(np.pad(array, around)).permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calib.progress import Progress as Done
     from gaq_export.checkup import Checkup
+    from gaq_export.evaluate import Evaluation
     from gaq_export.pipeline import Built
 
 
@@ -48,6 +49,27 @@ def print_audit(built: "Built") -> None:
             f"{p.required_db(w):.1f} dB required",
             highlight=False,
         )
+
+
+def print_evaluation(found: "Evaluation") -> None:
+    """Print the figures that may stand together as a table, and the noise's SQNR."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from gaq_export import evaluation
+
+    console = Console()
+    for rows in evaluation.groups(found.rows):
+        head, body = evaluation.table(rows)
+        shown = Table(*(row[0] for row in [head, *body]))  # a column a row, which is narrower
+        for metric in list(zip(head, *body, strict=True))[1:]:
+            shown.add_row(*metric)
+        console.print(shown)
+    for name, trajectories in found.steps.items():
+        words = [f"{evaluation.mean_db(rows):.1f} dB on the {where}" for where, rows in trajectories.items()]
+        console.print(f"{name}: SQNR of the predicted noise, mean over steps: {', '.join(words)}", highlight=False)
+    for what in found.left_out:
+        console.print(f"left out: {what}", highlight=False)
 
 
 def print_checkup(found: "Checkup") -> None:

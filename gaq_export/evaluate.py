@@ -1,0 +1,156 @@
+"""Draw with engines and judge what they draw, or judge images that are there; write everything to one JSON file."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import engines
+from calib.files import write_atomically
+from gaq_export import __version__, drawing, evaluation, pipeline, provenance
+from gaq_export.building import build_float
+from gaq_export.errors import GaqError
+from gaq_export.evaluation import Figure
+from gaq_export.extractors import Extractor
+from gaq_export.imagesets import ImageSet, open_images
+from gaq_export.models import LoadedModel
+
+RECORD = "evaluation.json"
+TRAJECTORIES = 8  # on which the predicted noise is compared
+LIBRARIES = ("torch", "torch-fidelity", "openvino", "onnxruntime", "numpy", "scipy", "scikit-image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures by row; per-step SQNR in dB by row and trajectory; what was left out and why."""
+
+    rows: Mapping[str, Sequence[Figure]]
+    steps: Mapping[str, Mapping[str, Sequence[float]]]
+    left_out: Sequence[str]
+    path: Path
+
+
+def evaluate_sets(found: Path, reference: Path, extractor: Extractor, *, out: Path) -> Evaluation:
+    """Judge images by others.
+
+    Args:
+        found: a folder that `sample` wrote, a folder of PNGs, or an .npz.
+        reference: likewise.
+        extractor: makes their features.
+        out: folder for the result, and for features, which are kept.
+    """
+    images = open_images(found)
+    figures = evaluation.compare_sets(images, open_images(reference, images.shape), extractor, out / "features")
+    return _write(out, {found.name: figures}, {})
+
+
+def evaluate_engines(
+    files: Sequence[Path],
+    extractor: Extractor,
+    *,
+    num: int,
+    out: Path,
+    seed: int = 0,
+    data: Path | None = None,
+    model: LoadedModel | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    on_images: Callable[[str, int, int], None] = lambda who, done, total: None,
+) -> Evaluation:
+    """Draw `num` images with each engine and with the float network from the same noise, and judge all of them.
+
+    Args:
+        files: engine files of one model and one sampler.
+        extractor: makes features.
+        num: images each.
+        out: folder for images, features and the result; the same call again goes on where it was.
+        seed: of the first image.
+        data: .npz of real images to judge by; twice `num` images of the float network from other noise if None.
+        model: the float model; found again from the engine files if None.
+        workers: processes that draw.
+        ray: address of a Ray cluster that draws instead.
+        on_images: told who draws, and how many images there are, of how many.
+
+    Raises:
+        GaqError: engines of different models or samplers, or what `sample_shards` raises.
+    """
+    opened = {_label(file): engines.load_engine_file(file) for file in files}
+    if len(opened) != len(files):
+        raise GaqError(f"Found engines of one name among {[str(file) for file in files]}: rename one.")
+    specs = {str(drawing.sampler_of(file, None)) for file in opened.values()}
+    if len(specs) != 1 or len({file.about["model"]["fingerprint"] for file in opened.values()}) != 1:
+        raise GaqError(
+            f"These engines are of different models or samplers ({sorted(specs)}); evaluate them one by one."
+        )
+    first = next(iter(opened.values()))
+    model, spec = provenance.model_of(first.about, model), drawing.sampler_of(first, None)
+    exact = build_float(model, out / "float.plan", sampler=spec, backend=first.backend)
+
+    def draw(name: str, path: Path, count: int, start: int) -> ImageSet:
+        folder = out / "images" / name
+        pipeline.sample_shards(
+            path,
+            num=count,
+            seed=start,
+            out=folder,
+            shard=min(256, count),
+            workers=workers,
+            ray=ray,
+            on_images=lambda done, total: on_images(name, done, total),
+        )
+        return open_images(folder)
+
+    same = draw("float", exact.path, num, seed)
+    if data is None:
+        reference = draw("float, other noise", exact.path, 2 * num, seed + num)
+    else:
+        reference = open_images(data, model.shape)
+    rows, steps = {"float": evaluation.compare_sets(same, reference, extractor, out / "features")}, {}
+    for name, file in opened.items():
+        drawn = draw(name, file.path, num, seed)
+        rows[name] = [
+            *evaluation.compare_sets(drawn, reference, extractor, out / "features"),
+            *evaluation.compare_pairs(drawn, same),
+        ]
+        with drawing.open_engines(file) as engine:
+            steps[name] = evaluation.compare_steps(
+                drawing.noise_of(engine, file, model.schedule),
+                model.network,
+                model.schedule,
+                model.shape,
+                spec,
+                range(seed, seed + min(num, TRAJECTORIES, file.batch[2])),
+            )
+    return _write(out, rows, steps)
+
+
+def _label(file: Path) -> str:
+    return file.name.removesuffix(".plan")
+
+
+def _write(
+    out: Path, rows: Mapping[str, Sequence[Figure]], steps: Mapping[str, Mapping[str, Sequence[float]]]
+) -> Evaluation:
+    left_out = sorted(
+        {f.conditions["left out"] for figures in rows.values() for f in figures if "left out" in f.conditions}
+    )
+    for part in evaluation.groups(rows):
+        evaluation.table(part)
+    record: dict[str, Any] = {
+        "gaq-export": __version__,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "rows": {name: [figure.to_json() for figure in figures] for name, figures in rows.items()},
+        "steps": steps,
+        "left out": left_out,
+    }
+    write_atomically(out / RECORD, json.dumps(record, indent=1).encode())
+    return Evaluation(rows=rows, steps=steps, left_out=left_out, path=out / RECORD)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None

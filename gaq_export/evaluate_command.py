@@ -1,0 +1,58 @@
+"""The command that judges: engines, or images that are there."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gaq_export import terminal
+from gaq_export.options import Quiet, one_line_errors
+
+
+def evaluate(
+    found: Annotated[Path | None, typer.Argument(help="Images to judge: a folder of `sample`, PNGs, or .npz.")] = None,
+    reference: Annotated[Path | None, typer.Argument(help="What they should be like, likewise.")] = None,
+    engine: Annotated[
+        list[Path] | None, typer.Option(help="Engine to draw with and judge instead; several stand side by side.")
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "-n", min=2, help="Images to draw with each engine.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help=".npz of real images to judge by; the float network's from other noise if none.")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="digits[=PATH], resnet56=PATH, inception[=PATH] or inception-clean[=PATH].")
+    ] = "inception",
+    workers: Annotated[int | None, typer.Option(help="Processes that draw; as many as cores by default.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that draws instead, or local.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for images, features and evaluation.json.")] = Path("evaluation"),
+    quiet: Quiet = False,
+) -> None:
+    """Judge images as a whole, and against the float network's from the same noise, with floors and intervals."""
+    with one_line_errors():
+        from gaq_export import evaluate as judging
+        from gaq_export.errors import GaqError
+        from gaq_export.extractors import find_extractor
+
+        if bool(engine) == bool(found and reference):
+            raise GaqError("Give two sets of images, or one or more --engine.")
+        extractor = find_extractor(features)
+        if found and reference:
+            result = judging.evaluate_sets(found, reference, extractor, out=out)
+        else:
+            with terminal.Bars(quiet) as bars:
+                result = judging.evaluate_engines(
+                    engine or [],
+                    extractor,
+                    num=num,
+                    out=out,
+                    seed=seed,
+                    data=data,
+                    workers=workers or os.cpu_count() or 1,
+                    ray=ray,
+                    on_images=lambda who, done, total: bars.inspect(f"drawing ({who})", done, total),
+                )
+        if not quiet:
+            terminal.print_evaluation(result)
+        typer.echo(result.path)
