@@ -5,7 +5,7 @@
     steps    SQNR of the predicted noise at each step, where the float network comes by and where the quantized one does
 
 A Frechet distance between two sets of the same kind is not 0, and less so the fewer images there are. So each comes
-with its floor, the distance of two sets of as many images out of the reference, and with a bootstrap interval.
+with its floor, the distance of as many images of the reference to its others, and with a bootstrap interval.
 """
 
 import math
@@ -58,7 +58,7 @@ class Figure:
         value: the number.
         low: of a 95 % interval, None if it has none.
         high: likewise.
-        floor: what two sets of as many images of the same kind have, None if that is 0.
+        floor: what as many images of the reference itself have, None if that is 0.
         conditions: what else it depends on, JSON values.
     """
 

@@ -160,8 +160,8 @@ def interval(found: Tensor, reference: Tensor, draws: int, seed: int = 0) -> Int
     """Return the Frechet distance of two sets of features with a bootstrap interval.
 
     Both sets are drawn again, with replacement, `draws` times. A set that is drawn again is further from everything
-    than the set itself, by as much as that is further from all images there could be; so the interval is the reflected
-    one (Efron and Tibshirani 1993, the basic bootstrap), which takes that back.
+    than the set itself, as that is further than all images there could be; so the interval has the spread of those
+    draws, but lies around the value: where sets of as many images would be, which is what a floor can be held against.
 
     Args:
         found: (N, D).
@@ -174,16 +174,16 @@ def interval(found: Tensor, reference: Tensor, draws: int, seed: int = 0) -> Int
     for _ in range(draws):
         pair = [x[torch.randint(len(x), (len(x),), generator=generator)] for x in (found, reference)]
         again.append(frechet.distance(*(frechet.moments(x) for x in pair)))
-    low, high = np.quantile(np.array(again), (0.025, 0.975))
-    return Interval(value=value, low=max(0.0, 2 * value - float(high)), high=max(0.0, 2 * value - float(low)))
+    low, high = np.quantile(np.array(again) - np.mean(again), (0.025, 0.975))
+    return Interval(value=value, low=max(0.0, value + float(low)), high=value + float(high))
 
 
 def floor(reference: Tensor, size: int, splits: int = 5, seed: int = 0) -> float:
-    """Return the Frechet distance that two sets of `size` of the same images have: the mean over some random splits.
+    """Return the Frechet distance of `size` of the reference's images to its others: the mean over some random splits.
 
     Args:
         reference: (M, D) features; M at least twice `size`.
-        size: images in each set.
+        size: images that are judged.
         splits: how many.
         seed: of the splits.
     """
@@ -192,7 +192,7 @@ def floor(reference: Tensor, size: int, splits: int = 5, seed: int = 0) -> float
     generator, found = torch.Generator().manual_seed(seed), list[float]()
     for _ in range(splits):
         order = torch.randperm(len(reference), generator=generator)
-        halves = reference[order[:size]], reference[order[size : 2 * size]]
-        found.append(frechet.distance(*(frechet.moments(half) for half in halves)))
+        parts = reference[order[:size]], reference[order[size:]]
+        found.append(frechet.distance(*(frechet.moments(part) for part in parts)))
     values: npt.NDArray[np.float64] = np.array(found)
     return float(values.mean())

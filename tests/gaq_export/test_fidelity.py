@@ -86,7 +86,7 @@ def test_precision_and_recall_count_who_is_within_whose_third_neighbour() -> Non
 
 def test_the_interval_of_a_comparison_with_itself_contains_its_floor() -> None:
     everything = features(4000, 5).pooled
-    floor = fidelity.floor(everything[:2000], 500)
+    floor = fidelity.floor(everything[:1000], 500)
     found = fidelity.interval(everything[2000:2500], everything[2500:3000], 200)
     assert found.low <= floor <= found.high
     assert found == fidelity.interval(everything[2000:2500], everything[2500:3000], 200)
@@ -95,13 +95,21 @@ def test_the_interval_of_a_comparison_with_itself_contains_its_floor() -> None:
     assert other.low < other.value < other.high
 
 
-def test_an_interval_covers_what_more_images_tell() -> None:
-    """Twenty pairs of sets, the truth known: distance 6 shift^2."""
-    truth, covered = 6 * 0.6**2, 0
-    for k in range(20):
-        found = fidelity.interval(features(300, 100 + k, 0.6).pooled, features(300, 200 + k).pooled, 60, seed=k)
-        covered += found.low <= truth <= found.high
-    assert covered >= 16
+def test_a_floor_is_the_distance_of_a_part_to_the_rest() -> None:
+    reference = features(90, 7).pooled
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(3))
+    part, rest = (frechet.moments(reference[index]) for index in (order[:40], order[40:]))
+    assert fidelity.floor(reference, 40, splits=1, seed=3) == pytest.approx(frechet.distance(part, rest))
+    assert fidelity.floor(reference, 40) > fidelity.floor(features(2000, 7).pooled, 900) > 0
+
+
+def test_an_interval_covers_where_as_many_other_images_would_be() -> None:
+    def pair(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return features(300, 1000 + k, 0.6).pooled, features(300, 2000 + k).pooled
+
+    mean = np.mean([frechet.distance(*map(frechet.moments, pair(k))) for k in range(100, 200)])
+    found = [fidelity.interval(*pair(k), 60, seed=k) for k in range(20)]
+    assert sum(one.low <= mean <= one.high for one in found) >= 16
 
 
 def test_a_floor_needs_images_enough() -> None:
