@@ -18,7 +18,7 @@ demo: $(STAMP)
 	@echo "The pictures, float model above engine: $(CURDIR)/demo/samples/grid.png"
 
 test: $(STAMP) $(RTX_STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

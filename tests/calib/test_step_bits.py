@@ -26,12 +26,12 @@ def _data() -> CalibrationSet:
     return CalibrationSet(x=x, t=95 - 40 * step, step=step)
 
 
-@pytest.fixture
-def network(tiny_unet) -> EpsilonModel:
-    return EpsilonModel(tiny_unet)
+@pytest.fixture(scope="module")
+def network(make_tiny_unet) -> EpsilonModel:
+    return EpsilonModel(make_tiny_unet())
 
 
-@pytest.fixture(params=["shared", "per step", "learned"])
+@pytest.fixture(scope="module", params=["shared", "per step", "learned"])
 def plan(request, network: EpsilonModel) -> QuantPlan:
     kinds = {"shared": {}, "per step": {"per_step": True}, "learned": {"per_step": True, "sizes": "groups"}}
     config = QuantConfig(

@@ -18,7 +18,7 @@ from calib.config import ActivationConfig, OmegaConfig, QuantConfig, Reconstruct
 from calib.data import CalibrationSet
 from calib.plan import QuantPlan
 from engines import EngineConfig, EngineFile
-from gaq_export import building, pipeline
+from gaq_export import building, latency, pipeline
 from gaq_export.checkpoint import fingerprint
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.onnx_export import export_float
@@ -37,7 +37,8 @@ def _each_network_is_exported_once() -> Iterator[None]:
         return ir.from_proto(kept[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "export_float", export)
+        for module in (building, latency):
+            patch.setattr(module, "export_float", export)
         yield
 
 
