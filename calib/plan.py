@@ -115,10 +115,9 @@ class QuantPlan:
 
     `num_train` is the number of training timesteps. Where grids have a `ratio`, or activations `step_bits` of each
     step's own, `timesteps` (S,) int64, rising, says which timesteps its steps have; any other t takes the nearest one's
-    (`calib.ranges.nearest_step`). `correction` is
-    for the steps of the sampler in `about` and no other. `sensitivity`, of mixed precision, is the error of the noise
-    with one layer alone quantized, by layer and weight bits (`calib.mixed`). Layers are those of the network as
-    `surgery` rewrites it.
+    (`calib.ranges.nearest_step`). `correction` is for the steps of the sampler in `about` and no other. `sensitivity`,
+    of mixed precision, is the error of the noise with one layer alone quantized, by layer and weight bits
+    (`calib.mixed`). Layers are those of the network as `surgery` rewrites it.
     """
 
     layers: Mapping[str, LayerQuant]

@@ -185,7 +185,7 @@ def build_engine(
                 sampler=spec,
                 compute=backend.compute(config.compute) if backend.typed else "float32",
                 correct=correct,
-                abits=abits if len(set(turns)) > 1 else None,
+                abits=None if plan.step_bits is None else abits,
                 folder=run.folder,
                 model=model,
             )

@@ -1,7 +1,7 @@
 """The command line: parse, call the pipeline, print. No logic, and no heavy import before a command runs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from gaq_export.options import (
     one_line_errors,
     warn_if_meaningless,
 )
-
-if TYPE_CHECKING:
-    pass
 
 PNGS = 1000  # more images than this go to files of many
 

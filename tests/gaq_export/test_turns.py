@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from calib.fakequant import fake_quantized
-from calib.plan import load_plan
+from calib.plan import StepBits, load_plan, save_plan
 from engines import EngineConfig, open_engine
 from gaq_export import drawing, pipeline, samplers
 from gaq_export.building import Built
@@ -83,6 +84,19 @@ def test_engines_of_different_builds_do_not_take_turns(folder: Path, built: Buil
     (tmp_path / "unet.plan.json").write_text(json.dumps(record))
     with pytest.raises(GaqError, match=r"are of different builds: run build-engine again"):
         drawing.open_engines(pipeline.engines.load_engine_file(tmp_path / "unet.plan"))
+
+
+def test_where_few_bits_are_enough_at_every_step_there_is_one_engine_of_those(
+    folder: Path, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    plan = load_plan(folder / "plan.safetensors")
+    save_plan(replace(plan, step_bits=StepBits(bits=(6,) * 5)), tmp_path / "plan.safetensors")
+    config = EngineConfig(backend="openvino", threads=1)
+    built = pipeline.build_engine(folder=tmp_path, out=tmp_path / "unet.plan", config=config, model=tiny_model)
+    assert built.others == ()
+    assert built.file.about["relay"] is None
+    assert built.file.about["bits"] == "W4A6"
+    assert {p.name for p in tmp_path.glob("*.onnx")} == {"unet.step.a6.openvino.onnx"}
 
 
 def test_a_graph_that_does_not_know_steps_is_refused(folder: Path, tiny_model: LoadedModel) -> None:
