@@ -31,8 +31,8 @@ from gaq_export.pipeline import build_engine
 from gaq_export.presets import preset
 from gaq_export.publish import machine, markdown_table, publish
 from gaq_export.schedule import SamplerSpec
+from gaq_export.timing import take_turns
 from options import ModelName, Out
-from timing import take_turns
 
 FORMS = {  # (a grid for each step, 0 in the middle)
     "one symmetric grid": (False, True),

@@ -33,8 +33,8 @@ from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model
 from gaq_export.publish import machine, markdown_table, publish
 from gaq_export.qdq import save_onnx
 from gaq_export.schedule import SamplerSpec
+from gaq_export.timing import take_turns
 from options import ModelName, Out, Weights
-from timing import take_turns
 
 Loop = Callable[[], object]
 REFERENCE = "PyTorch FP32 (diffusers DDIMPipeline)"

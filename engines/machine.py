@@ -1,5 +1,6 @@
 """What this machine has for engines: processor features, GPUs, installed packages."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,8 +56,13 @@ def look() -> Machine:
         processor=facts.get("model name", "unknown"),
         features=None if flags is None else tuple(name for name in CPU_FEATURES if name in flags.split()),
         gpus=gpus(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages=versions(PACKAGES),
     )
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Return the version of each package, None for those not installed; imports none of them."""
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:

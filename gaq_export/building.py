@@ -202,6 +202,7 @@ def build_engine(
     runs.note(
         run,
         "build-engine",
+        engine=os.path.relpath(out, run.folder),
         backend=backend.name,
         seconds=round(sum(file.build_seconds for file in files), 1),
         sqnr_db=checked and checked.sqnr_db,
@@ -210,25 +211,28 @@ def build_engine(
     return Built(file=file, others=tuple(others), plan=plan, parity=checked, not_run=not_run)
 
 
-def build_float(model: LoadedModel, out: Path, *, sampler: SamplerSpec | None = None, backend: str = "") -> EngineFile:
+def build_float(
+    model: LoadedModel, out: Path, *, sampler: SamplerSpec | None = None, config: EngineConfig | None = None
+) -> EngineFile:
     """Build an engine of the float network's steps, to draw with as fast and in as many processes as the quantized.
 
     Args:
         model: the float model.
         out: the engine file.
         sampler: its steps; the model's own if None.
-        backend: the best present if "".
+        config: backend and batch profile, its arithmetic float32; the best backend present if None.
     """
-    spec, name = sampler or model.spec.sampler, backend or engines.best_backend()
+    spec = sampler or model.spec.sampler
+    config = replace(config or EngineConfig(backend=engines.best_backend()), compute="float32")
     network = export_float(model.network, model.shape)
     make_step(network, model.schedule, spec)
-    if find_profile(engines.find_backend(name).profile).opened:
+    if find_profile(engines.find_backend(config.backend).profile).opened:
         open_up(network)
     about = provenance.describe(model, spec)
     about |= {"graph": "step", "bits": "float", "numbers": "int8", "correction": None, "baked": [], "relay": None}
     with runs.staging(out) as staged:
         save_onnx(compute_in(network, "float32"), staged / "unet.onnx")
-        engines.build(staged / "unet.onnx", staged / out.name, EngineConfig(backend=name, compute="float32"), about)
+        engines.build(staged / "unet.onnx", staged / out.name, config, about)
         (staged / "unet.onnx").unlink()
         for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):
             os.replace(path, out.with_name(path.name))

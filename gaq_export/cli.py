@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gaq_export import __version__, evaluate_command, recipe_commands, terminal
+from gaq_export import __version__, judging_commands, recipe_commands, terminal
 from gaq_export.options import (
     Eta,
     GraphKind,
@@ -240,7 +240,8 @@ def doctor(
             terminal.print_checkup(found)
 
 
-app.command()(evaluate_command.evaluate)
+app.command()(judging_commands.evaluate)
+app.command()(judging_commands.report)
 app.command()(recipe_commands.compare)
 app.command()(recipe_commands.recipes)
 

@@ -4,7 +4,6 @@ Every recipe is a row of a table, calibrated at every seed; what is finished is 
 where it was, and another recipe, seed or width is added to what is there.
 """
 
-import base64
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -118,10 +117,8 @@ def write_pages(bench: Comparison, command: str, pages: Pages) -> None:
         sections.append(_section(bench, found, setting, shown, figure, grid=grid))
     lines += tables.still_missing(bench)
     told = "".join(html.text(line.removeprefix("- ")) for line in (*said, *recipes))
-    header = (
-        f'<header>\n<p class="kicker">Which recipe?</p>\n<h1>{escape(head)}</h1>\n<pre>{escape(command)}</pre>\n'
-        f"<details><summary>How this was measured, and what the recipes are</summary>\n{told}</details>\n</header>"
-    )
+    details = f"<details><summary>How this was measured, and what the recipes are</summary>\n{told}</details>\n"
+    header = html.header("Which recipe?", head, "", f"<pre>{escape(command)}</pre>\n", details)
     write_atomically(pages.markdown, ("\n".join(lines) + "\n").encode())
     write_atomically(pages.html, html.document(head, header, sections).encode())
 
@@ -145,8 +142,7 @@ def _section(
         html.figure(svg[svg.index("<svg") :], "SQNR of the predicted noise at every sampling step, mean over seeds."),
     ]
     if grid:
-        png = base64.b64encode(figure.with_suffix(".png").read_bytes()).decode()
-        picture = f'<img alt="Images of every recipe" src="data:image/png;base64,{png}">'
+        picture = html.picture(figure.with_suffix(".png").read_bytes(), "Images of every recipe")
         parts.append(html.figure(picture, "Images from the same noise, seed 0."))
     return html.section(setting, *parts)
 

@@ -57,18 +57,24 @@ def open_engines(file: EngineFile) -> Engine:
         GaqError: one of the others is of another build.
         EngineError: one is missing, damaged, or cannot run here.
     """
-    relay = file.about.get("relay")
-    if not relay:
+    others = others_of(file)
+    if not others:
         return engines.open_engine(file)
-    others = [engines.load_engine_file(file.path.with_name(other["file"])) for other in relay["engines"]]
-    files = [replace(other, threads=file.threads) for other in others]
-    for other, loaded in zip(relay["engines"], files, strict=True):
-        if loaded.sha256 != other["sha256"]:
-            raise GaqError(f"{loaded.path} and {file.path} are of different builds: run build-engine again.")
     with ExitStack() as stack:
-        opened = [stack.enter_context(engines.open_engine(one)) for one in (*files, file)]
+        files = (*(replace(other, threads=file.threads) for other in others), file)
+        opened = [stack.enter_context(engines.open_engine(one)) for one in files]
         stack.pop_all()
-    return Relay(opened, relay["turns"], "step")
+    return Relay(opened, file.about["relay"]["turns"], "step")
+
+
+def others_of(file: EngineFile) -> tuple[EngineFile, ...]:
+    """Return the engine files that take turns with this one; raise as `open_engines` does."""
+    found = []
+    for other in (file.about.get("relay") or {"engines": ()})["engines"]:
+        found.append(engines.load_engine_file(file.path.with_name(other["file"])))
+        if found[-1].sha256 != other["sha256"]:
+            raise GaqError(f"{found[-1].path} and {file.path} are of different builds: run build-engine again.")
+    return tuple(found)
 
 
 def by_engine(

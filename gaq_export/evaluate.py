@@ -3,23 +3,26 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import engines
 from calib.files import write_atomically
-from gaq_export import __version__, drawing, evaluation, pipeline, provenance
+from engines import EngineConfig
+from engines.machine import versions
+from gaq_export import drawing, evaluation, pipeline, provenance
 from gaq_export.building import build_float
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import Figure
 from gaq_export.extractors import Extractor
 from gaq_export.imagesets import ImageSet, open_images
 from gaq_export.models import LoadedModel
+from gaq_export.run import made_with
 
 RECORD = "evaluation.json"
+DEFAULT = Path("evaluation")
 TRAJECTORIES = 8  # on which the predicted noise is compared
-LIBRARIES = ("torch", "torch-fidelity", "openvino", "onnxruntime", "numpy", "scipy", "scikit-image")
+LIBRARIES = ("torch-fidelity", "numpy", "scipy", "scikit-image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def evaluate_engines(
         )
     first = next(iter(opened.values()))
     model, spec = provenance.model_of(first.about, model), drawing.sampler_of(first, None)
-    exact = build_float(model, out / "float.plan", sampler=spec, backend=first.backend)
+    exact = build_float(model, out / "float.plan", sampler=spec, config=EngineConfig(backend=first.backend))
 
     def draw(name: str, path: Path, count: int, start: int) -> ImageSet:
         folder = out / "images" / name
@@ -121,7 +124,7 @@ def evaluate_engines(
                 model.schedule,
                 model.shape,
                 spec,
-                range(seed, seed + min(num, TRAJECTORIES, file.batch[2])),
+                range(seed, seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2]))),
             )
     return _write(out, rows, steps)
 
@@ -139,8 +142,8 @@ def _write(
     for part in evaluation.groups(rows):
         evaluation.table(part)
     record: dict[str, Any] = {
-        "gaq-export": __version__,
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        **made_with(),
+        "libraries": versions(LIBRARIES),
         "rows": {name: [figure.to_json() for figure in figures] for name, figures in rows.items()},
         "steps": steps,
         "left out": left_out,
@@ -149,8 +152,12 @@ def _write(
     return Evaluation(rows=rows, steps=steps, left_out=left_out, path=out / RECORD)
 
 
-def _version(package: str) -> str | None:
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read what was written to a folder; raise GaqError if it holds no evaluation."""
+    path = folder / RECORD
     try:
-        return version(package)
-    except ImportError:
-        return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = {name: [Figure.from_json(figure) for figure in figures] for name, figures in record["rows"].items()}
+        return Evaluation(rows=rows, steps=record["steps"], left_out=record["left out"], path=path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GaqError(f"{path} cannot be read as an evaluation ({error!r}): run `gaq-export evaluate`.") from error

@@ -8,7 +8,7 @@ a user's matplotlibrc nor a caller's settings change a figure, and no figure cha
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,17 @@ def losses(blocks: Sequence[BlockResult]) -> str:
 def fidelity(found: Fidelity) -> str:
     """Draw SQNR against the sampling step: the median image, and the span of all of them."""
     return _svg("fidelity", "SQNR of the noise prediction at each sampling step", 3.1, partial(_fidelity, found))
+
+
+def noise(t: Tensor, series: Mapping[str, Sequence[float]]) -> str:
+    """Draw SQNR against the sampling step, a line for each of two series; `t` (S,) is each step's timestep."""
+    return _svg("noise", "SQNR of the engine's noise prediction at each sampling step", 3.1, partial(_noise, t, series))
+
+
+def sensitivity(errors: Mapping[str, float]) -> str:
+    """Draw the error that each layer makes alone."""
+    height = 0.75 + ROW * len(errors)
+    return _svg("sensitivity", "Error of the predicted noise, layer by layer", height, partial(_sensitivity, errors))
 
 
 def ranges(layers: Sequence[LayerRange]) -> str:
@@ -169,16 +180,37 @@ def _fidelity(found: Fidelity, figure: "Figure") -> None:
         middle = torch.quantile(values, 0.5, dim=1).numpy()
         marker = "o" if len(steps) <= 30 else None
         axes.plot(steps, middle, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=3, label=label)
+    _name_steps(axes, found.t)
+
+
+def _noise(t: Tensor, series: Mapping[str, Sequence[float]], figure: "Figure") -> None:
+    axes = figure.subplots()
+    for (label, values), color, dashes in zip(series.items(), (BLUE, ORANGE), ("-", (0, (5, 2))), strict=True):
+        marker = "o" if len(t) <= 30 else None
+        axes.plot(values, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=3, label=label)
+    _name_steps(axes, t)
+
+
+def _name_steps(axes: "Axes", t: Tensor) -> None:
+    """Name both axes of decibels at each step, timesteps on top, and the lines."""
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.set_xlabel("sampling step, noisiest first")
     axes.set_ylabel("SQNR, dB")
-    places = _spread(len(steps), 11)
+    places = _spread(len(t), 11)
     axes.set_xticks(places)
     top = axes.secondary_xaxis("top")
-    top.set_xticks(places, [str(int(found.t[i])) for i in places])
+    top.set_xticks(places, [str(int(t[i])) for i in places])
     top.set_xlabel("training timestep t")
     axes.legend(loc="best")
+
+
+def _sensitivity(errors: Mapping[str, float], figure: "Figure") -> None:
+    axes = figure.subplots()
+    axes.scatter(list(errors.values()), range(len(errors)), s=18, color=BLUE, linewidths=0)
+    _log_axis(axes, list(errors.values()))
+    axes.set_xlabel("error of the predicted noise with this layer alone quantized, share of its power")
+    _name_rows(axes, list(errors))
 
 
 def _ranges(layers: Sequence[LayerRange], figure: "Figure") -> None:

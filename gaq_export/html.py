@@ -1,6 +1,7 @@
 """Parts of an HTML page that opens offline and stays as it is: styles inside, no script, all words escaped."""
 
-from collections.abc import Iterable, Sequence
+import base64
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 _CSS = """
@@ -25,6 +26,9 @@ figure { margin: 1.25rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .75rem; overflow-x: auto; }
 .card svg { display: block; width: 100%; min-width: 34rem; height: auto; }
 .card img { display: block; max-width: 100%; height: auto; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; }
+.pictures figure { margin: 0; }
+.pictures img { display: block; width: 100%; image-rendering: pixelated; border: 1px solid var(--line); }
 figcaption { margin-top: .6rem; }
 details { margin: .75rem 0; font-size: .9rem; }
 summary { cursor: pointer; }
@@ -53,6 +57,20 @@ def document(title: str, header: str, sections: Iterable[str]) -> str:
     )
 
 
+def header(kicker: str, title: str, warning: str, *parts: str) -> str:
+    """Make the head of a page; `parts` are HTML."""
+    return (
+        f'<header>\n<p class="kicker">{escape(kicker)}</p>\n<h1>{escape(title)}</h1>\n{note(warning)}'
+        f"{''.join(parts)}</header>"
+    )
+
+
+def facts(facts: Mapping[str, str]) -> str:
+    """Make a list of terms and what is said of each."""
+    rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in facts.items())
+    return f"<dl>\n{rows}</dl>\n"
+
+
 def section(title: str, *parts: str) -> str:
     """Make a section of parts that are HTML."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{''.join(parts)}</section>\n"
@@ -61,6 +79,21 @@ def section(title: str, *parts: str) -> str:
 def figure(svg: str, numbers: str) -> str:
     """Frame a figure; `numbers` is HTML."""
     return f'<figure>\n<div class="card">{svg}</div>\n<figcaption class="numbers">{numbers}</figcaption>\n</figure>\n'
+
+
+def picture(png: bytes, words: str) -> str:
+    """Make an image; `words` stand for it where it cannot be seen."""
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">'
+
+
+def pictures(pictures: Iterable[tuple[bytes, str]]) -> str:
+    """Make a grid of PNGs, small ones enlarged without smoothing, each with its caption."""
+    framed = (
+        f'<figure>{picture(png, words)}<figcaption class="numbers">{escape(words)}</figcaption></figure>\n'
+        for png, words in pictures
+    )
+    return f'<div class="pictures">\n{"".join(framed)}</div>\n'
 
 
 def table(head: Iterable[str], rows: Iterable[Sequence[str]], marked: str = "") -> str:

@@ -112,6 +112,15 @@ def save_grid(
     _write(path, sheet, metadata or {})
 
 
+def encode_row(images: Sequence[torch.Tensor]) -> bytes:
+    """Return a PNG of images (C, H, W) in [-1, 1] side by side, a pixel for a pixel, a white line between them."""
+    line = images[0].new_ones(*images[0].shape[:2], 1)
+    row = torch.cat([part for image in images for part in (line, image)][1:], dim=2)
+    buffer = io.BytesIO()
+    _to_pil(to_uint8(row)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Measure peak signal-to-noise ratio, image by image, against the full range of 2.
 

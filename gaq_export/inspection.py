@@ -5,8 +5,8 @@ module chooses the samples and adds what needs a sampler: how far the quantized 
 float one's, step by step, on trajectories that calibration did not see.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,9 @@ from gaq_export.models import LoadedModel
 from gaq_export.parity import sqnr_db
 from gaq_export.schedule import SamplerSpec, timesteps
 
-FEW = 4  # samples a step where every block is looked at
+FEW = 4  # samples a step where every block, or layer, is looked at
+SENSED = 5  # steps at which every layer is looked at
+PRODUCTS = "attention products"
 Told = Callable[[str, int, int], None]
 
 
@@ -69,7 +71,7 @@ class Inspection:
 
     `agreement` and `alignment` are of the chosen block, with every training sample; `overview` has each block, with FEW
     samples a step. They are None, or empty, where the plan has no block that can be looked at alone; `alignment` is
-    also None where all samples weigh the same.
+    also None where all samples weigh the same. `sensitivity` is what the function of that name returns.
     """
 
     train: int
@@ -78,6 +80,7 @@ class Inspection:
     agreement: Agreement | None
     alignment: Alignment | None
     fidelity: Fidelity
+    sensitivity: Mapping[str, float]
     ranges: tuple[LayerRange, ...]
 
 
@@ -130,6 +133,7 @@ def examine(
         agreement=agreement,
         alignment=alignment,
         fidelity=fidelity(model, plan, images, on_step),
+        sensitivity=sensitivity(model, plan, data, on_step),
         ranges=layer_ranges(model, plan),
     )
 
@@ -181,6 +185,28 @@ def fidelity(model: LoadedModel, plan: QuantPlan, images: int, on_step: Told) ->
     parts = [torch.tensor(rows[i * spec.steps : (i + 1) * spec.steps]) for i in range(len(groups))]
     weights, both = torch.cat(parts, 2).unbind(1)  # (S, 2, N) -> 2 x (S, N)
     return Fidelity(t=timesteps(spec, schedule.num_train), weights=weights, both=both)
+
+
+def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_step: Told) -> dict[str, float]:
+    """Return the error of the predicted noise with one layer alone as the plan has it, in network order.
+
+    It is |eps_hat - eps|^2 / |eps|^2 over FEW samples of each of SENSED steps, evenly spread. Products inside
+    attention, where the plan rounds them, are one more entry, PRODUCTS, all of them together.
+    """
+    steps = torch.unique(data.step)
+    chosen = steps[torch.linspace(0, len(steps) - 1, min(SENSED, len(steps))).round().long()]
+    few = _first_of_each_step(data.take(torch.isin(data.step, chosen).nonzero()[:, 0]), FEW)
+    alone = {name: replace(plan, layers={name: layer}, products={}) for name, layer in plan.layers.items()}
+    if plan.products:
+        alone[PRODUCTS] = replace(plan, layers={})
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        exact = model.network(few.x, few.t).double()
+        for name, part in alone.items():
+            error = fake_quantized(model.network, part)(few.x, few.t).double() - exact
+            found[name] = float(error.square().sum() / exact.square().sum())
+            on_step("quantizing one layer alone", len(found), len(alone))
+    return found
 
 
 def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:

@@ -32,26 +32,37 @@ class Origin:
 
 def render(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
     """Return the whole page; the same plan, numbers and record give the same text."""
-    name = f"{plan.about['model']['name']}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
-    sections = (
+    name = title(plan)
+    header = html.header("Looking inside a calibration", name, warning(plan), what_was_done(plan, found, origin))
+    return html.document(f"{name}: inside the calibration", header, sections(plan, found))
+
+
+def title(plan: QuantPlan) -> str:
+    """Return the model's name and the bits."""
+    return f"{plan.about['model']['name']}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
+
+
+def warning(plan: QuantPlan) -> str:
+    """Return what a reader must know before all else, "" if there is nothing."""
+    return "The weights are random: every figure is about noise." if plan.about["model"]["meaningless"] else ""
+
+
+def what_was_done(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
+    """Return the calibration's facts and all its settings, HTML."""
+    facts = _facts(plan, found, origin) | _journal_facts(origin.journal)
+    settings = escape(json.dumps(configs.to_json(plan.config), indent=1))
+    return f"{html.facts(facts)}<details><summary>All settings</summary><pre>{settings}</pre></details>\n"
+
+
+def sections(plan: QuantPlan, found: Inspection) -> tuple[str, ...]:
+    """Return what is inside the calibration, HTML."""
+    return (
         _agreement_section(plan, found),
         _alignment_section(found),
         _losses_section(plan.blocks),
         _fidelity_section(found.fidelity),
+        _sensitivity_section(found.sensitivity),
         _ranges_section(found.ranges),
-    )
-    return html.document(f"{name}: inside the calibration", _header(name, plan, found, origin), sections)
-
-
-def _header(name: str, plan: QuantPlan, found: Inspection, origin: Origin) -> str:
-    facts = _facts(plan, found, origin) | _journal_facts(origin.journal)
-    rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in facts.items())
-    settings = escape(json.dumps(configs.to_json(plan.config), indent=1))
-    warning = "The weights are random: every figure is about noise." if plan.about["model"]["meaningless"] else ""
-    return (
-        f'<header>\n<p class="kicker">Looking inside a calibration</p>\n<h1>{escape(name)}</h1>\n'
-        f"{html.note(warning)}<dl>\n{rows}</dl>\n"
-        f"<details><summary>All settings</summary><pre>{settings}</pre></details>\n</header>"
     )
 
 
@@ -81,7 +92,7 @@ def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         known.get(key, key.replace("_", " ")): f"{value} s" if key.endswith("seconds") else f"{value}"
         for key, value in journal.items()
-        if key not in ("step", "version")
+        if key not in ("step", "version", "command", "packages")
     }
     made = f"gaq-export {journal.get('version', 'unknown')}; this page: gaq-export {__version__}"
     return {**facts, "made with": f"{made}, torch {torch.__version__}"}
@@ -186,6 +197,27 @@ def _fidelity_section(found: Fidelity) -> str:
     )
     section = html.figure(figures.fidelity(found), numbers)
     return html.section("How close is the predicted noise?", html.text(text), section)
+
+
+def _sensitivity_section(errors: Mapping[str, float]) -> str:
+    text = (
+        "Each layer alone is quantized, weights and input, and all others stay float: the power of the error of the "
+        "predicted noise, as a share of the noise's. Layers in network order, on a logarithmic scale. A few layers to "
+        "the far right are worth more bits, or --keep-float."
+    )
+    order = sorted(errors, key=lambda name: -errors[name])
+    whole = sum(errors.values())
+    most = ", ".join(f"{html.code(name)} {errors[name]:.2e}" for name in order[:3])
+    share = sum(errors[name] for name in order[:3]) / whole if whole else 0.0
+    numbers = (
+        f"{_count(len(errors), 'layer')}. The most: {most}; {100 * share:.0f} % of the sum of all, which is "
+        f"{whole:.2e} ({-10 * math.log10(whole):.1f} dB)."
+        if whole
+        else f"{_count(len(errors), 'layer')}, none with an error."
+    )
+    return html.section(
+        "Which layers cost the most?", html.text(text), html.figure(figures.sensitivity(errors), numbers)
+    )
 
 
 def _ranges_section(layers: Sequence[LayerRange]) -> str:

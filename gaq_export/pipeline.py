@@ -24,6 +24,7 @@ from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
 from gaq_export.errors import GaqError
+from gaq_export.inspection import Inspection
 from gaq_export.learning import learn
 from gaq_export.models import LoadedModel, load_model, wrap
 from gaq_export.presets import Preset, preset
@@ -247,13 +248,28 @@ def inspect(
     """
     run = Run(folder=Path(folder))
     plan, path = load_plan(run.plan), Path(out or run.page)
-    settings, journal = runs.recall(run)
     model = provenance.model_of(plan.about, model)
-    spec = SamplerSpec.from_json(plan.about["sampler"])
-    with runs.staging(path) as staged:
+    found, origin = examine(run, plan, model, path, block=block, images=images, on_step=on_step)
+    write_atomically(path, page.render(plan, found, origin).encode())
+    return path
+
+
+def examine(
+    run: Run,
+    plan: QuantPlan,
+    model: LoadedModel,
+    out: Path,
+    *,
+    block: str | None,
+    images: int,
+    on_step: Callable[[str, int, int], None],
+) -> tuple[Inspection, page.Origin]:
+    """Measure what a page about a calibration shows, the arguments as for `inspect`; scratch files lie beside `out`."""
+    settings, journal = runs.recall(run)
+    with runs.staging(out) as staged:
         data = collect(
             model,
-            spec,
+            SamplerSpec.from_json(plan.about["sampler"]),
             images=settings["images"],
             seed=plan.config.seed,
             folder=run.calibration,
@@ -262,6 +278,4 @@ def inspect(
         found = inspection.examine(
             model, plan, data, block=block, images=images, scratch=staged / "scratch", on_step=on_step
         )
-        text = page.render(plan, found, page.Origin(settings=settings, journal=journal))
-        write_atomically(path, text.encode())
-    return path
+    return found, page.Origin(settings=settings, journal=runs.last(journal, "calibrate"))

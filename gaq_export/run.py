@@ -1,16 +1,18 @@
 """The run folder: where a calibration keeps its files, and the journal of what was done in it."""
 
 import json
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calib.files import write_atomically
+from engines.machine import PACKAGES, versions
 from gaq_export import __version__
 from gaq_export.errors import GaqError
 
@@ -54,6 +56,11 @@ class Run:
         """What `inspect` writes."""
         return self.folder / "inspect.html"
 
+    @property
+    def report(self) -> Path:
+        """What `report` writes."""
+        return self.folder / "report.html"
+
     def onnx(self, profile: str, graph: str) -> Path:
         """The QDQ graph of one profile."""
         return self.folder / f"unet.{graph}.{profile}.onnx"
@@ -81,11 +88,22 @@ def begin(run: Run, settings: Mapping[str, Any]) -> None:
 
 
 def note(run: Run, step: str, **facts: Any) -> None:
-    """Add one line to the journal."""
+    """Add one line to the journal: what was done, when, by which command, with which versions, and `facts`."""
     record = _read(run) or {"format": FORMAT, "settings": {}, "journal": []}
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    record["journal"].append({"step": step, "when": when, "version": __version__, **facts})
+    record["journal"].append({"step": step, "when": when, **made_with(), **facts})
     _write(run, record)
+
+
+def made_with() -> dict[str, Any]:
+    """Return the command that this process is (None if it is another program), and the versions at work."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "gaq-export" or program.parts[-2:] == ("gaq_export", "__main__.py")
+    return {
+        "command": shlex.join(["gaq-export", *sys.argv[1:]]) if ours else None,
+        "version": __version__,
+        "packages": {name: number for name, number in versions(PACKAGES).items() if number},
+    }
 
 
 def peak_memory_mib() -> int | None:
@@ -98,8 +116,8 @@ def peak_memory_mib() -> int | None:
     return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def recall(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that calibration was given, and its line in the journal (empty if it has none).
+def recall(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the settings that calibration was given, and the journal.
 
     Raises:
         GaqError: there is no record, or it cannot be read.
@@ -107,8 +125,12 @@ def recall(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     record = _read(run)
     if record is None or "images" not in record["settings"]:
         raise GaqError(f"No record of a calibration in {run.folder}: run `gaq-export calibrate` first.")
-    lines = [line for line in record["journal"] if line["step"] == "calibrate"]
-    return record["settings"], lines[-1] if lines else {}
+    return record["settings"], record["journal"]
+
+
+def last(journal: Sequence[Mapping[str, Any]], step: str) -> dict[str, Any]:
+    """Return the last line of the journal about a step, empty if it has none."""
+    return dict(next((line for line in reversed(journal) if line["step"] == step), {}))
 
 
 def _read(run: Run) -> dict[str, Any] | None:

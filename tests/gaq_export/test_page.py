@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib as mpl
@@ -19,53 +18,17 @@ from gaq_export import figures, pipeline
 from gaq_export.cli import app
 from gaq_export.inspection import Fidelity, Inspection, LayerRange
 from gaq_export.page import Origin, render
+from tests.gaq_export.outline import outline
 
 TITLES = [
     "Do the sampling steps pull the same way?",
     "Do the sample weights follow the gradients?",
     "What did learning the rounding gain?",
     "How close is the predicted noise?",
+    "Which layers cost the most?",
     "How far do the grids reach?",
 ]
-VOID = {"meta"}
 NASTY = "<script>&\"'"
-
-
-class Outline(HTMLParser):
-    """Read a page strictly: what opens must close, in order."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.seen: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.titles: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen[tag] += 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.open and self.open[-1] == "h2":
-            self.titles.append(data)
-
-
-def outline(page: str) -> Outline:
-    reader = Outline()
-    reader.feed(page)
-    reader.close()
-    assert reader.open == []
-    return reader
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +84,7 @@ def measured(**changes: object) -> Inspection:
         agreement=seen,
         alignment=Alignment(block=NASTY, validation=2, omega=torch.softmax(torch.arange(6.0), 0), inner=torch.ones(6)),
         fidelity=Fidelity(t=torch.tensor([66, 33, 0]), weights=decibels + 5, both=decibels),
+        sensitivity={"first": 2e-3, NASTY: 5e-4},
         ranges=(span, span),
     )
     return dataclasses.replace(found, **changes)
@@ -138,7 +102,7 @@ def test_the_page_holds_every_section_and_figure(page: str, tiny_run: Path) -> N
     assert f"Block {worst}, 2 layers; 6 training samples, 3 at each of 2 steps" in seen.text
     assert f"Block {worst}, gradients with respect to" in seen.text
     assert seen.titles == TITLES
-    assert seen.seen["svg"] == seen.seen["figure"] == seen.seen["figcaption"] == 5
+    assert seen.seen["svg"] == seen.seen["figure"] == seen.seen["figcaption"] == 6
     assert "6 training samples in 6 bins, 2 validation samples" in seen.text
     assert "2 images from seeds that calibration did not use, 50 steps" in seen.text
     assert "39 layers, " in seen.text
@@ -161,7 +125,14 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
 def test_every_id_is_used_once_and_every_reference_leads_to_one(page: str) -> None:
     ids = Counter(value for name, value in outline(page).attributes if name == "id")
     assert [name for name, count in ids.items() if count > 1] == []
-    assert {name.partition("-")[0] for name in ids} == {"cosines", "alignment", "losses", "fidelity", "ranges"}
+    assert {name.partition("-")[0] for name in ids} == {
+        "cosines",
+        "alignment",
+        "losses",
+        "fidelity",
+        "sensitivity",
+        "ranges",
+    }
     wanted = re.findall(r"(?:href=\"|url\()#([^\")]+)", page)
     assert wanted
     assert set(wanted) <= set(ids)
@@ -182,7 +153,7 @@ def test_whatever_a_plan_says_is_escaped() -> None:
     assert seen.seen["script"] == 0
     assert f"{NASTY}, W4A8" in seen.text
     assert seen.text.count(NASTY) > 8  # title, heading, model, patterns, date, settings, captions, tables, figures
-    assert seen.seen["svg"] == 5
+    assert seen.seen["svg"] == 6
 
 
 def test_the_header_says_what_was_done_and_with_what() -> None:
@@ -206,7 +177,7 @@ def test_equal_scores_are_said_to_be_uniform() -> None:
     seen = outline(render(plan, measured(alignment=None), ORIGIN))
     assert "The sample weights are uniform: all 6 scores are equal" in seen.text
     assert seen.titles == TITLES
-    assert seen.seen["svg"] == 4
+    assert seen.seen["svg"] == 5
 
 
 def test_a_plan_without_losses_or_blocks_still_gives_a_page() -> None:
@@ -215,7 +186,7 @@ def test_a_plan_without_losses_or_blocks_still_gives_a_page() -> None:
     )
     seen = outline(render(small(blocks=nearest), measured(alignment=None), ORIGIN))
     assert "The plan holds no block losses: every layer is rounded to nearest." in seen.text
-    assert seen.seen["svg"] == 3
+    assert seen.seen["svg"] == 4
     seen = outline(render(small(blocks=()), measured(agreement=None, alignment=None, overview=()), ORIGIN))
     assert "No block of this plan can be looked at alone." in seen.text
-    assert (seen.titles, seen.seen["svg"]) == (TITLES, 2)
+    assert (seen.titles, seen.seen["svg"]) == (TITLES, 3)

@@ -1,4 +1,4 @@
-"""The command that judges: engines, or images that are there."""
+"""The commands that judge: engines or images by figures, and a run by one page with everything in it."""
 
 import os
 from pathlib import Path
@@ -56,3 +56,38 @@ def evaluate(
         if not quiet:
             terminal.print_evaluation(result)
         typer.echo(result.path)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished calibration.")] = Path("gaq-run"),
+    engine: Annotated[Path | None, typer.Option(help="Engine of that calibration; the last one built if none.")] = None,
+    judged: Annotated[
+        Path | None,
+        typer.Option("--evaluation", help="Folder that `evaluate` wrote; evaluation, if it is about this engine."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Pictures shown, and images on which the noise is compared.")] = 8,
+    rounds: Annotated[int, typer.Option(min=0, help="Whole loops timed, in turn with float; 0 for no timing.")] = 3,
+    block: Annotated[str | None, typer.Option(help="Block to look into, as for `inspect`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file; report.html in the run folder by default.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page on an engine: its pictures, noise, size, arithmetic, speed, and what is inside its plan."""
+    with one_line_errors():
+        from calib.files import write_atomically
+        from gaq_export import report, report_page
+        from gaq_export.run import Run
+
+        path = out or Run(folder=run).report
+        with terminal.Bars(quiet) as bars:
+            found = report.measure(
+                run,
+                path,
+                engine=engine,
+                judged=judged,
+                block=block,
+                images=images,
+                rounds=rounds,
+                on_step=bars.inspect,
+            )
+        write_atomically(path, report_page.render(found).encode())
+        typer.echo(path)
