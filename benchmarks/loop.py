@@ -24,6 +24,7 @@ import typer
 from diffusers import DDIMPipeline, DDIMScheduler
 
 import engines
+import limits
 import peers
 from engines import EngineConfig
 from engines.machine import CPU_FEATURES, look
@@ -73,7 +74,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_onnx(export_float(loaded.network, loaded.shape), folder / "float.onnx")
-        macs, peak = peers.macs(loaded.network, loaded.shape), peers.int8_peak(folder)
+        macs, peak = limits.macs(loaded.network, loaded.shape), limits.int8_peak(folder)
         lines.append(
             f"{macs / 1e9:.2f} GMAC an image and step; INT8 peak of a 3x3 convolution here {peak / 1e9:.0f} GMAC/s."
         )
@@ -125,8 +126,12 @@ def _float_engine(job: Job, float_graph: Path, *, backend: str) -> Loop:
     return lambda: draw(range(job.batch), lambda: None)
 
 
-def _peer(job: Job, float_graph: Path, *, make: Callable[[Path, Path, tuple[int, int, int], int], Any]) -> Loop:
-    denoise = make(float_graph, job.folder, job.model.shape, job.batch)
+def _peer(job: Job, float_graph: Path, *, make: Callable[[peers.Order], peers.Denoise]) -> Loop:
+    samples = peers.noise_samples(job.model.shape, job.batch)
+    network = job.model.network
+    denoise = make(
+        peers.Order(network=network, graph=float_graph, folder=job.folder, samples=samples, static=job.batch)
+    )
     return lambda: samplers.run(denoise, range(job.batch), job.model.shape, job.model.schedule, job.spec)
 
 
@@ -185,7 +190,7 @@ def _costs(job: Job) -> Iterator[str]:
     plan = job.folder / "openvino-w4-float32.plan"
     if not plan.exists():
         return
-    spent = peers.openvino_profile(onnx.load(plan), job.model.shape, job.batch)
+    spent = limits.openvino_profile(onnx.load(plan), job.model.shape, job.batch)
     total = sum(spent.values())
     largest = ", ".join(f"{kind} {100 * s / total:.0f} %" for kind, s in Counter(spent).most_common(5))
     yield f"What a W4A8 step of ours spends its {1e3 * total:.0f} ms on, by OpenVINO's profile: {largest}."

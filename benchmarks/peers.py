@@ -1,140 +1,159 @@
-"""What others make of the same float graph, and what the machine could do at best."""
+"""What other tools make of the same float network: each takes an `Order`, and gives something called as (x, t)."""
 
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+import copy
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import openvino
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from calib.quiet import quiet
+from gaq_export.qdq import WEIGHTED, module_of
 
-SAMPLES = 16  # calibration samples that the others are given
+SAMPLES = 16  # of noise, where nothing but time is measured
 Arrays = dict[str, npt.NDArray[Any]]
-Shape = tuple[int, int, int]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def _samples(shape: Shape, batch: int) -> Iterator[Arrays]:
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a peer is given.
+
+    Attributes:
+        network: the float network.
+        graph: its ONNX file.
+        folder: for the peer's own files.
+        samples: calibration inputs, arrays `x` (N, C, H, W) and `t` (N,) each.
+        wbits: bits of the weights; activations have 8.
+        kept: names of modules that stay float; if there are any, so does all that is no layer with weights.
+        static: batch size to compile for, where that is possible; any if None.
+        iterations: of what learns the rounding, a layer.
+    """
+
+    network: nn.Module
+    graph: Path
+    folder: Path
+    samples: Sequence[Arrays]
+    wbits: int = 8
+    kept: frozenset[str] = field(default=frozenset())
+    static: int | None = None
+    iterations: int = 1000
+
+
+def noise_samples(shape: tuple[int, int, int], batch: int) -> list[Arrays]:
+    """Return inputs that are good enough where nothing but time is measured."""
     random = np.random.default_rng(0)
-    for i in range(SAMPLES):
-        x = random.standard_normal((batch, *shape)).astype(np.float32)
-        yield {"x": x, "t": np.full(batch, 1000 * i // SAMPLES, np.int64)}
+    return [
+        {
+            "x": random.standard_normal((batch, *shape)).astype(np.float32),
+            "t": np.full(batch, 1000 * i // SAMPLES, np.int64),
+        }
+        for i in range(SAMPLES)
+    ]
 
 
 class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, samples: Iterator[Arrays]) -> None:
-        self._samples = samples
+    def __init__(self, samples: Iterable[Arrays]) -> None:
+        self._samples = iter(samples)
 
     def get_next(self) -> Arrays | None:
         """Return the next sample."""
         return next(self._samples, None)
 
 
-def onnxruntime_static(graph: Path, folder: Path, shape: Shape, batch: int) -> Denoise:
+def onnxruntime_static(order: Order) -> Denoise:
     """ONNX Runtime's own `quantize_static`: QDQ, per-channel signed weights, unsigned activations."""
-    ready, out = folder / "prepared.onnx", folder / "static.onnx"
+    ready, out = order.folder / "prepared.onnx", order.folder / "static.onnx"
+    kinds = {4: quantization.QuantType.QInt4, 8: quantization.QuantType.QInt8}
     with quiet("root"):
-        quantization.shape_inference.quant_pre_process(str(graph), str(ready), skip_symbolic_shape=True)
+        quantization.shape_inference.quant_pre_process(str(order.graph), str(ready), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(ready),
             str(out),
-            _Reader(_samples(shape, batch)),
+            _Reader(order.samples),
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
+            weight_type=kinds[order.wbits],
+            nodes_to_exclude=_nodes(order),
+            op_types_to_quantize=list(WEIGHTED) if order.kept else None,
         )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(out), options, providers=["CPUExecutionProvider"])
-    return lambda x, t: torch.from_numpy(session.run(["eps"], {"x": x.numpy(), "t": t.numpy()})[0])
+    return _session(out)
 
 
-def openvino_nncf(graph: Path, folder: Path, shape: Shape, batch: int) -> Denoise:
-    """NNCF's post-training quantization, compiled by OpenVINO for one batch size."""
+def openvino_nncf(order: Order) -> Denoise:
+    """NNCF's post-training quantization, run by OpenVINO."""
     import nncf
 
-    model = _static(graph, shape, batch)
-    quantized = nncf.quantize(model, nncf.Dataset(list(_samples(shape, batch))), subset_size=SAMPLES)
-    request = (
-        openvino.Core().compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
-    )
+    model = openvino.Core().read_model(order.graph)
+    if order.static:
+        model.reshape({"x": [order.static, *order.samples[0]["x"].shape[1:]], "t": [order.static]})
+    ignored = nncf.IgnoredScope(patterns=[f"{re.escape(name)}(/.*)?$" for name in _nodes(order)], validate=False)
+    data = nncf.Dataset(list(order.samples))
+    quantized = nncf.quantize(model, data, subset_size=len(order.samples), ignored_scope=ignored)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(quantized, "CPU", options).create_infer_request()
     return lambda x, t: torch.from_numpy(
         request.infer({"x": x.numpy(), "t": t.numpy()}, share_inputs=True)["eps"].copy()
     )
 
 
-def _static(graph: Path, shape: Shape, batch: int) -> Any:
-    model = openvino.Core().read_model(graph)
-    model.reshape({"x": [batch, *shape], "t": [batch]})
-    return model
+def nvidia_modelopt(order: Order) -> Denoise:
+    """NVIDIA ModelOpt's INT8 for PyTorch, its weights also in fewer bits; computed by PyTorch, simulated."""
+    import modelopt.torch.quantization as mtq
+
+    config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+    for entry in config["quant_cfg"]:
+        if entry["quantizer_name"] == "*weight_quantizer":
+            entry["cfg"]["num_bits"] = order.wbits
+    config["quant_cfg"] += [{"quantizer_name": f"{name}.*", "enable": False} for name in order.kept]
+
+    def calibrate(network: nn.Module) -> None:
+        for sample in order.samples:
+            network(torch.from_numpy(sample["x"]), torch.from_numpy(sample["t"]))
+
+    with torch.no_grad():
+        quantized = mtq.quantize(copy.deepcopy(order.network), config, calibrate)
+    return lambda x, t: quantized(x, t)
 
 
-def openvino_profile(model: onnx.ModelProto, shape: Shape, batch: int, runs: int = 10) -> dict[str, float]:
-    """Return the seconds that one step of an engine of ours spends by kind of layer, median of some runs."""
-    core = openvino.Core()
-    graph = core.read_model(model.SerializeToString())
-    graph.reshape({port.any_name: [1] if port.any_name == "step" else [batch, *shape] for port in graph.inputs})
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
-    request = core.compile_model(graph, "CPU", options).create_infer_request()
-    feeds = {port.any_name: np.zeros(list(port.shape), port.element_type.to_dtype()) for port in graph.inputs}
-    spent: dict[str, list[float]] = {}
-    for _ in range(runs):
-        request.infer(feeds)
-        once: Counter[str] = Counter()
-        for layer in request.profiling_info:
-            once[layer.node_type] += layer.real_time.total_seconds()
-        for kind, seconds in once.items():
-            spent.setdefault(kind, []).append(seconds)
-    return {kind: statistics.median(seconds) for kind, seconds in spent.items()}
+def aimet_adaround(order: Order) -> Denoise:
+    """AIMET's AdaRound and its activation ranges for ONNX; computed by ONNX Runtime, simulated."""
+    import aimet_onnx
 
-
-def macs(network: nn.Module, shape: Shape) -> int:
-    """Return the multiplications of one image's pass, as PyTorch counts floating-point operations."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
-    return int(counter.get_total_flops()) // 2
-
-
-def int8_peak(folder: Path, channels: int = 256, size: int = 32, batch: int = 4) -> float:
-    """Return multiplications a second of one INT8 convolution, 3x3, in OpenVINO, best of some runs."""
-    random = np.random.default_rng(0)
-    constants = {
-        "w": random.integers(-8, 8, (channels, channels, 3, 3)).astype(np.int8),
-        "ws": np.full(channels, 0.01, np.float32),
-        "s": np.float32(0.05),
-        "z": np.int8(0),
-    }
-    nodes = [("QuantizeLinear", ["x", "s", "z"], "q"), ("DequantizeLinear", ["q", "s", "z"], "dq")]
-    made = [helper.make_node(op, inputs, [out]) for op, inputs, out in nodes]
-    made.append(helper.make_node("DequantizeLinear", ["w", "ws"], ["wd"], axis=0))
-    made.append(helper.make_node("Conv", ["dq", "wd"], ["y"], pads=[1, 1, 1, 1]))
-    image = [batch, channels, size, size]
-    graph = helper.make_graph(
-        made,
-        "peak",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, image)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, image)],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    model, kept = onnx.load(order.graph), set(_nodes(order))
+    sim = aimet_onnx.QuantizationSimModel(
+        model,
+        param_type=f"int{order.wbits}",
+        activation_type="int8",
+        providers=["CPUExecutionProvider"],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    core = openvino.Core()
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
-    request = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options).create_infer_request()
-    feed, seconds = {"x": random.standard_normal(image).astype(np.float32)}, []
-    for _ in range(30):
-        request.infer(feed)
-        seconds += [p.real_time.total_seconds() for p in request.profiling_info if p.node_type == "Convolution"]
-        time.sleep(0.01)
-    return float(batch * size**2 * channels**2 * 9 / min(seconds))
+    for node in sim.model.model.graph.node:
+        names = [name.removesuffix("_qdq").removesuffix("_updated") for name in node.input[:2]]
+        for name in names if node.name in kept else ():
+            sim.qc_quantize_op_dict[name].enabled = False
+    aimet_onnx.apply_adaround(sim, list(order.samples), num_iterations=order.iterations)
+    sim.compute_encodings(list(order.samples))
+    return lambda x, t: torch.from_numpy(sim.session.run(["eps"], {"x": x.numpy(), "t": t.numpy()})[0])
+
+
+def _session(path: Path) -> Denoise:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda x, t: torch.from_numpy(session.run(["eps"], {"x": x.numpy(), "t": t.numpy()})[0])
+
+
+def _nodes(order: Order) -> list[str]:
+    """Return the names of the graph's nodes that are layers which stay float."""
+    graph = ir.load(order.graph).graph
+    return [str(n.name) for n in graph if n.op_type in WEIGHTED and module_of(n) in order.kept]

@@ -1,0 +1,227 @@
+"""What do other tools make of the same float network? Quality side by side with ours, on one yardstick.
+
+    python benchmarks/quality.py --folder bench-quality --data mnist.npz --out docs/results/quality-ddpm-mnist.md
+
+Everyone is given the same calibration samples, those that our calibration takes, and per-channel weights. Each peer
+stands in two rows: as it comes, and with those layers left float that ours leaves float. A peer that is not installed
+is left out, and said to be; finished rows are kept, so peers may be installed in several environments, one run each.
+"""
+
+import importlib.util
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import peers
+from calib.files import write_atomically
+from calib.plan import load_plan
+from engines import EngineConfig, open_engine
+from gaq_export import quality, samples
+from gaq_export.collect import collect
+from gaq_export.denoiser import Denoiser, engine_denoiser
+from gaq_export.drawing import by_network
+from gaq_export.models import LoadedModel, load_model
+from gaq_export.pipeline import build_engine, calibrate
+from gaq_export.presets import preset
+from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.quality import Yardstick
+from gaq_export.run import Run
+from options import ModelName, Out, ReportOnly
+
+BATCH = 16  # samples that a peer is given at a time
+WIDTHS = (8, 4)
+HEAD = (
+    "tool",
+    "float layers",
+    "SQNR dB, mean",
+    "worst step",
+    "PSNR dB, median",
+    "Frechet distance",
+    "minutes",
+    "run by",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A tool: the package it needs, the weight widths it has, who computes what it makes, and how to ask it."""
+
+    package: str
+    widths: tuple[int, ...]
+    run_by: str
+    make: Callable[[peers.Order], peers.Denoise]
+
+
+PEERS = {
+    "ONNX Runtime quantize_static": Peer(
+        package="onnxruntime", widths=(8, 4), run_by="ONNX Runtime", make=peers.onnxruntime_static
+    ),
+    "OpenVINO NNCF": Peer(package="nncf", widths=(8,), run_by="OpenVINO", make=peers.openvino_nncf),
+    "NVIDIA ModelOpt": Peer(package="modelopt", widths=(8, 4), run_by="PyTorch, simulated", make=peers.nvidia_modelopt),
+    "AIMET AdaRound": Peer(
+        package="aimet_onnx", widths=(8, 4), run_by="ONNX Runtime, simulated", make=peers.aimet_adaround
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The float model, what it is calibrated with, and where everything is kept."""
+
+    model: LoadedModel
+    schedule: str
+    yardstick: Yardstick
+    iterations: int
+
+    @property
+    def folder(self) -> Path:
+        """Of everything."""
+        return self.yardstick.folder
+
+    def row(self, who: str, wbits: int, *, kept: bool) -> Path:
+        """Return where a row is kept."""
+        return self.folder / "rows" / f"{who.replace(' ', '-').lower()}-w{wbits}{'-kept' if kept else ''}.json"
+
+
+def main(
+    data: Annotated[Path, typer.Option(help=".npz of real images.")],
+    model: ModelName = "ddpm-mnist",
+    schedule: Annotated[str, typer.Option("--preset")] = "fast",
+    folder: Annotated[Path, typer.Option(help="Keeps everything.")] = Path("bench-quality"),
+    images: Annotated[int, typer.Option(help="Images each network draws.")] = 64,
+    iterations: Annotated[int, typer.Option(help="AIMET's, a layer.")] = 1000,
+    report_only: ReportOnly = False,
+    out: Out = None,
+) -> None:
+    """Measure every row that is missing, and write one table for each width."""
+    loaded = load_model(model)
+    yardstick = Yardstick(model=loaded, folder=folder, images=images, draw="engine", data=data, classifier=None)
+    bench = Bench(model=loaded, schedule=schedule, yardstick=yardstick, iterations=iterations)
+    if not report_only:
+        quality.prepare(yardstick)
+        for wbits in WIDTHS:
+            _ours(bench, wbits)
+            for name, peer in PEERS.items():
+                if wbits in peer.widths and importlib.util.find_spec(peer.package):
+                    _theirs(bench, name, peer, wbits)
+    publish(_page(bench), out)
+
+
+def _ours(bench: Bench, wbits: int) -> None:
+    """Calibrate and build as a user would, and measure the engine."""
+    path, run = bench.row("ours", wbits, kept=True), Run(folder=bench.folder / f"run-w{wbits}")
+    if path.exists():
+        return
+    with _timed() as seconds:
+        plan = calibrate(bench.model, preset(bench.schedule, wbits=wbits), folder=run.folder)
+    config = EngineConfig(backend="openvino", batch=(1, BATCH, BATCH))
+    built = build_engine(folder=run.folder, out=run.folder / "unet.plan", config=config, graph="eps", model=bench.model)
+    with open_engine(built.file) as engine:
+        _measure(bench, path, engine_denoiser(engine), seconds, len(plan.float_layers))
+
+
+def _theirs(bench: Bench, name: str, peer: Peer, wbits: int) -> None:
+    """Ask a peer twice, as it comes and with our float layers, and measure what it gives."""
+    own = load_plan(Run(folder=bench.folder / f"run-w{wbits}").plan).float_layers
+    for kept in (frozenset[str](), frozenset(own)):
+        path = bench.row(name, wbits, kept=bool(kept))
+        if path.exists():
+            continue
+        scratch = bench.folder / "peers" / path.stem
+        scratch.mkdir(parents=True, exist_ok=True)
+        order = peers.Order(
+            network=bench.model.network,
+            graph=bench.folder / "float.onnx",
+            folder=scratch,
+            samples=_samples(bench),
+            wbits=wbits,
+            kept=kept,
+            iterations=bench.iterations,
+        )
+        with _timed() as seconds:
+            denoise = peer.make(order)
+        _measure(bench, path, denoise, seconds, len(kept))
+
+
+def _samples(bench: Bench) -> list[peers.Arrays]:
+    """Return what our calibration learns from, in batches that hold samples of several steps."""
+    spec, chosen = bench.model.spec.sampler, preset(bench.schedule)
+    folder = bench.folder / "calibration"
+    data = collect(bench.model, spec, images=chosen.images, seed=chosen.config.seed, folder=folder)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return [{"x": data.x[i].numpy(), "t": data.t[i].numpy()} for i in torch.split(order, BATCH) if len(i) == BATCH]
+
+
+@contextmanager
+def _timed() -> Iterator[list[float]]:
+    """Put the seconds that this was open into the list that it yields."""
+    started, seconds = time.perf_counter(), list[float]()
+    yield seconds
+    seconds.append(time.perf_counter() - started)
+
+
+def _measure(bench: Bench, path: Path, denoise: Denoiser, seconds: list[float], kept: int) -> None:
+    y, model = bench.yardstick, bench.model
+    with torch.no_grad():
+        errors = quality.noise_errors(y, denoise)
+        some = by_network(denoise, model.schedule, model.shape, model.spec.sampler)
+        seeds = range(quality.FIRST_SEEDS["same"], quality.FIRST_SEEDS["same"] + y.images)
+        drawn = samples.draw(some, seeds, y.batch, model.spec.sampler.steps, lambda done, total: None)
+    found: dict[str, Any] = {"error": errors, "seconds": seconds[0], "kept": kept} | quality.picture_measures(y, drawn)
+    write_atomically(path, json.dumps(found, indent=1).encode())
+    print(path.stem, f"{seconds[0]:.0f} s", flush=True)
+
+
+def _page(bench: Bench) -> Iterator[str]:
+    facts, chosen = quality.facts(bench.yardstick), preset(bench.schedule)
+    yield f"# {bench.model.spec.name}: quality beside other tools"
+    yield ""
+    floor = facts["frechet"]["float"]["other"]["fd_real"]
+    yield (
+        f"{len(_samples(bench)) * BATCH} calibration samples of {chosen.images} images for everyone, 8-bit "
+        f"activations, weights by channel; SQNR of the predicted noise on {quality.HELD_OUT} held-out trajectories, "
+        f"{bench.model.spec.sampler.steps} steps; {bench.yardstick.images} images from the same noise. The Frechet "
+        f"distance is to real images, by a digit classifier; the float network's, from other noise, is {floor:.2f}. "
+        f"AIMET learns {bench.iterations} iterations a layer, ours {chosen.config.reconstruction.iterations} a "
+        f"block. {machine()}."
+    )
+    for wbits in WIDTHS:
+        rows = list(_rows(bench, wbits, facts["signal"]))
+        yield from ("", f"## W{wbits}A8", "", *markdown_table(HEAD, rows))
+    absent = [name for name in PEERS if not any(bench.row(name, w, kept=False).exists() for w in WIDTHS)]
+    if absent:
+        yield from ("", f"Not measured: {', '.join(absent)}.")
+
+
+def _rows(bench: Bench, wbits: int, signal: list[float]) -> Iterator[tuple[str, ...]]:
+    names = [("ours", "OpenVINO", True)]
+    names += [(name, peer.run_by, kept) for name, peer in PEERS.items() for kept in (False, True)]
+    for name, run_by, kept in names:
+        path = bench.row(name, wbits, kept=kept)
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        decibels = [10 * math.log10(s / e) for s, e in zip(signal, found["error"], strict=True)]
+        yield (
+            name,
+            f"{found['kept']}" if kept else "its own choice",
+            f"{statistics.fmean(decibels):.2f}",
+            f"{min(decibels):.2f}",
+            f"{statistics.median(found['psnr_db']):.2f}",
+            f"{found['fd_real']:.2f}",
+            f"{found['seconds'] / 60:.1f}",
+            run_by,
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
