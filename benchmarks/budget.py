@@ -1,0 +1,82 @@
+"""Does an engine keep to a budget of milliseconds?
+
+    python benchmarks/budget.py --folder bench-budget --out docs/results/budget-ddpm-mnist.md
+
+The budgets lie between the fastest width and float, as `calib.mixed` has measured them. Each is calibrated (in the tiny
+preset: rounding does not change time), built, and timed, a step of a batch, all engines in turn.
+"""
+
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from calib.config import MixedConfig
+from calib.cost import FLOAT_BITS
+from calib.plan import QuantPlan
+from engines import EngineConfig, open_engine
+from gaq_export.latency import BATCH, step_times
+from gaq_export.models import LoadedModel, load_model
+from gaq_export.pipeline import build_engine, calibrate
+from gaq_export.presets import preset
+from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.run import Run
+from gaq_export.timing import take_turns
+from options import ModelName, Out, Weights
+
+
+def main(
+    model: ModelName = "ddpm-mnist",
+    weights: Weights = None,
+    folder: Annotated[Path, typer.Option(help="Keeps runs and engines.")] = Path("bench-budget"),
+    shares: Annotated[
+        str, typer.Option(help="Where the budgets lie, from the fastest (0) to float (1).")
+    ] = "0.2,0.5,0.8",
+    rounds: Annotated[int, typer.Option()] = 50,
+    out: Out = None,
+) -> None:
+    """Write one row for each budget."""
+    loaded = load_model(model, weights)
+    layers = list(calibrate(loaded, preset("tiny"), folder=folder / "uniform").layers)
+    kept = folder / "times.json"
+    times = step_times(loaded, loaded.network, layers, MixedConfig().choices, kept)
+    low, high = min(times.values()), times[FLOAT_BITS]
+    loops, plans = dict[str, Callable[[], object]](), dict[str, QuantPlan]()
+    for share in map(float, shares.split(",")):
+        budget = f"{low + share * (high - low):.1f}ms"
+        run = Run(folder=folder / budget)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept, run.times)  # one measurement for all budgets
+        plans[budget] = calibrate(loaded, preset("tiny", budget=budget), folder=run.folder)
+        loops[budget] = _step(loaded, run)
+    seconds = take_turns(loops, rounds)
+    rows = [
+        (budget, f"{1000 * statistics.median(seconds[budget]):.1f}", *_shares(plan)) for budget, plan in plans.items()
+    ]
+    said = ", ".join(f"{'float' if bits == FLOAT_BITS else f'{bits} bits'} {ms:.1f} ms" for bits, ms in times.items())
+    head = ("budget", "measured, median ms", "layers of 4 bits", "of 8", "float")
+    title = f"{model}, a step of {BATCH} images, {machine()}; before, with all layers at one width: {said}."
+    publish([title, "", *markdown_table(head, rows)], out)
+
+
+def _step(model: LoadedModel, run: Run) -> Callable[[], Any]:
+    config = EngineConfig(backend="openvino", batch=(BATCH, BATCH, BATCH))
+    built = build_engine(folder=run.folder, out=run.folder / "unet.plan", config=config, graph="eps", model=model)
+    x = np.random.default_rng(0).standard_normal((BATCH, *model.shape), np.float32)
+    return partial(open_engine(built.file), {"x": x, "t": np.full(BATCH, model.schedule.num_train // 2)})
+
+
+def _shares(plan: QuantPlan) -> tuple[str, ...]:
+    held = Counter(layer.weight_bits for layer in plan.layers.values())
+    chosen = sum("budget" in reason for reason in plan.float_layers.values())
+    return f"{held[4]}", f"{held[8]}", f"{chosen}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
