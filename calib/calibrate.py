@@ -56,7 +56,8 @@ def calibrate(
     """Quantize `model` and return the plan; the model itself is not changed.
 
     Args:
-        model: float32 network in eval mode, called as (x (N, C, H, W), t (N,)) -> (N, C, H, W).
+        model: float32 network in eval mode, called as (x (N, C, H, W), t (N,)) -> (N, C, H, W), and with the data's
+            `cond` as its third argument if that has any.
         data: what the float network saw at each sampling step.
         config: bits, schedule, sample weights, convention, seed.
         timesteps: number of training timesteps; `t` lies below it.
@@ -71,7 +72,7 @@ def calibrate(
     shape = tuple(data.x.shape[1:])
     surgery = plan_surgery(model, data, config.surgery)
     model = operate(model, surgery)
-    found = trace(model, shape, timesteps)
+    found = trace(model, shape, timesteps, data.cond)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
     given = _bits(model, data, quantized, config, timesteps, clock, on_progress)
@@ -83,7 +84,7 @@ def calibrate(
     products = quantized_products(found, config.convention, reasons)
     if config.activation.per_step:
         require_batch_first(found, quantized)
-    order, loose = _cut(model, found, quantized, shape, config)
+    order, loose = _cut(model, found, quantized, data, config)
     w = config.weight
     scales = {n: affine.search_weight_scale(_weight(model, n), bits[n], w.norm, w.candidates) for n in quantized}
     network = copy.deepcopy(model)
@@ -160,7 +161,7 @@ def _bits(
 
 
 def _cut(
-    model: nn.Module, found: Trace, quantized: Sequence[str], shape: tuple[int, ...], config: QuantConfig
+    model: nn.Module, found: Trace, quantized: Sequence[str], data: CalibrationSet, config: QuantConfig
 ) -> tuple[list[Block], Sequence[str]]:
     """Cut the network up: the temporal block, if there is one, and the others in network order; the layers in none.
 
@@ -168,7 +169,7 @@ def _cut(
     """
     if config.reconstruction.iterations == 0 and config.reconstruction.start == "float":
         return [], quantized
-    first = temporal.find_block(model, found, quantized, shape)
+    first = temporal.find_block(model, found, quantized, tuple(data.x.shape[1:]), data.cond)
     apart = {n for block in first for n in block.layers}
     order, loose = blocks.find_blocks(found, [n for n in quantized if n not in apart])
     return first + order, loose
@@ -269,6 +270,6 @@ def _key(
         del settings["activation"]
     identity = [settings, [(b.name, b.layers) for b in order], dict(bits)]
     sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for tensor in (data.x, data.t, data.step, *model.state_dict().values()):
+    for tensor in (*data.tensors, *model.state_dict().values()):
         sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()

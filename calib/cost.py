@@ -6,18 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calib.data import NOTHING, example
 from calib.plan import QuantPlan
 
 FLOAT_BITS = 32
 
 
-def layer_macs(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> dict[str, int]:
+def layer_macs(
+    model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NOTHING
+) -> dict[str, int]:
     """Return the multiplications that each convolution and linear layer does for one image, by layer name.
 
     Args:
-        model: called as (x, t).
+        model: called as (x, t), or (x, t, cond).
         shape: (C, H, W).
         timesteps: number of training timesteps.
+        cond: examples of what it is told, one row each at least.
     """
     found: dict[str, int] = {}
 
@@ -32,7 +36,7 @@ def layer_macs(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> dict
     handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *shape), torch.full((1,), timesteps // 2))
+            model(*example(1, shape, timesteps // 2, cond))
     finally:
         for handle in handles:
             handle.remove()

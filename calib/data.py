@@ -1,38 +1,61 @@
 """The calibration set: what the float network saw, at every sampling step, for every image.
 
-`t` is a training timestep, `step` an index into the sampling steps; 0 is the noisiest.
+`t` is a training timestep, `step` an index into the sampling steps; 0 is the noisiest. A network that is told what to
+draw is called with a third argument, `cond`: what it is told (a class, a text's states), by name, the batch first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calib.errors import CalibError
 
+NOTHING: Mapping[str, Tensor] = {}
+
+
+def example(count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NOTHING) -> tuple[Any, ...]:
+    """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first row of what it is told."""
+    told = {name: tensor[:1].repeat_interleave(count, 0) for name, tensor in cond.items()}
+    x, times = torch.zeros(count, *shape), torch.full((count,), t)
+    return (x, times, told) if told else (x, times)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSet:
-    """N network inputs: `x` (N, C, H, W) float32, `t` (N,) int64, `step` (N,) int64."""
+    """N network inputs: `x` (N, C, H, W) float32, `t` (N,) int64, `step` (N,) int64, `cond` (N, ...) each."""
 
     x: Tensor
     t: Tensor
     step: Tensor
+    cond: Mapping[str, Tensor] = field(default_factory=lambda: NOTHING)
 
     def __post_init__(self) -> None:
-        sizes = {len(self.x), len(self.t), len(self.step)}
+        rows = {"x": self.x, "t": self.t, "step": self.step, **self.cond}
+        sizes = {len(tensor) for tensor in rows.values()}
         if len(sizes) != 1 or 0 in sizes:
-            raise CalibError(
-                f"A calibration set needs as many x as t and step, at least one; found {len(self.x)} x, "
-                f"{len(self.t)} t and {len(self.step)} step."
-            )
+            found = ", ".join(f"{len(tensor)} {name}" for name, tensor in rows.items())
+            raise CalibError(f"A calibration set needs as many of everything, at least one; found {found}.")
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, index: Tensor) -> "CalibrationSet":
         """Return the samples at `index` (M,) int64."""
-        return CalibrationSet(x=self.x[index], t=self.t[index], step=self.step[index])
+        cond = {name: tensor[index] for name, tensor in self.cond.items()}
+        return CalibrationSet(x=self.x[index], t=self.t[index], step=self.step[index], cond=cond)
+
+    def inputs(self, index: Tensor | slice = slice(None)) -> tuple[Any, ...]:
+        """Return what the network is called with for the samples at `index`: x, t, and cond if it is told anything."""
+        cond = {name: tensor[index] for name, tensor in self.cond.items()}
+        return (self.x[index], self.t[index], cond) if cond else (self.x[index], self.t[index])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything it holds, in a fixed order."""
+        return (self.x, self.t, self.step, *(self.cond[name] for name in sorted(self.cond)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ A few samples a step make a gradient noisy, and noise alone lowers C. So each st
 cosine of the two halves says how much agreement such samples could show at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calib import affine, gptq
 from calib.blocks import Block, BlockIO
+from calib.data import NOTHING
 from calib.errors import CalibError
 from calib.layers import trace
 from calib.plan import QuantPlan
@@ -72,9 +73,11 @@ class Alignment:
     inner: Tensor
 
 
-def inspectable(model: nn.Module, plan: QuantPlan, shape: tuple[int, ...], timesteps: int) -> list[BlockResult]:
+def inspectable(
+    model: nn.Module, plan: QuantPlan, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NOTHING
+) -> list[BlockResult]:
     """Return the plan's blocks that can be looked at alone: called once a forward pass, with plain tensors."""
-    calls = trace(model, shape, timesteps).calls
+    calls = trace(model, shape, timesteps, cond).calls
     return [b for b in plan.blocks if b.name in calls and calls[b.name].plain and calls[b.name].count == 1]
 
 

@@ -80,7 +80,7 @@ def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet,
             index = (data.t == t).nonzero()[:IMAGES, 0]
             seen.clear()
             with torch.no_grad():
-                model(data.x[index], data.t[index])
+                model(*data.inputs(index))
             for name in layers:
                 found[name].append(seen[name][torch.randint(len(seen[name]), (VALUES,), generator=drawn)])
     finally:

@@ -1,8 +1,9 @@
 """Find out what a network is made of, by running it: which layers can be quantized, and why the others stay float.
 
-Goes by structure, never by name, so that any module called as `(x, t) -> epsilon` will do. Two forward passes with
-different `x` and the same `t` show which layers depend on the timestep alone; call counts show which layers are run
-by other means than their own `forward` (fused attention reads the weights of its projections directly).
+Goes by structure, never by name, so that any module called as `(x, t) -> epsilon`, or `(x, t, cond)`, will do. Two
+forward passes with the same `t` and another `x`, or `cond`, show which layers depend on the timestep alone; call counts
+show which layers are run by other means than their own `forward` (fused attention reads the weights of its projections
+directly).
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from calib.attention import Intercept, is_plain
+from calib.data import NOTHING, example
 from calib.errors import CalibError
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -44,13 +46,17 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A weighted layer in call order; `depends_on_x` is False where the timestep alone decides its input."""
+    """A weighted layer in call order; `by_step` is True where the timestep alone decides its input.
+
+    `depends_on_x` is False where that, or what the network is told, decides.
+    """
 
     name: str
     kind: str
     quantizable: bool
     calls: int
     depends_on_x: bool
+    by_step: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,36 +72,54 @@ class Trace:
     attentions: Mapping[str, bool]
 
 
-def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int) -> Trace:
-    """Run `model` twice on noise of `shape` (C, H, W) at one timestep below `timesteps` and report what was called.
+def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NOTHING) -> Trace:
+    """Run `model` on noise of `shape` (C, H, W) at one timestep below `timesteps` and report what was called.
+
+    Args:
+        model: the network.
+        shape: (C, H, W).
+        timesteps: number of training timesteps.
+        cond: examples of what it is told; probed with noise, or where it is of integers with 0 and 1.
 
     Raises:
         CalibError: the output is not one tensor of the input's shape.
     """
     generator = torch.Generator().manual_seed(0)
-    t = torch.full((PROBE_BATCH,), timesteps // 2)
-    (first, attentions), (second, _) = (
-        _calls(model, torch.randn(PROBE_BATCH, *shape, generator=generator), t) for _ in range(2)
+    like, t, *told = example(PROBE_BATCH, shape, timesteps // 2, cond)
+    x, other_x = (_probe(like, k, generator) for k in range(2))
+    rows, other_rows = (
+        [{name: _probe(value, k, generator) for name, value in one.items()} for one in told] for k in range(2)
     )
+    first, attentions = _calls(model, (x, t, *rows))
+    by_x = _calls(model, (other_x, t, *rows))[0]
+    by_cond = _calls(model, (x, t, *other_rows))[0] if told else first
     layers = []
     modules = dict(model.named_modules())
     for name, call in first.items():
         if isinstance(modules[name], QUANTIZABLE + OTHER_WEIGHTED):
-            changed = call.digest != second[name].digest
-            layers.append(_layer(name, modules[name], call.count, changed))
+            moved = call.digest != by_x[name].digest
+            still = not moved and call.digest == by_cond[name].digest
+            layers.append(_layer(name, modules[name], call.count, depends_on_x=moved, by_step=still))
     for name, module in modules.items():  # never called by their own forward
         if isinstance(module, QUANTIZABLE) and name not in first:
-            layers.append(_layer(name, module, 0, True))
+            layers.append(_layer(name, module, 0, depends_on_x=True, by_step=False))
     return Trace(layers=tuple(layers), calls=first, attentions=attentions)
 
 
-def _layer(name: str, module: nn.Module, calls: int, depends_on_x: bool) -> Layer:
+def _probe(like: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return noise, or the number `k` where `like` is of integers."""
+    return torch.randn(like.shape, generator=generator) if like.is_floating_point() else torch.full_like(like, k)
+
+
+def _layer(name: str, module: nn.Module, calls: int, *, depends_on_x: bool, by_step: bool) -> Layer:
     able = isinstance(module, QUANTIZABLE)
-    return Layer(name=name, kind=type(module).__name__, quantizable=able, calls=calls, depends_on_x=depends_on_x)
+    kind = type(module).__name__
+    return Layer(name=name, kind=kind, quantizable=able, calls=calls, depends_on_x=depends_on_x, by_step=by_step)
 
 
-def _calls(model: nn.Module, x: Tensor, t: Tensor) -> tuple[dict[str, Call], dict[str, bool]]:
+def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], dict[str, bool]]:
     """Return calls in order of first entry, and `Trace.attentions`."""
+    x: Tensor = inputs[0]
     order: dict[str, Call] = {}
     running: list[str] = []
     attentions: dict[str, bool] = {}
@@ -136,7 +160,7 @@ def _calls(model: nn.Module, x: Tensor, t: Tensor) -> tuple[dict[str, Call], dic
         handles.append(module.register_forward_hook(after(name)))
     try:
         with torch.no_grad(), Intercept(attention):
-            out = model(x, t)
+            out = model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -200,13 +224,13 @@ def require_batch_first(found: Trace, names: Iterable[str]) -> None:
 
 def _deploy(layers: tuple[Layer, ...]) -> dict[str, str]:
     """Keep the first and last layer and whatever depends on the step alone; quantize the rest."""
-    reasons = {layer.name: "depends on the step alone (temporal table)" for layer in layers if not layer.depends_on_x}
+    reasons = {layer.name: "depends on the step alone (temporal table)" for layer in layers if layer.by_step}
     return _ends(layers) | reasons
 
 
 def _tfmq(layers: tuple[Layer, ...]) -> dict[str, str]:
     """Keep what TFMQ-DM keeps: first embedding layer, first and last convolution, shortcuts, down-sampling."""
-    first_embedding = next((layer.name for layer in layers if not layer.depends_on_x), None)
+    first_embedding = next((layer.name for layer in layers if layer.by_step), None)
     reasons = _ends(layers)
     if first_embedding:
         reasons[first_embedding] = "first time-embedding layer (TFMQ-DM)"

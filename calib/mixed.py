@@ -62,7 +62,7 @@ def assign(
     Raises:
         CalibError: not even the fewest bits keep to the budget, or nothing measures milliseconds.
     """
-    macs = layer_macs(model, tuple(data.x.shape[1:]), timesteps)
+    macs = layer_macs(model, tuple(data.x.shape[1:]), timesteps, data.cond)
     if config.mixed.unit == "ms" and clock is None:
         raise CalibError("A budget of milliseconds needs something that measures them: give a clock.")
     if config.mixed.unit == "ms" and clock is not None:
@@ -183,7 +183,7 @@ def _quantized(layer: nn.Module, bits: int, config: QuantConfig) -> Iterator[Non
 
 def _predict(model: nn.Module, data: CalibrationSet, batch: int) -> Tensor:
     with torch.no_grad():
-        return torch.cat([model(data.x[i], data.t[i]) for i in torch.split(torch.arange(len(data)), batch)])
+        return torch.cat([model(*data.inputs(i)) for i in torch.split(torch.arange(len(data)), batch)])
 
 
 def _error(found: Tensor, exact: Tensor, step: Tensor) -> float:

@@ -61,7 +61,7 @@ def heavy_tailed(
         order = torch.randperm(len(data), generator=generator)[: BATCHES * BATCH]
         with torch.no_grad():
             for index in torch.split(order, BATCH):
-                network(data.x[index], data.t[index])
+                network(*data.inputs(index))
     finally:
         for handle in handles:
             handle.remove()

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calib.blocks import Block
 from calib.config import QuantConfig
@@ -58,12 +59,12 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
         data: calibration samples; a few are run.
         config: iterations and batch sizes.
     """
-    x, t = (rows[: config.micro_batch] for rows in (data.x, data.t))
-    whole, seconds = _forward_seconds(model, blocks, x, t)
+    inputs = data.inputs(slice(config.micro_batch))
+    whole, seconds = _forward_seconds(model, blocks, inputs)
     weight_samples = len(data) * config.weight_steps / max(1, len(torch.unique(data.step)))
     costs = []
     for b in blocks:
-        per_sample = seconds[b.name] / len(x)
+        per_sample = seconds[b.name] / len(inputs[0])
         fitting = config.reconstruction.passes * BACKWARD * config.reconstruction.batch * per_sample
         o = config.omega
         step = META.get(o.rule, 0.0) * min(o.groups, config.weight_steps) * o.validation_batch
@@ -71,11 +72,13 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
         recording = 2 * weight_samples * per_sample
         costs.append(Cost(prepare=recording + meta, iterate=fitting + recording))
     observed = sum(len(index) for _, index in draw(data, config.activation, torch.Generator()))
-    costs.append(Cost(prepare=0.0, iterate=observed * whole / len(x)))
+    costs.append(Cost(prepare=0.0, iterate=observed * whole / len(inputs[0])))
     return costs
 
 
-def _forward_seconds(model: nn.Module, blocks: Sequence[Block], x: Tensor, t: Tensor) -> tuple[float, dict[str, float]]:
+def _forward_seconds(
+    model: nn.Module, blocks: Sequence[Block], inputs: tuple[Any, ...]
+) -> tuple[float, dict[str, float]]:
     """Time one forward pass of the whole network, and of each block in it; one cut out of it runs by itself."""
     clock = time.perf_counter
     spent: dict[str, float] = {}
@@ -88,12 +91,12 @@ def _forward_seconds(model: nn.Module, blocks: Sequence[Block], x: Tensor, t: Te
     with torch.no_grad():
         for _ in range(2):  # the first pass warms up
             begin = clock()
-            model(x, t)
+            model(*inputs)
         whole = clock() - begin
         for b in blocks:
             if b.module is not None:
                 begin = clock()
-                b.module(t)
+                b.module(inputs[1])
                 spent[b.name] = clock() - begin
     for handle in handles:
         handle.remove()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calib import ranges
 from calib.attention import OPERANDS, intercept
 from calib.config import ActivationConfig
-from calib.data import CalibrationSet
+from calib.data import NOTHING, CalibrationSet
 from calib.fakequant import fake_quantized, round_input, rounding
 from calib.plan import ProductQuant, QuantPlan
 from calib.ranges import Reach
@@ -35,15 +35,16 @@ class Progressive:
         self._network = fake_quantized(model, plan, activations=False)
         self._seen: dict[int, dict[tuple[str, str], Reach]] = {}
 
-    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor] = NOTHING, /) -> Tensor:
         """Observe the ranges of this step, and predict the noise with activations rounded to grids of them.
 
         Args:
             x: (N, C, H, W), all of one step.
             t: (N,) its timestep.
+            cond: what the network is told, (N, ...) each.
         """
         plan, activation = self._plan, self._plan.config.activation
-        data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t))
+        data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t), cond=cond)
         batches = [(0, index) for index in torch.split(torch.arange(len(x)), activation.batch)]
         found = ranges.observe(
             self._network, list(plan.layers), list(plan.products), data, batches, activation, lambda done: None
@@ -52,7 +53,7 @@ class Progressive:
         step = _with_grids(plan, {key: (reach,) for key, reach in self._seen[int(t[0])].items()}, activation)
         if plan.step_bits is not None and plan.timesteps is not None:
             step = at_bits(step, plan.step_bits.bits[int(ranges.nearest_step(plan.timesteps, t[:1]))])
-        return self._predict(step, x, t)
+        return self._predict(step, data)
 
     @property
     def plan(self) -> QuantPlan:
@@ -63,14 +64,14 @@ class Progressive:
         return replace(plan, timesteps=torch.tensor(met, dtype=torch.int64))
 
     @torch.no_grad()
-    def _predict(self, plan: QuantPlan, x: Tensor, t: Tensor) -> Tensor:
+    def _predict(self, plan: QuantPlan, data: CalibrationSet) -> Tensor:
         handles = []
         for name, layer in plan.layers.items():
             handles.append(round_input(self._network.get_submodule(name), name, layer.input))
         for name, product in plan.products.items():
             handles += intercept(self._network.get_submodule(name), partial(_operand, name, product))
         try:
-            out: Tensor = self._network(x, t)
+            out: Tensor = self._network(*data.inputs())
         finally:
             for handle in handles:
                 handle.remove()

@@ -156,7 +156,7 @@ def observe(
         for done, (k, index) in enumerate(batches, 1):
             seen.clear()
             with torch.no_grad():
-                model(data.x[index], data.t[index])
+                model(*data.inputs(index))
             for key, (below, above) in seen.items():
                 so_far = averages.setdefault(key, [None] * steps)
                 old = so_far[k] or (None, None)

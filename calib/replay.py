@@ -110,7 +110,7 @@ class Replay:
                 index = torch.arange(start, start + self._size).clamp(max=len(self._data) - 1)
                 rows = min(self._size, len(self._data) - start)
                 with self._short_cuts(index, start, rows, fresh), suppress(_Reached):
-                    self._network(self._data.x[index], self._data.t[index])
+                    self._network(*self._data.inputs(index))
                 yield start, rows
         self._kept |= fresh
 

@@ -115,7 +115,7 @@ def step_features(data: CalibrationSet, images: int, model: nn.Module) -> Tensor
         for step in torch.unique(data.step):
             index = (data.step == step).nonzero()[:images, 0]
             with torch.no_grad():
-                model(data.x[index], data.t[index])
+                model(*data.inputs(index))
             if not middle:
                 smallest = [name for name, size in sizes.items() if size == min(sizes.values())]  # in call order
                 middle = smallest[len(smallest) // 2]

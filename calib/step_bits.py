@@ -33,12 +33,12 @@ def by_ratio(model: nn.Module, plan: QuantPlan, data: CalibrationSet, required_d
     assert plan.timesteps is not None
     samples = [data.take((data.t == t).nonzero()[:IMAGES, 0]) for t in plan.timesteps]
     with torch.no_grad():
-        exact = [model(sample.x, sample.t).double() for sample in samples]
+        exact = [model(*sample.inputs()).double() for sample in samples]
         measured = {}
         for bits in widths(plan):
             network, row = fake_quantized(model, at_bits(plan, bits)), []
             for sample, epsilon in zip(samples, exact, strict=True):
-                error = (network(sample.x, sample.t).double() - epsilon).square().sum()
+                error = (network(*sample.inputs()).double() - epsilon).square().sum()
                 row.append(10 * math.log10(float(epsilon.square().sum() / error.clamp(min=1e-300))))
             measured[bits] = tuple(row)
     return StepBits(

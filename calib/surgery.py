@@ -112,7 +112,7 @@ def concatenated(model: nn.Module, data: CalibrationSet) -> dict[str, int]:
     handles = [m.register_forward_pre_hook(hook(name)) for name, m in _convolutions(model).items()]
     try:
         with torch.no_grad(), Watch():
-            model(data.x[:2], data.t[:2])
+            model(*data.inputs(slice(2)))
     finally:
         for handle in handles:
             handle.remove()
@@ -132,7 +132,7 @@ def channel_factors(model: nn.Module, data: CalibrationSet, config: SurgeryConfi
         for step in torch.unique(data.step):
             index = (data.step == step).nonzero()[: config.images, 0]
             with torch.no_grad():
-                model(data.x[index], data.t[index])
+                model(*data.inputs(index))
             for name, m in most.items():
                 above, below = totals.get(name, (torch.zeros_like(m), torch.zeros_like(m)))
                 totals[name] = above + m / m.min().clamp(min=1e-6) * m, below + m

@@ -14,15 +14,16 @@ sees, as a module of their own: `t` in, the outputs of the last of them, side by
 
 import copy
 import io
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calib.blocks import Block, BlockIO
-from calib.data import CalibrationSet
+from calib.data import NOTHING, CalibrationSet, example
 from calib.errors import CalibError
 from calib.layers import PROBE_BATCH, Trace
 from calib.quiet import quiet
@@ -32,7 +33,13 @@ NAME = "(temporal)"  # not an identifier, so not a module's name
 _Calls = dict[fx.Node, tuple[str, str]]  # the nodes of layers: layer name, and which call of it
 
 
-def find_block(model: nn.Module, found: Trace, quantized: Collection[str], shape: tuple[int, ...]) -> list[Block]:
+def find_block(
+    model: nn.Module,
+    found: Trace,
+    quantized: Collection[str],
+    shape: tuple[int, ...],
+    cond: Mapping[str, Tensor] = NOTHING,
+) -> list[Block]:
     """Return the temporal block of `model`, or nothing if no quantized layer depends on the timestep alone.
 
     Its module maps t (N,) to (N, sum C_i), the outputs of the layers through which the step enters the rest of the
@@ -43,20 +50,21 @@ def find_block(model: nn.Module, found: Trace, quantized: Collection[str], shape
         found: what `trace` saw of it.
         quantized: layer names.
         shape: (C, H, W).
+        cond: examples of what the network is told.
 
     Raises:
         CalibError: torch cannot export the network, or the layers cannot be found in what it exports.
     """
-    by_step = {layer.name for layer in found.layers if not layer.depends_on_x}
+    by_step = {layer.name for layer in found.layers if layer.by_step}
     wanted = by_step & set(quantized)
     if not wanted:
         return []
     try:
-        whole = _export(model, shape)
+        whole = _export(model, example(PROBE_BATCH, shape, 0, cond))
         last, names = _outputs(whole, by_step, wanted)
         if not last:
             return []
-        module = _cut(whole, last, shape)
+        module = _cut(whole, last)
         module(torch.zeros(PROBE_BATCH, dtype=torch.int64))
     except Exception as error:  # torch.export raises many kinds; all mean the same to a user
         reason = str(error).strip().splitlines()
@@ -76,12 +84,11 @@ def record(module: nn.Module, data: CalibrationSet, micro_batch: int) -> BlockIO
     return BlockIO(inputs=tuple(leaves), batched=(True,), spec=spec, target=target)
 
 
-def _export(model: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:
+def _export(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     """Return the network as a graph without in-place operations, whose batch is free."""
-    example = (torch.zeros(PROBE_BATCH, *shape), torch.zeros(PROBE_BATCH, dtype=torch.int64))
-    batch = torch.export.Dim.DYNAMIC
+    sizes = pytree.tree_map(lambda _: {0: torch.export.Dim.DYNAMIC}, inputs)
     with quiet("torch"), redirect_stderr(io.StringIO()), torch.no_grad():  # where it prints the graph when it fails
-        program = torch.export.export(model, example, dynamic_shapes=({0: batch}, {0: batch}))
+        program = torch.export.export(model, inputs, dynamic_shapes=sizes)
         whole = program.run_decompositions({}).module()
     assert isinstance(whole, fx.GraphModule)
     return whole
@@ -97,7 +104,7 @@ def _outputs(whole: fx.GraphModule, by_step: set[str], wanted: set[str]) -> tupl
         by_step: its layers whose input does not depend on x.
         wanted: those of them that are quantized.
     """
-    _, t = _placeholders(whole)
+    t = _placeholders(whole)[1]
     calls = {node: call for node in whole.graph.nodes if (call := _call(node, by_step))}
     missing = wanted - {name for name, _ in calls.values()}
     if missing:
@@ -113,15 +120,17 @@ def _outputs(whole: fx.GraphModule, by_step: set[str], wanted: set[str]) -> tupl
     return last, names
 
 
-def _cut(whole: fx.GraphModule, last: Sequence[fx.Node], shape: tuple[int, ...]) -> fx.GraphModule:
+def _cut(whole: fx.GraphModule, last: Sequence[fx.Node]) -> fx.GraphModule:
     """Return the part of `whole` that leads from t (N,) to the nodes `last`, side by side (N, sum C_i)."""
-    x, t = _placeholders(whole)
-    needed = _ancestors(last)
+    inputs, needed = _placeholders(whole), _ancestors(last)
+    t = inputs[1]
     graph = fx.Graph()
     copies = {t: graph.placeholder("t")}
     batch = graph.call_function(torch.ops.aten.sym_size.int, (copies[t], 0))
-    if x in needed:  # only for its size: its values do not matter here
-        copies[x] = graph.call_function(torch.zeros, ((batch, *shape),))
+    for other in inputs:
+        if other in needed and other is not t:  # only for its size: its values do not matter here
+            held = other.meta["val"]
+            copies[other] = graph.call_function(torch.zeros, ((batch, *held.shape[1:]),), {"dtype": held.dtype})
     for node in whole.graph.nodes:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -130,9 +139,9 @@ def _cut(whole: fx.GraphModule, last: Sequence[fx.Node], shape: tuple[int, ...])
     return copy.deepcopy(fx.GraphModule(whole, graph)).requires_grad_(False)
 
 
-def _placeholders(whole: fx.GraphModule) -> tuple[fx.Node, fx.Node]:
-    x, t = (node for node in whole.graph.nodes if node.op == "placeholder")
-    return x, t
+def _placeholders(whole: fx.GraphModule) -> list[fx.Node]:
+    """Return x, t and what else the network is told."""
+    return [node for node in whole.graph.nodes if node.op == "placeholder"]
 
 
 def _call(node: fx.Node, names: set[str]) -> tuple[str, str] | None:

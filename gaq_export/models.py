@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from gaq_export import checkpoint, hub
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.denoiser import as_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, read_scheduler_config, schedule_from_scheduler_config
 
@@ -75,7 +74,7 @@ class LoadedModel:
     @cached_property
     def network(self) -> nn.Module:
         """The network as a module called `(x, t)`; plans and graphs use its layers' names."""
-        return EpsilonModel(self.unet) if isinstance(self.unet, UNet2DModel) else self.unet
+        return as_denoiser(self.unet)
 
     @property
     def shape(self) -> tuple[int, int, int]:

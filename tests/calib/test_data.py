@@ -45,5 +45,5 @@ def test_one_sample_cannot_be_split() -> None:
 
 
 def test_a_set_of_unequal_lengths_is_refused() -> None:
-    with pytest.raises(CalibError, match="found 2 x, 3 t and 2 step"):
+    with pytest.raises(CalibError, match="at least one; found 2 x, 3 t, 2 step"):
         CalibrationSet(x=torch.zeros(2, 1, 1, 1), t=torch.zeros(3), step=torch.zeros(2))
