@@ -19,6 +19,7 @@ from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.streams import derive
 from gaq_export import samplers
+from gaq_export.conditions import bind
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
 from gaq_export.schedule import SamplerSpec, timesteps
@@ -42,6 +43,8 @@ def collect(
 ) -> CalibrationSet:
     """Draw `images` trajectories and return the network's inputs, ordered by step, then by image.
 
+    With guidance there are two a step and image, as the network is called: those told nothing before the others.
+
     Args:
         model: the float model.
         spec: the sampler that it will be used with.
@@ -57,7 +60,9 @@ def collect(
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
     groups = -(-images // GROUP)
-    identity = hashlib.sha256(f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox".encode()).hexdigest()
+    told = model.conditions
+    facts = f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox"
+    identity = hashlib.sha256(f"{facts}{'' if told is None else f':{told.sha256}'}".encode()).hexdigest()
     parts = []
     for g in range(groups):
         path = folder / f"{g:04d}.safetensors" if folder else None
@@ -68,11 +73,16 @@ def collect(
             if path:
                 write_atomically(path, save({"x": part}, {"identity": identity}))
         parts.append(part)
-    x = torch.cat(parts, 1)[:, :images]  # (S, N, C, H, W)
+    x, cond = torch.cat(parts, 1)[:, :images], {}  # (S, N, C, H, W)
+    if told is not None:
+        rows = told.of([image_seed(seed, i) for i in range(images)])  # (M, ...), M = N, or 2N with guidance
+        x = torch.cat((x, x), 1) if told.guided else x
+        cond = {name: row.repeat(spec.steps, *(1,) * (row.ndim - 1)) for name, row in rows.items()}
     return CalibrationSet(
         x=x.flatten(0, 1),
-        t=timesteps(spec, model.schedule.num_train).repeat_interleave(images),
-        step=torch.arange(spec.steps).repeat_interleave(images),
+        t=timesteps(spec, model.schedule.num_train).repeat_interleave(x.shape[1]),
+        step=torch.arange(spec.steps).repeat_interleave(x.shape[1]),
+        cond=cond,
     )
 
 
@@ -88,7 +98,8 @@ def _trajectories(model: LoadedModel, seeds: list[int], spec: SamplerSpec, on_st
         seen.append(x.clone())
         on_step(step)
 
-    samplers.run(model.network, seeds, model.shape, model.schedule, spec, keep)
+    network = model.network if model.conditions is None else bind(model.network, model.conditions, seeds)
+    samplers.run(network, seeds, model.shape, model.schedule, spec, keep)
     return torch.stack(seen)
 
 

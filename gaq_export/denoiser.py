@@ -1,12 +1,13 @@
 """The narrow waist: everything a sampler knows about a network.
 
 In: a float network, a quantized one, any `nn.Module`. Out: a callable `(x, t) -> predicted noise`, or, for a network
-that is told what to draw, `(x, t, cond)`; `told` binds the third, so that samplers need not know. A wrapped engine has
-the same shape, so "does quantization hurt?" is one sampler called twice.
+that is told what to draw, `(x, t, cond)`; `gaq_export.conditions` binds the third, so that samplers need not know. A
+wrapped engine has the same shape, so "does quantization hurt?" is one sampler called twice.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
@@ -16,6 +17,7 @@ from engines import Engine
 
 Condition = Mapping[str, Tensor]  # what a network is told, by name: (N, ...) each
 ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL is told beside the text's states
+TOKENS, TIME_IDS = 77, 6  # of CLIP's texts; of a picture's sizes and crop
 
 
 class Denoiser(Protocol):
@@ -57,16 +59,35 @@ def _dit(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     return out[:, : x.shape[1]]  # the other half, if there is one, is a learned variance
 
 
-# How networks of diffusers are called.
-CALLS: Mapping[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]] = {
-    UNet2DModel: _unet,
-    UNet2DConditionModel: _conditional_unet,
-    DiTTransformer2DModel: _dit,
+def _labels(count: int | None) -> dict[str, Tensor]:
+    return {} if count is None else {"class_labels": torch.zeros(1, dtype=torch.int64)}
+
+
+def _of_conditional_unet(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    rows = {"encoder_hidden_states": torch.zeros(1, TOKENS, config["cross_attention_dim"])}
+    if config["addition_embed_type"] == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+        rows |= {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, TIME_IDS)}
+    return _labels(config["num_class_embeds"]) | rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How networks of one class of diffusers are called, and what they are told: a row of each, from their config."""
+
+    call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+    told: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+
+
+ARCHITECTURES: Mapping[type[nn.Module], Architecture] = {
+    UNet2DModel: Architecture(call=_unet, told=lambda config: _labels(config["num_class_embeds"])),
+    UNet2DConditionModel: Architecture(call=_conditional_unet, told=_of_conditional_unet),
+    DiTTransformer2DModel: Architecture(call=_dit, told=lambda config: _labels(config["num_embeds_ada_norm"])),
 }
 
 
 class EpsilonModel(nn.Module):
-    """Call a network of `CALLS` as `(x, t)`, or `(x, t, cond)`, and return the bare tensor.
+    """Call a network of `ARCHITECTURES` as `(x, t)`, or `(x, t, cond)`, and return the bare tensor.
 
     A module and not a closure, because the ONNX exporter takes a module; its one child is named `unet`, so every
     layer's name in the exported graph is `unet.` plus its name here. `cond` has diffusers' names: class_labels,
@@ -79,53 +100,33 @@ class EpsilonModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
-        return CALLS[type(self.unet)](self.unet, x, t, cond or {})
+        return ARCHITECTURES[type(self.unet)].call(self.unet, x, t, cond or {})
 
 
 def as_denoiser(unet: nn.Module) -> nn.Module:
     """Make a network callable as `(x, t)`, or `(x, t, cond)`.
 
     Args:
-        unet: One of `CALLS`, or any module already called that way, which is returned as it is.
+        unet: One of `ARCHITECTURES`, or any module already called that way, which is returned as it is.
     """
-    return EpsilonModel(unet) if type(unet) in CALLS else unet
+    return EpsilonModel(unet).train(unet.training) if type(unet) in ARCHITECTURES else unet
 
 
-def told(network: Callable[[Tensor, Tensor, Condition], Tensor], cond: Condition) -> Denoiser:
-    """Return the network as one that is told `cond` (N, ...) at every call, of N images."""
-    return lambda x, t, /: network(x, t, cond)
+def told_to(unet: nn.Module) -> dict[str, Tensor]:
+    """Return a row, (1, ...), of everything a network of `ARCHITECTURES` is told; nothing for any other module."""
+    known, config = ARCHITECTURES.get(type(unet)), getattr(unet, "config", None)
+    return {} if known is None or config is None else known.told(config)
 
 
-def guided(
-    network: Callable[[Tensor, Tensor, Condition], Tensor], cond: Condition, instead: Condition, scale: float
-) -> Denoiser:
-    """Return the network with classifier-free guidance (Ho and Salimans 2022): away from what it says of `instead`.
-
-    epsilon = epsilon(instead) + scale * (epsilon(cond) - epsilon(instead)), both in one call of twice the batch.
+def engine_denoiser(engine: Engine) -> Callable[..., Tensor]:
+    """Make an open engine callable as `(x, t)`, or `(x, t, cond)`.
 
     Args:
-        network: called as (x, t, cond).
-        cond: what to draw, (N, ...) each.
-        instead: nothing, an empty text or the class that stands for none; (N, ...) each.
-        scale: 1 is no guidance.
-    """
-    both = {name: torch.cat((instead[name], cond[name])) for name in cond}
-
-    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
-        without, with_it = network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
-        return without + scale * (with_it - without)
-
-    return denoise
-
-
-def engine_denoiser(engine: Engine) -> Denoiser:
-    """Make an open engine callable as a denoiser.
-
-    Args:
-        engine: takes `x` and `t`, gives `eps`; the caller keeps it open and closes it.
+        engine: takes `x`, `t` and what it is told by name, gives `eps`; the caller keeps it open and closes it.
     """
 
-    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
-        return torch.from_numpy(engine({"x": x.numpy(), "t": t.numpy()})["eps"])
+    def denoise(x: Tensor, t: Tensor, cond: Condition | None = None, /) -> Tensor:
+        told = {name: tensor.numpy() for name, tensor in (cond or {}).items()}
+        return torch.from_numpy(engine({"x": x.numpy(), "t": t.numpy(), **told})["eps"])
 
     return denoise

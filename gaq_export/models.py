@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gaq_export import checkpoint, hub
-from gaq_export.denoiser import as_denoiser
+from gaq_export.conditions import Conditions
+from gaq_export.denoiser import as_denoiser, told_to
 from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, read_scheduler_config, schedule_from_scheduler_config
 
@@ -62,6 +63,7 @@ class LoadedModel:
             "random:SEED"), "hub:OWNER/NAME@COMMIT", or an absolute folder.
         fingerprint: sha256 of the weights, see `checkpoint.fingerprint`.
         meaningless: True if the weights are random, so that images show nothing.
+        conditions: What it is told to draw; None if it is told nothing.
     """
 
     spec: ModelSpec
@@ -70,11 +72,17 @@ class LoadedModel:
     source: str
     fingerprint: str
     meaningless: bool
+    conditions: Conditions | None = None
 
     @cached_property
     def network(self) -> nn.Module:
         """The network as a module called `(x, t)`; plans and graphs use its layers' names."""
         return as_denoiser(self.unet)
+
+    @cached_property
+    def told(self) -> dict[str, Tensor]:
+        """A row, (1, ...), of everything that the network is told beside x and t; empty if that is nothing."""
+        return told_to(self.unet)
 
     @property
     def shape(self) -> tuple[int, int, int]:

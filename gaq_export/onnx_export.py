@@ -8,13 +8,16 @@ takes the keys through three dimensions to transpose them.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from calib.data import NOTHING, example
 from calib.quiet import quiet
 from gaq_export.errors import GaqError
 
@@ -22,28 +25,28 @@ OPSET = 21
 EXAMPLE_BATCH = 2
 
 
-def export_float(network: nn.Module, shape: tuple[int, ...]) -> ir.Model:
+def export_float(network: nn.Module, shape: tuple[int, ...], told: Mapping[str, Tensor] = NOTHING) -> ir.Model:
     """Return the float graph of `network`.
 
     Args:
-        network: in eval mode, called as (x, t); its layers' module names end up in the nodes' metadata.
+        network: in eval mode, called as (x, t), or (x, t, cond); its layers' names end up in the nodes' metadata.
         shape: of an image, (C, H, W).
+        told: a row, (1, ...), of each thing in `cond`; they become inputs of their names, after `x` and `t`.
 
     Raises:
         GaqError: torch cannot export it, or the batch did not stay dynamic.
     """
-    x = torch.zeros(EXAMPLE_BATCH, *shape)
-    t = torch.zeros(EXAMPLE_BATCH, dtype=torch.int64)
+    inputs = example(EXAMPLE_BATCH, shape, 0, {name: told[name] for name in sorted(told)})
     batch = torch.export.Dim("batch")
     try:
         with quiet("torch.onnx"):  # notes about absent optional packages
             program = torch.onnx.export(
                 network,
-                (x, t),
+                (*inputs, {}),  # without the last, a mapping before it is taken for keywords
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=({0: batch}, {0: batch}),
-                input_names=["x", "t"],
+                dynamic_shapes=pytree.tree_map(lambda _: {0: batch}, inputs),
+                input_names=["x", "t", *sorted(told)],
                 output_names=["eps"],
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
                 verbose=False,

@@ -8,7 +8,7 @@ the last sampling steps it can be far below 40 dB. An engine passes if every ste
 `margin_db` of the network's own resolution.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from calib.data import CalibrationSet
-from gaq_export.denoiser import Denoiser
 
 IMAGES = 4  # of each checked step
 PERTURBATION = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}  # of the input of every layer, relative
@@ -84,7 +83,7 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 def compare(
     reference: nn.Module,
     layers: Iterable[str],
-    other: Denoiser,
+    other: Callable[..., Tensor],
     data: CalibrationSet,
     tolerance: Tolerance,
     *,
@@ -111,12 +110,12 @@ def compare(
     with torch.no_grad():
         for step in chosen:
             sample = data.take((data.step == step).nonzero()[:images, 0])
-            expected = reference(sample.x, sample.t)
-            measured.append(sqnr_db(expected, other(sample.x, sample.t)))
+            expected = reference(*sample.inputs())
+            measured.append(sqnr_db(expected, other(*sample.inputs())))
             lowest = 200.0
             for draw in range(DRAWS):
                 with perturbed(reference, layers, PERTURBATION[compute], seed=DRAWS * int(step) + draw):
-                    lowest = min(lowest, sqnr_db(expected, reference(sample.x, sample.t)))
+                    lowest = min(lowest, sqnr_db(expected, reference(*sample.inputs())))
                 if measured[-1] >= tolerance.required_db(lowest):
                     break
             resolution.append(lowest)

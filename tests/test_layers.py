@@ -14,6 +14,7 @@ ORDER = (
     "errors",
     "schedule",
     "denoiser",
+    "conditions",
     "samplers",
     "checkpoint",
     "hub",

@@ -1,0 +1,91 @@
+"""What images are told to be: a table of rows, classes or texts, and which image is told which.
+
+The image of seed s is told row s mod K of K, whoever draws it and however many are drawn. With guidance, a network is
+called with twice as many samples: half of them are told what stands for nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gaq_export.denoiser import Condition, Denoiser
+from gaq_export.errors import GaqError
+
+Told = Callable[[Tensor, Tensor, Condition], Tensor]  # a network, called as (x, t, cond)
+LABELS = "class_labels"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conditions:
+    """What to draw.
+
+    Attributes:
+        names: K of them, for people: a class's number, a text.
+        rows: by the network's name for it, (K, ...) each.
+        instead: what stands for nothing, (1, ...) each; empty if the network has no such thing.
+        guidance: scale of classifier-free guidance; 1 is none.
+    """
+
+    names: tuple[str, ...]
+    rows: Condition
+    instead: Condition
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(row) for name, row in self.rows.items()}
+        if not sizes or set(sizes.values()) != {len(self.names)} or not self.names:
+            raise GaqError(f"Conditions need a row of everything for each of {len(self.names)} names; found {sizes}.")
+        if self.guidance != 1 and self.instead.keys() != self.rows.keys():
+            raise GaqError(f"Guidance of {self.guidance:g} needs what stands for nothing, for each of {sorted(sizes)}.")
+
+    @property
+    def guided(self) -> bool:
+        """Whether every call has twice as many samples as images."""
+        return self.guidance != 1
+
+    @property
+    def sha256(self) -> str:
+        """Of everything that images depend on."""
+        sha = hashlib.sha256(f"{self.guidance!r}".encode())
+        for table in (self.rows, self.instead if self.guided else {}):
+            for name in sorted(table):
+                sha.update(f"{name}{tuple(table[name].shape)}".encode() + table[name].contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def name_of(self, seed: int) -> str:
+        """Return what the image of a seed is told, for people."""
+        return self.names[seed % len(self.names)]
+
+    def of(self, seeds: Sequence[int]) -> Condition:
+        """Return what a network is told for images of these seeds: (N, ...), with guidance (2N, ...), nothing first."""
+        index = torch.tensor([seed % len(self.names) for seed in seeds])
+        chosen = {name: row[index] for name, row in self.rows.items()}
+        if not self.guided:
+            return chosen
+        return {name: torch.cat((self.instead[name].expand_as(row), row)) for name, row in chosen.items()}
+
+
+def classes(chosen: Sequence[int], *, nothing: int | None = None, guidance: float = 1.0) -> Conditions:
+    """Return classes to draw; `nothing` is the one that stands for none."""
+    rows = {LABELS: torch.tensor(chosen, dtype=torch.int64)}
+    instead = {} if nothing is None else {LABELS: torch.tensor([nothing])}
+    return Conditions(names=tuple(map(str, chosen)), rows=rows, instead=instead, guidance=guidance)
+
+
+def bind(network: Told, conditions: Conditions, seeds: Sequence[int]) -> Denoiser:
+    """Return the network as one for images of these seeds, with guidance if there is any.
+
+    epsilon = epsilon(nothing) + guidance * (epsilon(cond) - epsilon(nothing)), Ho and Salimans 2022, in one call.
+    """
+    cond = conditions.of(seeds)
+    if not conditions.guided:
+        return lambda x, t, /: network(x, t, cond)
+
+    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+        nothing, something = network(torch.cat((x, x)), torch.cat((t, t)), cond).chunk(2)
+        return nothing + conditions.guidance * (something - nothing)
+
+    return denoise

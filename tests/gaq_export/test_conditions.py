@@ -1,0 +1,116 @@
+"""What images are told: the same whoever draws them, guidance as published, and the same in every engine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import engines
+from calib.calibrate import calibrate
+from calib.fakequant import fake_quantized
+from engines import EngineConfig
+from gaq_export import conditions, samplers
+from gaq_export.collect import collect, image_seed
+from gaq_export.conditions import Conditions, bind
+from gaq_export.denoiser import engine_denoiser
+from gaq_export.errors import GaqError
+from gaq_export.models import LoadedModel, wrap
+from gaq_export.onnx_export import export_float
+from gaq_export.parity import TOLERANCES, compare, sqnr_db
+from gaq_export.profiles import find_profile
+from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.schedule import SamplerSpec, linear_schedule
+from tests.calib.test_cond import NETWORKS, config
+
+SPEC = SamplerSpec(steps=4)
+
+
+def made(kind: str, told: Conditions | None) -> LoadedModel:
+    network = NETWORKS[kind][0]()
+    model = wrap(network, shape=(1, 8, 8), schedule=linear_schedule(num_train=100), sampler=SPEC, name=kind)
+    return replace(model, conditions=told)
+
+
+def texts(guidance: float) -> Conditions:
+    rows = torch.randn(3, 77, 12, generator=torch.Generator().manual_seed(5))
+    return Conditions(
+        names=("a cat", "a dog", "a tree"),
+        rows={"encoder_hidden_states": rows},
+        instead={"encoder_hidden_states": torch.zeros(1, 77, 12)},
+        guidance=guidance,
+    )
+
+
+def test_an_image_is_told_by_its_seed() -> None:
+    told = conditions.classes((3, 5, 8))
+    assert told.of((0, 1, 2, 3))["class_labels"].tolist() == [3, 5, 8, 3]
+    assert told.name_of(4) == "5"
+    guided = conditions.classes((3, 5, 8), nothing=10, guidance=3.0)
+    assert guided.of((7, 2))["class_labels"].tolist() == [10, 10, 5, 8]
+    assert len({told.sha256, guided.sha256, conditions.classes((3, 8, 5)).sha256}) == 3
+    with pytest.raises(GaqError, match=r"Guidance of 2 needs what stands for nothing, for each of \['class_labels'\]"):
+        conditions.classes((1,), guidance=2.0)
+    with pytest.raises(GaqError, match=r"a row of everything for each of 2 names; found \{'class_labels': 3\}"):
+        Conditions(names=("a", "b"), rows={"class_labels": torch.zeros(3)}, instead={})
+
+
+def test_guidance_leads_away_from_nothing() -> None:
+    model = made("classes", None)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([40, 40])
+    told = conditions.classes((1, 2), nothing=10, guidance=2.5)
+    with torch.no_grad():
+        found = bind(model.network, told, (0, 1))(x, t)
+        nothing = model.network(x, t, {"class_labels": torch.tensor([10, 10])})
+        something = model.network(x, t, {"class_labels": torch.tensor([1, 2])})
+        plain = bind(model.network, conditions.classes((1, 2)), (0, 1))(x, t)
+    torch.testing.assert_close(found, nothing + 2.5 * (something - nothing))
+    assert torch.equal(plain, something)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_calibration_set_is_what_the_network_is_called_with(guidance: float, tmp_path: Path) -> None:
+    model = made("text", texts(guidance))
+    seen: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    handle = model.network.register_forward_pre_hook(lambda module, args: seen.append(args))
+    data = collect(model, SPEC, images=4, folder=tmp_path)
+    handle.remove()
+    for place, rows in enumerate((data.x, data.t, data.cond["encoder_hidden_states"])):
+        called = [args[place] if place < 2 else args[2]["encoder_hidden_states"] for args in seen]
+        assert torch.equal(rows, torch.cat(called))
+    assert data.step.tolist() == [step for step in range(4) for _ in range(4 if guidance == 1 else 8)]
+    again = collect(model, SPEC, images=4, folder=tmp_path)  # kept
+    assert torch.equal(again.x, data.x)
+    other = collect(replace(model, conditions=texts(5.0)), SPEC, images=4, folder=tmp_path)
+    assert not torch.equal(other.x, data.x[-len(other.x) :])
+
+
+@pytest.mark.parametrize(("kind", "backend"), [*((kind, "openvino") for kind in NETWORKS), ("classes", "onnxruntime")])
+def test_engines_are_told_too(kind: str, backend: str, tmp_path: Path) -> None:
+    told = texts(3.0) if kind == "text" else conditions.classes((0, 4, 7), nothing=9, guidance=3.0)
+    model = made(kind, told)
+    data = collect(model, SPEC, images=4)
+    plan = calibrate(model.network, data, config(), timesteps=100)
+    graph = export_float(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
+    assert [value.name for value in graph.graph.inputs] == ["x", "t", *told.rows]
+    save_onnx(insert_qdq(graph, plan, find_profile(engines.find_backend(backend).profile)), tmp_path / "unet.onnx")
+    settings = EngineConfig(backend=backend, threads=1, optimisation="basic")
+    file = engines.build(tmp_path / "unet.onnx", tmp_path / "unet.plan", settings, {})
+    with engines.open_engine(file) as engine, torch.no_grad():
+        profile = engines.find_backend(backend).profile
+        found = compare(
+            fake_quantized(model.network, plan),
+            plan.layers,
+            engine_denoiser(engine),
+            data,
+            TOLERANCES[profile],
+            steps=2,
+        )
+        assert found.passed
+        seeds = [image_seed(0, i, "fresh") for i in range(2)]
+        drawn, exact = (
+            samplers.run(bind(network, told, seeds), seeds, model.shape, model.schedule, SPEC)
+            for network in (engine_denoiser(engine), fake_quantized(model.network, plan))
+        )
+    assert sqnr_db(exact, drawn) > 20
