@@ -16,6 +16,7 @@ from gaq_export.errors import GaqError
 
 Told = Callable[[Tensor, Tensor, Condition], Tensor]  # a network, called as (x, t, cond)
 LABELS = "class_labels"
+NOTHING, GUIDANCE = "nothing_", "guidance"  # what an engine with guidance calls its further inputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +67,20 @@ class Conditions:
         if not self.guided:
             return chosen
         return {name: torch.cat((self.instead[name].expand_as(row), row)) for name, row in chosen.items()}
+
+    def feeds(self, seeds: Sequence[int]) -> Condition:
+        """Return what an engine of steps is told for images of these seeds: (N, ...) each, and the scale, (1,)."""
+        cond = self.of(seeds)
+        if not self.guided:
+            return cond
+        halves = {name: row.chunk(2) for name, row in cond.items()}
+        told = {name: half[1] for name, half in halves.items()}
+        return told | {f"{NOTHING}{name}": half[0] for name, half in halves.items()} | {GUIDANCE: self.scale}
+
+    @property
+    def scale(self) -> Tensor:
+        """The guidance, (1,) float32."""
+        return torch.tensor([self.guidance], dtype=torch.float32)
 
 
 def classes(chosen: Sequence[int], *, nothing: int | None = None, guidance: float = 1.0) -> Conditions:

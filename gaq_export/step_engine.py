@@ -1,11 +1,12 @@
 """Draw with an engine that holds whole denoising steps (`gaq_export.stepgraph`), or ask it for the noise alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calib.data import NOTHING
 from engines import Engine
 from gaq_export import samplers
 from gaq_export.denoiser import Denoiser
@@ -19,6 +20,7 @@ def run(
     shape: tuple[int, int, int],
     steps: int,
     on_step: Callable[[int], None] = lambda step: None,
+    told: Mapping[str, Tensor] = NOTHING,
 ) -> Tensor:
     """Draw one image for each seed, as `samplers.run` does, the whole loop inside the engine.
 
@@ -28,6 +30,7 @@ def run(
         shape: (C, H, W) of an image.
         steps: how many the engine has.
         on_step: told the number of each.
+        told: what the network is told, by the names of the engine's inputs.
 
     Returns:
         Images in [-1, 1], (N, C, H, W) float32.
@@ -37,6 +40,7 @@ def run(
     """
     x = samplers.noise(seeds, 0, shape).numpy()
     feeds = {"x": x, "step": np.zeros(1, np.int64), "previous": np.zeros_like(x)}
+    feeds |= {name: tensor.numpy() for name, tensor in told.items()}
     taken, given = {spec.name for spec in engine.inputs}, {spec.name for spec in engine.outputs}
     outputs = engine.loop(
         {name: array for name, array in feeds.items() if name in taken},

@@ -1,6 +1,6 @@
 """A whole denoising step as one graph: the network, its temporal tables, and the sampler's update.
 
-    x (N, C, H, W), step (1,) [, noise (N, C, H, W)] [, previous (N, C, H, W)]
+    x (N, C, H, W), step (1,) [, what the network is told] [, noise (N, C, H, W)] [, previous (N, C, H, W)]
         -> x_next, step_next, eps [, clean]
 
 `noise` is there if the sampler adds any, `previous` (the x0 of the step before) and `clean` (this step's) if it looks
@@ -16,6 +16,7 @@ import onnx_ir as ir
 from calib.correction import Correction
 from gaq_export import samplers
 from gaq_export.graph_writer import GraphWriter
+from gaq_export.guidance import guide
 from gaq_export.qdq import StepInfo
 from gaq_export.samplers import Coefficients
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
@@ -26,15 +27,21 @@ FEEDBACK = {"x_next": "x", "step_next": "step", "clean": "previous"}
 
 
 def make_step(
-    model: ir.Model, schedule: NoiseSchedule, spec: SamplerSpec, correction: Correction | None = None
+    model: ir.Model,
+    schedule: NoiseSchedule,
+    spec: SamplerSpec,
+    correction: Correction | None = None,
+    *,
+    guided: bool = False,
 ) -> StepInfo:
-    """Turn a float graph (x, t) -> eps into one of the steps that `spec` takes; in place.
+    """Turn a float graph (x, t, told ...) -> eps into one of the steps that `spec` takes; in place.
 
     Args:
         model: graph from `export_float`.
         schedule: what the network was trained with.
         spec: the sampler.
         correction: of the noise that the graph, once quantized, will predict.
+        guided: with `gaq_export.guidance` around the network.
 
     Returns:
         What `gaq_export.qdq` needs to know of it.
@@ -44,13 +51,15 @@ def make_step(
     """
     visited = timesteps(spec, schedule.num_train)
     baked = bake(model, visited)
+    if guided:
+        guide(model.graph)
     _append_update(model.graph, samplers.table(schedule, spec, correction), schedule.clip)
     return StepInfo(visited=visited, baked=baked)
 
 
 def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | None) -> None:
     """Append the sampler's update to a graph whose inputs are x and step, and whose output is eps."""
-    write, (x, step), (epsilon,) = GraphWriter(graph), graph.inputs, graph.outputs
+    write, (x, step), (epsilon,) = GraphWriter(graph), graph.inputs[:2], graph.outputs
     used = {name for name in Coefficients.__dataclass_fields__ if any(np.any(getattr(row, name)) for row in rows)}
 
     def scaled(name: str, value: ir.Value, op: str = "Mul") -> ir.Value:

@@ -39,12 +39,12 @@ def bake(model: ir.Model, visited: torch.Tensor) -> frozenset[str]:
         GaqError: something computed from t alone is not a float tensor with a row for each sample.
     """
     graph = model.graph
-    x, t = graph.inputs
+    x, t, *_ = graph.inputs
     depends = dependences(graph)
     frontier = [
         value
         for value, on in depends.items()
-        if on == {t} and any(x in depends[user.outputs[0]] for user, _ in value.uses())
+        if on == {t} and any(depends[user.outputs[0]] > {t} for user, _ in value.uses())
     ]
     temporal = [node for node in graph if depends[node.outputs[0]] == {t}]
     step = ir.Value(name="step", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))

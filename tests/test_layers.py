@@ -35,6 +35,7 @@ ORDER = (
     "latency",
     "temporal_tables",
     "half",
+    "guidance",
     "stepgraph",
     "step_engine",
     "drawing",

@@ -11,7 +11,7 @@ import engines
 from calib.calibrate import calibrate
 from calib.fakequant import fake_quantized
 from engines import EngineConfig
-from gaq_export import conditions, samplers
+from gaq_export import conditions, samplers, step_engine
 from gaq_export.collect import collect, image_seed
 from gaq_export.conditions import Conditions, bind
 from gaq_export.denoiser import engine_denoiser
@@ -22,6 +22,7 @@ from gaq_export.parity import TOLERANCES, compare, sqnr_db
 from gaq_export.profiles import find_profile
 from gaq_export.qdq import insert_qdq, save_onnx
 from gaq_export.schedule import SamplerSpec, linear_schedule
+from gaq_export.stepgraph import make_step
 from tests.calib.test_cond import NETWORKS, config
 
 SPEC = SamplerSpec(steps=4)
@@ -116,3 +117,27 @@ def test_engines_are_told_too(kind: str, backend: str, tmp_path: Path) -> None:
             for network in (engine_denoiser(engine), fake_quantized(model.network, plan))
         )
     assert sqnr_db(exact, drawn) > 20
+
+
+def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(tmp_path: Path) -> None:
+    model = made("classes", None)
+    told = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
+    graph = export_float(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
+    spec = SamplerSpec(steps=4, eta=0.5)
+    info = make_step(graph, model.schedule, spec, guided=True)
+    assert info.baked == {"unet.time_embedding.linear_1", "unet.time_embedding.linear_2"}
+    save_onnx(graph, tmp_path / "unet.onnx")
+    settings = EngineConfig(backend="onnxruntime", threads=1, optimisation="basic")
+    file = engines.build(tmp_path / "unet.onnx", tmp_path / "unet.plan", settings, {})
+    assert [s.name for s in file.inputs] == ["x", "step", "class_labels", "nothing_class_labels", "guidance", "noise"]
+    with engines.open_engine(file) as engine:
+        for scale, seeds in ((3.0, range(4)), (1.5, range(2, 5))):
+            asked = replace(told, guidance=scale)
+            drawn = step_engine.run(engine, seeds, model.shape, spec.steps, told=asked.feeds(seeds))
+            exact = samplers.run(bind(model.network, asked, seeds), seeds, model.shape, model.schedule, spec)
+            torch.testing.assert_close(drawn, exact, atol=1e-4, rtol=0)
+    assert not torch.allclose(
+        drawn[:2],
+        samplers.run(bind(model.network, told, seeds), seeds, model.shape, model.schedule, spec)[:2],
+        atol=1e-3,
+    )

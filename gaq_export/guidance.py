@@ -1,0 +1,53 @@
+"""Classifier-free guidance inside a graph: one call of twice the batch, its scale an input.
+
+    (x, step, told ...) -> eps    becomes    (x, step, told ..., nothing_told ..., guidance) -> eps
+
+All inputs have as many rows as there are images, `guidance` (1,) but one. Inside, half of the samples are told what
+stands for nothing, and eps is led away from what they get (Ho and Salimans 2022):
+
+    eps = eps(nothing) + guidance * (eps(told) - eps(nothing))
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from gaq_export.conditions import GUIDANCE, NOTHING
+from gaq_export.graph_writer import GraphWriter
+
+DOUBLED = "samples"  # what the batch is called inside
+
+
+def guide(graph: ir.Graph) -> None:
+    """Put guidance around the network of a graph whose inputs are x, one of the step, and what it is told; in place."""
+    x, _, *told = graph.inputs
+    (epsilon,) = graph.outputs
+    dims = list(x.shape or ())
+    batch = dims[0] if dims else None
+    for node in graph:
+        for out in node.outputs:
+            if out.shape is not None:
+                out.shape = ir.Shape([DOUBLED if size == batch else size for size in out.shape])
+    write = GraphWriter(graph)
+    nothing = [ir.Value(name=f"{NOTHING}{v.name}", type=v.type, shape=ir.Shape(v.shape or ())) for v in told]
+    for first, second in ((x, x), *zip(nothing, told, strict=True)):
+        uses = list(second.uses())
+        both = write.node(
+            "Concat", [first, second], f"guidance.{second.name}", second.dtype or ir.DataType.FLOAT, {"axis": 0}
+        )
+        for user, index in uses:
+            user.replace_input_with(index, both)
+    write.insert_before(graph[0])
+    scale = ir.Value(name=GUIDANCE, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
+    graph.inputs.extend([*nothing, scale])
+    epsilon.name = "guidance.samples"
+    shape = write.constant("guidance.shape", np.array([2, -1, *dims[1:]], dtype=np.int64))
+    halves = write.node("Reshape", [epsilon, shape], "guidance.halves")  # (2N, C, H, W) -> (2, N, C, H, W)
+    without, with_it = (
+        write.node("Gather", [halves, write.constant(f"guidance.{name}.half", np.int64(i))], f"guidance.{name}")
+        for i, name in enumerate(("nothing", "something"))
+    )
+    away = write.node("Mul", [write.node("Sub", [with_it, without], "guidance.difference"), scale], "guidance.away")
+    guided = write.node("Add", [without, away], "eps")
+    write.append()
+    guided.shape = ir.Shape(x.shape or ())
+    graph.outputs[:] = [guided]
