@@ -18,7 +18,8 @@ from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
 from gaq_export import drawing, parity, provenance
 from gaq_export import run as runs
-from gaq_export.collect import collect
+from gaq_export.collect import as_steps_are_told, collect
+from gaq_export.conditions import Guided
 from gaq_export.errors import GaqError
 from gaq_export.half import compute_in
 from gaq_export.models import LoadedModel
@@ -102,7 +103,7 @@ def export_onnx(
     if graph == "step":
         network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None)
     else:
-        network, step = export_float(model.network, model.shape), None
+        network, step = export_float(model.network, model.shape, model.told), None
     path = out or run.onnx(profile, graph if abits is None else f"{graph}.a{abits}")
     insert_qdq(network, plan, wishes, step)
     if wishes.opened:
@@ -118,13 +119,15 @@ def _step(
 
     If the plan rounds some of those, the tables hold what comes of that: the other layers were fitted to it.
     """
-    network = export_float(model.network, model.shape)
-    step = make_step(network, model.schedule, spec, correction)
+    guided = model.conditions is not None and model.conditions.guided
+    network = export_float(model.network, model.shape, model.told)
+    step = make_step(network, model.schedule, spec, correction, guided=guided)
     rounded = {name: layer for name, layer in plan.layers.items() if name in step.baked}
     if not rounded:
         return network, step
-    network = export_float(fake_quantized(model.network, replace(plan, layers=rounded, products={})), model.shape)
-    return network, make_step(network, model.schedule, spec, correction)
+    fake = fake_quantized(model.network, replace(plan, layers=rounded, products={}))
+    network = export_float(fake, model.shape, model.told)
+    return network, make_step(network, model.schedule, spec, correction, guided=guided)
 
 
 def build_engine(
@@ -224,8 +227,8 @@ def build_float(
     """
     spec = sampler or model.spec.sampler
     config = replace(config or EngineConfig(backend=engines.best_backend()), compute="float32")
-    network = export_float(model.network, model.shape)
-    make_step(network, model.schedule, spec)
+    network = export_float(model.network, model.shape, model.told)
+    make_step(network, model.schedule, spec, guided=model.conditions is not None and model.conditions.guided)
     if find_profile(engines.find_backend(config.backend).profile).opened:
         open_up(network)
     about = provenance.describe(model, spec)
@@ -297,11 +300,15 @@ def _check(
     count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
     folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
     data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
+    data = as_steps_are_told(data, model.conditions if file.about["graph"] == "step" else None)
     data = data.take((torch.tensor(turns)[data.step] == abits).nonzero()[:, 0])
-    left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
+    left = [name for name in plan.layers if name not in file.about["baked"]]
+    reference = fake_quantized(model.network, _taken(plan, wishes), float8=wishes.float8)
+    if file.about["graph"] == "step" and model.conditions is not None and model.conditions.guided:
+        reference, left = Guided(reference), [f"network.{name}" for name in left]
     with engines.open_engine(file) as opened:
         result = parity.compare(
-            fake_quantized(model.network, _taken(plan, wishes), float8=wishes.float8),
+            reference,
             left,
             drawing.noise_of(opened, file, model.schedule),
             data,

@@ -19,7 +19,7 @@ from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.streams import derive
 from gaq_export import samplers
-from gaq_export.conditions import bind
+from gaq_export.conditions import GUIDANCE, NOTHING, Conditions, bind
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
 from gaq_export.schedule import SamplerSpec, timesteps
@@ -86,6 +86,21 @@ def collect(
     )
 
 
+def as_steps_are_told(data: CalibrationSet, told: Conditions | None) -> CalibrationSet:
+    """Return what `collect` gave as an engine of steps takes it: with guidance one sample an image, told both."""
+    if told is None or not told.guided:
+        return data
+    steps = len(torch.unique(data.step))
+
+    def half(rows: Tensor, which: int) -> Tensor:  # (S * 2N, ...) -> (S * N, ...)
+        return rows.reshape(steps, 2, -1, *rows.shape[1:])[:, which].flatten(0, 1)
+
+    x, t, step = (half(rows, 1) for rows in (data.x, data.t, data.step))
+    cond = {name: half(rows, 1) for name, rows in data.cond.items()}
+    cond |= {f"{NOTHING}{name}": half(rows, 0) for name, rows in data.cond.items()}
+    return CalibrationSet(x=x, t=t, step=step, cond=cond | {GUIDANCE: told.scale.expand(len(x))})
+
+
 def _tell(on_step: Callable[[int, int], None], group: int, groups: int, steps: int, step: int) -> None:
     on_step(group * steps + step + 1, groups * steps)
 
@@ -98,7 +113,7 @@ def _trajectories(model: LoadedModel, seeds: list[int], spec: SamplerSpec, on_st
         seen.append(x.clone())
         on_step(step)
 
-    network = model.network if model.conditions is None else bind(model.network, model.conditions, seeds)
+    network = bind(model.network, model.conditions, seeds)
     samplers.run(network, seeds, model.shape, model.schedule, spec, keep)
     return torch.stack(seen)
 

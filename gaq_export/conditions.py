@@ -5,11 +5,12 @@ called with twice as many samples: half of them are told what stands for nothing
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaq_export.denoiser import Condition, Denoiser
 from gaq_export.errors import GaqError
@@ -56,6 +57,22 @@ class Conditions:
                 sha.update(f"{name}{tuple(table[name].shape)}".encode() + table[name].contiguous().numpy().tobytes())
         return sha.hexdigest()
 
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; raise GaqError for rows of floats, which are too many to be written so."""
+        if any(row.is_floating_point() for row in self.rows.values()):
+            raise GaqError("Only classes can be written into a plan so far, no texts.")
+        tables = ({name: row.tolist() for name, row in table.items()} for table in (self.rows, self.instead))
+        return dict(zip(("names", "guidance", "rows", "instead"), (self.names, self.guidance, *tables), strict=True))
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        rows, instead = (
+            {name: torch.tensor(row, dtype=torch.int64) for name, row in record[table].items()}
+            for table in ("rows", "instead")
+        )
+        return cls(names=tuple(record["names"]), rows=rows, instead=instead, guidance=record["guidance"])
+
     def name_of(self, seed: int) -> str:
         """Return what the image of a seed is told, for people."""
         return self.names[seed % len(self.names)]
@@ -90,17 +107,28 @@ def classes(chosen: Sequence[int], *, nothing: int | None = None, guidance: floa
     return Conditions(names=tuple(map(str, chosen)), rows=rows, instead=instead, guidance=guidance)
 
 
-def bind(network: Told, conditions: Conditions, seeds: Sequence[int]) -> Denoiser:
-    """Return the network as one for images of these seeds, with guidance if there is any.
+class Guided(nn.Module):
+    """A network with guidance (Ho and Salimans 2022), told what `Conditions.feeds` gives; as an engine of steps has it.
 
-    epsilon = epsilon(nothing) + guidance * (epsilon(cond) - epsilon(nothing)), Ho and Salimans 2022, in one call.
+    epsilon = epsilon(nothing) + guidance * (epsilon(cond) - epsilon(nothing)), both in one call.
     """
-    cond = conditions.of(seeds)
-    if not conditions.guided:
-        return lambda x, t, /: network(x, t, cond)
 
-    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
-        nothing, something = network(torch.cat((x, x)), torch.cat((t, t)), cond).chunk(2)
-        return nothing + conditions.guidance * (something - nothing)
+    def __init__(self, network: Told) -> None:
+        super().__init__()
+        self.network = network
 
-    return denoise
+    def forward(self, x: Tensor, t: Tensor, told: Condition) -> Tensor:
+        """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
+        names = [name for name in told if f"{NOTHING}{name}" in told]
+        both = {name: torch.cat((told[f"{NOTHING}{name}"], told[name])) for name in names}
+        nothing, something = self.network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
+        return nothing + told[GUIDANCE][0] * (something - nothing)
+
+
+def bind(network: Told, conditions: Conditions | None, seeds: Sequence[int]) -> Denoiser:
+    """Return the network as one for images of these seeds, with guidance if there is any; as it is if told nothing."""
+    if conditions is None:
+        return network  # type: ignore[return-value]
+    told = conditions.feeds(seeds)
+    outer = Guided(network) if conditions.guided else network
+    return lambda x, t, /: outer(x, t, told)

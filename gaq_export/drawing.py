@@ -9,11 +9,14 @@ from torch import Tensor
 
 import engines
 from calib.correction import Correction
+from calib.data import NOTHING
 from engines import Engine, EngineFile
 from engines.relay import Relay
 from gaq_export import samplers, step_engine
-from gaq_export.denoiser import Denoiser, engine_denoiser
+from gaq_export.conditions import Conditions, bind
+from gaq_export.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
+from gaq_export.provenance import conditions_of
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
 
 Draw = Callable[[Sequence[int], Callable[[], None]], Tensor]  # draws an image for each seed, and tells of every step
@@ -81,28 +84,33 @@ def by_engine(
     engine: Engine, file: EngineFile, schedule: NoiseSchedule, shape: tuple[int, int, int], spec: SamplerSpec
 ) -> Draw:
     """Draw with an open engine."""
+    told = conditions_of(file.about)
     if file.about["graph"] == "step":
-        return lambda seeds, tell: step_engine.run(engine, seeds, shape, spec.steps, lambda step: tell())
+        return lambda seeds, tell: step_engine.run(
+            engine, seeds, shape, spec.steps, lambda step: tell(), NOTHING if told is None else told.feeds(seeds)
+        )
     kept = file.about.get("correction")
-    return by_network(engine_denoiser(engine), schedule, shape, spec, kept and Correction.from_json(kept))
+    return by_network(engine_denoiser(engine), schedule, shape, spec, kept and Correction.from_json(kept), told)
 
 
 def by_network(
-    network: Denoiser,
+    network: Callable[..., Tensor],
     schedule: NoiseSchedule,
     shape: tuple[int, int, int],
     spec: SamplerSpec,
     correction: Correction | None = None,
+    told: Conditions | None = None,
 ) -> Draw:
-    """Draw with anything called as (x, t), its noise corrected."""
+    """Draw with anything called as (x, t), or (x, t, cond) if it is told something; its noise corrected."""
 
     def draw(seeds: Sequence[int], tell: Callable[[], None]) -> Tensor:
-        return samplers.run(network, seeds, shape, schedule, spec, lambda step, x, t: tell(), correction=correction)
+        bound = bind(network, told, seeds)
+        return samplers.run(bound, seeds, shape, schedule, spec, lambda step, x, t: tell(), correction=correction)
 
     return draw
 
 
-def noise_of(engine: Engine, file: EngineFile, schedule: NoiseSchedule) -> Denoiser:
+def noise_of(engine: Engine, file: EngineFile, schedule: NoiseSchedule) -> Callable[..., Tensor]:
     """Make an open engine of either kind a denoiser, which an engine of whole steps is at its own timesteps only."""
     if file.about["graph"] != "step":
         return engine_denoiser(engine)

@@ -82,7 +82,8 @@ class LoadedModel:
     @cached_property
     def told(self) -> dict[str, Tensor]:
         """A row, (1, ...), of everything that the network is told beside x and t; empty if that is nothing."""
-        return told_to(self.unet)
+        known = self.conditions
+        return told_to(self.unet) if known is None else {name: row[:1] for name, row in known.rows.items()}
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -162,7 +162,8 @@ def sample(
         seconds = time.perf_counter() - started
     reference = None
     if float_model is not None:
-        some = drawing.by_network(float_model.network, schedule, shape, spec)
+        told = provenance.conditions_of(file.about)
+        some = drawing.by_network(float_model.network, schedule, shape, spec, told=told)
         reference = samples.draw(some, seeds, size, spec.steps, partial(on_step, "float"))
     return samples.write(Path(out), file, spec, seeds, drawn, reference, seconds)
 

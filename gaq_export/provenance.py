@@ -8,6 +8,7 @@ import torch
 
 from calib.plan import QuantPlan
 from calib.surgery import operate
+from gaq_export.conditions import Conditions
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.schedule import NoiseSchedule, SamplerSpec
@@ -15,8 +16,9 @@ from gaq_export.schedule import NoiseSchedule, SamplerSpec
 
 def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
     """Return what a plan and an engine say of the model and its sampler."""
-    schedule = model.schedule
-    return {
+    schedule, told = model.schedule, model.conditions
+    conditions = {} if told is None else {"conditions": told.to_json()}
+    return conditions | {
         "model": {
             "name": model.spec.name,
             "source": model.source,
@@ -40,6 +42,12 @@ def schedule_of(about: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule(alpha_bar=alpha_bar, clip=fields["clip"], variance=fields["variance"])
 
 
+def conditions_of(about: Mapping[str, Any]) -> Conditions | None:
+    """Return what images are told, None if that is nothing."""
+    kept = about.get("conditions")
+    return None if kept is None else Conditions.from_json(kept)
+
+
 def shape_of(about: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return (C, H, W)."""
     channels, height, width = about["model"]["shape"]
@@ -53,6 +61,7 @@ def model_of(about: Mapping[str, Any], model: LoadedModel | None) -> LoadedModel
         if wanted["source"] == "module":
             raise GaqError(f"{wanted['name']!r} is a module of your own: call this from Python with model=wrap(...).")
         model = load_model(wanted["name"], wanted["source"])
+        model = replace(model, conditions=conditions_of(about))
     if model.fingerprint != wanted["fingerprint"]:
         raise GaqError(
             f"This plan belongs to another model: it was made from {wanted['name']} with weights "

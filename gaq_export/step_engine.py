@@ -9,7 +9,6 @@ from torch import Tensor
 from calib.data import NOTHING
 from engines import Engine
 from gaq_export import samplers
-from gaq_export.denoiser import Denoiser
 from gaq_export.errors import GaqError
 from gaq_export.stepgraph import FEEDBACK
 
@@ -52,19 +51,20 @@ def run(
     return samplers.finish(seeds, torch.from_numpy(outputs["x_next"]))
 
 
-def step_denoiser(engine: Engine, visited: Tensor) -> Denoiser:
-    """Make the engine callable as a denoiser at the timesteps it knows.
+def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
+    """Make the engine callable as (x, t), or (x, t, told), at the timesteps it knows.
 
     Args:
         engine: one that holds steps; the caller keeps it open and closes it.
         visited: (S,) timesteps of its steps.
     """
 
-    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, told: Mapping[str, Tensor] = NOTHING, /) -> Tensor:
         step = (visited == t[0]).nonzero()[:1, 0]
         if len(step) == 0 or bool((t != t[0]).any()):
             raise GaqError(f"This engine knows the timesteps {visited.tolist()}, one at a time; found {t.tolist()}.")
         blank = {spec.name: np.zeros(spec.at_batch(len(x)), np.float32) for spec in engine.inputs}
-        return torch.from_numpy(engine({**blank, "x": x.numpy(), "step": step.numpy()})["eps"])
+        given = {n: told[n][: len(array)].numpy() for n, array in blank.items() if n in told}
+        return torch.from_numpy(engine({**blank, **given, "x": x.numpy(), "step": step.numpy()})["eps"])
 
     return denoise

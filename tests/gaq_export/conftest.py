@@ -4,18 +4,18 @@ Tests read them; whoever changes a file works on a copy.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig, WeightConfig
-from calib.data import CalibrationSet
+from calib.data import NOTHING, CalibrationSet
 from calib.plan import QuantPlan
 from engines import EngineConfig, EngineFile
 from gaq_export import building, latency, pipeline
@@ -30,10 +30,10 @@ def _each_network_is_exported_once() -> Iterator[None]:
     """Keep real float graphs: torch takes seconds for one, and many tests start from the same network."""
     kept: dict[str, onnx.ModelProto] = {}
 
-    def export(network: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
-        key = f"{fingerprint(network)}{shape}"
+    def export(network: nn.Module, shape: tuple[int, int, int], told: Mapping[str, Tensor] = NOTHING) -> ir.Model:
+        key = f"{fingerprint(network)}{shape}{sorted(told)}"
         if key not in kept:
-            kept[key] = ir.to_proto(export_float(network, shape))
+            kept[key] = ir.to_proto(export_float(network, shape, told))
         return ir.from_proto(kept[key])
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,7 @@ import engines
 from calib.calibrate import calibrate
 from calib.fakequant import fake_quantized
 from engines import EngineConfig
-from gaq_export import conditions, samplers, step_engine
+from gaq_export import conditions, pipeline, samplers, step_engine
 from gaq_export.collect import collect, image_seed
 from gaq_export.conditions import Conditions, bind
 from gaq_export.denoiser import engine_denoiser
@@ -141,3 +141,22 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(tmp_path: Pat
         samplers.run(bind(model.network, told, seeds), seeds, model.shape, model.schedule, spec)[:2],
         atol=1e-3,
     )
+
+
+def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
+    told = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
+    model, run = made("classes", told), tmp_path / "run"
+    pipeline.calibrate(model, pipeline.preset("tiny"), folder=run)
+    settings = EngineConfig(backend="openvino", threads=1)
+    for graph in ("step", "eps"):
+        built = pipeline.build_engine(
+            folder=run, out=tmp_path / f"{graph}.plan", config=settings, graph=graph, model=model
+        )
+        assert built.parity is not None
+        assert built.parity.passed
+        assert Conditions.from_json(built.file.about["conditions"]).sha256 == told.sha256
+        drawn = pipeline.sample(built.file.path, num=3, out=tmp_path / graph, compare=True, model=model)
+        assert drawn.psnr_db is not None
+        assert min(drawn.psnr_db) > 10
+    with pytest.raises(GaqError, match="Only classes can be written into a plan so far, no texts"):
+        pipeline.calibrate(made("text", texts(3.0)), pipeline.preset("tiny"), folder=tmp_path / "text")
