@@ -18,7 +18,7 @@ demo: $(STAMP)
 	@echo "The pictures, float model above engine: $(CURDIR)/demo/samples/grid.png"
 
 test: $(STAMP) $(RTX_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

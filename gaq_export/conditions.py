@@ -107,6 +107,12 @@ def classes(chosen: Sequence[int], *, nothing: int | None = None, guidance: floa
     return Conditions(names=tuple(map(str, chosen)), rows=rows, instead=instead, guidance=guidance)
 
 
+def refuse(conditions: Conditions | None, what: str) -> None:
+    """Raise GaqError if a network is told what to draw: `what` cannot do with that yet."""
+    if conditions is not None:
+        raise GaqError(f"The network is told what to draw, and {what} cannot do with that yet.")
+
+
 class Guided(nn.Module):
     """A network with guidance (Ho and Salimans 2022), told what `Conditions.feeds` gives; as an engine of steps has it.
 

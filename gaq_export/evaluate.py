@@ -12,6 +12,7 @@ from engines import EngineConfig
 from engines.machine import versions
 from gaq_export import drawing, evaluation, pipeline, provenance
 from gaq_export.building import build_float
+from gaq_export.conditions import refuse
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import Figure
 from gaq_export.extractors import Extractor
@@ -89,6 +90,7 @@ def evaluate_engines(
         )
     first = next(iter(opened.values()))
     model, spec = provenance.model_of(first.about, model), drawing.sampler_of(first, None)
+    refuse(model.conditions, "evaluate")
     exact = build_float(model, out / "float.plan", sampler=spec, config=EngineConfig(backend=first.backend))
 
     def draw(name: str, path: Path, count: int, start: int) -> ImageSet:

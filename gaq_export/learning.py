@@ -23,6 +23,7 @@ from calib.progress import Progress
 from calib.progressive import Progressive
 from gaq_export import corrections, samplers
 from gaq_export.collect import collect, image_seed
+from gaq_export.conditions import refuse
 from gaq_export.models import LoadedModel
 from gaq_export.schedule import SamplerSpec
 
@@ -54,7 +55,8 @@ def learn(
         on_progress: told after every iteration and block.
         on_step: told how many sampling steps something was measured at, of how many.
     """
-    images = int(torch.bincount(data.step)[0])
+    guided = model.conditions is not None and model.conditions.guided
+    images = int(torch.bincount(data.step)[0]) // (2 if guided else 1)
     own, plan = data, None
     for k in range(config.rounds):
         place = folder if k == 0 else folder.with_name(f"{folder.name}-round-{k + 1}")
@@ -81,6 +83,7 @@ def _finish(model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, data: Calibr
     if config.activation.narrower:
         plan = replace(plan, step_bits=_step_bits(model, plan, data))
     if config.activation.trajectory == "quantized":
+        refuse(model.conditions, "a recipe that follows the quantized network")
         network = Progressive(model.network, plan)
         seeds = [image_seed(config.seed, i) for i in range(int(torch.bincount(data.step)[0]))]
         samplers.run(
@@ -88,6 +91,7 @@ def _finish(model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, data: Calibr
         )
         plan = network.plan
     if config.correction.rule != "none":
+        refuse(model.conditions, f"the correction {config.correction.rule}")
         fake = fake_quantized(model.network, plan)
         plan = replace(plan, correction=corrections.measure(model, fake, spec, data, config, on_step))
     return plan

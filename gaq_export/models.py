@@ -183,6 +183,7 @@ def wrap(
     schedule: NoiseSchedule,
     sampler: SamplerSpec | None = None,
     name: str = "module",
+    conditions: Conditions | None = None,
 ) -> LoadedModel:
     """Make a model of any module called as `(x (N, C, H, W), t (N,)) -> predicted noise (N, C, H, W)`.
 
@@ -192,6 +193,7 @@ def wrap(
         schedule: The noise schedule it was trained with.
         sampler: How its images are drawn; 50 DDIM steps if None.
         name: What to call it.
+        conditions: What to draw, for a module that is told so in a third argument, a mapping by name.
     """
     channels, height, width = shape
     spec = ModelSpec(
@@ -211,6 +213,7 @@ def wrap(
         source="module",
         fingerprint=checkpoint.fingerprint(module),
         meaningless=False,
+        conditions=conditions,
     )
 
 

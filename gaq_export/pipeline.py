@@ -23,6 +23,7 @@ from gaq_export import crew, drawing, inspection, latency, page, provenance, sam
 from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
+from gaq_export.conditions import refuse
 from gaq_export.errors import GaqError
 from gaq_export.inspection import Inspection
 from gaq_export.learning import learn
@@ -266,6 +267,7 @@ def examine(
     on_step: Callable[[str, int, int], None],
 ) -> tuple[Inspection, page.Origin]:
     """Measure what a page about a calibration shows, the arguments as for `inspect`; scratch files lie beside `out`."""
+    refuse(model.conditions, "a page about its calibration")
     settings, journal = runs.recall(run)
     with runs.staging(out) as staged:
         data = collect(

@@ -29,9 +29,8 @@ SPEC = SamplerSpec(steps=4)
 
 
 def made(kind: str, told: Conditions | None) -> LoadedModel:
-    network = NETWORKS[kind][0]()
-    model = wrap(network, shape=(1, 8, 8), schedule=linear_schedule(num_train=100), sampler=SPEC, name=kind)
-    return replace(model, conditions=told)
+    schedule = linear_schedule(num_train=100)
+    return wrap(NETWORKS[kind][0](), shape=(1, 8, 8), schedule=schedule, sampler=SPEC, name=kind, conditions=told)
 
 
 def texts(guidance: float) -> Conditions:
@@ -158,5 +157,11 @@ def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
         drawn = pipeline.sample(built.file.path, num=3, out=tmp_path / graph, compare=True, model=model)
         assert drawn.psnr_db is not None
         assert min(drawn.psnr_db) > 10
+    with pytest.raises(
+        GaqError, match="is told what to draw, and a page about its calibration cannot"
+    ):
+        pipeline.inspect(folder=run, model=model)
+    with pytest.raises(GaqError, match="is told what to draw, and the correction ptqd cannot"):
+        pipeline.calibrate(model, pipeline.preset("tiny", correction="ptqd"), folder=tmp_path / "corrected")
     with pytest.raises(GaqError, match="Only classes can be written into a plan so far, no texts"):
         pipeline.calibrate(made("text", texts(3.0)), pipeline.preset("tiny"), folder=tmp_path / "text")
