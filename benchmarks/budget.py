@@ -17,15 +17,19 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+import engines
 from calib.config import MixedConfig
 from calib.cost import FLOAT_BITS
 from calib.plan import QuantPlan
-from engines import EngineConfig, open_engine
+from engines import EngineConfig, EngineFile
 from gaq_export.latency import BATCH, step_times
 from gaq_export.models import LoadedModel, load_model
+from gaq_export.onnx_export import export_float
+from gaq_export.opening import open_up
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.presets import preset
 from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.qdq import save_onnx
 from gaq_export.run import Run
 from gaq_export.timing import take_turns
 from options import ModelName, Out, Weights
@@ -43,11 +47,13 @@ def main(
 ) -> None:
     """Write one row for each budget."""
     loaded = load_model(model, weights)
-    layers = list(calibrate(loaded, preset("tiny"), folder=folder / "uniform").layers)
+    uniform = Run(folder=folder / "uniform")
+    layers = list(calibrate(loaded, preset("tiny"), folder=uniform.folder).layers)
     kept = folder / "times.json"
     times = step_times(loaded, loaded.network, layers, MixedConfig().choices, kept)
     low, high = min(times.values()), times[FLOAT_BITS]
-    loops, plans = dict[str, Callable[[], object]](), dict[str, QuantPlan]()
+    loops = {"4 bits": _step(loaded, uniform), "float": _float_step(loaded, folder)}
+    plans = dict[str, QuantPlan]()
     for share in map(float, shares.split(",")):
         budget = f"{low + share * (high - low):.1f}ms"
         run = Run(folder=folder / budget)
@@ -61,15 +67,31 @@ def main(
     ]
     said = ", ".join(f"{'float' if bits == FLOAT_BITS else f'{bits} bits'} {ms:.1f} ms" for bits, ms in times.items())
     head = ("budget", "measured, median ms", "layers of 4 bits", "of 8", "float")
-    title = f"{model}, a step of {BATCH} images, {machine()}; before, with all layers at one width: {said}."
+    now = ", ".join(f"{name} {1000 * statistics.median(seconds[name]):.1f} ms" for name in ("4 bits", "float"))
+    title = (
+        f"{model}, a step of {BATCH} images, {machine()}; with all layers at one width, as the budget knows it: {said}; "
+        f"in the same rounds as the table: {now}."
+    )
     publish([title, "", *markdown_table(head, rows)], out)
+
+
+def _float_step(model: LoadedModel, folder: Path) -> Callable[[], Any]:
+    graph = export_float(model.network, model.shape)
+    open_up(graph)
+    save_onnx(graph, folder / "float.onnx")
+    config = EngineConfig(backend="openvino", batch=(BATCH, BATCH, BATCH))
+    return _once(model, engines.build(folder / "float.onnx", folder / "float.plan", config))
 
 
 def _step(model: LoadedModel, run: Run) -> Callable[[], Any]:
     config = EngineConfig(backend="openvino", batch=(BATCH, BATCH, BATCH))
     built = build_engine(folder=run.folder, out=run.folder / "unet.plan", config=config, graph="eps", model=model)
+    return _once(model, built.file)
+
+
+def _once(model: LoadedModel, file: EngineFile) -> Callable[[], Any]:
     x = np.random.default_rng(0).standard_normal((BATCH, *model.shape), np.float32)
-    return partial(open_engine(built.file), {"x": x, "t": np.full(BATCH, model.schedule.num_train // 2)})
+    return partial(engines.open_engine(file), {"x": x, "t": np.full(BATCH, model.schedule.num_train // 2)})
 
 
 def _shares(plan: QuantPlan) -> tuple[str, ...]:

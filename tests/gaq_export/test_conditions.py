@@ -157,9 +157,7 @@ def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
         drawn = pipeline.sample(built.file.path, num=3, out=tmp_path / graph, compare=True, model=model)
         assert drawn.psnr_db is not None
         assert min(drawn.psnr_db) > 10
-    with pytest.raises(
-        GaqError, match="is told what to draw, and a page about its calibration cannot"
-    ):
+    with pytest.raises(GaqError, match="is told what to draw, and a page about its calibration cannot"):
         pipeline.inspect(folder=run, model=model)
     with pytest.raises(GaqError, match="is told what to draw, and the correction ptqd cannot"):
         pipeline.calibrate(model, pipeline.preset("tiny", correction="ptqd"), folder=tmp_path / "corrected")
