@@ -138,7 +138,7 @@ def train(spec: ModelSpec, data: Tensor, out: Path, settings: Settings) -> None:
     """
     schedule = schedule_from_scheduler_config(spec.scheduler)
     torch.manual_seed(settings.seed)
-    unet = checkpoint.build_unet(spec.config, spec.name).to(settings.device).train()
+    unet = checkpoint.build_network(spec.config, spec.name).to(settings.device).train()
     ema = {name: value.detach().clone() for name, value in unet.state_dict().items()}
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=1e-4)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Read one diffusers folder: the U-Net, its scheduler config and a fingerprint of its weights.
+"""Read one diffusers folder: the network, its scheduler config and a fingerprint of its weights.
 
-In: a folder, flat or with `unet/` and `scheduler/` inside. Out: a float32 `UNet2DModel`. The files are read here and
-not by diffusers' `from_pretrained`, which fills missing weights with noise and only logs that it did; here every
-tensor must be present, expected, of the right shape and finite.
+In: a folder, flat or with `unet/` or `transformer/` and `scheduler/` inside. Out: a float32 network, one of
+`ARCHITECTURES`. The files are read here and not by diffusers' `from_pretrained`, which fills missing weights with noise
+and only logs that it did; here every tensor must be present, expected, of the right shape and finite.
 """
 
 import hashlib
@@ -16,15 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from gaq_export.denoiser import ARCHITECTURES, config_of
 from gaq_export.errors import GaqError
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
+HALF = "diffusion_pytorch_model.fp16.safetensors"
+INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
+PLACES = (".", "unet", "transformer")  # where a network lies in a folder
+
+_CLASSES = {kind.__name__: kind for kind in ARCHITECTURES}
+# Fields of a config that ask for more than `ARCHITECTURES` tells a network, and what they may say.
+_ONLY: Mapping[type[nn.Module], Mapping[str, tuple[Any, ...]]] = {
+    UNet2DModel: {"class_embed_type": (None,)},
+    UNet2DConditionModel: {
+        "class_embed_type": (None,),
+        "addition_embed_type": (None, "text_time"),
+        "encoder_hid_dim_type": (None,),
+        "encoder_hid_dim": (None,),
+        "time_cond_proj_dim": (None,),
+    },
+}
 
 # Names that attention layers had in checkpoints written before diffusers 0.12, google's among them.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -32,20 +49,20 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _log = logging.getLogger(__name__)
 
 
-def unet_folder(folder: Path) -> Path:
-    """Return where the U-Net lies in a diffusers folder: the folder itself, or its `unet/`.
+def network_folder(folder: Path) -> Path:
+    """Return where the network lies in a diffusers folder: the folder itself, its `unet/` or its `transformer/`.
 
     Raises:
-        GaqError: If there is no such folder, or neither place holds a `config.json`.
+        GaqError: If there is no such folder, or no place holds a `config.json`.
     """
     if not folder.is_dir():
         raise GaqError(f"There is no model folder {folder}. Give a diffusers folder (config.json, {SAFETENSORS}).")
-    for place in (folder, folder / "unet"):
-        if (place / "config.json").is_file():
-            return place
+    for place in PLACES:
+        if (folder / place / "config.json").is_file():
+            return folder / place
     raise GaqError(
-        f"The model folder {folder} has no config.json, neither at its top nor in unet/. A diffusers folder, as "
-        "written by save_pretrained, is needed."
+        f"The model folder {folder} has no config.json, neither at its top nor in unet/ or transformer/. A diffusers "
+        "folder, as written by save_pretrained, is needed."
     )
 
 
@@ -58,13 +75,13 @@ def scheduler_file(folder: Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the U-Net's `config.json`.
+    """Read a network's `config.json`.
 
     Args:
-        folder: The folder that holds it, see `unet_folder`.
+        folder: The folder that holds it, see `network_folder`.
 
     Raises:
-        GaqError: If it is no JSON object, or describes anything but an unconditional `UNet2DModel`.
+        GaqError: If it is no JSON object, or describes a network that is none of `ARCHITECTURES`.
     """
     file = folder / "config.json"
     try:
@@ -72,13 +89,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise GaqError(f"The model config {file} cannot be read as JSON: {error}") from error
     found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-    if not isinstance(config, dict) or found != "UNet2DModel":
-        raise GaqError(f"The model config {file} describes a {found!r}; only 'UNet2DModel' is supported.")
+    # The class of diffusion transformers until diffusers 0.29.
+    if isinstance(config, dict) and (found, config.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero"):
+        return config | {"_class_name": "DiTTransformer2DModel"}
+    if not isinstance(config, dict) or found not in _CLASSES:
+        raise GaqError(f"The model config {file} describes a {found!r}; supported are {sorted(_CLASSES)}.")
     return config
 
 
-def build_unet(config: Mapping[str, Any], origin: str) -> UNet2DModel:
-    """Build a U-Net with random weights drawn from torch's global generator.
+def build_network(config: Mapping[str, Any], origin: str) -> nn.Module:
+    """Build a network with random weights drawn from torch's global generator.
 
     Args:
         config: The architecture, as in `config.json`.
@@ -87,31 +107,42 @@ def build_unet(config: Mapping[str, Any], origin: str) -> UNet2DModel:
     Raises:
         GaqError: If diffusers rejects the architecture, or it is one no sampler here can drive.
     """
-    known = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
-    ignored = sorted(k for k in config if k not in known and not k.startswith("_"))
+    kind = _CLASSES[config["_class_name"]]
+    known = {name for base in kind.__mro__ for name in inspect.signature(base).parameters}
+    ignored = sorted(k for k, v in config.items() if k not in known and not k.startswith("_") and v)
     if ignored:
         _log.warning("%s: this version of diffusers does not know %s; ignored", origin, ignored)
     try:
-        unet = UNet2DModel(**{k: v for k, v in config.items() if k in known})
+        network = kind(**{k: v for k, v in config.items() if k in known})
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
         raise GaqError(f"diffusers cannot build the architecture in {origin}: {_one_line(error)}") from error
-    if unet.config["class_embed_type"] is not None or unet.config["num_class_embeds"] is not None:
-        raise GaqError(f"The model in {origin} wants class labels; only unconditional models are supported.")
-    if unet.config["in_channels"] != unet.config["out_channels"]:
+    _require_drivable(network, origin)
+    return network.eval().float()
+
+
+def _require_drivable(network: nn.Module, origin: str) -> None:
+    """Raise GaqError if a network wants to be told more than `ARCHITECTURES` does, or does not return noise."""
+    config = config_of(network)
+    for field, allowed in (item for kind, only in _ONLY.items() if isinstance(network, kind) for item in only.items()):
+        if config[field] not in allowed:
+            raise GaqError(f"The model in {origin} has {field} {config[field]!r}; supported is only {list(allowed)}.")
+    if not isinstance(config.get("cross_attention_dim", 0), int):
+        raise GaqError(f"The model in {origin} has several widths of texts ({config['cross_attention_dim']}), not one.")
+    taken, given = config["in_channels"], config["out_channels"] or config["in_channels"]
+    if given not in (taken, 2 * taken):
         raise GaqError(
-            f"The model in {origin} turns {unet.config['in_channels']} channels into {unet.config['out_channels']}; "
-            "a network that predicts noise returns as many as it takes (learned variances are not supported)."
+            f"The model in {origin} turns {taken} channels into {given}; a network that predicts noise returns as many "
+            "as it takes, or with learned variances twice as many."
         )
-    if unet.config["sample_size"] is None:
+    if config["sample_size"] is None:
         raise GaqError(f"The model config in {origin} has no sample_size; add the image size it was trained on.")
-    return unet.eval().float()
 
 
-def load_unet(folder: Path, *, allow_pickle: bool = False) -> UNet2DModel:
-    """Load a U-Net with its weights, as float32 and in evaluation mode.
+def load_network(folder: Path, *, allow_pickle: bool = False) -> nn.Module:
+    """Load a network with its weights, as float32 and in evaluation mode.
 
     Args:
-        folder: The folder that holds `config.json` and the weights, see `unet_folder`.
+        folder: The folder that holds `config.json` and the weights, see `network_folder`.
         allow_pickle: Also take `diffusion_pytorch_model.bin`, read with torch's restricted unpickler.
 
     Raises:
@@ -121,11 +152,24 @@ def load_unet(folder: Path, *, allow_pickle: bool = False) -> UNet2DModel:
     file, state = _read_weights(folder, allow_pickle)
     # The random weights drawn here are all replaced; the caller's random stream must not notice.
     with torch.random.fork_rng(devices=[]):
-        unet = build_unet(config, str(folder / "config.json"))
-    state = {_modern_name(name): value for name, value in state.items()}
-    _check(state, unet, file)
-    unet.load_state_dict({name: value.float() for name, value in state.items()})
-    return unet
+        network = build_network(config, str(folder / "config.json"))
+    fill(network, {_modern_name(name): value for name, value in state.items()}, file)
+    return network
+
+
+def fill(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Give a network its weights.
+
+    Args:
+        network: Float32.
+        state: All of them, by the names of its own state.
+        file: Where they came from, for messages.
+
+    Raises:
+        GaqError: If a tensor is missing, too many, of another shape or kind, or not finite.
+    """
+    _check(state, network, file)
+    network.load_state_dict({name: value.float() for name, value in state.items()})
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -145,30 +189,52 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def _read_weights(folder: Path, allow_pickle: bool) -> tuple[Path, dict[str, torch.Tensor]]:
-    file, old = folder / SAFETENSORS, folder / PICKLE
+    index, old = folder / INDEX, folder / PICKLE
+    file = next((folder / name for name in (SAFETENSORS, HALF) if (folder / name).is_file()), folder / SAFETENSORS)
+    if not file.is_file() and index.is_file():
+        return index, _read_shards(index)
     if not file.is_file() and old.is_file():
         if allow_pickle:
-            return old, _read_pickle(old)
+            return old, tensors(read_pickle(old), old)
         raise GaqError(
             f"The weights in {folder} are a pickle ({PICKLE}), which can run code when read; {SAFETENSORS} is needed. "
-            "If you trust the file, convert it once with diffusers: UNet2DModel.from_pretrained(folder)"
-            ".save_pretrained(folder)."
+            "If you trust the file, convert it once with diffusers: from_pretrained(folder).save_pretrained(folder)."
         )
+    return file, _read_safetensors(file)
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return file, load_file(file)
+        return load_file(file)
     except FileNotFoundError as error:
         raise GaqError(
-            f"The model folder {folder} has no weights beside its config.json; {SAFETENSORS} is needed."
+            f"The model folder {file.parent} has no weights beside its config.json; {file.name} is needed."
         ) from error
     except (SafetensorError, OSError) as error:
         raise GaqError(f"The weights {file} are damaged ({_one_line(error)}). Copy them again.") from error
 
 
-def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise GaqError(f"The index of weights {index} cannot be read ({_one_line(error)}). Copy it again.") from error
+    state: dict[str, torch.Tensor] = {}
+    for name in sorted(names):
+        state |= _read_safetensors(index.parent / name)
+    return state
+
+
+def read_pickle(file: Path) -> Any:
+    """Read a foreign file with torch's restricted unpickler; raise GaqError if it holds more than plain values."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise GaqError(f"The weights {file} are damaged ({_one_line(error)}). Fetch them again.") from error
+
+
+def tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:
+    """Return what `read_pickle` gave; raise GaqError if it is no table of tensors by name."""
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise GaqError(f"The weights {file} are not a plain table of tensors.")
     return state
@@ -180,8 +246,8 @@ def _modern_name(name: str) -> str:
     )
 
 
-def _check(state: Mapping[str, torch.Tensor], unet: nn.Module, file: Path) -> None:
-    expected = {name: value.shape for name, value in unet.state_dict().items()}
+def _check(state: Mapping[str, torch.Tensor], network: nn.Module, file: Path) -> None:
+    expected = {name: value.shape for name, value in network.state_dict().items()}
     missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or extra:
         raise GaqError(

@@ -54,9 +54,30 @@ def _conditional_unet(network: nn.Module, x: Tensor, t: Tensor, cond: Condition)
     return epsilon
 
 
+class ClassUNet(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has no annotations
+    """A `UNet2DConditionModel` whose texts are single rows of a table, one for each class.
+
+    That is how latent diffusion draws the classes of ImageNet (Rombach et al. 2022); the last class is nothing.
+
+    Args:
+        classes: rows of the table, nothing included.
+        unet: the fields of `UNet2DConditionModel`.
+    """
+
+    def __init__(self, *, classes: int, **unet: Any) -> None:
+        super().__init__(**unet)
+        self.register_to_config(classes=classes)
+        self.class_table = nn.Embedding(classes, self.config["cross_attention_dim"])
+
+
+def _class_unet(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    row = network.get_submodule("class_table")(cond["class_labels"])[:, None]  # (N,) -> (N, 1, D)
+    return _conditional_unet(network, x, t, {"encoder_hidden_states": row})
+
+
 def _dit(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    out: Tensor = network(x, timestep=t, class_labels=cond["class_labels"], return_dict=False)[0]
-    return out[:, : x.shape[1]]  # the other half, if there is one, is a learned variance
+    epsilon: Tensor = network(x, timestep=t, class_labels=cond["class_labels"], return_dict=False)[0]
+    return epsilon
 
 
 def _labels(count: int | None) -> dict[str, Tensor]:
@@ -82,6 +103,7 @@ class Architecture:
 ARCHITECTURES: Mapping[type[nn.Module], Architecture] = {
     UNet2DModel: Architecture(call=_unet, told=lambda config: _labels(config["num_class_embeds"])),
     UNet2DConditionModel: Architecture(call=_conditional_unet, told=_of_conditional_unet),
+    ClassUNet: Architecture(call=_class_unet, told=lambda config: _labels(config["classes"])),
     DiTTransformer2DModel: Architecture(call=_dit, told=lambda config: _labels(config["num_embeds_ada_norm"])),
 }
 
@@ -100,7 +122,9 @@ class EpsilonModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
-        return ARCHITECTURES[type(self.unet)].call(self.unet, x, t, cond or {})
+        out = ARCHITECTURES[type(self.unet)].call(self.unet, x, t, cond or {})
+        channels = x.shape[1]
+        return out if out.shape[1] == channels else out[:, :channels]  # the others are a learned variance
 
 
 def as_denoiser(unet: nn.Module) -> nn.Module:
@@ -114,8 +138,14 @@ def as_denoiser(unet: nn.Module) -> nn.Module:
 
 def told_to(unet: nn.Module) -> dict[str, Tensor]:
     """Return a row, (1, ...), of everything a network of `ARCHITECTURES` is told; nothing for any other module."""
-    known, config = ARCHITECTURES.get(type(unet)), getattr(unet, "config", None)
-    return {} if known is None or config is None else known.told(config)
+    known, config = ARCHITECTURES.get(type(unet)), config_of(unet)
+    return known.told(config) if known and config else {}
+
+
+def config_of(unet: nn.Module) -> Mapping[str, Any]:
+    """Return the architecture of a network as its `config.json` says it; nothing for any other module."""
+    config: Mapping[str, Any] = getattr(unet, "config", {})
+    return config
 
 
 def engine_denoiser(engine: Engine) -> Callable[..., Tensor]:

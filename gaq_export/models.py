@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gaq_export import checkpoint, hub
 from gaq_export.conditions import Conditions
-from gaq_export.denoiser import as_denoiser, told_to
+from gaq_export.denoiser import as_denoiser, config_of, told_to
 from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, read_scheduler_config, schedule_from_scheduler_config
 
@@ -37,7 +37,7 @@ class ModelSpec:
         source: "bundled", a hub repository "owner/name", or the folder it was read from.
         revision: Hub commit, or None for the newest, which the plan then records.
         sampler: How its images are drawn unless the user says otherwise.
-        config: Architecture, the fields of a diffusers `UNet2DModel` config.
+        config: Architecture, the fields of a diffusers config and its `_class_name`.
         scheduler: Noise schedule, the fields of a diffusers scheduler config.
         description: One line for a list of models.
     """
@@ -253,7 +253,7 @@ def _random(spec: ModelSpec, choice: str, seed: int) -> LoadedModel:
     seed = int(given) if given else seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = checkpoint.build_unet(spec.config, f"the table, model {spec.name!r}")
+        unet = checkpoint.build_network(spec.config, f"the table, model {spec.name!r}")
     return LoadedModel(
         spec=spec,
         unet=unet,
@@ -277,16 +277,16 @@ def _from_hub(name: str, repo: str, revision: str | None) -> LoadedModel:
 
 
 def _from_folder(folder: Path, name: str, source: str, *, allow_pickle: bool = False) -> LoadedModel:
-    unet = checkpoint.load_unet(checkpoint.unet_folder(folder), allow_pickle=allow_pickle)
-    row = MODELS.get(name)
+    unet = checkpoint.load_network(checkpoint.network_folder(folder), allow_pickle=allow_pickle)
+    row, fields = MODELS.get(name), config_of(unet)
     spec = ModelSpec(
         name=name,
         source=row.source if row else source,
         revision=row.revision if row else None,
         sampler=row.sampler if row else SamplerSpec(),
-        config={k: v for k, v in unet.config.items() if not k.startswith("_")},
+        config={"_class_name": type(unet).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")},
         scheduler=_scheduler(folder, row),
-        description=row.description if row else f"UNet2DModel from {source}",
+        description=row.description if row else f"{type(unet).__name__} from {source}",
     )
     return LoadedModel(
         spec=spec,

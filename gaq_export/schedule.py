@@ -9,11 +9,12 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
@@ -80,6 +81,8 @@ def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> No
     if config.get("thresholding"):
         raise GaqError("The scheduler config asks for dynamic thresholding, which is not supported; set it to false.")
     known = inspect.signature(DDPMScheduler.__init__).parameters
+    if "clip_sample" not in _fields_of(config.get("_class_name")):
+        config["clip_sample"] = False
     try:
         scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in known})
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
@@ -88,6 +91,12 @@ def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> No
     return NoiseSchedule(
         alpha_bar=scheduler.alphas_cumprod.double(), clip=clip, variance=str(scheduler.config["variance_type"])
     )
+
+
+def _fields_of(scheduler: str | None) -> Collection[str]:
+    """Return the fields that a scheduler of diffusers has; those of `DDPMScheduler` for one it does not know."""
+    kind = getattr(diffusers, scheduler or "", DDPMScheduler)
+    return inspect.signature(kind.__init__).parameters
 
 
 def linear_schedule(
