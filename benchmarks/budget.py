@@ -69,8 +69,8 @@ def main(
     head = ("budget", "measured, median ms", "layers of 4 bits", "of 8", "float")
     now = ", ".join(f"{name} {1000 * statistics.median(seconds[name]):.1f} ms" for name in ("4 bits", "float"))
     title = (
-        f"{model}, a step of {BATCH} images, {machine()}; with all layers at one width, as the budget knows it: {said}; "
-        f"in the same rounds as the table: {now}."
+        f"{model}, a step of {BATCH} images, {machine()}; with all layers at one width, as the budget knows it: "
+        f"{said}; in the same rounds as the table: {now}."
     )
     publish([title, "", *markdown_table(head, rows)], out)
 

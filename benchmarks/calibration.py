@@ -74,6 +74,7 @@ def main(
             bits=parse_bits(bits),
             seeds=parse_seeds(seeds),
             workers=workers,
+            weights_alone=True,
         )
         cells.execute(bench, job, report_only, lambda: write_page(bench, out), print)
 

@@ -71,6 +71,7 @@ def main(
             bits=(BITS,),
             seeds=parse_seeds(seeds),
             workers=workers,
+            weights_alone=True,
         )
         cells.execute(bench, job, report_only, lambda: write_page(bench, out), print)
 

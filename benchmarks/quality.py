@@ -175,7 +175,7 @@ def _measure(bench: Bench, path: Path, denoise: Denoiser, seconds: list[float], 
         errors = quality.noise_errors(y, denoise)
         some = by_network(denoise, model.schedule, model.shape, model.spec.sampler)
         seeds = range(quality.FIRST_SEEDS["same"], quality.FIRST_SEEDS["same"] + y.images)
-        drawn = samples.draw(some, seeds, y.batch, model.spec.sampler.steps, lambda done, total: None)
+        drawn = samples.draw(some, seeds, quality.BATCH, model.spec.sampler.steps, lambda done, total: None)
     found: dict[str, Any] = {"error": errors, "seconds": seconds[0], "kept": kept} | quality.picture_measures(y, drawn)
     write_atomically(path, json.dumps(found, indent=1).encode())
     print(path.stem, f"{seconds[0]:.0f} s", flush=True)

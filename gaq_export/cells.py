@@ -133,17 +133,20 @@ def _measure(bench: Comparison, cell: Cell) -> None:
                 "config": configs.to_json(config),
                 "omega_spread": omega_spread(plan),
                 "block_losses": {b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
-                "weights_error": quality.noise_errors(y, fake_quantized(model.network, plan, activations=False)),
             }
+            if bench.weights_alone:
+                weights = fake_quantized(model.network, plan, activations=False)
+                found["weights_error"] = quality.noise_errors(y, weights)
         network = operate(model.network, plan.surgery)
         macs = cost.layer_macs(network, model.shape, model.schedule.num_train)
         measured: dict[str, Any] = {
-            "error": quality.noise_errors(y, fake_quantized(model.network, plan), plan.correction),
             "bytes": cost.weight_bytes(network, plan),
             "bit_operations": cost.bit_operations(macs, plan),
         }
-        if y.images:
-            drawn = quality.pictures(y, plan)
+        with quality.quantized(y, plan) as denoise:
+            measured["error"] = quality.noise_errors(y, denoise, plan.correction)
+            drawn = quality.pictures(y, denoise, plan.correction) if y.images else None
+        if drawn is not None:
             measured |= quality.picture_measures(y, drawn)
             write_atomically(pictures_path(bench, cell, abits), save({"images": drawn[:SHOWN].contiguous()}))
         found["activations"][str(abits)] = measured

@@ -51,6 +51,7 @@ class Comparison:
         bits: (weight, activation) widths, a table each.
         seeds: of mini-batches, split and calibration images together, as a user's --seed.
         workers: how many cells run beside each other.
+        weights_alone: whether the error with float activations is measured too.
     """
 
     yardstick: Yardstick
@@ -59,6 +60,7 @@ class Comparison:
     bits: tuple[tuple[int, int], ...]
     seeds: tuple[int, ...]
     workers: int
+    weights_alone: bool = False
 
     @property
     def model(self) -> LoadedModel:
@@ -107,9 +109,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         raise GaqError(f"Found seeds {text!r}; write whole numbers, as in 0,1,2.") from error
 
 
-def schedule(name: str, iterations: int | None) -> Preset:
-    """Return the preset `name`, its iterations replaced if given."""
+def schedule(name: str, iterations: int | None, images: int | None = None) -> Preset:
+    """Return the preset `name`, its iterations and calibration images replaced if given."""
     chosen = preset(name)
+    chosen = chosen if images is None else dataclasses.replace(chosen, images=images)
     if iterations is None:
         return chosen
     reconstruction = dataclasses.replace(chosen.config.reconstruction, iterations=iterations)

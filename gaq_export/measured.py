@@ -18,8 +18,8 @@ class Measured:
         steps_db: SQNR of the predicted noise at each sampling step.
         pooled_db: the same with signal and error summed over all steps.
         error: squared error, summed over all steps and held-out images.
-        weights_db: mean over steps of the SQNR with float activations.
-        weights_error: squared error with float activations.
+        weights_db: mean over steps of the SQNR with float activations, NaN where that was not measured.
+        weights_error: squared error with float activations, likewise.
         psnr_db: median over images, None if none were drawn.
         fd_real: Frechet distance to real images, None without data.
         fd_float: Frechet distance to images of the float model.
@@ -67,12 +67,13 @@ def table_at(bench: Comparison, wbits: int, abits: int) -> Table:
 
 
 def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str, Any]) -> Measured:
+    weights = found.get("weights_error", [math.nan])
     return Measured(
         steps_db=tuple(map(_db, signal, at["error"])),
         pooled_db=_db(sum(signal), sum(at["error"])),
         error=sum(at["error"]),
-        weights_db=statistics.fmean(map(_db, signal, found["weights_error"])),
-        weights_error=sum(found["weights_error"]),
+        weights_db=statistics.fmean(map(_db, signal, weights)),
+        weights_error=sum(weights),
         psnr_db=statistics.median(at["psnr_db"]) if "psnr_db" in at else None,
         fd_real=at.get("fd_real"),
         fd_float=at.get("fd_float"),

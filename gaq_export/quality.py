@@ -11,7 +11,8 @@ What does not depend on the network under test is worked out once and kept in a 
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from gaq_export.profiles import find_profile
 from gaq_export.qdq import insert_qdq, save_onnx
 
 HELD_OUT = 16  # trajectories on which the predicted noise is compared
-BATCH = 8  # images drawn at a time, at most: more leave the cache and take a fifth longer
+BATCH = 8  # samples a call: more leave the cache and take a fifth longer
 FIRST_SEEDS = {"same": 10_000, "reference": 20_000, "other": 30_000}  # of the sets of float images
 DRAWS = ("engine", "pytorch")
 BACKEND = "openvino"
@@ -53,7 +54,7 @@ class Yardstick:
         model: the float model.
         folder: where everything worked out once is kept.
         images: how many images each network draws; 0 leaves images out.
-        draw: "engine" (OpenVINO) or "pytorch" (fake-quantized).
+        draw: who computes what a plan makes of the network: "engine" (OpenVINO) or "pytorch" (fake-quantized).
         data: .npz of real images, or None to leave the Frechet distances out.
         classifier: checkpoint of the ResNet-56 for three-channel images; None trains the digit classifier.
     """
@@ -64,11 +65,6 @@ class Yardstick:
     draw: str
     data: Path | None
     classifier: Path | None
-
-    @property
-    def batch(self) -> int:
-        """Images drawn at a time."""
-        return min(BATCH, self.images)
 
     def __post_init__(self) -> None:
         if self.draw not in DRAWS:
@@ -82,10 +78,10 @@ def prepare(y: Yardstick) -> None:
     if _facts(y).exists():
         return
     facts: dict[str, Any] = {"signal": _held_out(y)["epsilon"].double().square().flatten(1).sum(1).tolist()}
+    if y.draw == "engine":
+        save_onnx(export_float(y.model.network, y.model.shape), _float_graph(y))
     if y.images:
         sets = _float_images(y)
-        if y.draw == "engine":
-            save_onnx(export_float(y.model.network, y.model.shape), _float_graph(y))
         if y.data:
             facts["frechet"] = _references(y, y.data, sets)
     write_atomically(_facts(y), json.dumps(facts, indent=1).encode())
@@ -104,7 +100,8 @@ def noise_errors(y: Yardstick, network: Denoiser, correction: Correction | None 
     held, errors = _held_out(y), []
     with torch.no_grad():
         for step, (x, t, expected) in enumerate(zip(held["x"], held["t"], held["epsilon"], strict=True)):
-            found = network(x, t).double()
+            parts = zip(x.split(BATCH), t.split(BATCH), strict=True)
+            found = torch.cat([network(*part) for part in parts]).double()
             if correction is not None:
                 gain, bias = (torch.tensor(rows[step])[:, None, None] for rows in (correction.gain, correction.bias))
                 found = gain * (found - bias)
@@ -112,12 +109,30 @@ def noise_errors(y: Yardstick, network: Denoiser, correction: Correction | None 
     return errors
 
 
-def pictures(y: Yardstick, plan: QuantPlan) -> Tensor:
-    """Draw with the quantized network from the noise of the float network's images, (N, C, H, W) in [-1, 1]."""
-    seeds = _seeds(y, "same")
-    if y.draw == "engine" and plan.step_bits is None:
-        return _by_engine(y, plan, seeds)
-    return _draw(y, fake_quantized(y.model.network, plan), seeds, plan.correction)
+@contextmanager
+def quantized(y: Yardstick, plan: QuantPlan) -> Iterator[Denoiser]:
+    """Yield what the plan makes of the network: an engine for one thread, forgotten afterwards, or in PyTorch.
+
+    A plan whose steps differ in activation bits is no one engine, and is computed in PyTorch.
+    """
+    if y.draw != "engine" or plan.step_bits is not None:
+        yield fake_quantized(y.model.network, plan)
+        return
+    network = operate(y.model.network, plan.surgery)
+    known = network is y.model.network
+    graph = ir.load(_float_graph(y)) if known else export_float(network, y.model.shape)
+    graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
+    config = EngineConfig(backend=BACKEND, batch=(1, BATCH, BATCH), threads=1)
+    with tempfile.TemporaryDirectory(dir=y.folder) as scratch:
+        save_onnx(graph, Path(scratch, "unet.onnx"))
+        file = engines.build(Path(scratch, "unet.onnx"), Path(scratch, "unet.plan"), config)
+        with engines.open_engine(file) as opened:
+            yield engine_denoiser(opened)
+
+
+def pictures(y: Yardstick, network: Denoiser, correction: Correction | None = None) -> Tensor:
+    """Draw from the noise of the float network's images, (N, C, H, W) in [-1, 1]."""
+    return _draw(y, network, _seeds(y, "same"), correction)
 
 
 def float_pictures(y: Yardstick) -> Tensor:
@@ -139,21 +154,7 @@ def _draw(y: Yardstick, network: Denoiser, seeds: Sequence[int], correction: Cor
     model = y.model
     spec = model.spec.sampler
     some = drawing.by_network(network, model.schedule, model.shape, spec, correction)
-    return samples.draw(some, seeds, y.batch, spec.steps, lambda done, total: None)
-
-
-def _by_engine(y: Yardstick, plan: QuantPlan, seeds: Sequence[int]) -> Tensor:
-    """Build the engine of `plan` for one thread, draw with it and forget it."""
-    network = operate(y.model.network, plan.surgery)
-    known = network is y.model.network
-    graph = ir.load(_float_graph(y)) if known else export_float(network, y.model.shape)
-    graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
-    config = EngineConfig(backend=BACKEND, batch=(y.batch, y.batch, y.batch), threads=1)
-    with tempfile.TemporaryDirectory(dir=y.folder) as scratch:
-        save_onnx(graph, Path(scratch, "unet.onnx"))
-        file = engines.build(Path(scratch, "unet.onnx"), Path(scratch, "unet.plan"), config)
-        with engines.open_engine(file) as opened:
-            return _draw(y, engine_denoiser(opened), seeds, plan.correction)
+    return samples.draw(some, seeds, BATCH, spec.steps, lambda done, total: None)
 
 
 def _facts(y: Yardstick) -> Path:

@@ -145,6 +145,9 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Calibrations of each recipe.")] = 1,
     preset: Annotated[str, typer.Option(envvar="GAQ_EXPORT_PRESET", help="tiny, fast or paper.")] = "fast",
     iterations: Annotated[int | None, typer.Option(help="Iterations a block, instead of the preset's.")] = None,
+    calibration_images: Annotated[
+        int | None, typer.Option(help="Trajectories to calibrate with, instead of the preset's.")
+    ] = None,
     images: Annotated[int, typer.Option(min=0, help="Images that each network draws; 0 leaves them out.")] = 64,
     data: Annotated[Path | None, typer.Option(help=".npz of real images, for Frechet distances.")] = None,
     features: Annotated[Path | None, typer.Option(help="ResNet-56 checkpoint, for three-channel images.")] = None,
@@ -168,7 +171,7 @@ def compare(
         bench = comparing.comparison(
             loaded,
             recipes.split(",") if recipes else list(RECIPES),
-            comparison.schedule(preset, iterations),
+            comparison.schedule(preset, iterations, calibration_images),
             bits=comparison.parse_bits(bits or f"W{wbits}A{abits}"),
             seeds=seeds,
             folder=folder,

@@ -196,7 +196,7 @@ def conditions(bench: Comparison, columns: Sequence[Column]) -> list[str]:
     found = [r for r in (cells.result(bench, cell) for cell in bench.cells) if r]
     if not found:
         raise GaqError(f"{y.folder} holds no results yet: run without --report-only first.")
-    c = schedule.config
+    c, by = schedule.config, "their OpenVINO engine" if y.draw == "engine" else "fake quantization in PyTorch"
     lines = [
         f"Machine: {machine()}; cells at a time: {_listed(r['workers'] for r in found)}, one thread each. "
         f"torch {installed('torch')}, OpenVINO {installed('openvino')}, "
@@ -209,11 +209,11 @@ def conditions(bench: Comparison, columns: Sequence[Column]) -> list[str]:
         "meta steps a block for learned sample weights.",
         f"Seeds: {_listed(bench.seeds)}. Each is calibration images, split and mini-batches together; ± is the "
         "standard deviation over seeds.",
+        f"Quantized networks are computed by {by}, the float network by PyTorch.",
         *(f"{column.title}: {column.meaning}." for column in columns if column.meaning),
     ]
     if y.images:
-        by = "their OpenVINO engine" if y.draw == "engine" else "fake-quantized PyTorch"
-        lines.append(f"Images: {y.images} of each network, drawn by {by}; the float network's by PyTorch.")
+        lines.append(f"Images: {y.images} of each network, drawn by the same.")
         lines.append(_frechet_line(bench) if y.data else "No Frechet distances: no real images were given (--data).")
     return [f"- {line}" for line in lines]
 

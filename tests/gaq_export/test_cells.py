@@ -34,7 +34,15 @@ def bench_of(model: LoadedModel, folder: Path, images: int = 2, draw: str = "pyt
     yardstick = Yardstick(model=model, folder=folder, images=images, draw=draw, data=None, classifier=None)
     rows = {name: calibration.rung(name) for name in RUNGS}
     bits = ((4, 8), (4, 4))
-    return Comparison(yardstick=yardstick, schedule=schedule("tiny", 3), rows=rows, bits=bits, seeds=(0,), workers=1)
+    return Comparison(
+        yardstick=yardstick,
+        schedule=schedule("tiny", 3),
+        rows=rows,
+        bits=bits,
+        seeds=(0,),
+        workers=1,
+        weights_alone=True,
+    )
 
 
 def saved(plan: QuantPlan, folder: Path) -> bytes:
@@ -148,10 +156,10 @@ def test_the_engine_draws_what_pytorch_draws(model, tmp_path: Path) -> None:
     plan = cells.plan_at(
         model, cells._collected(b, 0), b.config(Cell(row="uniform", seed=0, wbits=4)), 4, tmp_path / "blocks"
     )
-    seeds = range(2)
-    drawn = quality._by_engine(b.yardstick, plan, seeds)
-    expected = quality._draw(b.yardstick, quality.fake_quantized(model.network, plan), seeds)
-    unquantized = quality._draw(b.yardstick, model.network, seeds)
+    plain = dataclasses.replace(b.yardstick, draw="pytorch")
+    with quality.quantized(b.yardstick, plan) as engine, quality.quantized(plain, plan) as fake:
+        drawn, expected = (quality.pictures(b.yardstick, network) for network in (engine, fake))
+    unquantized = quality.pictures(b.yardstick, model.network)
     assert float(psnr(drawn, expected).min()) > float(psnr(drawn, unquantized).max()) + 10
 
 
