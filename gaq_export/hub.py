@@ -1,19 +1,22 @@
 """Fetch a model from the Hugging Face hub, or say at once that it is out of reach.
 
-In: a repository and perhaps a commit. Out: a local folder and the commit it holds. A cached commit is used without
+In: a repository and perhaps a commit. Out: a local folder and the commit it holds: a network's files, or a pipeline's
+with those of its decoder and its texts. A cached commit is used without
 asking the network; otherwise one short request finds out whether the hub answers, because the client's own downloads
 retry for half a minute before giving up.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
 
-from gaq_export.checkpoint import PICKLE, SAFETENSORS
+from gaq_export.checkpoint import INDEX, PICKLE, PLACES, SAFETENSORS
 from gaq_export.errors import GaqError
 
 TIMEOUT_S = 10.0
-_CONFIGS = ["config.json", "scheduler_config.json"]
+PARTS = ("scheduler", "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_WEIGHTS = (SAFETENSORS, "model.safetensors", PICKLE, "pytorch_model.bin")  # the first of a folder's is fetched
 
 
 def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
@@ -35,8 +38,7 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S)
         files = [sibling.rfilename for sibling in info.siblings or []]
-        weights = SAFETENSORS if SAFETENSORS in files else PICKLE
-        folder = snapshot_download(repo, revision=revision, allow_patterns=[*_CONFIGS, weights], etag_timeout=TIMEOUT_S)
+        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted(files), etag_timeout=TIMEOUT_S)
     # The transport library, and with it the class of a network error, changes between versions of the client.
     except Exception as error:
         if cached is not None:
@@ -47,11 +49,29 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
     return Path(folder), Path(folder).name
 
 
+def wanted(files: Sequence[str]) -> list[str]:
+    """Return those of a repository's files that are needed: configs, vocabularies, and each folder's weights once.
+
+    >>> wanted(["unet/config.json", "unet/diffusion_pytorch_model.bin", "flax/config.json", "README.md"])
+    ['unet/config.json', 'unet/diffusion_pytorch_model.bin']
+    """
+    chosen = []
+    for place in (*PLACES, *PARTS):
+        inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(place)]
+        names = {PurePosixPath(file).name: file for file in inside}
+        chosen += [file for name, file in names.items() if name.endswith((".json", ".txt"))]
+        if INDEX in names:
+            chosen += [file for name, file in names.items() if "-of-" in name and name.endswith(".safetensors")]
+        chosen += [names[name] for name in _WEIGHTS if name in names][:1]
+    return chosen
+
+
 def _cached(repo: str, revision: str | None) -> Path | None:
     """Return the cached folder if it is complete enough to load."""
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None
-    has_weights = any((folder / name).is_file() for name in (SAFETENSORS, PICKLE))
-    return folder if has_weights and (folder / "config.json").is_file() else None
+    complete = [("config.json", name) for name in (SAFETENSORS, INDEX, PICKLE)]
+    whole = any(all((folder / place / name).is_file() for name in names) for names in complete for place in PLACES)
+    return folder if whole else None

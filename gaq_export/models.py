@@ -1,16 +1,13 @@
-"""The table of known models, and the one function that turns a name or a folder into a network.
+"""The one function that turns a name, a folder or a checkpoint into a network.
 
-In: a name from `MODELS`, or a diffusers folder. Out: a `LoadedModel`: the float U-Net, the noise schedule it was
-trained with, and a `source` that finds the same weights again. What a known model looks like is written once, in
-`weights/<name>/config.json` and `scheduler_config.json`; the weights themselves lie beside it only for the bundled
-model.
+In: a name from `MODELS`, a diffusers folder, or an original checkpoint of latent diffusion. Out: a `LoadedModel`: the
+float network, the noise schedule it was trained with, and a `source` that finds the same weights again.
 """
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,37 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaq_export import checkpoint, hub
+from gaq_export import checkpoint, hub, ldm
+from gaq_export.catalogue import BUNDLED, MODELS, MODULE, ORIGINAL, WEIGHTS, ModelSpec
 from gaq_export.conditions import Conditions
 from gaq_export.denoiser import as_denoiser, config_of, told_to
 from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, read_scheduler_config, schedule_from_scheduler_config
 
+__all__ = ["MODELS", "LoadedModel", "ModelSpec", "load_model", "random_model", "wrap"]
+
 MODELS_VARIABLE = "GAQ_EXPORT_MODELS"
-_WEIGHTS = Path(__file__).resolve().parent / "weights"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """What is known about a model before its weights are loaded.
-
-    Attributes:
-        name: What the user calls it.
-        source: "bundled", a hub repository "owner/name", or the folder it was read from.
-        revision: Hub commit, or None for the newest, which the plan then records.
-        sampler: How its images are drawn unless the user says otherwise.
-        config: Architecture, the fields of a diffusers config and its `_class_name`.
-        scheduler: Noise schedule, the fields of a diffusers scheduler config.
-        description: One line for a list of models.
-    """
-
-    name: str
-    source: str
-    revision: str | None
-    sampler: SamplerSpec
-    config: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    description: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +36,7 @@ class LoadedModel:
         unet: The network as it was loaded, float32, in evaluation mode, on the CPU.
         schedule: The noise schedule it was trained with.
         source: What to pass as `load_model`'s `weights` to get the same network: "bundled", "random" (or
-            "random:SEED"), "hub:OWNER/NAME@COMMIT", or an absolute folder.
+            "random:SEED"), "hub:OWNER/NAME@COMMIT", or the absolute path of a folder or checkpoint.
         fingerprint: sha256 of the weights, see `checkpoint.fingerprint`.
         meaningless: True if the weights are random, so that images show nothing.
         conditions: What it is told to draw; None if it is told nothing.
@@ -93,51 +69,6 @@ class LoadedModel:
         return int(self.spec.config["in_channels"]), int(height), int(width)
 
 
-def _row(name: str, source: str, revision: str | None, sampler: SamplerSpec, description: str) -> ModelSpec:
-    def read(file: str) -> dict[str, Any]:
-        fields: dict[str, Any] = json.loads((_WEIGHTS / name / file).read_text(encoding="utf-8"))
-        return fields
-
-    return ModelSpec(
-        name=name,
-        source=source,
-        revision=revision,
-        sampler=sampler,
-        config=read("config.json"),
-        scheduler=read("scheduler_config.json"),
-        description=description,
-    )
-
-
-MODELS: dict[str, ModelSpec] = {
-    row.name: row
-    for row in (
-        _row("ddpm-mnist", "bundled", None, SamplerSpec(steps=50), "MNIST digits, 32x32, 1.1 M parameters, bundled"),
-        _row(
-            "ddpm-cifar10",
-            "google/ddpm-cifar10-32",
-            "267b167dc01f0e4e61923ea244e8b988f84deb80",
-            SamplerSpec(steps=100, spacing="quad"),
-            "CIFAR-10, 32x32, 35.7 M parameters, from the Hugging Face hub",
-        ),
-        _row(
-            "ddpm-church",
-            "google/ddpm-church-256",
-            None,
-            SamplerSpec(steps=100),
-            "LSUN churches, 256x256, 113.7 M parameters, from the Hugging Face hub",
-        ),
-        _row(
-            "ddpm-bedroom",
-            "google/ddpm-bedroom-256",
-            None,
-            SamplerSpec(steps=100),
-            "LSUN bedrooms, 256x256, 113.7 M parameters, from the Hugging Face hub",
-        ),
-    )
-}
-
-
 def load_model(
     name: str | None = None, weights: str | Path | None = None, revision: str | None = None, seed: int = 0
 ) -> LoadedModel:
@@ -149,7 +80,8 @@ def load_model(
     Args:
         name: A key of `MODELS`. With a folder it is only what to call the model (the folder's name if None), and
             lends its sampler if it is a known one; the folder's own config decides the structure.
-        weights: A diffusers folder, "random" for seeded random weights, or the `source` of an earlier `LoadedModel`.
+        weights: A diffusers folder; an original checkpoint (`gaq_export.ldm`), or a folder with its `model.ckpt`;
+            "random" for seeded random weights; or the `source` of an earlier `LoadedModel`.
         revision: Hub commit to use in place of the table's.
         seed: Seed of random weights.
 
@@ -157,7 +89,7 @@ def load_model(
         GaqError: If the model is unknown, out of reach, damaged or of a kind that is not supported.
     """
     choice = None if weights is None else str(weights)
-    if choice == "bundled":
+    if choice == BUNDLED:
         return _bundled(_known(name))
     if choice is not None and choice.partition(":")[0] == "random":
         return _random(_known(name), choice, seed)
@@ -165,14 +97,24 @@ def load_model(
         repo, _, commit = choice.removeprefix("hub:").partition("@")
         return _from_hub(name or repo.rpartition("/")[2], repo, revision or commit or None)
     if weights is not None:
-        folder = Path(weights).expanduser().resolve()
-        return _from_folder(folder, name or folder.name, str(folder))
+        path = Path(weights).expanduser().resolve()
+        original = path if path.suffix in (".ckpt", ".safetensors") else path / ldm.FILE
+        if original.is_file():
+            return _from_original(original, name, str(path))
+        return _from_folder(path, name or path.name, str(path))
     spec = _known(name)
     local = _models_folder(spec.name)
+    if local is not None and (local / ldm.FILE).is_file():
+        return _from_original(local / ldm.FILE, spec.name, str(local))
     if local is not None:
         return _from_folder(local, spec.name, str(local))
-    if spec.source == "bundled":
+    if spec.source == BUNDLED:
         return _bundled(spec)
+    if spec.source == ORIGINAL:
+        raise GaqError(
+            f"The weights of {spec.name!r} are published only as their authors' checkpoint ({ldm.FILE}): give that "
+            "file with --weights, or try the tool with --weights random."
+        )
     return _from_hub(spec.name, spec.source, revision or spec.revision)
 
 
@@ -198,7 +140,7 @@ def wrap(
     channels, height, width = shape
     spec = ModelSpec(
         name=name,
-        source="module",
+        source=MODULE,
         revision=None,
         sampler=sampler or SamplerSpec(),
         config={"in_channels": channels, "sample_size": (height, width)},
@@ -210,7 +152,7 @@ def wrap(
         spec=spec,
         unet=module,
         schedule=schedule,
-        source="module",
+        source=MODULE,
         fingerprint=checkpoint.fingerprint(module),
         meaningless=False,
         conditions=conditions,
@@ -240,25 +182,35 @@ def _models_folder(name: str) -> Path | None:
 
 
 def _bundled(spec: ModelSpec) -> LoadedModel:
-    if spec.source != "bundled":
-        bundled = [row.name for row in MODELS.values() if row.source == "bundled"]
+    if spec.source != BUNDLED:
+        bundled = [row.name for row in MODELS.values() if row.source == BUNDLED]
         raise GaqError(f"The weights of {spec.name!r} are not bundled. Bundled models: {bundled}.")
-    return _from_folder(_WEIGHTS / spec.name, spec.name, "bundled")
+    return _from_folder(WEIGHTS / spec.name, spec.name, BUNDLED)
 
 
 def _random(spec: ModelSpec, choice: str, seed: int) -> LoadedModel:
     _, _, given = choice.partition(":")
     if given and not given.isdecimal():
         raise GaqError(f"The seed in --weights {choice} must be a whole number, as in random:7.")
-    seed = int(given) if given else seed
+    return random_model(spec, int(given) if given else seed)
+
+
+def random_model(spec: ModelSpec, seed: int = 0) -> LoadedModel:
+    """Build a model with random weights.
+
+    Args:
+        spec: A row of `MODELS`, perhaps `catalogue.reduced`.
+        seed: Of its weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = checkpoint.build_network(spec.config, f"the table, model {spec.name!r}")
+    found_again = f"random:{seed}" if seed else "random"
     return LoadedModel(
         spec=spec,
         unet=unet,
         schedule=schedule_from_scheduler_config(spec.scheduler),
-        source=f"random:{seed}" if seed else "random",
+        source=MODULE if spec.source == MODULE else found_again,
         fingerprint=checkpoint.fingerprint(unet),
         meaningless=True,
     )
@@ -268,7 +220,7 @@ def _from_hub(name: str, repo: str, revision: str | None) -> LoadedModel:
     try:
         folder, commit = hub.fetch(repo, revision)
     except GaqError as error:
-        bundled = [row.name for row in MODELS.values() if row.source == "bundled"]
+        bundled = [row.name for row in MODELS.values() if row.source == BUNDLED]
         raise GaqError(
             f"{error} Give a local diffusers folder with --weights, set {MODELS_VARIABLE} to a folder with a "
             f"sub-folder {name!r}, try the tool with --weights random, or use a bundled model: {bundled}."
@@ -278,16 +230,36 @@ def _from_hub(name: str, repo: str, revision: str | None) -> LoadedModel:
 
 def _from_folder(folder: Path, name: str, source: str, *, allow_pickle: bool = False) -> LoadedModel:
     unet = checkpoint.load_network(checkpoint.network_folder(folder), allow_pickle=allow_pickle)
+    return _loaded(unet, folder, name, source)
+
+
+def _from_original(file: Path, name: str | None, source: str) -> LoadedModel:
+    """Load an original checkpoint, as the architecture of a known model or of a `config.json` beside it."""
+    beside = (file.parent / "config.json").is_file()
+    config = checkpoint.read_config(file.parent) if beside else _known(name).config
+    with torch.random.fork_rng(devices=[]):
+        unet = checkpoint.build_network(config, f"the model {name or file.stem!r}")
+    checkpoint.fill(unet, ldm.read(file, unet), file)
+    return _loaded(unet, file.parent, name or file.stem, source)
+
+
+def _loaded(unet: nn.Module, folder: Path, name: str, source: str) -> LoadedModel:
+    """Return a network with its weights as a model; `folder` may say how it was trained, or the row of its name."""
     row, fields = MODELS.get(name), config_of(unet)
-    spec = ModelSpec(
-        name=name,
-        source=row.source if row else source,
-        revision=row.revision if row else None,
-        sampler=row.sampler if row else SamplerSpec(),
-        config={"_class_name": type(unet).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")},
-        scheduler=_scheduler(folder, row),
-        description=row.description if row else f"{type(unet).__name__} from {source}",
-    )
+    config = {"_class_name": type(unet).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
+    scheduler = _scheduler(folder, row)
+    if row is not None:
+        spec = replace(row, config=config, scheduler=scheduler)
+    else:
+        spec = ModelSpec(
+            name=name,
+            source=source,
+            revision=None,
+            sampler=SamplerSpec(),
+            config=config,
+            scheduler=scheduler,
+            description=f"{type(unet).__name__} from {source}",
+        )
     return LoadedModel(
         spec=spec,
         unet=unet,

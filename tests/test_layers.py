@@ -18,6 +18,8 @@ ORDER = (
     "samplers",
     "checkpoint",
     "hub",
+    "ldm",
+    "catalogue",
     "models",
     "images",
     "recipes",

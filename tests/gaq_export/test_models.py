@@ -12,22 +12,63 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from gaq_export.checkpoint import PICKLE, SAFETENSORS, fingerprint
+from gaq_export import hub
+from gaq_export.catalogue import MODELS, reduced
+from gaq_export.checkpoint import INDEX, PICKLE, SAFETENSORS, build_network, fingerprint
+from gaq_export.denoiser import told_to
 from gaq_export.errors import GaqError
-from gaq_export.models import MODELS, load_model, wrap
+from gaq_export.models import load_model, random_model, wrap
 from gaq_export.schedule import NoiseSchedule, SamplerSpec
 
+SIZES = {
+    "ddpm-mnist": 1_112_801,
+    "ddpm-cifar10": 35_746_307,
+    "ddpm-church": 113_673_219,
+    "ldm-celebahq-256": 274_056_163,
+    "imagenet-ldm": 400_920_579 + 1001 * 512,
+    "sd15": 859_520_964,
+    "sdxl": 2_567_463_684,
+    "dit-xl-2-256": 749_826_464,
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_table_knows_the_published_architectures() -> None:
-    sizes = {"ddpm-mnist": 1_112_801, "ddpm-cifar10": 35_746_307, "ddpm-church": 113_673_219}
-    for name, size in sizes.items():
+    for name, size in SIZES.items():
         with torch.device("meta"):
-            unet = UNet2DModel(**{k: v for k, v in MODELS[name].config.items() if not k.startswith("_")})
+            unet = build_network(MODELS[name].config, name)
         assert sum(p.numel() for p in unet.parameters()) == size
     assert MODELS["ddpm-bedroom"].config == MODELS["ddpm-church"].config
     assert all(name == row.name for name, row in MODELS.items())
+
+
+@pytest.mark.parametrize("name", ["ldm-bedrooms", "imagenet-ldm", "sdxl", "dit-xl-2-256"])
+def test_a_known_model_at_reduced_width_has_the_same_kinds_of_blocks(name: str) -> None:
+    row = MODELS[name]
+    model = random_model(reduced(row))
+    assert (model.meaningless, model.source, model.shape[1:]) == (True, "module", (16, 16))
+    assert sum(p.numel() for p in model.unet.parameters()) < 2_000_000
+    with torch.device("meta"):
+        whole = build_network(row.config, name)
+    assert {type(m) for m in model.unet.modules()} == {type(m) for m in whole.modules()}
+    assert model.told.keys() == told_to(whole).keys()
+    assert (model.spec.sampler, model.spec.guidance) == (row.sampler, row.guidance)
+
+
+def test_of_a_pipelines_repository_each_part_is_fetched_once() -> None:
+    files = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors", "v1-5.ckpt"]
+    files += [f"{place}/{name}" for place in ("unet", "vae") for name in (SAFETENSORS, PICKLE)]
+    files += ["text_encoder/model.safetensors", "tokenizer/merges.txt", "safety_checker/model.safetensors"]
+    shards = ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", f"transformer/{INDEX}"]
+    assert set(hub.wanted(files + shards)) == {
+        "model_index.json",
+        "unet/config.json",
+        f"unet/{SAFETENSORS}",
+        f"vae/{SAFETENSORS}",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        *shards,
+    }
 
 
 def test_the_bundled_model_loads_by_name_alone() -> None:
