@@ -9,7 +9,6 @@ for each block, the temporal one first, then in network order:
 then observe the activation ranges of the quantized network
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from calib.data import CalibrationSet, Split, split
 from calib.errors import CalibError
 from calib.fakequant import round_input
 from calib.fitting import Job, calibrate_block
+from calib.held import hold, twin
 from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
 from calib.mixed import Assignment, Clock
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
@@ -87,7 +87,7 @@ def calibrate(
     order, loose = _cut(model, found, quantized, data, config)
     w = config.weight
     scales = {n: affine.search_weight_scale(_weight(model, n), bits[n], w.norm, w.candidates) for n in quantized}
-    network = copy.deepcopy(model)
+    network = twin(model)
     job = Job(
         model=model,
         network=network,
@@ -231,9 +231,8 @@ def _untouched(name: str) -> BlockResult:
 
 
 def _put(network: nn.Module, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, integer in codes.items():
-            _weight(network, name).copy_(affine.dequantize_weight(integer, scales[name]))
+    for name, integer in codes.items():
+        hold(network.get_submodule(name), integer, scales[name])
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:

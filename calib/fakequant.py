@@ -5,7 +5,6 @@ So are, where the plan has them, the four operands of the products inside attent
 This is the reference that every exported graph and every engine is compared with.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from calib.affine import dequantize_weight, fake_quantize, per_channel, round_float8, round_log2
+from calib.affine import fake_quantize, per_channel, round_float8, round_log2
 from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
+from calib.held import hold, twin
 from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.ranges import nearest_step
 from calib.surgery import operate
 
 
 def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = True, float8: bool = False) -> nn.Module:
-    """Return a copy of `model` that computes what the engine will; the float `model` is left as it is.
+    """Return a network that computes what the engine will, of the plan's codes and what stays float in `model`.
 
     Args:
         model: the float network the plan was made from.
@@ -34,8 +34,7 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
     Raises:
         CalibError: a layer of the plan is not in the model, or has another shape there.
     """
-    result = operate(model, plan.surgery)
-    result = copy.deepcopy(model) if result is model else result
+    result = twin(operate(model, plan.surgery))
     step: list[Tensor] = []  # of the call at hand: (N,), which of the plan's steps each sample takes its ranges from
     if activations and plan.timesteps is not None:
         result.register_forward_pre_hook(_step_finder(plan.timesteps, step))
@@ -48,9 +47,8 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
                 f"The plan's layer {name!r} is {tuple(layer.codes.shape)}, the model has {found}: "
                 "this plan belongs to another model."
             )
-        with torch.no_grad():
-            codes = round_float8(layer.codes.float()) if float8 else layer.codes
-            weight.copy_(dequantize_weight(codes, layer.weight_scale))
+        codes = layer.codes.float().to(torch.float8_e4m3fn) if float8 else layer.codes
+        hold(modules[name], codes, layer.weight_scale)
         if activations:
             _before(modules[name], _layer_rounding(name, layer, plan, step, float8=float8))
     if activations:

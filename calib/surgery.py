@@ -9,7 +9,6 @@ are brought to like ranges by factors r that its weights take over (TCAQ-DM, arX
 cut off at a largest value, since a channel that hardly ever moves would make all the others' factors huge.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from calib.config import SurgeryConfig
 from calib.data import CalibrationSet
+from calib.held import twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,13 @@ class ScaledConvolution(nn.Module):
 
 
 def operate(model: nn.Module, surgery: Surgery) -> nn.Module:
-    """Return the rewritten network; `model` itself, which is never changed, if there is nothing to do.
+    """Return the rewritten network, which shares what it has in common with `model`; that itself if nothing is to do.
 
-    What is rewritten already stays as it is.
+    `model` is never changed. What is rewritten already stays as it is.
     """
     if not surgery.splits and not surgery.factors:
         return model
-    result = copy.deepcopy(model)
+    result = twin(model)
     for name, channels in surgery.splits.items():
         _replace(result, name, partial(SplitConvolution, channels=channels))
     for name, factors in surgery.factors.items():
