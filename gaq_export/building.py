@@ -5,18 +5,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
 import engines
 from calib.correction import Correction
+from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from calib.ranges import nearest_step
 from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
-from gaq_export import drawing, parity, provenance
+from gaq_export import drawing, parity, part_engines, provenance
 from gaq_export import run as runs
 from gaq_export.collect import as_steps_are_told, collect
 from gaq_export.conditions import Guided
@@ -26,6 +28,7 @@ from gaq_export.models import LoadedModel
 from gaq_export.onnx_export import export_float
 from gaq_export.opening import open_up
 from gaq_export.parity import TOLERANCES, Parity
+from gaq_export.part_engines import Part
 from gaq_export.profiles import PROFILES, QdqProfile, find_profile
 from gaq_export.qdq import StepInfo, insert_qdq, save_onnx
 from gaq_export.run import Run
@@ -55,7 +58,8 @@ class Exported:
 class Built:
     """A built engine; `parity` is None where it cannot run here, and `not_run` says why.
 
-    `others` take over from it at the steps whose activations have fewer bits, if there are such.
+    `others` take over from it at the steps whose activations have fewer bits, if there are such; `decoder` makes images
+    of its latents, if it draws latents.
     """
 
     file: EngineFile
@@ -63,6 +67,7 @@ class Built:
     plan: QuantPlan
     parity: Parity | None
     not_run: str | None
+    decoder: Part | None = None
 
 
 def export_onnx(
@@ -180,7 +185,9 @@ def build_engine(
         "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)},
     }
     not_run, files, checks = backend.can_run(), list[EngineFile](), list[Parity]()
+    data = None if not_run else _samples(model, spec, plan, run, config)
     with runs.staging(out) as staged:
+        decoder = _with_decoder(model, staged / out.name, config, about, data)
         for abits in sorted(set(turns)):  # the most last, since that engine's record names the others
             exported = export_onnx(
                 profile,
@@ -196,11 +203,9 @@ def build_engine(
             path = staged / (out.name if last else f"{out.stem}-a{abits}{out.suffix}")
             relay = drawing.describe_relay(files, turns) if last and files else None
             files.append(engines.build(exported.path, path, config, about | {"baked": exported.baked, "relay": relay}))
-            if not not_run:
-                checks.append(_check(files[-1], at_bits(plan, abits), model, run, profile, turns, abits))
-        made = sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json"))
-        for path in made:  # the record that names all others last
-            os.replace(path, out.with_name(path.name))
+            if data is not None:
+                checks.append(_check(files[-1], at_bits(plan, abits), model, data, profile, turns, abits))
+        _put(staged, out)
     checked = parity.merge(checks) if checks else None
     runs.note(
         run,
@@ -211,7 +216,9 @@ def build_engine(
         sqnr_db=checked and checked.sqnr_db,
     )
     *others, file = (engines.load_engine_file(out.with_name(file.path.name)) for file in files)
-    return Built(file=file, others=tuple(others), plan=plan, parity=checked, not_run=not_run)
+    if decoder is not None:
+        decoder = replace(decoder, file=engines.load_engine_file(out.with_name(decoder.file.path.name)))
+    return Built(file=file, others=tuple(others), plan=plan, parity=checked, not_run=not_run, decoder=decoder)
 
 
 def build_float(
@@ -235,11 +242,39 @@ def build_float(
     about |= {"graph": "step", "bits": "float", "numbers": "int8", "correction": None, "baked": [], "relay": None}
     with runs.staging(out) as staged:
         save_onnx(compute_in(network, "float32"), staged / "unet.onnx")
+        _with_decoder(model, staged / out.name, config, about, None)
         engines.build(staged / "unet.onnx", staged / out.name, config, about)
         (staged / "unet.onnx").unlink()
-        for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):
-            os.replace(path, out.with_name(path.name))
+        _put(staged, out)
     return engines.load_engine_file(out)
+
+
+def _with_decoder(
+    model: LoadedModel, out: Path, config: EngineConfig, about: dict[str, Any], data: CalibrationSet | None
+) -> Part | None:
+    """Build the decoder of a model's latents, if it has one, check it on `data`, and name it in `about`."""
+    about.pop("decoder", None)
+    if model.decoder is None:
+        return None
+    file = part_engines.build_decoder(model.decoder, model.shape, part_engines.decoder_path(out), config)
+    about["decoder"] = provenance.describe_decoder(model) | {"engine": drawing.named(file)}
+    if data is None:
+        return Part(file=file, parity=None)
+    last = (data.step == data.step.max()).nonzero()[: max(file.batch[0], min(file.batch[2], parity.IMAGES)), 0]
+    return Part(file=file, parity=part_engines.check_decoder(model.decoder, file, data.x[last]))
+
+
+def _put(staged: Path, out: Path) -> None:
+    """Move finished files beside `out`, the record that names all others last."""
+    for path in sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json")):
+        os.replace(path, out.with_name(path.name))
+
+
+def _samples(model: LoadedModel, spec: SamplerSpec, plan: QuantPlan, run: Run, config: EngineConfig) -> CalibrationSet:
+    """Return samples of the sampler's steps: the calibration's, if they are of the same sampler."""
+    count = max(config.batch[0], min(config.batch[2], parity.IMAGES))
+    folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
+    return collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
 
 
 def _turns(plan: QuantPlan, spec: SamplerSpec, num_train: int, graph: str) -> tuple[int, ...]:
@@ -290,16 +325,13 @@ def _check(
     file: EngineFile,
     plan: QuantPlan,
     model: LoadedModel,
-    run: Run,
+    data: CalibrationSet,
     profile: str,
     turns: Sequence[int],
     abits: int,
 ) -> Parity:
     """Compare the engine with fake-quantized PyTorch on samples of its steps; raise GaqError below the floor."""
-    spec, wishes = drawing.sampler_of(file, None), find_profile(profile)
-    count = max(file.batch[0], min(file.batch[2], parity.IMAGES))
-    folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
-    data = collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
+    wishes, count = find_profile(profile), max(file.batch[0], min(file.batch[2], parity.IMAGES))
     data = as_steps_are_told(data, model.conditions if file.about["graph"] == "step" else None)
     data = data.take((torch.tensor(turns)[data.step] == abits).nonzero()[:, 0])
     left = [name for name in plan.layers if name not in file.about["baked"]]

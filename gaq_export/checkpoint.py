@@ -149,12 +149,26 @@ def load_network(folder: Path, *, allow_pickle: bool = False) -> nn.Module:
         GaqError: If anything about the config or the weights is not as it must be.
     """
     config = read_config(folder)
-    file, state = _read_weights(folder, allow_pickle)
     # The random weights drawn here are all replaced; the caller's random stream must not notice.
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, str(folder / "config.json"))
-    fill(network, {_modern_name(name): value for name, value in state.items()}, file)
+    load_weights(network, folder, allow_pickle=allow_pickle)
     return network
+
+
+def load_weights(network: nn.Module, folder: Path, *, allow_pickle: bool = False) -> None:
+    """Give a network of diffusers its weights out of a folder.
+
+    Args:
+        network: Float32, what the `config.json` beside the weights describes.
+        folder: The folder that holds both.
+        allow_pickle: As for `load_network`.
+
+    Raises:
+        GaqError: If there are no weights, they are damaged, or as `fill`.
+    """
+    file, state = _read_weights(folder, allow_pickle)
+    fill(network, {_modern_name(name): value for name, value in state.items()}, file)
 
 
 def fill(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> None:

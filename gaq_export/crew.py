@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
@@ -41,9 +42,13 @@ class Worker:
     def __init__(self, path: Path, spec: SamplerSpec, batch: int) -> None:
         torch.set_num_threads(1)
         file = engines.load_engine_file(path)
-        self._engine = drawing.open_engines(replace(file, threads=1))
+        file = replace(file, threads=1)
         schedule, shape = provenance.schedule_of(file.about), provenance.shape_of(file.about)
-        self._some = drawing.by_engine(self._engine, file, schedule, shape, spec)
+        with ExitStack() as stack:
+            opened = stack.enter_context(drawing.open_engines(file))
+            decode = stack.enter_context(drawing.open_decoder(file))
+            self._engines = stack.pop_all()
+        self._some = drawing.by_engine(opened, file, schedule, shape, spec, decode)
         self._batch, self._steps = batch, spec.steps
 
     def draw(self, task: Task) -> Drawn:
@@ -53,8 +58,8 @@ class Worker:
         return index, frechet.as_bytes(images)
 
     def close(self) -> None:
-        """Close the engine."""
-        self._engine.close()
+        """Close the engines."""
+        self._engines.close()
 
 
 def here(file: EngineFile, spec: SamplerSpec, batch: int, tasks: Sequence[Task]) -> Iterator[Drawn]:
@@ -158,11 +163,10 @@ class _Actor:
 
 
 def files_of(file: EngineFile) -> list[Path]:
-    """Return all files that an engine needs: plan, record, weights, and those of engines that take turns with it."""
-    plans = [
-        file.path,
-        *(file.path.with_name(one["file"]) for one in (file.about.get("relay") or {}).get("engines", ())),
-    ]
+    """Return all files that an engine needs: plan, record, weights, and those of the engines that its record names."""
+    decoder = (file.about.get("decoder") or {}).get("engine")
+    beside = [*(file.about.get("relay") or {}).get("engines", ()), *([decoder] if decoder else [])]
+    plans = [file.path, *(file.path.with_name(one["file"]) for one in beside)]
     return [path for plan in plans for path in (plan, record_path(plan), weights_path(plan)) if path.exists()]
 
 

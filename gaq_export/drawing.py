@@ -1,11 +1,12 @@
 """Who draws, and with which sampler: an engine of whole steps, an engine of the network alone, or the float network."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import engines
 from calib.correction import Correction
@@ -16,7 +17,9 @@ from gaq_export import samplers, step_engine
 from gaq_export.conditions import Conditions, bind
 from gaq_export.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
-from gaq_export.provenance import conditions_of
+from gaq_export.part_engines import IMAGES, LATENTS
+from gaq_export.provenance import conditions_of, shape_of
+from gaq_export.samplers import Decode
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
 
 Draw = Callable[[Sequence[int], Callable[[], None]], Tensor]  # draws an image for each seed, and tells of every step
@@ -48,7 +51,7 @@ def describe_relay(others: Sequence[EngineFile], turns: Sequence[int]) -> dict[s
     """
     order = sorted(set(turns))
     return {
-        "engines": [{"file": file.path.name, "sha256": file.sha256} for file in others],
+        "engines": [named(file) for file in others],
         "turns": [order.index(bits) for bits in turns],
     }
 
@@ -72,25 +75,76 @@ def open_engines(file: EngineFile) -> Engine:
 
 def others_of(file: EngineFile) -> tuple[EngineFile, ...]:
     """Return the engine files that take turns with this one; raise as `open_engines` does."""
-    found = []
-    for other in (file.about.get("relay") or {"engines": ()})["engines"]:
-        found.append(engines.load_engine_file(file.path.with_name(other["file"])))
-        if found[-1].sha256 != other["sha256"]:
-            raise GaqError(f"{found[-1].path} and {file.path} are of different builds: run build-engine again.")
-    return tuple(found)
+    return tuple(_beside(file, other) for other in (file.about.get("relay") or {"engines": ()})["engines"])
+
+
+def _beside(file: EngineFile, named: Mapping[str, str]) -> EngineFile:
+    """Return an engine file that the record of another names; raise GaqError if it is of another build."""
+    other = engines.load_engine_file(file.path.with_name(named["file"]))
+    if other.sha256 != named["sha256"]:
+        raise GaqError(f"{other.path} and {file.path} are of different builds: run build-engine again.")
+    return other
+
+
+def named(file: EngineFile) -> dict[str, str]:
+    """Return what the record of another engine, in the same folder, says of this one."""
+    return {"file": file.path.name, "sha256": file.sha256}
+
+
+def decoder_of(file: EngineFile) -> EngineFile | None:
+    """Return the engine file of the decoder of the latents this one draws, if there is one; raise as `others_of`."""
+    kept = (file.about.get("decoder") or {}).get("engine")
+    return None if kept is None else _beside(file, kept)
+
+
+@contextmanager
+def open_decoder(file: EngineFile) -> Iterator[Decode | None]:
+    """Open the decoder that belongs to an engine file, on as many threads; yield None if it has none."""
+    other = decoder_of(file)
+    if other is None:
+        yield None
+        return
+    with engines.open_engine(replace(other, threads=file.threads)) as opened:
+        yield lambda x: torch.from_numpy(opened({LATENTS: x.numpy()})[IMAGES])
+
+
+def decoding(decoder: nn.Module | None) -> Decode | None:
+    """Return what makes images with a decoder of PyTorch's, None if there is none."""
+    return None if decoder is None else torch.no_grad()(decoder)
+
+
+def image_shape(file: EngineFile) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images an engine file draws, its decoder behind it if it has one."""
+    other = decoder_of(file)
+    if other is None:
+        return shape_of(file.about)
+    _, channels, height, width = other.outputs[0].at_batch(1)
+    return channels, height, width
 
 
 def by_engine(
-    engine: Engine, file: EngineFile, schedule: NoiseSchedule, shape: tuple[int, int, int], spec: SamplerSpec
+    engine: Engine,
+    file: EngineFile,
+    schedule: NoiseSchedule,
+    shape: tuple[int, int, int],
+    spec: SamplerSpec,
+    decode: Decode | None = None,
 ) -> Draw:
-    """Draw with an open engine."""
+    """Draw with an open engine; `decode` makes images of latents, see `open_decoder`."""
     told = conditions_of(file.about)
     if file.about["graph"] == "step":
         return lambda seeds, tell: step_engine.run(
-            engine, seeds, shape, spec.steps, lambda step: tell(), NOTHING if told is None else told.feeds(seeds)
+            engine,
+            seeds,
+            shape,
+            spec.steps,
+            lambda step: tell(),
+            NOTHING if told is None else told.feeds(seeds),
+            decode,
+            schedule.clip,
         )
     kept = file.about.get("correction")
-    return by_network(engine_denoiser(engine), schedule, shape, spec, kept and Correction.from_json(kept), told)
+    return by_network(engine_denoiser(engine), schedule, shape, spec, kept and Correction.from_json(kept), told, decode)
 
 
 def by_network(
@@ -100,12 +154,15 @@ def by_network(
     spec: SamplerSpec,
     correction: Correction | None = None,
     told: Conditions | None = None,
+    decode: Decode | None = None,
 ) -> Draw:
     """Draw with anything called as (x, t), or (x, t, cond) if it is told something; its noise corrected."""
 
     def draw(seeds: Sequence[int], tell: Callable[[], None]) -> Tensor:
         bound = bind(network, told, seeds)
-        return samplers.run(bound, seeds, shape, schedule, spec, lambda step, x, t: tell(), correction=correction)
+        return samplers.run(
+            bound, seeds, shape, schedule, spec, lambda step, x, t: tell(), correction=correction, decode=decode
+        )
 
     return draw
 

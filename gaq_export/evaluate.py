@@ -111,7 +111,7 @@ def evaluate_engines(
     if data is None:
         reference = draw("float, other noise", exact.path, 2 * num, seed + num)
     else:
-        reference = open_images(data, model.shape)
+        reference = open_images(data, drawing.image_shape(exact))
     rows, steps = {"float": evaluation.compare_sets(same, reference, extractor, out / "features")}, {}
     for name, file in opened.items():
         drawn = draw(name, file.path, num, seed)

@@ -20,6 +20,7 @@ from gaq_export.catalogue import BUNDLED, MODELS, MODULE, ORIGINAL, WEIGHTS, Mod
 from gaq_export.conditions import Conditions
 from gaq_export.denoiser import as_denoiser, config_of, told_to
 from gaq_export.errors import GaqError
+from gaq_export.parts import find_decoder
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, read_scheduler_config, schedule_from_scheduler_config
 
 __all__ = ["MODELS", "LoadedModel", "ModelSpec", "load_model", "random_model", "wrap"]
@@ -40,6 +41,7 @@ class LoadedModel:
         fingerprint: sha256 of the weights, see `checkpoint.fingerprint`.
         meaningless: True if the weights are random, so that images show nothing.
         conditions: What it is told to draw; None if it is told nothing.
+        decoder: What makes images of its latents, (N, C, h, w) to (N, 3, H, W) in [-1, 1]; None if it draws images.
     """
 
     spec: ModelSpec
@@ -49,6 +51,7 @@ class LoadedModel:
     fingerprint: str
     meaningless: bool
     conditions: Conditions | None = None
+    decoder: nn.Module | None = None
 
     @cached_property
     def network(self) -> nn.Module:
@@ -63,7 +66,7 @@ class LoadedModel:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """(C, H, W) of an image, or of its latents if there is a decoder."""
         size = self.spec.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.spec.config["in_channels"]), int(height), int(width)
@@ -126,6 +129,7 @@ def wrap(
     sampler: SamplerSpec | None = None,
     name: str = "module",
     conditions: Conditions | None = None,
+    decoder: nn.Module | None = None,
 ) -> LoadedModel:
     """Make a model of any module called as `(x (N, C, H, W), t (N,)) -> predicted noise (N, C, H, W)`.
 
@@ -136,6 +140,7 @@ def wrap(
         sampler: How its images are drawn; 50 DDIM steps if None.
         name: What to call it.
         conditions: What to draw, for a module that is told so in a third argument, a mapping by name.
+        decoder: What makes images in [-1, 1] of what the sampler ends with, for a module that works on latents.
     """
     channels, height, width = shape
     spec = ModelSpec(
@@ -156,6 +161,7 @@ def wrap(
         fingerprint=checkpoint.fingerprint(module),
         meaningless=False,
         conditions=conditions,
+        decoder=decoder if decoder is None else decoder.eval(),
     )
 
 
@@ -230,7 +236,7 @@ def _from_hub(name: str, repo: str, revision: str | None) -> LoadedModel:
 
 def _from_folder(folder: Path, name: str, source: str, *, allow_pickle: bool = False) -> LoadedModel:
     unet = checkpoint.load_network(checkpoint.network_folder(folder), allow_pickle=allow_pickle)
-    return _loaded(unet, folder, name, source)
+    return _loaded(unet, folder, name, source, allow_pickle=allow_pickle)
 
 
 def _from_original(file: Path, name: str | None, source: str) -> LoadedModel:
@@ -243,7 +249,9 @@ def _from_original(file: Path, name: str | None, source: str) -> LoadedModel:
     return _loaded(unet, file.parent, name or file.stem, source)
 
 
-def _loaded(unet: nn.Module, folder: Path, name: str, source: str) -> LoadedModel:
+def _loaded(
+    unet: nn.Module, folder: Path, name: str, source: str, *, allow_pickle: bool = False
+) -> LoadedModel:
     """Return a network with its weights as a model; `folder` may say how it was trained, or the row of its name."""
     row, fields = MODELS.get(name), config_of(unet)
     config = {"_class_name": type(unet).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
@@ -267,6 +275,7 @@ def _loaded(unet: nn.Module, folder: Path, name: str, source: str) -> LoadedMode
         source=source,
         fingerprint=checkpoint.fingerprint(unet),
         meaningless=False,
+        decoder=find_decoder(folder, int(fields["in_channels"]), allow_pickle=allow_pickle),
     )
 
 

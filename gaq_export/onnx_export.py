@@ -8,7 +8,7 @@ takes the keys through three dimensions to transpose them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -37,17 +37,41 @@ def export_float(network: nn.Module, shape: tuple[int, ...], told: Mapping[str, 
         GaqError: torch cannot export it, or the batch did not stay dynamic.
     """
     inputs = example(EXAMPLE_BATCH, shape, 0, {name: told[name] for name in sorted(told)})
+    # Without the last, a mapping before it is taken for keywords.
+    return _export(network, (*inputs, {}), inputs, ["x", "t", *sorted(told)], ["eps"])
+
+
+def export_part(network: nn.Module, name: str, row: Tensor, outputs: Sequence[str]) -> ir.Model:
+    """Return the float graph of a network of one input, which is what stands before or behind the denoiser.
+
+    Args:
+        network: in eval mode, called as (input,); gives a tensor, or as many as there are `outputs`.
+        name: of the input.
+        row: one of it, (1, ...).
+        outputs: names.
+
+    Raises:
+        GaqError: as `export_float`.
+    """
+    inputs = (torch.cat([row] * EXAMPLE_BATCH),)
+    return _export(network, inputs, inputs, [name], outputs)
+
+
+def _export(
+    network: nn.Module, args: tuple[Any, ...], inputs: tuple[Any, ...], names: Sequence[str], outputs: Sequence[str]
+) -> ir.Model:
+    """Export what is called with `args`, of which the first are `inputs`, their first dimension the batch."""
     batch = torch.export.Dim("batch")
     try:
         with quiet("torch.onnx"):  # notes about absent optional packages
             program = torch.onnx.export(
                 network,
-                (*inputs, {}),  # without the last, a mapping before it is taken for keywords
+                args,
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=pytree.tree_map(lambda _: {0: batch}, inputs),
-                input_names=["x", "t", *sorted(told)],
-                output_names=["eps"],
+                input_names=names,
+                output_names=outputs,
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
                 verbose=False,
             )

@@ -110,14 +110,9 @@ def compare(
     with torch.no_grad():
         for step in chosen:
             sample = data.take((data.step == step).nonzero()[:images, 0])
-            expected = reference(*sample.inputs())
-            measured.append(sqnr_db(expected, other(*sample.inputs())))
-            lowest = 200.0
-            for draw in range(DRAWS):
-                with perturbed(reference, layers, PERTURBATION[compute], seed=DRAWS * int(step) + draw):
-                    lowest = min(lowest, sqnr_db(expected, reference(*sample.inputs())))
-                if measured[-1] >= tolerance.required_db(lowest):
-                    break
+            args = sample.inputs()
+            near, lowest = closeness(reference, layers, args, other(*args), tolerance, compute=compute, seed=int(step))
+            measured.append(near)
             resolution.append(lowest)
     return Parity(
         steps=tuple(int(s) for s in chosen),
@@ -125,6 +120,37 @@ def compare(
         resolution_db=tuple(resolution),
         tolerance=tolerance,
     )
+
+
+def closeness(
+    reference: nn.Module,
+    layers: Sequence[str],
+    args: tuple[Any, ...],
+    found: Tensor,
+    tolerance: Tolerance,
+    *,
+    compute: str = "float32",
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the SQNR in dB of what was `found` for `args`, and the reference's resolution there.
+
+    Args:
+        reference: module that gives what should have been found.
+        layers: names of those whose inputs are perturbed.
+        args: what it is called with.
+        found: what something else gave.
+        tolerance: the resolution is drawn anew while this asks for more.
+        compute: type of the other's floats, a key of `PERTURBATION`.
+        seed: of the perturbations.
+    """
+    expected = reference(*args)
+    measured, lowest = sqnr_db(expected, found), 200.0
+    for draw in range(DRAWS):
+        with perturbed(reference, layers, PERTURBATION[compute], seed=DRAWS * seed + draw):
+            lowest = min(lowest, sqnr_db(expected, reference(*args)))
+        if measured >= tolerance.required_db(lowest):
+            break
+    return measured, lowest
 
 
 def merge(found: Sequence[Parity]) -> Parity:

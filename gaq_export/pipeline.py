@@ -156,15 +156,16 @@ def sample(
     seeds = tuple(range(seed, seed + num))
     samples.check_writable(Path(out))
     float_model = provenance.model_of(file.about, model) if compare else None
-    with drawing.open_engines(file) as opened:
+    with drawing.open_engines(file) as opened, drawing.open_decoder(file) as decode:
         started = time.perf_counter()
-        some = drawing.by_engine(opened, file, schedule, shape, spec)
+        some = drawing.by_engine(opened, file, schedule, shape, spec, decode)
         drawn = samples.draw(some, seeds, size, spec.steps, partial(on_step, "engine"))
         seconds = time.perf_counter() - started
     reference = None
     if float_model is not None:
         told = provenance.conditions_of(file.about)
-        some = drawing.by_network(float_model.network, schedule, shape, spec, told=told)
+        decode = drawing.decoding(float_model.decoder)
+        some = drawing.by_network(float_model.network, schedule, shape, spec, told=told, decode=decode)
         reference = samples.draw(some, seeds, size, spec.steps, partial(on_step, "float"))
     return samples.write(Path(out), file, spec, seeds, drawn, reference, seconds)
 

@@ -8,6 +8,7 @@ import torch
 
 from calib.plan import QuantPlan
 from calib.surgery import operate
+from gaq_export.checkpoint import fingerprint
 from gaq_export.conditions import Conditions
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, load_model
@@ -17,8 +18,10 @@ from gaq_export.schedule import NoiseSchedule, SamplerSpec
 def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
     """Return what a plan and an engine say of the model and its sampler."""
     schedule, told = model.schedule, model.conditions
-    conditions = {} if told is None else {"conditions": told.to_json()}
-    return conditions | {
+    further: dict[str, Any] = {} if told is None else {"conditions": told.to_json()}
+    if model.decoder is not None:
+        further["decoder"] = describe_decoder(model)
+    return further | {
         "model": {
             "name": model.spec.name,
             "source": model.source,
@@ -33,6 +36,12 @@ def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
             "variance": schedule.variance,
         },
     }
+
+
+def describe_decoder(model: LoadedModel) -> dict[str, Any]:
+    """Return where a model's decoder was found, and the sha256 of its weights."""
+    assert model.decoder is not None
+    return {"source": model.source, "fingerprint": fingerprint(model.decoder)}
 
 
 def schedule_of(about: Mapping[str, Any]) -> NoiseSchedule:
@@ -66,6 +75,13 @@ def model_of(about: Mapping[str, Any], model: LoadedModel | None) -> LoadedModel
         raise GaqError(
             f"This plan belongs to another model: it was made from {wanted['name']} with weights "
             f"{wanted['fingerprint'][:12]}, found {model.spec.name} with {model.fingerprint[:12]}. Calibrate again."
+        )
+    decoder = about.get("decoder")
+    if decoder is not None and (model.decoder is None or fingerprint(model.decoder) != decoder["fingerprint"]):
+        found = "another" if model.decoder is not None else "none"
+        raise GaqError(
+            f"{wanted['name']} was calibrated with a decoder of latents, weights {decoder['fingerprint'][:12]}, from "
+            f"{decoder['source']}; found {found} with this model. Calibrate again, in another run folder."
         )
     return model
 

@@ -153,7 +153,8 @@ def _seeds(y: Yardstick, name: str) -> range:
 def _draw(y: Yardstick, network: Denoiser, seeds: Sequence[int], correction: Correction | None = None) -> Tensor:
     model = y.model
     spec = model.spec.sampler
-    some = drawing.by_network(network, model.schedule, model.shape, spec, correction)
+    decode = drawing.decoding(model.decoder)
+    some = drawing.by_network(network, model.schedule, model.shape, spec, correction, decode=decode)
     return samples.draw(some, seeds, BATCH, spec.steps, lambda done, total: None)
 
 

@@ -34,6 +34,7 @@ from gaq_export.inspection import Inspection
 from gaq_export.models import LoadedModel
 from gaq_export.page import Origin
 from gaq_export.run import Run
+from gaq_export.schedule import SamplerSpec
 from gaq_export.timing import take_turns
 
 Told = Callable[[str, int, int], None]
@@ -188,18 +189,24 @@ def _opened(file: EngineFile, model: LoadedModel, plan: QuantPlan) -> Iterator[t
     """Yield what draws and what predicts: the engine, or the plan in PyTorch where the engine cannot run."""
     spec, schedule = drawing.sampler_of(file, None), model.schedule
     if not engines.find_backend(file.backend).can_run():
-        with drawing.open_engines(file) as engine:
-            draw = drawing.by_engine(engine, file, schedule, model.shape, spec)
+        with drawing.open_engines(file) as engine, drawing.open_decoder(file) as decode:
+            draw = drawing.by_engine(engine, file, schedule, model.shape, spec, decode)
             yield draw, drawing.noise_of(engine, file, schedule)
         return
     network, kept = fake_quantized(model.network, plan), file.about["correction"]
     correction = kept and Correction.from_json(kept)
-    yield drawing.by_network(network, schedule, model.shape, spec, correction), network
+    decode = drawing.decoding(model.decoder)
+    yield drawing.by_network(network, schedule, model.shape, spec, correction, decode=decode), network
+
+
+def _by_float(model: LoadedModel, spec: SamplerSpec) -> Draw:
+    decode = drawing.decoding(model.decoder)
+    return drawing.by_network(model.network, model.schedule, model.shape, spec, decode=decode)
 
 
 def _draw(file: EngineFile, model: LoadedModel, quantized: tuple[Draw, Denoiser], images: int, on_step: Told) -> Drawn:
     spec, seeds = drawing.sampler_of(file, None), tuple(range(images))
-    by_float = drawing.by_network(model.network, model.schedule, model.shape, spec)
+    by_float = _by_float(model, spec)
     pictures, exact = (
         samples.draw(by, seeds, file.batch[1], spec.steps, partial(on_step, f"drawing ({who}), step"))
         for who, by in (("quantized", quantized[0]), ("float", by_float))
@@ -222,7 +229,7 @@ def _time(
     if not rounds or engines.find_backend(file.backend).can_run():
         return None
     seeds, done = range(file.batch[1]), 0
-    by_float = drawing.by_network(model.network, model.schedule, model.shape, drawing.sampler_of(file, None))
+    by_float = _by_float(model, drawing.sampler_of(file, None))
 
     def loop(by: Draw) -> None:
         nonlocal done

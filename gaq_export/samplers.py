@@ -24,6 +24,7 @@ from gaq_export.errors import GaqError
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
 
 OnStep = Callable[[int, Tensor, Tensor], None]
+Decode = Callable[[Tensor], Tensor]  # makes images (N, C, H, W) of latents (N, C, h, w)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ def run(
     on_step: OnStep | None = None,
     *,
     correction: Correction | None = None,
+    decode: Decode | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw one image for each seed.
@@ -111,10 +113,11 @@ def run(
         spec: Which sampler, how many steps.
         on_step: Called before each network call with `step`, `x` and `t`, exactly what the network is about to see.
         correction: Of the network's noise, if it is a quantized one.
+        decode: Makes images of what the loop ends with, if that is latents.
         device: Where the loop runs. Noise is drawn on the CPU, so images do not depend on it.
 
     Returns:
-        Images in [-1, 1], (N, C, H, W) float32.
+        Images in [-1, 1], or what `finish` says, (N, C, H, W) float32.
 
     Raises:
         GaqError: If `seeds` is empty, the network returns the wrong shape, or the images are not finite.
@@ -132,7 +135,7 @@ def run(
                 raise GaqError(f"The network returned shape {tuple(epsilon.shape)} for images of {tuple(x.shape)}.")
             fresh = noise(seeds, step + 1, shape).to(x.device) if row.fresh else None
             x, previous = update(row, schedule.clip, x, epsilon, previous, fresh)
-    return finish(seeds, x)
+    return finish(seeds, x, decode, clip=schedule.clip)
 
 
 def noise(seeds: Sequence[int], stream: int, shape: tuple[int, int, int]) -> Tensor:
@@ -172,8 +175,14 @@ def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:
     return torch.tensor(values, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
 
 
-def finish(seeds: Sequence[int], x: Tensor) -> Tensor:
+def finish(seeds: Sequence[int], x: Tensor, decode: Decode | None = None, *, clip: float | None = 1.0) -> Tensor:
     """Return the images of a finished loop, clamped to [-1, 1].
+
+    Args:
+        seeds: One per image.
+        x: What the loop ended with.
+        decode: Makes images of it, if it is latents.
+        clip: The schedule's; with neither a decoder nor a clip, `x` may be latents, and stays as it is.
 
     Raises:
         GaqError: Some of them are not finite.
@@ -184,7 +193,9 @@ def finish(seeds: Sequence[int], x: Tensor) -> Tensor:
             f"The network produced numbers that are not finite (NaN or infinite) for seeds {broken[:8]}; its weights "
             "or its precision (FP16 overflow) are the usual cause."
         )
-    return x.clamp(-1, 1)
+    if decode is None and clip is None:
+        return x
+    return (x if decode is None else decode(x)).clamp(-1, 1)
 
 
 def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:

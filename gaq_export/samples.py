@@ -88,7 +88,9 @@ def draw(
 def conditions(file: EngineFile, spec: SamplerSpec) -> dict[str, Any]:
     """Return what images of an engine depend on, but for seeds and batch."""
     about = file.about["model"]
-    return {
+    decoder = (file.about.get("decoder") or {}).get("engine")
+    further = {} if decoder is None else {"decoder_sha256": decoder["sha256"]}
+    return further | {
         "model": about["name"],
         "meaningless": about["meaningless"],
         "backend": file.backend,

@@ -20,6 +20,8 @@ def run(
     steps: int,
     on_step: Callable[[int], None] = lambda step: None,
     told: Mapping[str, Tensor] = NOTHING,
+    decode: samplers.Decode | None = None,
+    clip: float | None = 1.0,
 ) -> Tensor:
     """Draw one image for each seed, as `samplers.run` does, the whole loop inside the engine.
 
@@ -30,9 +32,11 @@ def run(
         steps: how many the engine has.
         on_step: told the number of each.
         told: what the network is told, by the names of the engine's inputs.
+        decode: makes images of what the loop ends with, if that is latents.
+        clip: the schedule's, see `samplers.finish`.
 
     Returns:
-        Images in [-1, 1], (N, C, H, W) float32.
+        Images in [-1, 1], or what `samplers.finish` says, (N, C, H, W) float32.
 
     Raises:
         GaqError: no seeds, or images that are not finite.
@@ -48,7 +52,7 @@ def run(
         {"noise": seeds} if "noise" in taken else {},
         on_step,
     )
-    return samplers.finish(seeds, torch.from_numpy(outputs["x_next"]))
+    return samplers.finish(seeds, torch.from_numpy(outputs["x_next"]), decode, clip=clip)
 
 
 def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:

@@ -39,6 +39,10 @@ def print_audit(built: "Built") -> None:
     console.print(f"kept float by the plan: {kept}", highlight=False)
     for other in built.others:
         console.print(f"{other.path.name} takes over where {other.about['bits']} is enough", highlight=False)
+    if built.decoder is not None:
+        checked = built.decoder.parity
+        near = "" if checked is None else f"; against PyTorch: {checked.sqnr_db[0]:.1f} dB"
+        console.print(f"{built.decoder.file.path.name} makes images of the latents, in float32{near}", highlight=False)
     if built.parity is None:
         console.print(f"not run here: {built.not_run}", highlight=False)
     else:
