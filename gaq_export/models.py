@@ -249,9 +249,7 @@ def _from_original(file: Path, name: str | None, source: str) -> LoadedModel:
     return _loaded(unet, file.parent, name or file.stem, source)
 
 
-def _loaded(
-    unet: nn.Module, folder: Path, name: str, source: str, *, allow_pickle: bool = False
-) -> LoadedModel:
+def _loaded(unet: nn.Module, folder: Path, name: str, source: str, *, allow_pickle: bool = False) -> LoadedModel:
     """Return a network with its weights as a model; `folder` may say how it was trained, or the row of its name."""
     row, fields = MODELS.get(name), config_of(unet)
     config = {"_class_name": type(unet).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
