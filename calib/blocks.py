@@ -1,8 +1,10 @@
 """Cut a network into blocks in network order; what goes in and out of one.
 
 A block is what AdaRound reconstructs at once: the outermost module that is called once a forward pass with plain
-tensors, returns one tensor and holds at most MAX_LAYERS quantized layers. In a diffusers U-Net that gives residual
-blocks, attention blocks and single convolutions, as in the papers; in a foreign network whatever has that shape.
+tensors, returns one tensor and holds at most MAX_LAYERS quantized layers, or IN_TRANSFORMER if an attention is its own
+child, since such a module is a transformer's block (four layers of an attention to itself, as many of one to a text,
+two of its perceptron, one of its norm). In a diffusers network that gives residual, transformer and attention blocks
+and single layers, as in the papers; in a foreign network whatever has that shape.
 """
 
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ from torch.utils import _pytree as pytree
 from calib.layers import Trace
 from calib.rows import Rows
 
-MAX_LAYERS = 6
+MAX_LAYERS, IN_TRANSFORMER = 6, 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,4 +126,6 @@ def _outermost_first(layer: str) -> list[str]:
 def _is_block(found: Trace, name: str, order: list[str]) -> bool:
     call = found.calls.get(name)
     inside = sum(layer == name or layer.startswith(name + ".") for layer in order)
-    return call is not None and call.plain and call.count == 1 and inside <= MAX_LAYERS
+    attends = any(attention.rpartition(".")[0] == name for attention in found.attentions)
+    most = IN_TRANSFORMER if attends else MAX_LAYERS
+    return call is not None and call.plain and call.count == 1 and inside <= most

@@ -30,7 +30,7 @@ from calib.errors import CalibError
 from calib.fakequant import round_input
 from calib.fitting import Job, calibrate_block
 from calib.held import hold, twin
-from calib.layers import Trace, float_reasons, quantized_products, require_batch_first, trace
+from calib.layers import Trace, float_reasons, quantized_products, readers, require_batch_first, trace
 from calib.mixed import Assignment, Clock
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
@@ -103,9 +103,10 @@ def calibrate(
     _put(network, codes, scales)
     states = _calibrate_blocks(job, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
-    grids: dict[str, tuple[Grid, ...]] = {name: (grid,) for state in states for name, grid in state.grids.items()}
+    together = readers(found, quantized)
+    grids = _share(together, {name: grid for state in states for name, grid in state.grids.items()})
     if config.activation.sizes != "ranges":
-        grids = dynamic.step_grids(network, quantized, data, config.activation, timesteps, config.seed)
+        grids = dynamic.step_grids(network, together, data, config.activation, timesteps, config.seed)
     seen = _reaches(job, quantized, products, data)
     tailed = frozenset[str]()
     if config.activation.logarithmic:
@@ -209,6 +210,15 @@ def _calibrate_blocks(job: Job, order: Sequence[Block]) -> list[BlockState]:
             states.append(state)
             job.meter.finished(i, state.result, resumed)
     return states
+
+
+def _share(together: Sequence[tuple[str, ...]], learned: Mapping[str, Grid]) -> dict[str, tuple[Grid, ...]]:
+    """Return the learned grids, those who read the same tensor in different blocks all with the first of theirs."""
+    found: dict[str, tuple[Grid, ...]] = {}
+    for names in together:
+        grid = next((learned[name] for name in names if name in learned), None)
+        found |= dict.fromkeys(names, (grid,)) if grid is not None else {}
+    return found
 
 
 def _reaches(

@@ -34,7 +34,7 @@ SHARE, RISK = 0.5, 0.05  # of `groups`: steps an iteration learns from; a use of
 
 def step_grids(
     model: nn.Module,
-    layers: Sequence[str],
+    readers: Sequence[tuple[str, ...]],
     data: CalibrationSet,
     config: ActivationConfig,
     num_train: int,
@@ -44,21 +44,24 @@ def step_grids(
 
     Args:
         model: its weights quantized.
-        layers: names.
+        readers: the layers' names, those that read the same tensor and so share its grids together.
         data: what the float network saw.
         config: bits, and which rule.
         num_train: number of training timesteps.
         seed: of everything drawn.
     """
     t = torch.unique(data.t)
-    seen = sample_values(model, layers, data, seed)
+    seen = sample_values(model, [first for first, *_ in readers], data, seed)
 
     def grid(name: str, bits: int) -> Grid:
         sizes = RULES[config.sizes](seen[name], t / num_train, bits, stream(seed, name, "sizes"))
         most = float(sizes.max())
         return Grid(scale=most, bits=bits, zero=(0,) * len(t), ratio=tuple((sizes / torch.tensor(most)).tolist()))
 
-    return {name: tuple(grid(name, bits) for bits in (config.bits, *config.narrower)) for name in layers}
+    found: dict[str, tuple[Grid, ...]] = {}
+    for names in readers:
+        found |= dict.fromkeys(names, tuple(grid(names[0], bits) for bits in (config.bits, *config.narrower)))
+    return found
 
 
 def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet, seed: int) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class Call:
 
     name: str
     count: int
-    digest: bytes  # of the first tensor input
+    digest: bytes  # of the first tensor input, its shape included
     plain: bool  # tensors and plain values in, one tensor out, the batch first in both
 
 
@@ -136,9 +136,7 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], 
             tensors = [v for v in leaves if isinstance(v, Tensor)]
             simple = all(isinstance(v, _SIMPLE) for v in (*args, *kwargs.values()))
             batched = bool(tensors) and tensors[0].ndim > 0 and len(tensors[0]) == len(x)
-            digest = (
-                hashlib.sha256(tensors[0].detach().float().contiguous().numpy().tobytes()).digest() if tensors else b""
-            )
+            digest = _digest(tensors[0]) if tensors else b""
             count = order[name].count + 1 if name in order else 1
             plain = simple and batched and (name not in order or order[name].plain)
             order[name] = Call(name=name, count=count, digest=digest, plain=plain)
@@ -168,6 +166,25 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], 
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise CalibError(f"The network must return one tensor of its input's shape {tuple(x.shape)}; found {found}.")
     return order, attentions
+
+
+def _digest(x: Tensor) -> bytes:
+    sha = hashlib.sha256(str(tuple(x.shape)).encode())
+    sha.update(x.detach().float().contiguous().numpy().tobytes())
+    return sha.digest()
+
+
+def readers(found: Trace, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Group layers that read the same tensor, as q, k and v of one attention do; both orders are those of the calls.
+
+    A layer that is called several times is alone.
+    """
+    wanted = set(names)
+    groups: dict[object, list[str]] = {}
+    for name in (layer.name for layer in found.layers if layer.name in wanted):
+        call = found.calls[name]
+        groups.setdefault(call.digest if call.count == 1 else name, []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = ()) -> dict[str, str]:

@@ -1,13 +1,13 @@
 """What is quantized, what stays float and why, and where blocks begin, in networks of several kinds."""
 
 import pytest
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from calib.blocks import find_blocks
 from calib.errors import CalibError
 from calib.layers import float_reasons, trace
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.denoiser import EpsilonModel, told_to
 
 
 def test_a_foreign_network_is_taken_by_structure_and_says_what_stays_float(make_foreign) -> None:
@@ -40,6 +40,33 @@ def test_a_diffusers_unet_is_cut_into_residual_and_attention_blocks(tiny_unet: U
     kinds = [type(EpsilonModel(tiny_unet).get_submodule(b.name)).__name__ for b in blocks]
     assert set(kinds) == {"ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D"}
     assert sum(len(b.layers) for b in blocks) == len(found.layers) - len(reasons)
+
+
+def test_transformers_are_cut_into_their_blocks_whether_they_are_told_a_text_or_a_class() -> None:
+    small = {"in_channels": 1, "out_channels": 1, "sample_size": 8, "norm_num_groups": 4}
+    unet = UNet2DConditionModel(
+        **small,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=2,
+    )
+    dit = DiTTransformer2DModel(**small, num_attention_heads=2, attention_head_dim=4, num_layers=2)
+    for network, others, inside in (
+        (unet, {"Conv2d", "ResnetBlock2D", "Downsample2D", "Upsample2D"}, 10),
+        (dit, set(), 7),
+    ):
+        model = EpsilonModel(network.eval())
+        found = trace(model, (1, 8, 8), 100, told_to(network))
+        reasons = float_reasons(found, "deploy")
+        blocks, loose = find_blocks(found, {layer.name for layer in found.layers} - reasons.keys())
+        kinds = {b.name: type(model.get_submodule(b.name)).__name__ for b in blocks}
+        assert loose == []
+        assert others <= set(kinds.values()) <= others | {"BasicTransformerBlock", "Linear"}
+        assert {len(b.layers) for b in blocks if kinds[b.name] == "BasicTransformerBlock"} == {inside}
+        assert all("transformer_blocks" not in name for name, kind in kinds.items() if kind == "Linear")
 
 
 def test_the_tfmq_convention_keeps_shortcuts_and_down_sampling_and_quantizes_embeddings(tiny_unet: UNet2DModel) -> None:
