@@ -15,7 +15,7 @@ from gaq_export.schedule import SamplerSpec
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 BUNDLED, ORIGINAL, MODULE = "bundled", "original", "module"  # sources that are no hub repository
-_DEPTH, _HEADS, _SIZE = 2, 2, 16  # the most transformers in a block and heads, and the latents' size, once reduced
+_DEPTH, _HEADS, _SIZE = 2, 2, 16  # the most transformers in a block and heads, and the least size, once reduced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +97,21 @@ MODELS: dict[str, ModelSpec] = {
             "ldm-celebahq-256",
             "CompVis/ldm-celebahq-256",
             None,
-            SamplerSpec(steps=200),
+            SamplerSpec(steps=200, spacing="from-1"),
             "CelebA-HQ, latents 3x64x64, 274.1 M parameters, from the Hugging Face hub",
         ),
         _row(
             "ldm-bedrooms",
             ORIGINAL,
             None,
-            SamplerSpec(steps=200, eta=1.0),
+            SamplerSpec(steps=200, eta=1.0, spacing="from-1"),
             "LSUN bedrooms (LDM-4), latents 3x64x64, 274.1 M parameters, from its original checkpoint",
         ),
         _row(
             "imagenet-ldm",
             ORIGINAL,
             None,
-            SamplerSpec(steps=20),
+            SamplerSpec(steps=20, spacing="from-1"),
             "ImageNet classes (cin256-v2), latents 3x64x64, 401.4 M parameters, from its original checkpoint",
             guidance=3.0,
         ),
@@ -119,7 +119,7 @@ MODELS: dict[str, ModelSpec] = {
             "sd15",
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
             None,
-            SamplerSpec(steps=50),
+            SamplerSpec(steps=50, spacing="from-1"),
             "Stable Diffusion 1.5, latents 4x64x64, 859.5 M parameters, from the Hugging Face hub",
             guidance=7.5,
             images=200,
@@ -128,7 +128,7 @@ MODELS: dict[str, ModelSpec] = {
             "sdxl",
             "stabilityai/stable-diffusion-xl-base-1.0",
             None,
-            SamplerSpec(steps=50),
+            SamplerSpec(steps=50, spacing="from-1"),
             "Stable Diffusion XL, latents 4x128x128, 2567.5 M parameters, from the Hugging Face hub",
             guidance=7.5,
             images=200,
@@ -153,7 +153,8 @@ def reduced(spec: ModelSpec, width: int = 16) -> ModelSpec:
         width: Channels of its first level, or of one head of a transformer; a multiple of 8.
     """
     config = dict(spec.config)
-    less: dict[str, Any] = {"sample_size": _SIZE}
+    levels = len(config.get("block_out_channels", ()))
+    less: dict[str, Any] = {"sample_size": max(_SIZE, 2**levels)}
     if "block_out_channels" in config:
         unit = math.gcd(*config["block_out_channels"])
         channels = [width * c // unit for c in config["block_out_channels"]]

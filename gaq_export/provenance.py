@@ -34,6 +34,7 @@ def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
             "alpha_bar": schedule.alpha_bar.tolist(),
             "clip": schedule.clip,
             "variance": schedule.variance,
+            "last": schedule.last,
         },
     }
 
@@ -48,7 +49,8 @@ def schedule_of(about: Mapping[str, Any]) -> NoiseSchedule:
     """Return the noise schedule that `describe` wrote down, to the bit."""
     fields = about["schedule"]
     alpha_bar = torch.tensor(fields["alpha_bar"], dtype=torch.float64)
-    return NoiseSchedule(alpha_bar=alpha_bar, clip=fields["clip"], variance=fields["variance"])
+    last = fields.get("last", 1.0)
+    return NoiseSchedule(alpha_bar=alpha_bar, clip=fields["clip"], variance=fields["variance"], last=last)
 
 
 def conditions_of(about: Mapping[str, Any]) -> Conditions | None:

@@ -6,7 +6,8 @@ uneven spacings need no special case. What an image looks like depends on its se
 step (`gaq_export.stepgraph`) holds the same table.
 
 Letters, as in Ho et al. 2020 and Song et al. 2021: `a` and `a_prev` are alpha_bar at this and the next visited
-timestep (1 after the last), `x0` the predicted clean image, `epsilon` the predicted noise.
+timestep (1 after the last, unless the schedule says otherwise), `x0` the predicted clean image, `epsilon` the
+predicted noise.
 """
 
 import itertools
@@ -203,11 +204,11 @@ def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec)
 
     Args:
         alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
-        schedule: Not used.
+        schedule: Where it ends instead.
         spec: eta.
     """
     rows = []
-    for a, a_prev in itertools.pairwise(alpha_bar):
+    for a, a_prev in itertools.pairwise((*alpha_bar[:-1], schedule.last)):
         sigma = spec.eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
         direction = math.sqrt(max(1 - a_prev - sigma**2, 0.0))
         rows.append(_row(a, clean=math.sqrt(a_prev), direction=direction, fresh=sigma))

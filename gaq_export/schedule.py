@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class NoiseSchedule:
         alpha_bar: Share of signal variance left at each training timestep, (T,) float64, falling, inside (0, 1).
         clip: Largest magnitude allowed for the predicted clean image, or None for no clipping.
         variance: Which variance ancestral sampling adds, "fixed_small" or "fixed_large"; DDIM does not use it.
+        last: Share of signal variance where DDIM ends: 1, or as in latent diffusion that of the first timestep.
 
     Raises:
         GaqError: If `alpha_bar` or `clip` is outside those bounds.
@@ -40,6 +41,7 @@ class NoiseSchedule:
     alpha_bar: torch.Tensor
     clip: float | None
     variance: str
+    last: float = 1.0
 
     def __post_init__(self) -> None:
         a = self.alpha_bar
@@ -80,20 +82,25 @@ def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> No
         )
     if config.get("thresholding"):
         raise GaqError("The scheduler config asks for dynamic thresholding, which is not supported; set it to false.")
-    known = inspect.signature(DDPMScheduler.__init__).parameters
-    if "clip_sample" not in _fields_of(config.get("_class_name")):
+    fields = _fields_of(config.get("_class_name"))
+    if "clip_sample" not in fields:
         config["clip_sample"] = False
+    own_last = "set_alpha_to_one" in fields and not config.get("set_alpha_to_one", fields["set_alpha_to_one"].default)
     try:
-        scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in known})
+        scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in _fields_of(None)})
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise GaqError(f"diffusers cannot make a noise schedule from this scheduler config: {error}") from error
     clip = float(scheduler.config["clip_sample_range"]) if scheduler.config["clip_sample"] else None
+    alpha_bar = scheduler.alphas_cumprod.double()
     return NoiseSchedule(
-        alpha_bar=scheduler.alphas_cumprod.double(), clip=clip, variance=str(scheduler.config["variance_type"])
+        alpha_bar=alpha_bar,
+        clip=clip,
+        variance=str(scheduler.config["variance_type"]),
+        last=float(alpha_bar[0]) if own_last else 1.0,
     )
 
 
-def _fields_of(scheduler: str | None) -> Collection[str]:
+def _fields_of(scheduler: str | None) -> Mapping[str, inspect.Parameter]:
     """Return the fields that a scheduler of diffusers has; those of `DDPMScheduler` for one it does not know."""
     kind = getattr(diffusers, scheduler or "", DDPMScheduler)
     return inspect.signature(kind.__init__).parameters
@@ -155,6 +162,11 @@ def _uniform(steps: int, num_train: int) -> torch.Tensor:
     return torch.arange(steps) * (num_train // steps)
 
 
+def _from_1(steps: int, num_train: int) -> torch.Tensor:
+    """Equal strides from 1, as latent diffusion draws (Rombach et al. 2022), diffusers' "leading" with an offset."""
+    return (_uniform(steps, num_train) + 1).clamp(max=num_train - 1)
+
+
 def _quad(steps: int, num_train: int) -> torch.Tensor:
     """Squares of equal strides, dense near t = 0 (Song et al. 2021, appendix D.2; Q-Diffusion on CIFAR-10).
 
@@ -176,7 +188,12 @@ def _beta(steps: int, num_train: int) -> torch.Tensor:
     return torch.from_numpy((num_train * beta.ppf(np.arange(steps) / steps, 0.6, 0.6)).astype(np.int64))
 
 
-SPACINGS: dict[str, Callable[[int, int], torch.Tensor]] = {"uniform": _uniform, "quad": _quad, "beta": _beta}
+SPACINGS: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "uniform": _uniform,
+    "from-1": _from_1,
+    "quad": _quad,
+    "beta": _beta,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

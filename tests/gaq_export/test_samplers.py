@@ -1,15 +1,23 @@
 import math
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
+from gaq_export import provenance
 from gaq_export.denoiser import EpsilonModel, as_denoiser
 from gaq_export.errors import GaqError
-from gaq_export.samplers import noise, run, table
-from gaq_export.schedule import NoiseSchedule, SamplerSpec, linear_schedule, timesteps
+from gaq_export.models import wrap
+from gaq_export.samplers import finish, noise, run, table
+from gaq_export.schedule import (
+    NoiseSchedule,
+    SamplerSpec,
+    linear_schedule,
+    schedule_from_scheduler_config,
+    timesteps,
+)
 
 SHAPE = (1, 16, 16)
 SEEDS = [3, 14, 15]
@@ -36,7 +44,24 @@ def test_ddim_equals_diffusers_over_a_full_loop(clip: float | None, steps: int) 
     reference.set_timesteps(steps)
     expected = _diffusers_loop(reference.timesteps, lambda e, t, x, _: reference.step(e, t, x).prev_sample)
     images = run(_smooth, SEEDS, SHAPE, linear_schedule(clip=clip), SamplerSpec(steps=steps))
-    assert torch.allclose(images, expected, atol=1e-5)
+    assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_ddim_as_latent_diffusion_runs_it_equals_diffusers_over_a_full_loop(steps: int) -> None:
+    config = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear", "clip_sample": False}
+    config |= {"set_alpha_to_one": False, "steps_offset": 1}
+    reference = DDIMScheduler(**config)
+    reference.set_timesteps(steps)
+    expected = _diffusers_loop(reference.timesteps, lambda e, t, x, _: reference.step(e, t, x).prev_sample)
+    schedule = schedule_from_scheduler_config(config | {"_class_name": "DDIMScheduler"})
+    assert schedule.last == schedule.alpha_bar[0]
+    images = run(_smooth, SEEDS, SHAPE, schedule, SamplerSpec(steps=steps, spacing="from-1"))
+    assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
+    noisy = run(_smooth, SEEDS, SHAPE, replace(schedule, last=1.0), SamplerSpec(steps=steps, spacing="from-1"))
+    assert not torch.allclose(noisy.clamp(-1, 1), expected, atol=1e-4)
+    model = wrap(torch.nn.Identity(), shape=SHAPE, schedule=schedule)
+    assert provenance.schedule_of(provenance.describe(model, model.spec.sampler)).last == schedule.last
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
@@ -51,7 +76,7 @@ def test_ddim_with_noise_equals_diffusers_over_a_full_loop(eta: float) -> None:
 
     expected = _diffusers_loop(reference.timesteps, step)
     images = run(_smooth, SEEDS, SHAPE, linear_schedule(), SamplerSpec(steps=20, eta=eta))
-    assert torch.allclose(images, expected, atol=1e-5)
+    assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -72,7 +97,7 @@ def test_ancestral_sampling_equals_diffusers_over_a_full_loop(
     expected = _diffusers_loop(reference.timesteps, step)
     schedule = linear_schedule(variance=variance)
     images = run(_smooth, SEEDS, SHAPE, schedule, SamplerSpec(name="ddpm", steps=steps))
-    assert torch.allclose(images, expected, atol=1e-5)
+    assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -85,7 +110,7 @@ def test_dpm_solver_equals_diffusers_over_a_full_loop(steps: int, spacing: str) 
     reference.set_timesteps(timesteps=visited.tolist())
     expected = _diffusers_loop(visited, lambda e, t, x, _: reference.step(e, t, x).prev_sample)
     images = run(_smooth, SEEDS, SHAPE, linear_schedule(clip=None), spec)
-    assert torch.allclose(images, expected, atol=1e-5)
+    assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
 
 
 def test_dpm_solver_goes_on_where_a_timestep_is_visited_twice() -> None:
@@ -150,9 +175,10 @@ def test_on_step_sees_what_the_network_sees_noisiest_first(tiny_schedule: NoiseS
         assert (t.dtype, tuple(t.shape), x.dtype) == (torch.int64, (3,), torch.float32)
 
 
-def test_images_are_within_range_even_when_nothing_was_clipped() -> None:
-    images = run(lambda x, t: -x, SEEDS, SHAPE, linear_schedule(clip=None), SamplerSpec(steps=5))
-    assert images.abs().max() == 1
+def test_images_are_within_range_even_when_nothing_was_clipped_but_latents_stay_as_they_are() -> None:
+    latents = run(lambda x, t: -x, SEEDS, SHAPE, linear_schedule(clip=None), SamplerSpec(steps=5))
+    assert latents.abs().max() > 1
+    assert torch.equal(finish(SEEDS, latents), latents.clamp(-1, 1))
 
 
 def test_a_network_of_the_wrong_shape_is_refused(tiny_schedule: NoiseSchedule) -> None:

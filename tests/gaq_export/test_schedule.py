@@ -120,7 +120,7 @@ def test_more_steps_than_timesteps_are_refused() -> None:
     ("fields", "message"),
     [
         ({"name": "plms"}, r"Unknown sampler 'plms'. Choose one of \['ddim', 'ddpm', 'dpmpp-2m'\]"),
-        ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['beta', 'quad', 'uniform'\]"),
+        ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['beta', 'from-1', 'quad', 'uniform'\]"),
         ({"steps": 0}, "from 1 up, not 0"),
         ({"steps": 2.5}, "from 1 up, not 2.5"),
         ({"eta": 1.5}, "between 0 and 1, not 1.5"),

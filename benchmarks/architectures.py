@@ -1,0 +1,148 @@
+"""Does every architecture go all the way: calibrated, exported, run by OpenVINO, built by TensorRT-RTX?
+
+    python benchmarks/architectures.py --out docs/results/architectures.md
+
+Each has random weights and a small width, and otherwise its own blocks, levels, inputs, guidance and noise schedule.
+What it is told is random too: rows of noise for texts. The engines are of whole denoising steps. Results gather in the
+folder, and what is there is not done again.
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from command import command_line, one_line_errors
+from engines import EngineConfig
+from engines.machine import versions
+from gaq_export import pipeline
+from gaq_export.catalogue import MODELS, reduced
+from gaq_export.conditions import LABELS, Conditions, classes
+from gaq_export.models import LoadedModel, ModelSpec, random_model
+from gaq_export.publish import machine, markdown_table, publish
+from options import Folder, Out
+
+STEPS, TEXTS = 4, 3
+RUNTIMES = ("openvino", "tensorrt_rtx_cu13_bindings")
+BACKENDS = {
+    "openvino": EngineConfig(backend="openvino", threads=1),
+    "tensorrt-rtx": EngineConfig(backend="tensorrt-rtx"),
+}
+NAMES = ("ddpm-mnist", "ddpm-cifar10", "ldm-celebahq-256", "imagenet-ldm", "sd15", "sdxl", "dit-xl-2-256")
+LABELLED = "ddpm-mnist with labels"
+COLUMNS = ("model", "network", "told", "blocks", "quantized", "float", "OpenVINO, lowest dB", "RTX, INT8 of quantized")
+
+
+def rows() -> dict[str, ModelSpec]:
+    """Return the models by name, at reduced width: one of each architecture, and one that is told a label."""
+    specs = {name: reduced(MODELS[name]) for name in NAMES}
+    digits = specs["ddpm-mnist"]
+    specs[LABELLED] = replace(
+        digits, name=LABELLED, config=dict(digits.config) | {"num_class_embeds": 11}, guidance=3.0
+    )
+    return specs
+
+
+def told(model: LoadedModel) -> Conditions | None:
+    """Return what to draw: the first classes, with the last as nothing, or noise in place of texts."""
+    config = model.spec.config
+    if LABELS in model.told:  # diffusion transformers do not count nothing among their classes
+        count = config.get("num_class_embeds") or config.get("classes") or config["num_embeds_ada_norm"] + 1
+        return classes(range(TEXTS), nothing=count - 1, guidance=model.spec.guidance)
+    if not model.told:
+        return None
+    drawn = torch.Generator().manual_seed(0)
+    return Conditions(
+        names=tuple(f"text {k}" for k in range(TEXTS)),
+        rows={name: torch.randn(TEXTS, *row.shape[1:], generator=drawn) for name, row in model.told.items()},
+        instead={name: torch.zeros_like(row) for name, row in model.told.items()},
+        guidance=model.spec.guidance,
+    )
+
+
+def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Take one architecture all the way and return what a row says."""
+    spec = replace(spec, sampler=replace(spec.sampler, steps=STEPS))
+    model = random_model(spec)
+    model = replace(model, conditions=told(model))
+    plan = pipeline.calibrate(model, pipeline.preset("tiny"), folder=folder / "run")
+    found: dict[str, Any] = {
+        "network": f"{type(model.unet).__name__}, {sum(p.numel() for p in model.unet.parameters()) / 1e6:.2f} M",
+        "told": sorted(model.told),
+        "guidance": model.conditions.guidance if model.conditions else 1.0,
+        "blocks": sum(block.loss_before is not None for block in plan.blocks),
+        "quantized": len(plan.layers),
+        "float": dict(Counter(plan.float_layers.values())),
+    }
+    for backend, config in BACKENDS.items():
+        out = folder / f"{backend}.plan"
+        built = pipeline.build_engine(folder=folder / "run", out=out, config=config, model=model)
+        inside = Counter(kernel.precision for kernel in built.file.audit.kernels)
+        found[backend] = {"parity": built.parity and min(built.parity.sqnr_db), "kernels": dict(inside)}
+    return found
+
+
+def line(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row of the table."""
+    rest = sum(found["float"].values())
+    return (
+        name,
+        found["network"],
+        ", ".join(found["told"]) + (f", guidance {found['guidance']:g}" if found["told"] else "") or "nothing",
+        str(found["blocks"]),
+        str(found["quantized"]),
+        str(rest),
+        f"{found['openvino']['parity']:.1f}",
+        f"{found['tensorrt-rtx']['kernels'].get('int8', 0)} of {found['quantized']}",
+    )
+
+
+def main(
+    folder: Folder = Path("architectures"),
+    only: Annotated[str | None, typer.Option(help="Models, with commas between; all if not given.")] = None,
+    out: Out = None,
+) -> None:
+    """Go all the way with each architecture, and write the table."""
+    specs, results = rows(), {}
+    chosen = list(specs) if only is None else only.split(",")
+    with one_line_errors():
+        for name, spec in specs.items():
+            kept = folder / name.replace(" ", "-") / "result.json"
+            if name in chosen and not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(measure(spec, kept.parent)), encoding="utf-8")
+            if kept.exists():
+                results[name] = json.loads(kept.read_text(encoding="utf-8"))
+        publish(page(results), out)
+
+
+def page(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of the page."""
+    reasons: Counter[str] = Counter()
+    for found in results.values():
+        reasons.update(found["float"])
+    made_with = ", ".join(f"{name} {number}" for name, number in versions(RUNTIMES).items())
+    return [
+        "# Every architecture, all the way",
+        "",
+        f"`{command_line()}` on {machine()}; {made_with}.",
+        "",
+        f"Random weights at reduced width, preset tiny, W4A8, engines of whole denoising steps ({STEPS} of them) with",
+        "guidance inside. Parity is the SQNR of the predicted noise, OpenVINO engine against fake-quantized PyTorch,",
+        "at the worst step. TensorRT-RTX only built, on a machine without a GPU: its own layer list says what",
+        "multiplies INT8 by INT8. The rows of ldm-celebahq-256 stand for ldm-bedrooms too, which is the same network.",
+        "",
+        *markdown_table(COLUMNS, [line(name, found) for name, found in results.items()]),
+        "",
+        "What stays float, over all of them:",
+        "",
+        *markdown_table(("why", "layers"), [(why, str(count)) for why, count in reasons.most_common()]),
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)
