@@ -7,8 +7,21 @@ to take their place, and the error that follows would then point anywhere but at
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from gaq_export.engine_unet import EngineUNet
+
+__all__ = ["EngineUNet"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gaq_export.engine_unet import EngineUNet
+
+    return EngineUNet
 
 
 def _check_rooms() -> None:

@@ -78,6 +78,7 @@ def export_onnx(
     compute: str = "float32",
     correct: bool = True,
     abits: int | None = None,
+    rows: bool = False,
     folder: str | Path = runs.DEFAULT,
     model: LoadedModel | None = None,
     out: Path | None = None,
@@ -91,6 +92,7 @@ def export_onnx(
         compute: type of what is not integer, a key of `gaq_export.half.COMPUTE`.
         correct: with the plan's correction of the noise, if it has one and `graph` is "step".
         abits: of a plan whose steps differ in activation bits, which it is to have; the most if None.
+        rows: as for `make_step`.
         folder: run folder with a finished plan.
         model: the float model; found again from the plan if None.
         out: where to write; a file in the run folder if None.
@@ -106,10 +108,10 @@ def export_onnx(
     model = provenance.rewritten(provenance.model_of(plan.about, model), plan)
     spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
     if graph == "step":
-        network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None)
+        network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None, rows)
     else:
         network, step = export_float(model.network, model.shape, model.told), None
-    path = out or run.onnx(profile, graph if abits is None else f"{graph}.a{abits}")
+    path = out or run.onnx(profile, graph + (".rows" if rows else "") + ("" if abits is None else f".a{abits}"))
     insert_qdq(network, plan, wishes, step)
     if wishes.opened:
         open_up(network)
@@ -118,7 +120,7 @@ def export_onnx(
 
 
 def _step(
-    model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, correction: Correction | None
+    model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, correction: Correction | None, rows: bool
 ) -> tuple[ir.Model, StepInfo]:
     """Return the graph of a step, still float but for the layers that became tables.
 
@@ -126,13 +128,13 @@ def _step(
     """
     guided = model.conditions is not None and model.conditions.guided
     network = export_float(model.network, model.shape, model.told)
-    step = make_step(network, model.schedule, spec, correction, guided=guided)
+    step = make_step(network, model.schedule, spec, correction, guided=guided, rows=rows)
     rounded = {name: layer for name, layer in plan.layers.items() if name in step.baked}
     if not rounded:
         return network, step
     fake = fake_quantized(model.network, replace(plan, layers=rounded, products={}))
     network = export_float(fake, model.shape, model.told)
-    return network, make_step(network, model.schedule, spec, correction, guided=guided)
+    return network, make_step(network, model.schedule, spec, correction, guided=guided, rows=rows)
 
 
 def build_engine(
@@ -144,6 +146,8 @@ def build_engine(
     sampler: SamplerSpec | None = None,
     numbers: str = "int8",
     correct: bool = True,
+    rows: bool = False,
+    noted: str = "build-engine",
     model: LoadedModel | None = None,
 ) -> Built:
     """Build an engine from the run's plan, audit it, and check it against fake-quantized PyTorch on the same inputs.
@@ -158,6 +162,8 @@ def build_engine(
         sampler: what it will draw with; the plan's if None.
         numbers: a key of `NUMBERS`; "fp8" for TensorRT and plans of 8-bit activations only.
         correct: with the plan's correction of the noise, if it has one.
+        rows: as for `make_step`.
+        noted: what the journal calls it.
         model: the float model; found again from the plan if None.
 
     Raises:
@@ -196,6 +202,7 @@ def build_engine(
                 compute=backend.compute(config.compute) if backend.typed else "float32",
                 correct=correct,
                 abits=None if plan.step_bits is None else abits,
+                rows=rows,
                 folder=run.folder,
                 model=model,
             )
@@ -209,7 +216,7 @@ def build_engine(
     checked = parity.merge(checks) if checks else None
     runs.note(
         run,
-        "build-engine",
+        noted,
         engine=os.path.relpath(out, run.folder),
         backend=backend.name,
         seconds=round(sum(file.build_seconds for file in files), 1),

@@ -1,5 +1,6 @@
 """What a plan and an engine file say of the model they came from, and how to find it again from that."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +19,7 @@ from gaq_export.schedule import NoiseSchedule, SamplerSpec
 def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
     """Return what a plan and an engine say of the model and its sampler."""
     schedule, told = model.schedule, model.conditions
+    architecture = getattr(model.unet, "config", model.spec.config)
     further: dict[str, Any] = {} if told is None else {"conditions": told.to_json()}
     if model.decoder is not None:
         further["decoder"] = describe_decoder(model)
@@ -29,6 +31,7 @@ def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
             "shape": list(model.shape),
             "meaningless": model.meaningless,
         },
+        "architecture": json.loads(json.dumps({k: v for k, v in architecture.items() if not k.startswith("_")})),
         "sampler": asdict(spec),
         "schedule": {
             "alpha_bar": schedule.alpha_bar.tolist(),
@@ -63,6 +66,14 @@ def shape_of(about: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return (C, H, W)."""
     channels, height, width = about["model"]["shape"]
     return channels, height, width
+
+
+def architecture_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the network's config: all of it if it is one of diffusers', else its channels and image size."""
+    channels, height, width = shape_of(about)
+    size = height if height == width else [height, width]
+    known: dict[str, Any] = about.get("architecture", {})
+    return {"in_channels": channels, "out_channels": channels, "sample_size": size} | known
 
 
 def model_of(about: Mapping[str, Any], model: LoadedModel | None) -> LoadedModel:

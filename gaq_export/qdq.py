@@ -54,10 +54,12 @@ class StepInfo:
     Attributes:
         visited: (S,) int64, timestep of each step.
         baked: names of the modules whose layers are tables now.
+        inside: that index, as the network has it: with guidance and a step for each image, twice as many.
     """
 
     visited: torch.Tensor
     baked: frozenset[str]
+    inside: ir.Value
 
 
 def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: StepInfo | None = None) -> ir.Model:
@@ -74,8 +76,9 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: Step
     """
     products = plan.products if profile.unsigned_products else {}
     visited = torch.arange(plan.num_train) if step is None else step.visited
+    given = model.graph.inputs[1] if step is None else step.inside
     rewriter = _Rewriter(
-        model.graph, profile, None if plan.timesteps is None else nearest_step(plan.timesteps, visited)
+        model.graph, profile, given, None if plan.timesteps is None else nearest_step(plan.timesteps, visited)
     )
     rewritten = set()
     for node in list(model.graph):
@@ -144,9 +147,9 @@ class _Rewriter:
         steps: which of the plan's steps each value of that input takes its grids from; None if all share one.
     """
 
-    def __init__(self, graph: ir.Graph, profile: QdqProfile, steps: torch.Tensor | None) -> None:
+    def __init__(self, graph: ir.Graph, profile: QdqProfile, given: ir.Value, steps: torch.Tensor | None) -> None:
         self._write = GraphWriter(graph)
-        self._graph, self._profile, self._steps = graph, profile, steps
+        self._graph, self._profile, self._given, self._steps = graph, profile, given, steps
         self._shared: dict[tuple[ir.Value, Grid, tuple[int, ...]], ir.Value] = {}
         self._index: ir.Value | None = None
 
@@ -246,9 +249,8 @@ class _Rewriter:
         """Return which row of the tables serves the step at hand, (1,) or (N,)."""
         assert self._steps is not None
         if self._index is None:
-            given = self._graph.inputs[1]
             rows = self._write.constant("plan_step.rows", self._steps.numpy())
-            self._index = self._write.node("Gather", [rows, given], "plan_step", ir.DataType.INT64)
+            self._index = self._write.node("Gather", [rows, self._given], "plan_step", ir.DataType.INT64)
         return self._index
 
     def _padded(self, value: ir.Value, pads: tuple[int, ...], name: str) -> ir.Value:

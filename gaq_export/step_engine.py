@@ -1,8 +1,10 @@
 """Draw with an engine that holds whole denoising steps (`gaq_export.stepgraph`), or ask it for the noise alone."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,13 +48,20 @@ def run(
     feeds |= {name: tensor.numpy() for name, tensor in told.items()}
     taken, given = {spec.name for spec in engine.inputs}, {spec.name for spec in engine.outputs}
     outputs = engine.loop(
-        {name: array for name, array in feeds.items() if name in taken},
+        as_taken(engine, feeds, len(x)),
         steps,
         {output: name for output, name in FEEDBACK.items() if output in given},
         {"noise": seeds} if "noise" in taken else {},
         on_step,
     )
     return samplers.finish(seeds, torch.from_numpy(outputs["x_next"]), decode, clip=clip)
+
+
+def as_taken(engine: Engine, feeds: Mapping[str, npt.NDArray[Any]], batch: int) -> dict[str, npt.NDArray[Any]]:
+    """Return those of `feeds` that the engine takes; what is one for all, (1,), for each image where it has rows."""
+    specs = {spec.name: spec for spec in engine.inputs if spec.name in feeds}
+    single = {name for name in specs if feeds[name].shape == (1,)}
+    return {n: np.resize(feeds[n], s.at_batch(batch)) if n in single else feeds[n] for n, s in specs.items()}
 
 
 def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
@@ -68,7 +77,8 @@ def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
         if len(step) == 0 or bool((t != t[0]).any()):
             raise GaqError(f"This engine knows the timesteps {visited.tolist()}, one at a time; found {t.tolist()}.")
         blank = {spec.name: np.zeros(spec.at_batch(len(x)), np.float32) for spec in engine.inputs}
-        given = {n: told[n][: len(array)].numpy() for n, array in blank.items() if n in told}
-        return torch.from_numpy(engine({**blank, **given, "x": x.numpy(), "step": step.numpy()})["eps"])
+        given = {name: tensor[: blank[name].shape[0]].numpy() for name, tensor in told.items() if name in blank}
+        feeds = as_taken(engine, {**blank, **given, "x": x.numpy(), "step": step.numpy()}, len(x))
+        return torch.from_numpy(engine(feeds)["eps"])
 
     return denoise

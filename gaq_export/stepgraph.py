@@ -5,7 +5,8 @@
 
 `noise` is there if the sampler adds any, `previous` (the x0 of the step before) and `clean` (this step's) if it looks
 back. The sampler's coefficients (`gaq_export.samplers.Coefficients`) are tables indexed by `step`, as is everything
-that the network computes from t alone. So a loop is this graph S times, its outputs fed back to its inputs.
+that the network computes from t alone. So a loop is this graph S times, its outputs fed back to its inputs. For a
+server that puts requests together, `step` can have a row for each image, (N,), and with it `guidance`.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def make_step(
     correction: Correction | None = None,
     *,
     guided: bool = False,
+    rows: bool = False,
 ) -> StepInfo:
     """Turn a float graph (x, t, told ...) -> eps into one of the steps that `spec` takes; in place.
 
@@ -42,6 +44,7 @@ def make_step(
         spec: the sampler.
         correction: of the noise that the graph, once quantized, will predict.
         guided: with `gaq_export.guidance` around the network.
+        rows: with a step for each image in place of one for all.
 
     Returns:
         What `gaq_export.qdq` needs to know of it.
@@ -51,10 +54,12 @@ def make_step(
     """
     visited = timesteps(spec, schedule.num_train)
     baked = bake(model, visited)
-    if guided:
-        guide(model.graph)
+    x, step = model.graph.inputs[:2]
+    if rows:
+        step.shape = ir.Shape((x.shape or ())[:1])
+    inside = guide(model.graph, rows=rows) if guided else step
     _append_update(model.graph, samplers.table(schedule, spec, correction), schedule.clip)
-    return StepInfo(visited=visited, baked=baked)
+    return StepInfo(visited=visited, baked=baked, inside=inside)
 
 
 def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | None) -> None:
