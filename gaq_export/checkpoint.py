@@ -183,7 +183,10 @@ def fill(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> N
         GaqError: If a tensor is missing, too many, of another shape or kind, or not finite.
     """
     _check(state, network, file)
-    network.load_state_dict({name: value.float() for name, value in state.items()})
+    own = network.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():  # one after the other, so that halves are never all held as float32 too
+            own[name].copy_(value)
 
 
 def fingerprint(network: nn.Module) -> str:

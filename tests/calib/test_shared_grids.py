@@ -21,7 +21,6 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "minmax": ({"rule": "minmax", "narrower": (4,)}, {}),
     "of each step": ({"per_step": True}, {}),
     "network": ({"per_step": True, "sizes": "network"}, {}),
-    "groups": ({"per_step": True, "sizes": "groups"}, {}),
     "qdrop": ({}, {"activations": "qdrop"}),
     "lsq": ({}, {"activations": "lsq", "activation_iterations": 2}),
 }
@@ -59,6 +58,7 @@ def test_q_k_and_v_share_their_grid(rule: str) -> None:
     )
     states = torch.randn(12, 5, 12, generator=torch.Generator().manual_seed(3))
     plan = plan_of(EpsilonModel(unet.eval()), rule, 1, encoder_hidden_states=states)
+    assert not plan.products  # float unless a convention asks
     attentions = {name.rpartition(".")[0] for name in plan.layers if name.endswith("to_q")}
     assert len(attentions) == 4
     grids = {name: (layer.input, *layer.narrower) for name, layer in plan.layers.items()}
