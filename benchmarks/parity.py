@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Print one row a step, in dB."""
     file, plan = engines.load_engine_file(engine), load_plan(run / "plan.safetensors")
-    model = provenance.model_of(plan.about, None)
+    model = provenance.model_of(plan.about, None, run)
     spec = drawing.sampler_of(file, None)
     seen: list[tuple[Tensor, Tensor]] = []
     seeds = list(range(10_000, 10_000 + images))

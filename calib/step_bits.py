@@ -7,7 +7,7 @@ window    the most in a window of the sampling steps, the fewest outside it (PCR
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,13 @@ from calib.plan import QuantPlan, StepBits
 IMAGES = 8  # whose predicted noise is compared at each step
 
 
-def by_ratio(model: nn.Module, plan: QuantPlan, data: CalibrationSet, required_db: Sequence[float]) -> StepBits:
+def by_ratio(
+    model: nn.Module,
+    plan: QuantPlan,
+    data: CalibrationSet,
+    required_db: Sequence[float],
+    around: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> StepBits:
     """Return the fewest bits at each step whose signal over noise exceeds `required_db`.
 
     Args:
@@ -29,14 +35,16 @@ def by_ratio(model: nn.Module, plan: QuantPlan, data: CalibrationSet, required_d
         plan: its plan, with grids of several widths.
         data: what the network saw at each of the plan's steps.
         required_db: SNR^F at the plan's timesteps.
+        around: makes of a network, float or quantized, what predicts the sampler's noise for `data`.
     """
     assert plan.timesteps is not None
     samples = [data.take((data.t == t).nonzero()[:IMAGES, 0]) for t in plan.timesteps]
     with torch.no_grad():
-        exact = [model(*sample.inputs()).double() for sample in samples]
+        whole = around(model)
+        exact = [whole(*sample.inputs()).double() for sample in samples]
         measured = {}
         for bits in widths(plan):
-            network, row = fake_quantized(model, at_bits(plan, bits)), []
+            network, row = around(fake_quantized(model, at_bits(plan, bits))), []
             for sample, epsilon in zip(samples, exact, strict=True):
                 error = (network(*sample.inputs()).double() - epsilon).square().sum()
                 row.append(10 * math.log10(float(epsilon.square().sum() / error.clamp(min=1e-300))))

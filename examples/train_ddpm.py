@@ -7,9 +7,13 @@ In: an .npz or .npy file of uint8 images, (N, H, W) or (N, H, W, C), or a folder
 are padded with black to the architecture's size. Out: the EMA weights and their configs, `samples.png`, and
 `state.safetensors` to go on from: the same command again continues where the last one stopped.
 
+An architecture that is told labels (`ddpm-mnist-labels`) finds them in the .npz beside the images; its last class
+stands for nothing, which a tenth of the images are told, so that guidance can be used (Ho and Salimans 2022).
+`--start ddpm-mnist` begins with another model's weights, where they fit, and with labels that say nothing yet.
+
 The recipe is Ho et al. 2020 with the habits of today: the mean square error of the predicted noise, AdamW, a linear
-warm-up and a cosine to 3 % of the peak, gradients clipped at 1, bf16 autocast, and an exponential moving average whose
-decay ramps up.
+warm-up (300 steps, or the first tenth of fewer) and a cosine to 3 % of the peak, gradients clipped at 1, bf16 autocast,
+and an exponential moving average whose decay ramps up.
 """
 
 import json
@@ -19,7 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,13 +34,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gaq_export import checkpoint, samplers
+from gaq_export.conditions import bind, classes
 from gaq_export.denoiser import as_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.images import save_grid
-from gaq_export.models import MODELS, ModelSpec
+from gaq_export.models import MODELS, ModelSpec, load_model
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, schedule_from_scheduler_config
 
 WARM_UP, FLOOR, EMA_DECAY, CLIP_NORM = 300, 0.03, 0.9995, 1.0
+TOLD_NOTHING, PACE = 0.1, 10.0
 STATE = "state.safetensors"
 
 
@@ -51,6 +57,16 @@ class Settings:
     seed: int
     device: str
     bf16: bool
+    start: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Images, (N, C, H, W) uint8, and the labels (N,) of those that have some; `nothing` stands for none."""
+
+    images: Tensor
+    labels: Tensor | None = None
+    nothing: int | None = None
 
 
 def main(
@@ -64,6 +80,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; slower on processors without it.")] = True,
+    start: Annotated[str | None, typer.Option(help="Known model or folder whose weights to begin with.")] = None,
 ) -> None:
     """Train a diffusion model that gaq-export can quantize."""
     if arch not in MODELS:
@@ -72,12 +89,28 @@ def main(
         raise typer.BadParameter("say how long to train: --minutes or --steps", param_hint="--minutes")
     spec = MODELS[arch]
     try:
-        data = load_images(images, int(spec.config["in_channels"]), int(spec.config["sample_size"]))
-        settings = Settings(steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, device=device, bf16=bf16)
+        data = load_data(images, spec)
+        settings = Settings(
+            steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, device=device, bf16=bf16, start=start
+        )
         train(spec, data, out, settings)
     except GaqError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+def load_data(path: Path, spec: ModelSpec) -> Data:
+    """Read what an architecture is trained on; raise GaqError if there are no images, or no labels that it is told."""
+    images = load_images(path, int(spec.config["in_channels"]), int(spec.config["sample_size"]))
+    classes = spec.config["num_class_embeds"]
+    if classes is None:
+        return Data(images=images)
+    if path.suffix != ".npz":
+        raise GaqError(f"{spec.name} is told labels; give an .npz with an array of them beside the images, not {path}.")
+    labels = torch.from_numpy(_load_array(path, "label").astype(np.int64))
+    if labels.shape != images.shape[:1] or not 0 <= int(labels.min()) <= int(labels.max()) < classes - 1:
+        raise GaqError(f"Expected {len(images)} labels of 0 to {classes - 2} in {path}; found {tuple(labels.shape)}.")
+    return Data(images=images, labels=labels, nothing=classes - 1)
 
 
 def load_images(path: Path, channels: int, size: int) -> Tensor:
@@ -100,7 +133,7 @@ def load_images(path: Path, channels: int, size: int) -> Tensor:
             raise GaqError(f"The images in {path} have different sizes; scale them to {size}x{size} first.")
         array = np.stack(pictures)
     else:
-        array = _load_array(path)
+        array = _load_array(path, "image")
     if array.ndim == 3:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != channels or max(array.shape[1:3]) > size:
@@ -113,41 +146,48 @@ def load_images(path: Path, channels: int, size: int) -> Tensor:
     return torch.from_numpy(np.pad(array, padding)).permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)
 
 
-def _load_array(path: Path) -> np.ndarray:
+def _load_array(path: Path, kind: str) -> np.ndarray:
     try:
         loaded = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise GaqError(f"The images {path} cannot be read as .npz or .npy: {error}") from error
+        raise GaqError(f"The file {path} cannot be read as .npz or .npy: {error}") from error
     if isinstance(loaded, np.ndarray):
         return loaded
-    names = sorted((name for name in loaded.files if "image" in name), key=lambda name: "train" not in name)
+    names = sorted((name for name in loaded.files if kind in name), key=lambda name: "train" not in name)
     if not names:
-        raise GaqError(f"{path} has no array with 'image' in its name; it holds {loaded.files}.")
+        raise GaqError(f"{path} has no array with {kind!r} in its name; it holds {loaded.files}.")
     array: np.ndarray = loaded[names[0]]
     return array
 
 
-def train(spec: ModelSpec, data: Tensor, out: Path, settings: Settings) -> None:
+def train(spec: ModelSpec, data: Data, out: Path, settings: Settings) -> None:
     """Train until the steps or the minutes are used up, then write the model folder.
 
     Args:
         spec: Architecture and scheduler.
-        data: (N, C, H, W) uint8.
+        data: Images, and labels if the architecture is told some.
         out: Folder to write.
         settings: How long and how.
     """
     schedule = schedule_from_scheduler_config(spec.scheduler)
     torch.manual_seed(settings.seed)
-    unet = checkpoint.build_network(spec.config, spec.name).to(settings.device).train()
+    unet = checkpoint.build_network(spec.config, spec.name)
+    if settings.start is not None:
+        _begin_with(unet, settings.start)
+    unet = unet.to(settings.device).train()
     ema = {name: value.detach().clone() for name, value in unet.state_dict().items()}
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(_groups(unet, begun=settings.start is not None), lr=settings.lr, weight_decay=1e-4)
     out.mkdir(parents=True, exist_ok=True)
     done, elapsed = _resume(out / STATE, unet, ema, optimizer)
     started, last_saved, running = time.monotonic() - elapsed, time.monotonic(), math.nan
     for step, share in _clock(done, started, settings):
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(
-                (step + 1) / WARM_UP, FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = (
+                group["pace"]
+                * settings.lr
+                * min(
+                    max((step + 1) / WARM_UP, 10 * share), FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
+                )
             )
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         loss = noise_loss(unet, data, schedule, settings, generator)
@@ -170,16 +210,21 @@ def train(spec: ModelSpec, data: Tensor, out: Path, settings: Settings) -> None:
 
 
 def noise_loss(
-    unet: UNet2DModel, data: Tensor, schedule: NoiseSchedule, settings: Settings, generator: torch.Generator
+    unet: UNet2DModel, data: Data, schedule: NoiseSchedule, settings: Settings, generator: torch.Generator
 ) -> Tensor:
     """Return the mean square error of the predicted noise (Ho et al. 2020, equation 14) on one random batch."""
-    rows = torch.randint(len(data), (settings.batch,), generator=generator)
-    clean = (data[rows].float() / 127.5 - 1).to(settings.device)
+    rows = torch.randint(len(data.images), (settings.batch,), generator=generator)
+    clean = (data.images[rows].float() / 127.5 - 1).to(settings.device)
     noise = torch.randn(clean.shape, generator=generator).to(settings.device)
     t = torch.randint(schedule.num_train, (settings.batch,), generator=generator)
+    told = None
+    if data.labels is not None and data.nothing is not None:
+        dropped = torch.rand(len(rows), generator=generator) < TOLD_NOTHING
+        told = data.labels[rows].masked_fill(dropped, data.nothing).to(settings.device)
     a = schedule.alpha_bar[t].float().view(-1, 1, 1, 1).to(settings.device)
     with torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16, enabled=settings.bf16):
-        predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t.to(settings.device), return_dict=False)[0]
+        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        predicted = unet(noisy, t.to(settings.device), class_labels=told, return_dict=False)[0]
     return nn.functional.mse_loss(predicted.float(), noise)
 
 
@@ -196,6 +241,27 @@ def _clock(done: int, started: float, settings: Settings) -> Iterator[tuple[int,
             return
         yield step, max(shares)
         step += 1
+
+
+def _groups(unet: UNet2DModel, *, begun: bool) -> list[dict[str, Any]]:
+    """Return the parameters for the optimizer: labels that are new to a trained network learn PACE times as fast."""
+    new = list(unet.class_embedding.parameters()) if begun and unet.class_embedding is not None else []
+    rest = [p for p in unet.parameters() if all(p is not q for q in new)]
+    return [{"params": rest, "pace": 1.0}, *([{"params": new, "pace": PACE}] if new else [])]
+
+
+def _begin_with(unet: UNet2DModel, start: str) -> None:
+    """Take another network's weights where they fit; what is new for it, its labels, is to say nothing at first."""
+    folder = Path(start)
+    other = load_model(weights=folder) if folder.is_dir() else load_model(start)
+    own, given = unet.state_dict(), other.unet.state_dict()
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise GaqError(f"No weight of {start} fits the architecture; train it from the beginning, without --start.")
+    unet.load_state_dict(fitting, strict=False)
+    if unet.class_embedding is not None and "class_embedding.weight" not in fitting:
+        nn.init.zeros_(unet.class_embedding.weight)
+    typer.echo(f"{len(fitting)} of {len(own)} tensors begin as those of {start}")
 
 
 def _average(ema: dict[str, Tensor], unet: nn.Module, decay: float) -> None:
@@ -254,8 +320,11 @@ def _write_model(
     (out / "scheduler_config.json").write_text(json.dumps(dict(spec.scheduler), indent=2) + "\n", encoding="utf-8")
     size = int(spec.config["sample_size"])
     shape = (int(spec.config["in_channels"]), size, size)
-    drawn = samplers.run(as_denoiser(unet), range(16), shape, schedule, SamplerSpec(steps=20))
-    save_grid(out / "samples.png", [("", drawn[:8]), ("", drawn[8:])])
+    nothing, seeds = spec.config["num_class_embeds"], range(20)
+    told = None if nothing is None else classes(range(nothing - 1), nothing=nothing - 1, guidance=3.0)
+    drawer = bind(as_denoiser(unet), told, seeds)
+    drawn = samplers.run(drawer, seeds, shape, schedule, SamplerSpec(steps=20))
+    save_grid(out / "samples.png", [("", drawn[:10]), ("", drawn[10:])])
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def export_onnx(
     run, wishes = Run(folder=Path(folder)), find_profile(profile)
     plan = load_plan(run.plan)
     plan = at_bits(plan, abits or plan.config.activation.bits)
-    model = provenance.rewritten(provenance.model_of(plan.about, model), plan)
+    model = provenance.rewritten(provenance.model_of(plan.about, model, run.folder), plan)
     spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
     if graph == "step":
         network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None, rows)
@@ -177,7 +177,7 @@ def build_engine(
         raise GaqError(f"{backend.name} cannot build here: {reason}")
     plan = load_plan(run.plan)
     profile = _profile(backend, numbers, plan)
-    model = provenance.model_of(plan.about, model)
+    model = provenance.model_of(plan.about, model, run.folder)
     spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
     turns = _turns(plan, spec, model.schedule.num_train, graph)
     correction = correction_of(plan, spec) if correct else None
@@ -193,6 +193,8 @@ def build_engine(
     not_run, files, checks = backend.can_run(), list[EngineFile](), list[Parity]()
     data = None if not_run else _samples(model, spec, plan, run, config)
     with runs.staging(out) as staged:
+        if model.conditions is not None:
+            model.conditions.save(staged)
         decoder = _with_decoder(model, staged / out.name, config, about, data)
         for abits in sorted(set(turns)):  # the most last, since that engine's record names the others
             exported = export_onnx(
@@ -248,6 +250,8 @@ def build_float(
     about = provenance.describe(model, spec)
     about |= {"graph": "step", "bits": "float", "numbers": "int8", "correction": None, "baked": [], "relay": None}
     with runs.staging(out) as staged:
+        if model.conditions is not None:
+            model.conditions.save(staged)
         save_onnx(compute_in(network, "float32"), staged / "unet.onnx")
         _with_decoder(model, staged / out.name, config, about, None)
         engines.build(staged / "unet.onnx", staged / out.name, config, about)

@@ -138,7 +138,7 @@ def _measure(bench: Comparison, cell: Cell) -> None:
                 weights = fake_quantized(model.network, plan, activations=False)
                 found["weights_error"] = quality.noise_errors(y, weights)
         network = operate(model.network, plan.surgery)
-        macs = cost.layer_macs(network, model.shape, model.schedule.num_train)
+        macs = cost.layer_macs(network, model.shape, model.schedule.num_train, model.told)
         measured: dict[str, Any] = {
             "bytes": cost.weight_bytes(network, plan),
             "bit_operations": cost.bit_operations(macs, plan),

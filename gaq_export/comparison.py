@@ -126,10 +126,11 @@ def collected(model: LoadedModel, chosen: Preset, seed: int, folder: Path) -> Ca
 
 def claim(bench: Comparison) -> None:
     """Write down what the folder's numbers depend on; raise GaqError if it holds numbers of something else."""
-    y, path = bench.yardstick, bench.yardstick.folder / "settings.json"
+    y, path, told = bench.yardstick, bench.yardstick.folder / "settings.json", bench.model.conditions
     settings = {
         "model": bench.model.fingerprint,
         "sampler": str(bench.model.spec.sampler),
+        "conditions": told and told.sha256,
         "calibration images": bench.schedule.images,
         "config": configs.to_json(bench.schedule.config),
         "images": y.images,

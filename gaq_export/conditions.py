@@ -7,16 +7,20 @@ called with twice as many samples: half of them are told what stands for nothing
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from calib.files import read_safetensors, write_atomically
 from gaq_export.denoiser import Condition, Denoiser
 from gaq_export.errors import GaqError
 
-Told = Callable[[Tensor, Tensor, Condition], Tensor]  # a network, called as (x, t, cond)
+Told = Callable[..., Tensor]  # a network, called as (x, t, cond), or (x, t) if it is told nothing
 LABELS = "class_labels"
+TABLES = ("rows", "instead")
 NOTHING, GUIDANCE = "nothing_", "guidance"  # what an engine with guidance calls its further inputs
 
 
@@ -57,21 +61,45 @@ class Conditions:
                 sha.update(f"{name}{tuple(table[name].shape)}".encode() + table[name].contiguous().numpy().tobytes())
         return sha.hexdigest()
 
+    @property
+    def file(self) -> str | None:
+        """What the file is called that `save` writes; None if a record has room for all of it, as for classes."""
+        texts = any(row.is_floating_point() for row in self.rows.values())
+        return f"told-{self.sha256[:12]}.safetensors" if texts else None
+
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values; raise GaqError for rows of floats, which are too many to be written so."""
-        if any(row.is_floating_point() for row in self.rows.values()):
-            raise GaqError("Only classes can be written into a plan so far, no texts.")
-        tables = ({name: row.tolist() for name, row in table.items()} for table in (self.rows, self.instead))
-        return dict(zip(("names", "guidance", "rows", "instead"), (self.names, self.guidance, *tables), strict=True))
+        """Return JSON values, the rows among them unless they are in a file."""
+        record: dict[str, Any] = {"names": list(self.names), "guidance": self.guidance, "file": self.file}
+        if self.file is None:
+            record |= {table: {n: row.tolist() for n, row in getattr(self, table).items()} for table in TABLES}
+        return record
+
+    def save(self, folder: Path) -> None:
+        """Write the rows that a record has no room for into the folder where the record is, if there are any."""
+        if self.file is not None:
+            tables = {f"{table}/{n}": row.contiguous() for table in TABLES for n, row in getattr(self, table).items()}
+            write_atomically(folder / self.file, save(tables))
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        rows, instead = (
-            {name: torch.tensor(row, dtype=torch.int64) for name, row in record[table].items()}
-            for table in ("rows", "instead")
-        )
-        return cls(names=tuple(record["names"]), rows=rows, instead=instead, guidance=record["guidance"])
+    def from_json(cls, record: Mapping[str, Any], folder: Path) -> Self:
+        """Read what `to_json` wrote, and `save` into a folder.
+
+        Raises:
+            CalibError: the file is missing or damaged.
+            GaqError: it is another one.
+        """
+        if record["file"] is None:
+            tables = {table: {n: torch.tensor(row) for n, row in record[table].items()} for table in TABLES}
+        else:
+            _, tensors = read_safetensors(folder / record["file"])
+            tables = {table: {} for table in TABLES}
+            for name, row in tensors.items():
+                table, _, own = name.partition("/")
+                tables[table][own] = row
+        found = cls(names=tuple(record["names"]), guidance=record["guidance"], **tables)
+        if found.file != record["file"]:
+            raise GaqError(f"{folder / record['file']} was altered since it was written: calibrate and build again.")
+        return found
 
     def name_of(self, seed: int) -> str:
         """Return what the image of a seed is told, for people."""
@@ -107,34 +135,39 @@ def classes(chosen: Sequence[int], *, nothing: int | None = None, guidance: floa
     return Conditions(names=tuple(map(str, chosen)), rows=rows, instead=instead, guidance=guidance)
 
 
-def refuse(conditions: Conditions | None, what: str) -> None:
-    """Raise GaqError if a network is told what to draw: `what` cannot do with that yet."""
-    if conditions is not None:
-        raise GaqError(f"The network is told what to draw, and {what} cannot do with that yet.")
-
-
 class Guided(nn.Module):
     """A network with guidance (Ho and Salimans 2022), told what `Conditions.feeds` gives; as an engine of steps has it.
 
-    epsilon = epsilon(nothing) + guidance * (epsilon(cond) - epsilon(nothing)), both in one call.
+    epsilon = epsilon(nothing) + guidance * (epsilon(cond) - epsilon(nothing))
+
+    Args:
+        network: called with both in one batch.
+        apart: called for one after the other instead, since an engine's batch has an end.
     """
 
-    def __init__(self, network: Told) -> None:
+    def __init__(self, network: Told, *, apart: bool = False) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.apart = network, apart
 
     def forward(self, x: Tensor, t: Tensor, told: Condition) -> Tensor:
         """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
         names = [name for name in told if f"{NOTHING}{name}" in told]
-        both = {name: torch.cat((told[f"{NOTHING}{name}"], told[name])) for name in names}
-        nothing, something = self.network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
+        cond, without = {name: told[name] for name in names}, {name: told[f"{NOTHING}{name}"] for name in names}
+        if self.apart:
+            nothing, something = self.network(x, t, without), self.network(x, t, cond)
+        else:
+            both = {name: torch.cat((without[name], cond[name])) for name in names}
+            nothing, something = self.network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
         return nothing + told[GUIDANCE][0] * (something - nothing)
 
 
-def bind(network: Told, conditions: Conditions | None, seeds: Sequence[int]) -> Denoiser:
-    """Return the network as one for images of these seeds, with guidance if there is any; as it is if told nothing."""
+def bind(network: Told, conditions: Conditions | None, seeds: Sequence[int], *, apart: bool = False) -> Denoiser:
+    """Return the network as one for images of these seeds, with guidance if there is any; as it is if told nothing.
+
+    With `apart` it is called twice for guidance, see `Guided`.
+    """
     if conditions is None:
-        return network  # type: ignore[return-value]
+        return network
     told = conditions.feeds(seeds)
-    outer = Guided(network) if conditions.guided else network
+    outer = Guided(network, apart=apart) if conditions.guided else network
     return lambda x, t, /: outer(x, t, told)

@@ -1,7 +1,8 @@
 """Measure what `calib.correction` takes back: the quantized network beside the float one, on the sampler's own steps.
 
 PTQD sees both on the float network's trajectories. TAC follows the trajectories that the corrected network draws, so
-that each step is fitted with those before it already corrected, and knows by how much x has drifted.
+that each step is fitted with those before it already corrected, and knows by how much x has drifted. With guidance it
+is the guided noise that is corrected.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from calib.config import CorrectionConfig, QuantConfig
 from calib.correction import Correction, channel_gain, regress
 from calib.data import CalibrationSet
 from gaq_export import samplers
-from gaq_export.collect import image_seed
+from gaq_export.collect import as_steps_are_told, image_seed
+from gaq_export.conditions import Conditions, Guided, bind
+from gaq_export.denoiser import Denoiser
 from gaq_export.models import LoadedModel
 from gaq_export.schedule import SamplerSpec, timesteps
 
@@ -49,10 +52,12 @@ def measure(
 def _ptqd(
     model: LoadedModel, quantized: nn.Module, spec: SamplerSpec, data: CalibrationSet, on_step: OnStep
 ) -> Correction:
-    found = []
+    found, data = [], as_steps_are_told(data, model.conditions)
+    guided = model.conditions is not None and model.conditions.guided
+    networks = [Guided(network) if guided else network for network in (model.network, quantized)]
     for step in range(spec.steps):
-        sample = data.take((data.step == step).nonzero()[:, 0])
-        both = [_predict(network, sample.x, sample.t) for network in (model.network, quantized)]
+        index = (data.step == step).nonzero()[:, 0]
+        both = [_predict(network, data, index) for network in networks]
         found.append(regress(both[0], both[1] - both[0]))
         on_step(step + 1, spec.steps)
     channels = model.shape[0]
@@ -78,21 +83,20 @@ def _tac(
     rows, visited = samplers.table(model.schedule, spec), timesteps(spec, model.schedule.num_train)
     exact = drawn = samplers.noise(seeds, 0, model.shape)
     before = [torch.zeros_like(exact)] * 2
+    exact_network, quantized_network = (_in_parts(net, model.conditions, seeds) for net in (model.network, quantized))
     gains, shifts, explained = [], [], []
     for step, row in enumerate(rows):
         shift = (drawn - exact).double().mean((0, 2, 3))
         drawn = drawn - shift.float().reshape(1, -1, 1, 1)
         t = torch.full((len(seeds),), int(visited[step]))
-        wanted, given = _predict(model.network, drawn, t), _predict(quantized, drawn, t)
+        wanted, given = exact_network(drawn, t), quantized_network(drawn, t)
         gain = channel_gain(given, wanted, relative=config.relative, ridge=config.ridge, floor=config.floor)
         corrected = given * gain.float().reshape(1, -1, 1, 1)
         left, whole = ((part - wanted).square().sum().double() for part in (corrected, given))
         fresh = samplers.noise(seeds, step + 1, model.shape) if row.fresh else None
         ahead: list[tuple[Tensor, Tensor]] = [
             samplers.update(row, model.schedule.clip, x, epsilon, previous, fresh)
-            for x, epsilon, previous in zip(
-                (exact, drawn), (_predict(model.network, exact, t), corrected), before, strict=True
-            )
+            for x, epsilon, previous in zip((exact, drawn), (exact_network(exact, t), corrected), before, strict=True)
         ]
         (exact, drawn), before = (ahead[0][0], ahead[1][0]), [ahead[0][1], ahead[1][1]]
         gains.append(tuple(gain.tolist()))
@@ -109,5 +113,16 @@ def _tac(
     )
 
 
-def _predict(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return torch.cat([network(*part) for part in zip(torch.split(x, BATCH), torch.split(t, BATCH), strict=True)])
+def _predict(network: nn.Module, data: CalibrationSet, index: Tensor) -> Tensor:
+    return torch.cat([network(*data.inputs(part)) for part in torch.split(index, BATCH)])
+
+
+def _in_parts(network: nn.Module, told: Conditions | None, seeds: list[int]) -> Denoiser:
+    """Return the network as one for images of these seeds, BATCH of them at a time."""
+    parts = [bind(network, told, seeds[start : start + BATCH]) for start in range(0, len(seeds), BATCH)]
+
+    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+        rows = zip(parts, torch.split(x, BATCH), torch.split(t, BATCH), strict=True)
+        return torch.cat([part(some, times) for part, some, times in rows])
+
+    return denoise

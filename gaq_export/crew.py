@@ -23,6 +23,7 @@ import engines
 from engines import EngineFile
 from engines.base import record_path, weights_path
 from gaq_export import drawing, frechet, provenance, samples
+from gaq_export.conditions import Conditions
 from gaq_export.errors import GaqError
 from gaq_export.schedule import SamplerSpec
 
@@ -37,9 +38,10 @@ class Worker:
         path: the engine file.
         spec: the sampler.
         batch: images at a time.
+        told: what to draw; what the engine file says if None.
     """
 
-    def __init__(self, path: Path, spec: SamplerSpec, batch: int) -> None:
+    def __init__(self, path: Path, spec: SamplerSpec, batch: int, told: Conditions | None) -> None:
         torch.set_num_threads(1)
         file = engines.load_engine_file(path)
         file = replace(file, threads=1)
@@ -48,7 +50,7 @@ class Worker:
             opened = stack.enter_context(drawing.open_engines(file))
             decode = stack.enter_context(drawing.open_decoder(file))
             self._engines = stack.pop_all()
-        self._some = drawing.by_engine(opened, file, schedule, shape, spec, decode)
+        self._some = drawing.by_engine(opened, file, schedule, shape, spec, decode, told)
         self._batch, self._steps = batch, spec.steps
 
     def draw(self, task: Task) -> Drawn:
@@ -62,9 +64,11 @@ class Worker:
         self._engines.close()
 
 
-def here(file: EngineFile, spec: SamplerSpec, batch: int, tasks: Sequence[Task]) -> Iterator[Drawn]:
+def here(
+    file: EngineFile, spec: SamplerSpec, batch: int, told: Conditions | None, tasks: Sequence[Task]
+) -> Iterator[Drawn]:
     """Draw in this process, in order."""
-    worker = Worker(file.path, spec, batch)
+    worker = Worker(file.path, spec, batch, told)
     try:
         yield from map(worker.draw, tasks)
     finally:
@@ -74,22 +78,24 @@ def here(file: EngineFile, spec: SamplerSpec, batch: int, tasks: Sequence[Task])
 _worker: Worker  # of a process of `beside`
 
 
-def _start(path: Path, spec: SamplerSpec, batch: int) -> None:
+def _start(path: Path, spec: SamplerSpec, batch: int, told: Conditions | None) -> None:
     global _worker
-    _worker = Worker(path, spec, batch)
+    _worker = Worker(path, spec, batch, told)
 
 
 def _draw(task: Task) -> Drawn:
     return _worker.draw(task)
 
 
-def beside(file: EngineFile, spec: SamplerSpec, batch: int, tasks: Sequence[Task], workers: int) -> Iterator[Drawn]:
+def beside(
+    file: EngineFile, spec: SamplerSpec, batch: int, told: Conditions | None, tasks: Sequence[Task], workers: int
+) -> Iterator[Drawn]:
     """Draw in several processes on this machine, in the order in which they finish.
 
     Raises:
         GaqError: a process died; what was yielded before stays good.
     """
-    context, start = get_context("spawn"), (file.path, spec, batch)
+    context, start = get_context("spawn"), (file.path, spec, batch, told)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=start) as pool:
         waiting: set[Future[Drawn]] = set()
         left = iter(tasks)
@@ -110,13 +116,16 @@ def beside(file: EngineFile, spec: SamplerSpec, batch: int, tasks: Sequence[Task
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def on_ray(file: EngineFile, spec: SamplerSpec, batch: int, tasks: Sequence[Task], address: str) -> Iterator[Drawn]:
+def on_ray(
+    file: EngineFile, spec: SamplerSpec, batch: int, told: Conditions | None, tasks: Sequence[Task], address: str
+) -> Iterator[Drawn]:
     """Draw on a Ray cluster, an actor on each of its CPUs; what a lost actor was drawing is drawn again elsewhere.
 
     Args:
         file: the engine; its files travel to the actors.
         spec: the sampler.
         batch: images at a time.
+        told: what to draw; what the engine file says if None.
         tasks: what to draw.
         address: of the cluster, or "local" for one of this machine's own.
 
@@ -140,7 +149,7 @@ def on_ray(file: EngineFile, spec: SamplerSpec, batch: int, tasks: Sequence[Task
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Actor)
         pool = ActorPool([actor.remote() for _ in range(count)])
         yield from pool.map_unordered(
-            lambda one, task: one.draw.remote(content, file.path.name, spec, batch, task), list(tasks)
+            lambda one, task: one.draw.remote(content, file.path.name, spec, batch, told, task), list(tasks)
         )
     finally:
         ray.shutdown()
@@ -153,29 +162,40 @@ class _Actor:
         self._folder = tempfile.TemporaryDirectory()
         self._worker: Worker | None = None
 
-    def draw(self, content: Mapping[str, bytes], name: str, spec: SamplerSpec, batch: int, task: Task) -> Drawn:
+    def draw(
+        self,
+        content: Mapping[str, bytes],
+        name: str,
+        spec: SamplerSpec,
+        batch: int,
+        told: Conditions | None,
+        task: Task,
+    ) -> Drawn:
         """Draw one shard with the engine `name` out of the files in `content`."""
         if self._worker is None:
             for file, data in content.items():
                 Path(self._folder.name, file).write_bytes(data)
-            self._worker = Worker(Path(self._folder.name, name), spec, batch)
+            self._worker = Worker(Path(self._folder.name, name), spec, batch, told)
         return self._worker.draw(task)
 
 
 def files_of(file: EngineFile) -> list[Path]:
-    """Return all files that an engine needs: plan, record, weights, and those of the engines that its record names."""
-    decoder = (file.about.get("decoder") or {}).get("engine")
+    """Return all files that an engine needs: plan, record, weights, texts, and those of engines its record names."""
+    decoder, texts = (
+        (file.about.get(part) or {}).get(key) for part, key in (("decoder", "engine"), ("conditions", "file"))
+    )
     beside = [*(file.about.get("relay") or {}).get("engines", ()), *([decoder] if decoder else [])]
     plans = [file.path, *(file.path.with_name(one["file"]) for one in beside)]
-    return [path for plan in plans for path in (plan, record_path(plan), weights_path(plan)) if path.exists()]
+    found = [path for plan in plans for path in (plan, record_path(plan), weights_path(plan)) if path.exists()]
+    return [*found, file.path.with_name(texts)] if texts else found
 
 
 def choose(
-    file: EngineFile, spec: SamplerSpec, batch: int, workers: int, address: str | None
+    file: EngineFile, spec: SamplerSpec, batch: int, told: Conditions | None, workers: int, address: str | None
 ) -> Callable[[Sequence[Task]], Iterator[Drawn]]:
     """Return who draws: Ray if there is an address, else as many processes as `workers`."""
     if address is not None:
-        return lambda tasks: on_ray(file, spec, batch, tasks, address)
+        return lambda tasks: on_ray(file, spec, batch, told, tasks, address)
     if workers > 1:
-        return lambda tasks: beside(file, spec, batch, tasks, workers)
-    return lambda tasks: here(file, spec, batch, tasks)
+        return lambda tasks: beside(file, spec, batch, told, tasks, workers)
+    return lambda tasks: here(file, spec, batch, told, tasks)

@@ -15,7 +15,7 @@ from engines import Engine, EngineFile
 from engines.relay import Relay
 from gaq_export import samplers, step_engine
 from gaq_export.conditions import Conditions, bind
-from gaq_export.denoiser import engine_denoiser
+from gaq_export.denoiser import Denoiser, engine_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.part_engines import IMAGES, LATENTS
 from gaq_export.provenance import conditions_of, shape_of
@@ -122,6 +122,11 @@ def image_shape(file: EngineFile) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def told_by(file: EngineFile) -> Conditions | None:
+    """Return what the engine's images are told unless asked otherwise, None if that is nothing."""
+    return conditions_of(file.about, file.path.parent)
+
+
 def by_engine(
     engine: Engine,
     file: EngineFile,
@@ -129,9 +134,20 @@ def by_engine(
     shape: tuple[int, int, int],
     spec: SamplerSpec,
     decode: Decode | None = None,
+    told: Conditions | None = None,
 ) -> Draw:
-    """Draw with an open engine; `decode` makes images of latents, see `open_decoder`."""
-    told = conditions_of(file.about)
+    """Draw with an open engine.
+
+    Args:
+        engine: the engine.
+        file: it was opened from.
+        schedule: the noise schedule.
+        shape: (C, H, W) of what the loop draws.
+        spec: the sampler.
+        decode: makes images of latents, see `open_decoder`.
+        told: what to draw; what the file says if None.
+    """
+    told = told or told_by(file)
     if file.about["graph"] == "step":
         return lambda seeds, tell: step_engine.run(
             engine,
@@ -144,7 +160,8 @@ def by_engine(
             schedule.clip,
         )
     kept = file.about.get("correction")
-    return by_network(engine_denoiser(engine), schedule, shape, spec, kept and Correction.from_json(kept), told, decode)
+    correction, network = kept and Correction.from_json(kept), engine_denoiser(engine)
+    return by_network(network, schedule, shape, spec, correction, told, decode, apart=True)
 
 
 def by_network(
@@ -155,16 +172,30 @@ def by_network(
     correction: Correction | None = None,
     told: Conditions | None = None,
     decode: Decode | None = None,
+    *,
+    apart: bool = False,
 ) -> Draw:
-    """Draw with anything called as (x, t), or (x, t, cond) if it is told something; its noise corrected."""
+    """Draw with anything called as (x, t), or (x, t, cond) if it is told something; its noise corrected.
+
+    With `apart` it is called twice for guidance, as engines are whose batch has an end.
+    """
 
     def draw(seeds: Sequence[int], tell: Callable[[], None]) -> Tensor:
-        bound = bind(network, told, seeds)
+        bound = bind(network, told, seeds, apart=apart)
         return samplers.run(
             bound, seeds, shape, schedule, spec, lambda step, x, t: tell(), correction=correction, decode=decode
         )
 
     return draw
+
+
+def noise_for(engine: Engine, file: EngineFile, schedule: NoiseSchedule, seeds: Sequence[int]) -> Denoiser:
+    """Make an open engine of either kind a denoiser for images of these seeds, with guidance if there is any."""
+    network, told = noise_of(engine, file, schedule), told_by(file)
+    if told is None or file.about["graph"] != "step":
+        return bind(network, told, seeds, apart=True)
+    feeds = told.feeds(seeds)
+    return lambda x, t, /: network(x, t, feeds)
 
 
 def noise_of(engine: Engine, file: EngineFile, schedule: NoiseSchedule) -> Callable[..., Tensor]:

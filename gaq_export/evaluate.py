@@ -12,7 +12,7 @@ from engines import EngineConfig
 from engines.machine import versions
 from gaq_export import drawing, evaluation, pipeline, provenance
 from gaq_export.building import build_float
-from gaq_export.conditions import refuse
+from gaq_export.conditions import bind
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import Figure
 from gaq_export.extractors import Extractor
@@ -89,8 +89,9 @@ def evaluate_engines(
             f"These engines are of different models or samplers ({sorted(specs)}); evaluate them one by one."
         )
     first = next(iter(opened.values()))
-    model, spec = provenance.model_of(first.about, model), drawing.sampler_of(first, None)
-    refuse(model.conditions, "evaluate")
+    if any(file.about.get("conditions") != first.about.get("conditions") for file in opened.values()):
+        raise GaqError("These engines are told different things, or with different guidance; evaluate them one by one.")
+    model, spec = provenance.model_of(first.about, model, first.path.parent), drawing.sampler_of(first, None)
     exact = build_float(model, out / "float.plan", sampler=spec, config=EngineConfig(backend=first.backend))
 
     def draw(name: str, path: Path, count: int, start: int) -> ImageSet:
@@ -119,14 +120,15 @@ def evaluate_engines(
             *evaluation.compare_sets(drawn, reference, extractor, out / "features"),
             *evaluation.compare_pairs(drawn, same),
         ]
+        seeds = range(seed, seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
         with drawing.open_engines(file) as engine:
             steps[name] = evaluation.compare_steps(
-                drawing.noise_of(engine, file, model.schedule),
-                model.network,
+                drawing.noise_for(engine, file, model.schedule, seeds),
+                bind(model.network, model.conditions, seeds),
                 model.schedule,
                 model.shape,
                 spec,
-                range(seed, seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2]))),
+                seeds,
             )
     return _write(out, rows, steps)
 

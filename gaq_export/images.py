@@ -79,6 +79,7 @@ def save_grid(
     path: Path,
     rows: Sequence[tuple[str, torch.Tensor]],
     metadata: Mapping[str, Any] | None = None,
+    heads: Sequence[str] = (),
 ) -> None:
     """Write labelled rows of images as one PNG, small images enlarged to whole multiples.
 
@@ -86,6 +87,7 @@ def save_grid(
         path: File to write; it appears whole or not at all.
         rows: Label and images (N, C, H, W) of each row; all images of one size, rows may differ in length.
         metadata: JSON object for the text chunk.
+        heads: What stands above the columns, cut to their width.
 
     Raises:
         GaqError: If there is nothing to draw, the sizes differ, or an image cannot be converted.
@@ -101,10 +103,17 @@ def save_grid(
     labels = [max((font.getlength(line) for line in label.splitlines()), default=0) for label, _ in rows]
     margin = int(max(labels)) + 2 * _GAP
     columns = max(len(images) for _, images in rows)
-    sheet = Image.new("RGB", (margin + columns * cell_w, len(rows) * cell_h + _GAP), "white")
+    head = 20 if heads else 0
+    sheet = Image.new("RGB", (margin + columns * cell_w, head + len(rows) * cell_h + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
+    for column, words in enumerate(heads):
+        while font.getlength(words) > width * factor:
+            words = words.removesuffix("…")[:-1] + "…"
+        draw.text(
+            (margin + column * cell_w + width * factor / 2, 4 + head / 2), words, fill="black", font=font, anchor="mm"
+        )
     for row, (label, images) in enumerate(rows):
-        top = row * cell_h + _GAP
+        top = head + row * cell_h + _GAP
         draw.multiline_text((_GAP, top + cell_h / 2), label, fill="black", font=font, anchor="lm")
         for column, image in enumerate(to_uint8(images)):
             picture = _to_pil(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)

@@ -5,7 +5,7 @@ module chooses the samples and adds what needs a sampler: how far the quantized 
 float one's, step by step, on trajectories that calibration did not see.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from calib.reconstruct import BlockResult
 from calib.recording import recorder
 from gaq_export import provenance, samplers
 from gaq_export.collect import GROUP, image_seed
+from gaq_export.conditions import bind
+from gaq_export.denoiser import Denoiser
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
 from gaq_export.parity import sqnr_db
@@ -112,10 +114,10 @@ def examine(
         raise GaqError(f"Found {images} images to measure with; ask for 1 or more.")
     model = provenance.rewritten(model, plan)
     float_network, network = model.network, fake_quantized(model.network, plan, activations=False)
-    blocks = diagnose.inspectable(float_network, plan, model.shape, model.schedule.num_train)
+    blocks = diagnose.inspectable(float_network, plan, model.shape, model.schedule.num_train, model.told)
     chosen = diagnose.choose(blocks, block)
     subset = weight_samples(data, plan.config, model.network)
-    few = _first_of_each_step(subset.data.take(subset.train), FEW)
+    few = _some_of_each_step(subset.data.take(subset.train), FEW)
     overview = []
     with recorder(float_network, network, few, plan.config.micro_batch) as recording:
         for i, b in enumerate(blocks):
@@ -167,21 +169,29 @@ def _look_into(
 
 
 def fidelity(model: LoadedModel, plan: QuantPlan, images: int, on_step: Told) -> Fidelity:
-    """Draw `images` fresh trajectories with the float model and run the quantized network beside it at every step."""
+    """Draw `images` fresh trajectories with the float model and run the quantized network beside it at every step.
+
+    With guidance it is the guided noise that is compared.
+    """
     schedule, spec = provenance.schedule_of(plan.about), SamplerSpec.from_json(plan.about["sampler"])
-    networks = [fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True)]
+    networks = [model.network, *(fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True))]
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
     groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]
     rows: list[list[list[float]]] = []  # network call, network, image
 
-    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
-        expected: Tensor = model.network(x, t)
-        rows.append([[sqnr_db(e, o) for e, o in zip(expected, net(x, t), strict=True)] for net in networks])
-        on_step("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
-        return expected
+    def beside(group: Sequence[int]) -> Denoiser:
+        exact, *others = (bind(network, model.conditions, group) for network in networks)
+
+        def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+            expected = exact(x, t)
+            rows.append([[sqnr_db(e, o) for e, o in zip(expected, net(x, t), strict=True)] for net in others])
+            on_step("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
+            return expected
+
+        return denoise
 
     for group in groups:
-        samplers.run(denoise, group, model.shape, schedule, spec)
+        samplers.run(beside(group), group, model.shape, schedule, spec)
     parts = [torch.tensor(rows[i * spec.steps : (i + 1) * spec.steps]) for i in range(len(groups))]
     weights, both = torch.cat(parts, 2).unbind(1)  # (S, 2, N) -> 2 x (S, N)
     return Fidelity(t=timesteps(spec, schedule.num_train), weights=weights, both=both)
@@ -195,15 +205,15 @@ def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_st
     """
     steps = torch.unique(data.step)
     chosen = steps[torch.linspace(0, len(steps) - 1, min(SENSED, len(steps))).round().long()]
-    few = _first_of_each_step(data.take(torch.isin(data.step, chosen).nonzero()[:, 0]), FEW)
+    few = _some_of_each_step(data.take(torch.isin(data.step, chosen).nonzero()[:, 0]), FEW)
     alone = {name: replace(plan, layers={name: layer}, products={}) for name, layer in plan.layers.items()}
     if plan.products:
         alone[PRODUCTS] = replace(plan, layers={})
     found: dict[str, float] = {}
     with torch.no_grad():
-        exact = model.network(few.x, few.t).double()
+        exact = model.network(*few.inputs()).double()
         for name, part in alone.items():
-            error = fake_quantized(model.network, part)(few.x, few.t).double() - exact
+            error = fake_quantized(model.network, part)(*few.inputs()).double() - exact
             found[name] = float(error.square().sum() / exact.square().sum())
             on_step("quantizing one layer alone", len(found), len(alone))
     return found
@@ -230,5 +240,7 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
     return tuple(found)
 
 
-def _first_of_each_step(data: CalibrationSet, count: int) -> CalibrationSet:
-    return data.take(torch.cat([(data.step == s).nonzero()[:count, 0] for s in torch.unique(data.step)]))
+def _some_of_each_step(data: CalibrationSet, count: int) -> CalibrationSet:
+    """Return `count` samples of each step, evenly spread: with guidance the first half of them is told nothing."""
+    members = [(data.step == s).nonzero()[:, 0] for s in torch.unique(data.step)]
+    return data.take(torch.cat([m[torch.linspace(0, len(m) - 1, min(count, len(m))).round().long()] for m in members]))

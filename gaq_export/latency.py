@@ -39,6 +39,8 @@ def step_times(
 ) -> dict[int, float]:
     """Return the milliseconds that BATCH images take at each width: medians of engines that run in turn.
 
+    With guidance that is a call with twice as many samples.
+
     Args:
         model: the float model.
         network: its network as it is going to be quantized.
@@ -48,13 +50,14 @@ def step_times(
         backend: the best present if None.
     """
     backend = backend or engines.best_backend()
-    conditions = {"backend": backend, "batch": BATCH, "widths": list(widths), "layers": list(layers)}
+    batch = BATCH if model.conditions is None or not model.conditions.guided else 2 * BATCH
+    conditions = {"backend": backend, "batch": batch, "widths": list(widths), "layers": list(layers)}
     if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8")))["conditions"] == conditions:
         return {int(bits): ms for bits, ms in found["milliseconds"].items()}
-    exported = ir.to_proto(export_float(network, model.shape))
+    exported = ir.to_proto(export_float(network, model.shape, model.told))
     with tempfile.TemporaryDirectory() as scratch:
         plans = {bits: None if bits == FLOAT_BITS else _rounded(network, layers, bits) for bits in widths}
-        runs = {bits: _engine(model, exported, plan, backend, Path(scratch)) for bits, plan in plans.items()}
+        runs = {bits: _engine(model, exported, plan, backend, batch, Path(scratch)) for bits, plan in plans.items()}
         seconds: dict[int, list[float]] = {bits: [] for bits in widths}
         for _ in range(WARM_UP + ROUNDS):
             for bits, run in runs.items():
@@ -67,7 +70,7 @@ def step_times(
 
 
 def _engine(
-    model: LoadedModel, exported: onnx.ModelProto, plan: QuantPlan | None, backend: str, scratch: Path
+    model: LoadedModel, exported: onnx.ModelProto, plan: QuantPlan | None, backend: str, batch: int, scratch: Path
 ) -> Callable[[], object]:
     """Build the engine of the float graph or of a plan for it, and return what runs it once."""
     profile, graph = find_profile(engines.find_backend(backend).profile), ir.from_proto(exported)
@@ -76,10 +79,11 @@ def _engine(
     if profile.opened:
         open_up(graph)
     save_onnx(graph, scratch / "unet.onnx")
-    config = EngineConfig(backend=backend, batch=(BATCH, BATCH, BATCH))
+    config = EngineConfig(backend=backend, batch=(batch, batch, batch))
     engine = engines.open_engine(engines.build(scratch / "unet.onnx", scratch / "unet.plan", config))
-    x = np.random.default_rng(0).standard_normal((BATCH, *model.shape), np.float32)
-    feeds = {"x": x, "t": np.full(BATCH, model.schedule.num_train // 2)}
+    x = np.random.default_rng(0).standard_normal((batch, *model.shape), np.float32)
+    told = {name: row.expand(batch, *row.shape[1:]).numpy() for name, row in model.told.items()}
+    feeds = {"x": x, "t": np.full(batch, model.schedule.num_train // 2), **told}
     return lambda: engine(feeds)
 
 

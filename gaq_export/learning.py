@@ -22,8 +22,8 @@ from calib.plan import QuantPlan, StepBits
 from calib.progress import Progress
 from calib.progressive import Progressive
 from gaq_export import corrections, samplers
-from gaq_export.collect import collect, image_seed
-from gaq_export.conditions import refuse
+from gaq_export.collect import as_steps_are_told, collect, image_seed
+from gaq_export.conditions import Guided, bind
 from gaq_export.models import LoadedModel
 from gaq_export.schedule import SamplerSpec
 
@@ -55,8 +55,7 @@ def learn(
         on_progress: told after every iteration and block.
         on_step: told how many sampling steps something was measured at, of how many.
     """
-    guided = model.conditions is not None and model.conditions.guided
-    images = int(torch.bincount(data.step)[0]) // (2 if guided else 1)
+    images = _images(model, data)
     own, plan = data, None
     for k in range(config.rounds):
         place = folder if k == 0 else folder.with_name(f"{folder.name}-round-{k + 1}")
@@ -83,18 +82,21 @@ def _finish(model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, data: Calibr
     if config.activation.narrower:
         plan = replace(plan, step_bits=_step_bits(model, plan, data))
     if config.activation.trajectory == "quantized":
-        refuse(model.conditions, "a recipe that follows the quantized network")
         network = Progressive(model.network, plan)
-        seeds = [image_seed(config.seed, i) for i in range(int(torch.bincount(data.step)[0]))]
-        samplers.run(
-            network, seeds, model.shape, model.schedule, spec, lambda step, x, t: on_step(step + 1, spec.steps)
-        )
+        seeds = [image_seed(config.seed, i) for i in range(_images(model, data))]
+        bound = bind(network, model.conditions, seeds)
+        samplers.run(bound, seeds, model.shape, model.schedule, spec, lambda step, x, t: on_step(step + 1, spec.steps))
         plan = network.plan
     if config.correction.rule != "none":
-        refuse(model.conditions, f"the correction {config.correction.rule}")
         fake = fake_quantized(model.network, plan)
         plan = replace(plan, correction=corrections.measure(model, fake, spec, data, config, on_step))
     return plan
+
+
+def _images(model: LoadedModel, data: CalibrationSet) -> int:
+    """Return how many images the samples of each step are of: with guidance there are two of each."""
+    guided = model.conditions is not None and model.conditions.guided
+    return int(torch.bincount(data.step)[0]) // (2 if guided else 1)
 
 
 def _step_bits(model: LoadedModel, plan: QuantPlan, data: CalibrationSet) -> StepBits:
@@ -103,4 +105,7 @@ def _step_bits(model: LoadedModel, plan: QuantPlan, data: CalibrationSet) -> Ste
     if window is not None:
         return step_bits.by_window(plan, window)
     kept = model.schedule.alpha_bar[plan.timesteps]
-    return step_bits.by_ratio(model.network, plan, data, (10 * torch.log10(kept / (1 - kept))).tolist())
+    required = (10 * torch.log10(kept / (1 - kept))).tolist()
+    if model.conditions is None or not model.conditions.guided:
+        return step_bits.by_ratio(model.network, plan, data, required)
+    return step_bits.by_ratio(model.network, plan, as_steps_are_told(data, model.conditions), required, Guided)

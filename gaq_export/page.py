@@ -21,6 +21,8 @@ from calib.reconstruct import BlockResult
 from gaq_export import __version__, figures, html
 from gaq_export.inspection import Fidelity, Inspection, LayerRange
 
+LISTED = 12  # things told, of more the last
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -76,6 +78,7 @@ def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]
         "model": f"{model['name']} ({model['source']}), weights {model['fingerprint'][:12]}",
         "bits": f"{config.weight.bits}-bit weights, {config.activation.bits}-bit activations",
         "sampler": f"{sampler['name']}, {sampler['steps']} steps, {sampler['spacing']} spacing{eta}",
+        **_told(plan),
         "samples": f"{origin.settings['images']} images; {found.train} training and {found.validation} validation "
         "samples for the weights",
         "rounding": f"{fit.iterations} iterations a block, batch {fit.batch}, learning rate {fit.learning_rate:g}",
@@ -84,6 +87,17 @@ def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]
         "blocks": f"{len(plan.blocks)}, {sum(b.rounding == 'nearest' for b in plan.blocks)} of them rounded to nearest",
         "seed": f"{config.seed}",
     }
+
+
+def _told(plan: QuantPlan) -> dict[str, str]:
+    """Return what images are told, if they are told anything."""
+    told = plan.about.get("conditions")
+    if told is None:
+        return {}
+    names = told["names"]
+    names = names if len(names) <= LISTED else [*names[:LISTED], "...", names[-1]]
+    guidance = "no guidance" if told["guidance"] == 1 else f"guidance {told['guidance']:g}"
+    return {"told": f"{', '.join(names)}; {guidance}"}
 
 
 def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from gaq_export import crew, drawing, inspection, latency, page, provenance, sam
 from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
-from gaq_export.conditions import refuse
+from gaq_export.conditions import Conditions
 from gaq_export.errors import GaqError
 from gaq_export.inspection import Inspection
 from gaq_export.learning import learn
@@ -76,9 +76,13 @@ def calibrate(
     run, spec = Run(folder=Path(folder)), sampler or model.spec.sampler
     about = provenance.describe(model, spec)
     settings = {"model": about["model"], "sampler": about["sampler"], "images": chosen.images}
+    if model.conditions is not None:
+        settings["conditions"] = model.conditions.sha256
     runs.begin(run, settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))})
     if run.plan.exists():
         return load_plan(run.plan)
+    if model.conditions is not None:
+        model.conditions.save(run.folder)
     started = time.perf_counter()
     seed = chosen.config.seed
     data = collect(model, spec, images=chosen.images, seed=seed, folder=run.calibration, on_step=on_collect)
@@ -126,6 +130,7 @@ def sample(
     sampler: SamplerSpec | None = None,
     out: str | Path = "samples",
     compare: bool = False,
+    told: Conditions | None = None,
     model: LoadedModel | None = None,
     on_step: Callable[[str, int, int], None] = lambda who, done, total: None,
 ) -> Sampled:
@@ -139,6 +144,7 @@ def sample(
         sampler: how to draw; what the engine file says if None. An engine of steps knows no other.
         out: folder for the pictures.
         compare: draw the same images with the float model too, side by side with PSNR.
+        told: what to draw; what the engine file says if None.
         model: the float model for `compare`; found again from the engine file if None.
         on_step: told who draws ("engine" or "float") and how many network calls are done, of how many.
 
@@ -155,19 +161,19 @@ def sample(
     size = file.batch[1] if batch is None else batch
     seeds = tuple(range(seed, seed + num))
     samples.check_writable(Path(out))
-    float_model = provenance.model_of(file.about, model) if compare else None
+    told = told or drawing.told_by(file)
+    float_model = provenance.model_of(file.about, model, file.path.parent) if compare else None
     with drawing.open_engines(file) as opened, drawing.open_decoder(file) as decode:
         started = time.perf_counter()
-        some = drawing.by_engine(opened, file, schedule, shape, spec, decode)
+        some = drawing.by_engine(opened, file, schedule, shape, spec, decode, told)
         drawn = samples.draw(some, seeds, size, spec.steps, partial(on_step, "engine"))
         seconds = time.perf_counter() - started
     reference = None
     if float_model is not None:
-        told = provenance.conditions_of(file.about)
         decode = drawing.decoding(float_model.decoder)
         some = drawing.by_network(float_model.network, schedule, shape, spec, told=told, decode=decode)
         reference = samples.draw(some, seeds, size, spec.steps, partial(on_step, "float"))
-    return samples.write(Path(out), file, spec, seeds, drawn, reference, seconds)
+    return samples.write(Path(out), file, spec, told, seeds, drawn, reference, seconds)
 
 
 def sample_shards(
@@ -179,6 +185,7 @@ def sample_shards(
     sampler: SamplerSpec | None = None,
     out: str | Path = "samples",
     shard: int = 256,
+    told: Conditions | None = None,
     workers: int = 1,
     ray: str | None = None,
     on_images: Callable[[int, int], None] = lambda done, total: None,
@@ -193,6 +200,7 @@ def sample_shards(
         sampler: as for `sample`.
         out: folder for the files, see `gaq_export.shards`.
         shard: images in a file.
+        told: as for `sample`.
         workers: processes that draw, one thread each.
         ray: address of a Ray cluster that draws instead, or "local".
         on_images: told how many images there are, of how many.
@@ -209,19 +217,20 @@ def sample_shards(
     if not file.batch[0] <= size <= file.batch[2]:
         raise GaqError(f"Found {size} images at a time; this engine takes {file.batch[0]} to {file.batch[2]}.")
     samples.check_writable(out)
-    conditions = samples.conditions(file, spec)
+    told = told or drawing.told_by(file)
+    conditions = samples.conditions(file, spec, told)
     order = shards.Order(num=num, seed=seed, shard=shard, batch=size, conditions=conditions)
     shards.claim(out, order)
     todo = shards.missing(out, order)
     done = num - sum(len(order.seeds(index)) for index in todo)
     started, drawn = time.perf_counter(), 0
     on_images(done, num)
-    draw = crew.choose(file, spec, size, min(workers, len(todo)), ray)
+    draw = crew.choose(file, spec, size, told, min(workers, len(todo)), ray)
     for index, images in draw([(index, order.seeds(index)) for index in todo]) if todo else ():
         shards.write_shard(out, order, index, images)
         drawn += len(images)
         on_images(done + drawn, num)
-    grid = samples.write_overview(out, file, conditions, next(shards.read_shards(out))[0])
+    grid = samples.write_overview(out, file, conditions, told, *next(shards.read_shards(out)))
     return Streamed(
         folder=out, grid=grid, drawn=drawn, seconds=time.perf_counter() - started, digest=shards.digest(out)
     )
@@ -251,7 +260,7 @@ def inspect(
     """
     run = Run(folder=Path(folder))
     plan, path = load_plan(run.plan), Path(out or run.page)
-    model = provenance.model_of(plan.about, model)
+    model = provenance.model_of(plan.about, model, run.folder)
     found, origin = examine(run, plan, model, path, block=block, images=images, on_step=on_step)
     write_atomically(path, page.render(plan, found, origin).encode())
     return path
@@ -268,7 +277,6 @@ def examine(
     on_step: Callable[[str, int, int], None],
 ) -> tuple[Inspection, page.Origin]:
     """Measure what a page about a calibration shows, the arguments as for `inspect`; scratch files lie beside `out`."""
-    refuse(model.conditions, "a page about its calibration")
     settings, journal = runs.recall(run)
     with runs.staging(out) as staged:
         data = collect(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,10 +57,10 @@ def schedule_of(about: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule(alpha_bar=alpha_bar, clip=fields["clip"], variance=fields["variance"], last=last)
 
 
-def conditions_of(about: Mapping[str, Any]) -> Conditions | None:
-    """Return what images are told, None if that is nothing."""
+def conditions_of(about: Mapping[str, Any], folder: Path) -> Conditions | None:
+    """Return what images are told, None if that is nothing; `folder` is the plan's or the engine file's."""
     kept = about.get("conditions")
-    return None if kept is None else Conditions.from_json(kept)
+    return None if kept is None else Conditions.from_json(kept, folder)
 
 
 def shape_of(about: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -76,14 +77,19 @@ def architecture_of(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"in_channels": channels, "out_channels": channels, "sample_size": size} | known
 
 
-def model_of(about: Mapping[str, Any], model: LoadedModel | None) -> LoadedModel:
-    """Return the float model that `about` describes, found again unless given; raise GaqError for any other."""
+def model_of(about: Mapping[str, Any], model: LoadedModel | None, folder: Path) -> LoadedModel:
+    """Return the float model that `about` describes, told the same; raise GaqError if it is not to be had.
+
+    Args:
+        about: what a plan or an engine file says.
+        model: the model; found again if None.
+        folder: the plan's or the engine file's.
+    """
     wanted = about["model"]
     if model is None:
         if wanted["source"] == "module":
             raise GaqError(f"{wanted['name']!r} is a module of your own: call this from Python with model=wrap(...).")
         model = load_model(wanted["name"], wanted["source"])
-        model = replace(model, conditions=conditions_of(about))
     if model.fingerprint != wanted["fingerprint"]:
         raise GaqError(
             f"This plan belongs to another model: it was made from {wanted['name']} with weights "
@@ -96,7 +102,7 @@ def model_of(about: Mapping[str, Any], model: LoadedModel | None) -> LoadedModel
             f"{wanted['name']} was calibrated with a decoder of latents, weights {decoder['fingerprint'][:12]}, from "
             f"{decoder['source']}; found {found} with this model. Calibrate again, in another run folder."
         )
-    return model
+    return replace(model, conditions=conditions_of(about, folder))
 
 
 def rewritten(model: LoadedModel, plan: QuantPlan) -> LoadedModel:

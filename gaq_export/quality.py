@@ -30,7 +30,8 @@ from calib.plan import QuantPlan
 from calib.surgery import operate
 from engines import EngineConfig
 from gaq_export import drawing, frechet, samplers, samples
-from gaq_export.denoiser import Denoiser, engine_denoiser
+from gaq_export.conditions import Told, bind
+from gaq_export.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.frechet import Classifier, Moments
 from gaq_export.images import psnr
@@ -42,6 +43,7 @@ from gaq_export.qdq import insert_qdq, save_onnx
 HELD_OUT = 16  # trajectories on which the predicted noise is compared
 BATCH = 8  # samples a call: more leave the cache and take a fifth longer
 FIRST_SEEDS = {"same": 10_000, "reference": 20_000, "other": 30_000}  # of the sets of float images
+HELD_OUT_SEEDS = range(FIRST_SEEDS["same"], FIRST_SEEDS["same"] + HELD_OUT)
 DRAWS = ("engine", "pytorch")
 BACKEND = "openvino"
 
@@ -79,7 +81,7 @@ def prepare(y: Yardstick) -> None:
         return
     facts: dict[str, Any] = {"signal": _held_out(y)["epsilon"].double().square().flatten(1).sum(1).tolist()}
     if y.draw == "engine":
-        save_onnx(export_float(y.model.network, y.model.shape), _float_graph(y))
+        save_onnx(export_float(y.model.network, y.model.shape, y.model.told), _float_graph(y))
     if y.images:
         sets = _float_images(y)
         if y.data:
@@ -95,13 +97,15 @@ def facts(y: Yardstick) -> dict[str, Any]:
     return found
 
 
-def noise_errors(y: Yardstick, network: Denoiser, correction: Correction | None = None) -> list[float]:
+def noise_errors(y: Yardstick, network: Told, correction: Correction | None = None) -> list[float]:
     """Return the squared error of the predicted noise at each sampling step, summed over the held-out images."""
     held, errors = _held_out(y), []
+    starts = range(0, HELD_OUT, BATCH)
+    bound = [bind(network, y.model.conditions, HELD_OUT_SEEDS[i : i + BATCH], apart=True) for i in starts]
     with torch.no_grad():
         for step, (x, t, expected) in enumerate(zip(held["x"], held["t"], held["epsilon"], strict=True)):
-            parts = zip(x.split(BATCH), t.split(BATCH), strict=True)
-            found = torch.cat([network(*part) for part in parts]).double()
+            parts = zip(bound, x.split(BATCH), t.split(BATCH), strict=True)
+            found = torch.cat([denoise(some, times) for denoise, some, times in parts]).double()
             if correction is not None:
                 gain, bias = (torch.tensor(rows[step])[:, None, None] for rows in (correction.gain, correction.bias))
                 found = gain * (found - bias)
@@ -110,7 +114,7 @@ def noise_errors(y: Yardstick, network: Denoiser, correction: Correction | None 
 
 
 @contextmanager
-def quantized(y: Yardstick, plan: QuantPlan) -> Iterator[Denoiser]:
+def quantized(y: Yardstick, plan: QuantPlan) -> Iterator[Told]:
     """Yield what the plan makes of the network: an engine for one thread, forgotten afterwards, or in PyTorch.
 
     A plan whose steps differ in activation bits is no one engine, and is computed in PyTorch.
@@ -120,7 +124,7 @@ def quantized(y: Yardstick, plan: QuantPlan) -> Iterator[Denoiser]:
         return
     network = operate(y.model.network, plan.surgery)
     known = network is y.model.network
-    graph = ir.load(_float_graph(y)) if known else export_float(network, y.model.shape)
+    graph = ir.load(_float_graph(y)) if known else export_float(network, y.model.shape, y.model.told)
     graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
     config = EngineConfig(backend=BACKEND, batch=(1, BATCH, BATCH), threads=1)
     with tempfile.TemporaryDirectory(dir=y.folder) as scratch:
@@ -130,7 +134,7 @@ def quantized(y: Yardstick, plan: QuantPlan) -> Iterator[Denoiser]:
             yield engine_denoiser(opened)
 
 
-def pictures(y: Yardstick, network: Denoiser, correction: Correction | None = None) -> Tensor:
+def pictures(y: Yardstick, network: Told, correction: Correction | None = None) -> Tensor:
     """Draw from the noise of the float network's images, (N, C, H, W) in [-1, 1]."""
     return _draw(y, network, _seeds(y, "same"), correction)
 
@@ -150,11 +154,19 @@ def _seeds(y: Yardstick, name: str) -> range:
     return range(FIRST_SEEDS[name], FIRST_SEEDS[name] + y.images)
 
 
-def _draw(y: Yardstick, network: Denoiser, seeds: Sequence[int], correction: Correction | None = None) -> Tensor:
+def _draw(y: Yardstick, network: Told, seeds: Sequence[int], correction: Correction | None = None) -> Tensor:
     model = y.model
     spec = model.spec.sampler
-    decode = drawing.decoding(model.decoder)
-    some = drawing.by_network(network, model.schedule, model.shape, spec, correction, decode=decode)
+    some = drawing.by_network(
+        network,
+        model.schedule,
+        model.shape,
+        spec,
+        correction,
+        model.conditions,
+        drawing.decoding(model.decoder),
+        apart=True,
+    )
     return samples.draw(some, seeds, BATCH, spec.steps, lambda done, total: None)
 
 
@@ -172,12 +184,12 @@ def _held_out(y: Yardstick) -> dict[str, Tensor]:
     if path.is_file():
         return read_safetensors(path)[1]
     model, seen = y.model, list[tuple[Tensor, Tensor]]()
-    seeds = range(FIRST_SEEDS["same"], FIRST_SEEDS["same"] + HELD_OUT)
+    network = bind(model.network, model.conditions, HELD_OUT_SEEDS, apart=True)
     samplers.run(
-        model.network, seeds, model.shape, model.schedule, model.spec.sampler, lambda _, x, t: seen.append((x, t))
+        network, HELD_OUT_SEEDS, model.shape, model.schedule, model.spec.sampler, lambda _, x, t: seen.append((x, t))
     )
     with torch.no_grad():
-        epsilon = torch.stack([model.network(x, t) for x, t in seen])
+        epsilon = torch.stack([network(x, t) for x, t in seen])
     held = {"x": torch.stack([x for x, _ in seen]), "t": torch.stack([t for _, t in seen]), "epsilon": epsilon}
     write_atomically(path, save(held))
     return held

@@ -26,6 +26,7 @@ from engines import EngineConfig, EngineFile
 from gaq_export import drawing, evaluation, pipeline, provenance, samples
 from gaq_export import run as runs
 from gaq_export.building import build_float
+from gaq_export.conditions import bind
 from gaq_export.denoiser import Denoiser
 from gaq_export.drawing import Draw
 from gaq_export.errors import GaqError
@@ -38,6 +39,7 @@ from gaq_export.schedule import SamplerSpec
 from gaq_export.timing import take_turns
 
 Told = Callable[[str, int, int], None]
+NoiseFor = Callable[[Sequence[int]], Denoiser]  # what predicts the noise in images of these seeds
 PYTORCH = "PyTorch, float"
 
 
@@ -63,9 +65,13 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Pictures (N, C, H, W) in [-1, 1] from the same noise, and SQNR in dB at each step along both trajectories."""
+    """Pictures (N, C, H, W) in [-1, 1] from the same noise, and SQNR in dB at each step along both trajectories.
+
+    `told` is what each picture was told, for people; () if nothing.
+    """
 
     seeds: tuple[int, ...]
+    told: tuple[str, ...]
     quantized: Tensor
     exact: Tensor
     steps: Mapping[str, Sequence[float]]
@@ -133,16 +139,16 @@ def measure(
     run = Run(folder=folder)
     plan, (_, journal) = load_plan(run.plan), runs.recall(run)
     file = _engine_of(run, journal, engine)
-    found, model = _evaluation_of(judged, file), provenance.model_of(plan.about, model)
+    found, model = _evaluation_of(judged, file), provenance.model_of(plan.about, model, folder)
     others = drawing.others_of(file)
     inside, origin = pipeline.examine(run, plan, model, out, block=block, images=images, on_step=on_step)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         config = EngineConfig(backend=file.backend, batch=file.batch, targets=file.targets, threads=file.threads)
         spec = drawing.sampler_of(file, None)
         exact = build_float(model, Path(scratch) / "float.plan", sampler=spec, config=config)
-        with _opened(file, model, plan) as quantized:
-            drawn = _draw(file, model, quantized, images, on_step)
-            speed = _time(file, exact, model, plan, quantized[0], rounds, on_step)
+        with _opened(file, model, plan) as (draw, noise_for):
+            drawn = _draw(file, model, draw, noise_for, images, on_step)
+            speed = _time(file, exact, model, plan, draw, rounds, on_step)
         sizes = (_sizes(file, *others), _sizes(exact))
     return Report(
         plan=plan,
@@ -185,35 +191,37 @@ def _evaluation_of(folder: Path | None, file: EngineFile) -> Evaluation | None:
 
 
 @contextmanager
-def _opened(file: EngineFile, model: LoadedModel, plan: QuantPlan) -> Iterator[tuple[Draw, Denoiser]]:
-    """Yield what draws and what predicts: the engine, or the plan in PyTorch where the engine cannot run."""
+def _opened(file: EngineFile, model: LoadedModel, plan: QuantPlan) -> Iterator[tuple[Draw, NoiseFor]]:
+    """Yield what draws, and what predicts for images of given seeds: the engine, or PyTorch where it cannot run."""
     spec, schedule = drawing.sampler_of(file, None), model.schedule
     if not engines.find_backend(file.backend).can_run():
         with drawing.open_engines(file) as engine, drawing.open_decoder(file) as decode:
             draw = drawing.by_engine(engine, file, schedule, model.shape, spec, decode)
-            yield draw, drawing.noise_of(engine, file, schedule)
+            yield draw, partial(drawing.noise_for, engine, file, schedule)
         return
     network, kept = fake_quantized(model.network, plan), file.about["correction"]
-    correction = kept and Correction.from_json(kept)
-    decode = drawing.decoding(model.decoder)
-    yield drawing.by_network(network, schedule, model.shape, spec, correction, decode=decode), network
+    correction, decode = kept and Correction.from_json(kept), drawing.decoding(model.decoder)
+    draw = drawing.by_network(network, schedule, model.shape, spec, correction, model.conditions, decode)
+    yield draw, partial(bind, network, model.conditions)
 
 
 def _by_float(model: LoadedModel, spec: SamplerSpec) -> Draw:
     decode = drawing.decoding(model.decoder)
-    return drawing.by_network(model.network, model.schedule, model.shape, spec, decode=decode)
+    return drawing.by_network(model.network, model.schedule, model.shape, spec, told=model.conditions, decode=decode)
 
 
-def _draw(file: EngineFile, model: LoadedModel, quantized: tuple[Draw, Denoiser], images: int, on_step: Told) -> Drawn:
+def _draw(file: EngineFile, model: LoadedModel, draw: Draw, noise_for: NoiseFor, images: int, on_step: Told) -> Drawn:
     spec, seeds = drawing.sampler_of(file, None), tuple(range(images))
     by_float = _by_float(model, spec)
     pictures, exact = (
         samples.draw(by, seeds, file.batch[1], spec.steps, partial(on_step, f"drawing ({who}), step"))
-        for who, by in (("quantized", quantized[0]), ("float", by_float))
+        for who, by in (("quantized", draw), ("float", by_float))
     )
     together = range(max(file.batch[0], min(images, file.batch[2])))
-    steps = evaluation.compare_steps(quantized[1], model.network, model.schedule, model.shape, spec, together)
-    return Drawn(seeds=seeds, quantized=pictures, exact=exact, steps=steps)
+    exactly = bind(model.network, model.conditions, together)
+    steps = evaluation.compare_steps(noise_for(together), exactly, model.schedule, model.shape, spec, together)
+    told = () if model.conditions is None else tuple(map(model.conditions.name_of, seeds))
+    return Drawn(seeds=seeds, told=told, quantized=pictures, exact=exact, steps=steps)
 
 
 def _time(

@@ -70,10 +70,12 @@ def _pictures_section(found: Report) -> str:
         f"times as large, with grey for none. {who} draws in {len(drawn.steps['float trajectory'])} steps. A picture "
         "can be as good and yet another one: a low PSNR says that it differs, not that it is worse."
     )
-    rows = zip(drawn.seeds, drawn.exact, drawn.quantized, psnr(drawn.quantized, drawn.exact).tolist(), strict=True)
+    told = [f", told {name}" for name in drawn.told] or [""] * len(drawn.seeds)
+    near = psnr(drawn.quantized, drawn.exact).tolist()
+    rows = zip(drawn.seeds, told, drawn.exact, drawn.quantized, near, strict=True)
     shown = [
-        (encode_row((exact, picture, (GAIN * (picture - exact) / 2).clamp(-1, 1))), f"seed {seed}: {db:.1f} dB")
-        for seed, exact, picture, db in rows
+        (encode_row((exact, picture, (GAIN * (picture - exact) / 2).clamp(-1, 1))), f"seed {seed}{words}: {db:.1f} dB")
+        for seed, words, exact, picture, db in rows
     ]
     return html.section("Does it draw the same pictures?", html.text(text), html.pictures(shown))
 

@@ -1,6 +1,7 @@
 """Drawing images in batches, and writing them down with everything needed to draw them again."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +14,11 @@ from torch import Tensor
 from calib.files import write_atomically
 from engines import EngineFile
 from gaq_export import images
+from gaq_export.conditions import Conditions
 from gaq_export.errors import GaqError
 from gaq_export.schedule import SamplerSpec
 
-GRID_COLUMNS = 16
+GRID_COLUMNS, WORDS = 16, 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,54 +87,75 @@ def draw(
     return torch.cat(parts)
 
 
-def conditions(file: EngineFile, spec: SamplerSpec) -> dict[str, Any]:
+def conditions(file: EngineFile, spec: SamplerSpec, told: Conditions | None) -> dict[str, Any]:
     """Return what images of an engine depend on, but for seeds and batch."""
     about = file.about["model"]
     decoder = (file.about.get("decoder") or {}).get("engine")
     further = {} if decoder is None else {"decoder_sha256": decoder["sha256"]}
-    return further | {
-        "model": about["name"],
-        "meaningless": about["meaningless"],
-        "backend": file.backend,
-        "bits": file.about["bits"],
-        "engine_sha256": file.sha256,
-        "sampler": asdict(spec),
-    }
+    asked = {} if told is None else {"told": list(told.names), "guidance": told.guidance, "told_sha256": told.sha256}
+    return (
+        asked
+        | further
+        | {
+            "model": about["name"],
+            "meaningless": about["meaningless"],
+            "backend": file.backend,
+            "bits": file.about["bits"],
+            "engine_sha256": file.sha256,
+            "sampler": asdict(spec),
+        }
+    )
 
 
-def write_overview(out: Path, file: EngineFile, made: dict[str, Any], first: Tensor) -> Path:
+def write_overview(
+    out: Path, file: EngineFile, made: dict[str, Any], told: Conditions | None, first: Tensor, seeds: Tensor
+) -> Path:
     """Write the grid of the first images, uint8, of a folder of shards, and return its path."""
     grid = out / "grid.png"
     row = (file.about["bits"] + "\n" + file.backend, first[:GRID_COLUMNS].float() / 127.5 - 1)
-    images.save_grid(grid, [row], made)
+    images.save_grid(grid, [row], made, _names(told, seeds.tolist()))
     return grid
+
+
+def _names(told: Conditions | None, seeds: Sequence[int]) -> list[str]:
+    """Return what the grid's images are told, nothing if they are told nothing."""
+    return [] if told is None else [told.name_of(seed) for seed in seeds[:GRID_COLUMNS]]
+
+
+def _stem(told: Conditions | None, seed: int) -> str:
+    """Return what an image's file is called: its seed, and in short what it is told."""
+    words = "" if told is None else re.sub(r"[^a-z0-9]+", "-", told.name_of(seed).lower())[:WORDS].strip("-")
+    return f"{seed:06d}-{words}" if words else f"{seed:06d}"
 
 
 def write(
     out: Path,
     file: EngineFile,
     spec: SamplerSpec,
+    told: Conditions | None,
     seeds: tuple[int, ...],
     drawn: Tensor,
     reference: Tensor | None,
     seconds: float,
 ) -> Sampled:
     """Write one PNG an image, the grid and samples.json."""
-    about, made = file.about["model"], conditions(file, spec)
+    about, made = file.about["model"], conditions(file, spec, told)
+    own = [{"seed": seed} if told is None else {"seed": seed, "told": told.name_of(seed)} for seed in seeds]
     psnr = None if reference is None else tuple(images.psnr(drawn, reference).tolist())
     for i, (seed, image) in enumerate(zip(seeds, drawn, strict=True)):
-        images.save_png(out / f"{seed:06d}.png", image, {**made, "seed": seed})
+        images.save_png(out / f"{_stem(told, seed)}.png", image, made | own[i])
         if reference is not None:
-            images.save_png(out / f"{seed:06d}-float.png", reference[i], {**made, "backend": "float", "seed": seed})
+            images.save_png(out / f"{_stem(told, seed)}-float.png", reference[i], made | {"backend": "float"} | own[i])
     shown = min(len(drawn), GRID_COLUMNS)
     rows = [] if reference is None else [("float", reference[:shown])]
     grid = out / "grid.png"
-    images.save_grid(grid, [*rows, (file.about["bits"] + "\n" + file.backend, drawn[:shown])], made)
+    rows.append((file.about["bits"] + "\n" + file.backend, drawn[:shown]))
+    images.save_grid(grid, rows, made, _names(told, seeds))
     record = {
         **made,
         "seconds": round(seconds, 3),
         "images": [
-            {"seed": s, "file": f"{s:06d}.png"} | ({} if psnr is None else {"psnr_db": round(psnr[i], 3)})
+            own[i] | {"file": f"{_stem(told, s)}.png"} | ({} if psnr is None else {"psnr_db": round(psnr[i], 3)})
             for i, s in enumerate(seeds)
         ],
     }

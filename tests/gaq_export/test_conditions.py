@@ -1,5 +1,7 @@
 """What images are told: the same whoever draws them, guidance as published, and the same in every engine."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +11,16 @@ from torch import Tensor
 
 import engines
 from calib.calibrate import calibrate
+from calib.errors import CalibError
 from calib.fakequant import fake_quantized
+from calib.plan import load_plan
 from engines import EngineConfig
-from gaq_export import conditions, pipeline, samplers, step_engine
+from gaq_export import conditions, crew, pipeline, samplers, shards, step_engine
 from gaq_export.collect import collect, image_seed
 from gaq_export.conditions import Conditions, bind
 from gaq_export.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
+from gaq_export.images import psnr
 from gaq_export.models import LoadedModel, wrap
 from gaq_export.onnx_export import export_float
 from gaq_export.parity import TOLERANCES, compare, sqnr_db
@@ -153,13 +158,35 @@ def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
         )
         assert built.parity is not None
         assert built.parity.passed
-        assert Conditions.from_json(built.file.about["conditions"]).sha256 == told.sha256
+        assert Conditions.from_json(built.file.about["conditions"], tmp_path).sha256 == told.sha256
         drawn = pipeline.sample(built.file.path, num=3, out=tmp_path / graph, compare=True, model=model)
         assert drawn.psnr_db is not None
         assert min(drawn.psnr_db) > 10
-    with pytest.raises(GaqError, match="is told what to draw, and a page about its calibration cannot"):
-        pipeline.inspect(folder=run, model=model)
-    with pytest.raises(GaqError, match="is told what to draw, and the correction ptqd cannot"):
-        pipeline.calibrate(model, pipeline.preset("tiny", correction="ptqd"), folder=tmp_path / "corrected")
-    with pytest.raises(GaqError, match="Only classes can be written into a plan so far, no texts"):
-        pipeline.calibrate(made("text", texts(3.0)), pipeline.preset("tiny"), folder=tmp_path / "text")
+
+
+def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
+    told = texts(3.0)
+    model, run, home = made("text", told), tmp_path / "run", tmp_path / "engine"
+    pipeline.calibrate(model, pipeline.preset("tiny", recipe="rtn"), folder=run)
+    assert "rows" not in load_plan(run / "plan.safetensors").about["conditions"]
+    settings = EngineConfig(backend="openvino", threads=1)
+    home.mkdir()
+    file = pipeline.build_engine(folder=run, out=home / "unet.plan", config=settings, model=model).file
+    shutil.rmtree(run)
+    drawn = pipeline.sample(file.path, num=4, out=tmp_path / "samples", compare=True, model=model)
+    assert drawn.psnr_db is not None
+    assert min(drawn.psnr_db) > 10
+    made_of = json.loads((tmp_path / "samples" / "samples.json").read_text())
+    assert [row["file"] for row in made_of["images"]][2:] == ["000002-a-tree.png", "000003-a-cat.png"]
+    assert made_of["images"][3]["told"] == "a cat"
+    only_dogs = replace(told, names=("a dog",), rows={name: row[1:2] for name, row in told.rows.items()})
+    streamed = pipeline.sample_shards(
+        file.path, num=4, shard=2, workers=2, told=only_dogs, out=tmp_path / "shards", batch=2
+    )
+    assert streamed.drawn == 4
+    dog = next(shards.read_shards(tmp_path / "shards"))[0][1]
+    assert float(psnr(dog[None].float() / 127.5 - 1, drawn.images[1:2])[0]) > 40
+    assert home / told.file in crew.files_of(file)
+    (home / told.file).write_bytes(b"")
+    with pytest.raises(CalibError, match="told-"):
+        pipeline.sample(file.path, num=1, out=tmp_path / "samples", model=model)

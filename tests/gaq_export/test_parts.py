@@ -206,13 +206,13 @@ def test_the_same_decoder_is_found_again_or_missed(pipelines: dict[str, Path], t
     folder = tmp_path / "model"
     shutil.copytree(pipelines["vae"], folder)
     about = provenance.describe(load_model(weights=folder), SPEC)
-    assert provenance.model_of(about, None).decoder is not None
+    assert provenance.model_of(about, None, tmp_path).decoder is not None
     autoencoder(AutoencoderKL, scaling_factor=0.6).save_pretrained(folder / "vae")
     with pytest.raises(GaqError, match=r"calibrated with a decoder of latents, weights .*; found another"):
-        provenance.model_of(about, None)
+        provenance.model_of(about, None, tmp_path)
     shutil.rmtree(folder / "vae")
     with pytest.raises(GaqError, match="found none with this model"):
-        provenance.model_of(about, None)
+        provenance.model_of(about, None, tmp_path)
 
 
 def test_a_module_of_ones_own_has_a_decoder_of_ones_own(pipelines: dict[str, Path], tmp_path: Path) -> None:

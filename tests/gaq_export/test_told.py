@@ -1,0 +1,137 @@
+"""What is measured of a network that is told what to draw: with its guidance, by every command."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from calib.fakequant import fake_quantized
+from calib.plan import QuantPlan, load_plan
+from engines import EngineConfig, EngineFile
+from engines.base import record_path
+from gaq_export import conditions, corrections, evaluate, inspection, latency, pipeline, quality, report, report_page
+from gaq_export.collect import collect, image_seed
+from gaq_export.comparison import Comparison, claim
+from gaq_export.conditions import bind
+from gaq_export.errors import GaqError
+from gaq_export.extractors import find_extractor
+from gaq_export.learning import learn
+from gaq_export.models import LoadedModel
+from gaq_export.parity import sqnr_db
+from gaq_export.quality import Yardstick
+from gaq_export.run import Run
+from tests.gaq_export.test_conditions import SPEC, made
+
+TOLD = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return made("classes", TOLD)
+
+
+@pytest.fixture(scope="module")
+def run(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("told") / "run"
+    pipeline.calibrate(model, pipeline.preset("tiny"), folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(run: Path) -> QuantPlan:
+    return load_plan(run / "plan.safetensors")
+
+
+@pytest.fixture(scope="module")
+def built(run: Path, model: LoadedModel) -> EngineFile:
+    config = EngineConfig(backend="openvino", threads=1)
+    return pipeline.build_engine(folder=run, out=run / "unet.plan", config=config, model=model).file
+
+
+def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: LoadedModel) -> None:
+    found = inspection.fidelity(model, plan, 2, lambda what, done, total: None)
+    seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(2)]
+    start = corrections.samplers.noise(seeds, 0, model.shape)
+    t = torch.full((2,), int(found.t[0]))
+    networks = (model.network, fake_quantized(model.network, plan))
+    with torch.no_grad():
+        exact, other = (bind(network, TOLD, seeds)(start, t) for network in networks)
+    wanted = [sqnr_db(a, b) for a, b in zip(exact, other, strict=True)]
+    assert found.both[0].tolist() == pytest.approx(wanted, abs=0.01)
+    page = pipeline.inspect(folder=run, model=model, images=2).read_text()
+    assert "guidance 3" in page
+    assert "0, 4, 7" in page
+
+
+def test_a_report_has_pictures_of_what_they_were_told(run: Path, built: EngineFile, model: LoadedModel) -> None:
+    found = report.measure(run, run / "report.html", engine=built.path, images=4, rounds=1, model=model)
+    assert float(quality.psnr(found.drawn.quantized, found.drawn.exact).min()) > 10
+    assert min(found.drawn.steps["float trajectory"]) > 5
+    page = report_page.render(found)
+    for seed, name in enumerate(("0", "4", "7", "0")):
+        assert f"seed {seed}, told {name}: " in page
+
+
+@pytest.mark.parametrize("rule", ["ptqd", "tac"])
+def test_a_correction_is_of_the_guided_noise(rule: str, plan: QuantPlan, model: LoadedModel) -> None:
+    config = replace(plan.config, correction=replace(plan.config.correction, rule=rule, images=5))
+    data = collect(model, SPEC, images=6)
+
+    def twice(x: torch.Tensor, t: torch.Tensor, told: dict[str, torch.Tensor]) -> torch.Tensor:
+        return 2 * model.network(x, t, told)  # so is the guided noise, whatever the scale
+
+    found = corrections.measure(model, twice, SPEC, data, config)
+    assert [row[0] for row in found.gain] == pytest.approx([0.5] * SPEC.steps, abs=0.01)
+
+
+def test_steps_take_the_bits_that_the_guided_noise_needs(model: LoadedModel, tmp_path: Path) -> None:
+    config = pipeline.preset("tiny", abits=(4, 8), recipe="pcr").config
+    config = replace(config, activation=replace(config.activation, wide_window=None))
+    data = collect(model, SPEC, images=4)
+    plan = learn(model, data, config, SPEC, folder=tmp_path)
+    assert plan.step_bits is not None
+    assert plan.timesteps is not None
+    assert len(plan.timesteps) == SPEC.steps
+    assert all(grid.ratio is None or len(grid.ratio) == SPEC.steps for grid in (q.input for q in plan.layers.values()))
+    unguided = replace(model, conditions=replace(TOLD, guidance=1.0))
+    other = learn(unguided, collect(unguided, SPEC, images=4), config, SPEC, folder=tmp_path / "other")
+    assert other.step_bits is not None
+    assert other.step_bits.measured_db != plan.step_bits.measured_db
+
+
+def test_evaluate_judges_engines_that_are_told_the_same(built: EngineFile, model: LoadedModel, tmp_path: Path) -> None:
+    other = tmp_path / "other.plan"
+    shutil.copy(built.path, other)
+    record = record_path(built.path).read_text()
+    assert '"guidance": 3.0' in record
+    record_path(other).write_text(record.replace('"guidance": 3.0', '"guidance": 2.0'))
+    with pytest.raises(GaqError, match="told different things"):
+        evaluate.evaluate_engines([built.path, other], find_extractor("digits"), num=4, out=tmp_path, model=model)
+
+
+def test_a_comparison_draws_what_it_was_told(plan: QuantPlan, model: LoadedModel, tmp_path: Path) -> None:
+    y = Yardstick(model=model, folder=tmp_path, images=3, draw="engine", data=None, classifier=None)
+    quality.prepare(y)
+    assert max(quality.noise_errors(y, model.network)) < 1e-6
+    with quality.quantized(y, plan) as network:
+        assert quality.picture_measures(y, quality.pictures(y, network))["psnr_db"][0] > 10
+        ours, signal = sum(quality.noise_errors(y, network)), sum(quality.facts(y)["signal"])
+    assert 0 < ours < 0.1 * signal
+    chosen = pipeline.preset("tiny")
+    bench = Comparison(yardstick=y, schedule=chosen, rows={}, bits=((4, 8),), seeds=(0,), workers=1)
+    claim(bench)
+    other = replace(bench, yardstick=replace(y, model=replace(model, conditions=replace(TOLD, guidance=2.0))))
+    with pytest.raises(GaqError, match=r"holds results with other settings \(conditions\)"):
+        claim(other)
+
+
+def test_a_step_with_guidance_is_timed_as_two_calls(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    layers = ("unet.mid_block.resnets.0.conv1",)
+    kept = Run(folder=tmp_path).times
+    latency.step_times(model, model.network, layers, (4,), kept, "openvino")
+    assert f'"batch": {2 * latency.BATCH}' in kept.read_text()
