@@ -18,7 +18,7 @@ from calib.plan import QuantPlan, load_plan
 from calib.ranges import nearest_step
 from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
-from gaq_export import drawing, parity, part_engines, provenance
+from gaq_export import drawing, parity, part_engines, provenance, texts
 from gaq_export import run as runs
 from gaq_export.collect import as_steps_are_told, collect
 from gaq_export.conditions import Guided
@@ -59,7 +59,7 @@ class Built:
     """A built engine; `parity` is None where it cannot run here, and `not_run` says why.
 
     `others` take over from it at the steps whose activations have fewer bits, if there are such; `decoder` makes images
-    of its latents, if it draws latents.
+    of its latents, if it draws latents; `texts` encode prompts, if it is told such.
     """
 
     file: EngineFile
@@ -68,6 +68,7 @@ class Built:
     parity: Parity | None
     not_run: str | None
     decoder: Part | None = None
+    texts: tuple[Part, ...] = ()
 
 
 def export_onnx(
@@ -196,6 +197,7 @@ def build_engine(
         if model.conditions is not None:
             model.conditions.save(staged)
         decoder = _with_decoder(model, staged / out.name, config, about, data)
+        encoders = add_texts(model, staged / out.name, config, about, check=data is not None)
         for abits in sorted(set(turns)):  # the most last, since that engine's record names the others
             exported = export_onnx(
                 profile,
@@ -225,9 +227,15 @@ def build_engine(
         sqnr_db=checked and checked.sqnr_db,
     )
     *others, file = (engines.load_engine_file(out.with_name(file.path.name)) for file in files)
-    if decoder is not None:
-        decoder = replace(decoder, file=engines.load_engine_file(out.with_name(decoder.file.path.name)))
-    return Built(file=file, others=tuple(others), plan=plan, parity=checked, not_run=not_run, decoder=decoder)
+    return Built(
+        file=file,
+        others=tuple(others),
+        plan=plan,
+        parity=checked,
+        not_run=not_run,
+        decoder=decoder and _moved(decoder, out),
+        texts=tuple(_moved(encoder, out) for encoder in encoders),
+    )
 
 
 def build_float(
@@ -273,6 +281,37 @@ def _with_decoder(
         return Part(file=file, parity=None)
     last = (data.step == data.step.max()).nonzero()[: max(file.batch[0], min(file.batch[2], parity.IMAGES)), 0]
     return Part(file=file, parity=part_engines.check_decoder(model.decoder, file, data.x[last]))
+
+
+def add_texts(
+    model: LoadedModel, out: Path, config: EngineConfig, about: dict[str, Any], *, check: bool
+) -> tuple[Part, ...]:
+    """Build the text encoders of a model that is told prompts, if its folder has them, and name them in `about`."""
+    about.pop("texts", None)
+    found = texts.of(model) if texts.STATES in model.told and texts.installed() else None
+    if found is None:
+        return ()
+    parts, tokens = [], []
+    for index, (tokenizer, encoder) in enumerate(zip(found.tokenizers, found.encoders, strict=True)):
+        assert isinstance(encoder, texts.TextEncoder)
+        path = part_engines.text_path(out, index)
+        file = part_engines.build_text(encoder, path, config)
+        parts.append(Part(file=file, parity=part_engines.check_text(encoder, file) if check else None))
+        words = path.with_name(f"{path.name}.tokens.json")
+        words.write_text(tokenizer.to_str(), encoding="utf-8")
+        tokens.append({"file": words.name, "sha256": _sha256(words)})
+    about["texts"] = {
+        "engines": [drawing.named(part.file) for part in parts],
+        "tokens": tokens,
+        "zeros": found.zeros,
+        "time_ids": None if found.time_ids is None else found.time_ids.tolist(),
+    }
+    return tuple(parts)
+
+
+def _moved(part: Part, out: Path) -> Part:
+    """Return a part as it is after `_put`."""
+    return replace(part, file=engines.load_engine_file(out.with_name(part.file.path.name)))
 
 
 def _put(staged: Path, out: Path) -> None:

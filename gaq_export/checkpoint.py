@@ -11,7 +11,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ SAFETENSORS = "diffusion_pytorch_model.safetensors"
 HALF = "diffusion_pytorch_model.fp16.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
+FILES = (SAFETENSORS, HALF, INDEX, PICKLE)
 PLACES = (".", "unet", "transformer")  # where a network lies in a folder
 
 _CLASSES = {kind.__name__: kind for kind in ARCHITECTURES}
@@ -156,19 +157,29 @@ def load_network(folder: Path, *, allow_pickle: bool = False) -> nn.Module:
     return network
 
 
-def load_weights(network: nn.Module, folder: Path, *, allow_pickle: bool = False) -> None:
-    """Give a network of diffusers its weights out of a folder.
+def load_weights(
+    network: nn.Module,
+    folder: Path,
+    *,
+    allow_pickle: bool = False,
+    names: tuple[str, str, str, str] = FILES,
+    rename: Callable[[str], str | None] | None = None,
+) -> None:
+    """Give a network its weights out of a folder.
 
     Args:
         network: Float32, what the `config.json` beside the weights describes.
         folder: The folder that holds both.
         allow_pickle: As for `load_network`.
+        names: What the file is called: safetensors, half as wide, an index of several, a pickle.
+        rename: From a tensor's name there to its name in the network, None for one to be left out; diffusers' if None.
 
     Raises:
         GaqError: If there are no weights, they are damaged, or as `fill`.
     """
-    file, state = _read_weights(folder, allow_pickle)
-    fill(network, {_modern_name(name): value for name, value in state.items()}, file)
+    file, state = _read_weights(folder, allow_pickle, names)
+    renamed = {(rename or _modern_name)(name): value for name, value in state.items()}
+    fill(network, {name: value for name, value in renamed.items() if name is not None}, file)
 
 
 def fill(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> None:
@@ -205,16 +216,18 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_weights(folder: Path, allow_pickle: bool) -> tuple[Path, dict[str, torch.Tensor]]:
-    index, old = folder / INDEX, folder / PICKLE
-    file = next((folder / name for name in (SAFETENSORS, HALF) if (folder / name).is_file()), folder / SAFETENSORS)
+def _read_weights(
+    folder: Path, allow_pickle: bool, names: tuple[str, str, str, str]
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    whole, half, index, old = (folder / name for name in names)
+    file = half if half.is_file() and not whole.is_file() else whole
     if not file.is_file() and index.is_file():
         return index, _read_shards(index)
     if not file.is_file() and old.is_file():
         if allow_pickle:
             return old, tensors(read_pickle(old), old)
         raise GaqError(
-            f"The weights in {folder} are a pickle ({PICKLE}), which can run code when read; {SAFETENSORS} is needed. "
+            f"The weights in {folder} are a pickle ({old.name}), which can run code when read; {whole.name} is needed. "
             "If you trust the file, convert it once with diffusers: from_pretrained(folder).save_pretrained(folder)."
         )
     return file, _read_safetensors(file)

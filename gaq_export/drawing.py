@@ -1,5 +1,6 @@
 """Who draws, and with which sampler: an engine of whole steps, an engine of the network alone, or the float network."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,10 +18,11 @@ from gaq_export import samplers, step_engine
 from gaq_export.conditions import Conditions, bind
 from gaq_export.denoiser import Denoiser, engine_denoiser
 from gaq_export.errors import GaqError
-from gaq_export.part_engines import IMAGES, LATENTS
+from gaq_export.part_engines import IMAGES, LATENTS, run_text
 from gaq_export.provenance import conditions_of, shape_of
 from gaq_export.samplers import Decode
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, timesteps
+from gaq_export.texts import Texts
 
 Draw = Callable[[Sequence[int], Callable[[], None]], Tensor]  # draws an image for each seed, and tells of every step
 
@@ -106,6 +108,47 @@ def open_decoder(file: EngineFile) -> Iterator[Decode | None]:
         return
     with engines.open_engine(replace(other, threads=file.threads)) as opened:
         yield lambda x: torch.from_numpy(opened({LATENTS: x.numpy()})[IMAGES])
+
+
+@contextmanager
+def open_texts(file: EngineFile) -> Iterator[Texts]:
+    """Open the text encoders that belong to an engine file, for `texts.encode` and `texts.nothing`.
+
+    Raises:
+        GaqError: it has none, they are of another build, or the tokenizers' library is not installed.
+        EngineError: one is missing, damaged, or cannot run here.
+    """
+    kept = file.about.get("texts")
+    if kept is None:
+        raise GaqError(
+            f"{file.path} has no text encoders beside it: build it where transformers is installed, from a model whose "
+            "folder has a text_encoder/."
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise GaqError("Prompts need a tokenizer: pip install 'gaq-export[text]'.") from None
+    files = [replace(_beside(file, named), threads=file.threads) for named in kept["engines"]]
+    tokens = [_tokens(file, named) for named in kept["tokens"]]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(engines.open_engine(one)) for one in files]
+        yield Texts(
+            tokenizers=tuple(Tokenizer.from_str(text) for text in tokens),
+            encoders=tuple(run_text(engine, one) for engine, one in zip(opened, files, strict=True)),
+            zeros=kept["zeros"],
+            time_ids=None if kept["time_ids"] is None else torch.tensor(kept["time_ids"]),
+        )
+
+
+def _tokens(file: EngineFile, named: Mapping[str, str]) -> str:
+    path = file.path.with_name(named["file"])
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise GaqError(f"Cannot read {path}: {error.strerror}. Run build-engine again.") from error
+    if hashlib.sha256(content).hexdigest() != named["sha256"]:
+        raise GaqError(f"{path} and {file.path} are of different builds: run build-engine again.")
+    return content.decode()
 
 
 def decoding(decoder: nn.Module | None) -> Decode | None:

@@ -1,11 +1,12 @@
 """Float engines of what stands around a denoiser, by the same backends: checked against PyTorch, named in its record.
 
-    latents (N, C, h, w) -> images (N, 3, H, W)
+    decoder        latents (N, C, h, w) -> images (N, 3, H, W)
+    text encoder   ids (N, L) -> states (N, L, D) [, pooled (N, P)]
 
 They compute in float32 everywhere: they run once an image, and some decoders' numbers are too large for FP16.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import engines
-from engines import EngineConfig, EngineFile
+from engines import Engine, EngineConfig, EngineFile
 from gaq_export import parity
 from gaq_export.errors import GaqError
 from gaq_export.half import compute_in
@@ -24,8 +25,9 @@ from gaq_export.opening import open_up
 from gaq_export.parity import Parity, Tolerance
 from gaq_export.profiles import find_profile
 from gaq_export.qdq import save_onnx
+from gaq_export.texts import Run, TextEncoder
 
-LATENTS, IMAGES = "latents", "images"
+LATENTS, IMAGES, IDS = "latents", "images", "ids"
 TOLERANCE = Tolerance(floor_db=40.0, margin_db=6.0)
 
 
@@ -60,10 +62,59 @@ def check_decoder(decoder: nn.Module, file: EngineFile, latents: Tensor) -> Pari
     As for quantized networks, the floor is lower where the decoder's own resolution is: a code that is looked up may be
     another if two are nearly as near.
     """
-    layers = [name for name, module in decoder.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with engines.open_engine(file) as opened:
         found = torch.from_numpy(opened({LATENTS: latents.numpy()})[IMAGES])
-    return _checked(decoder, layers, latents, found, file)
+    return _checked(decoder, latents, found, file)
+
+
+def text_path(out: Path, index: int) -> Path:
+    """Return where a text encoder goes: unet-text.plan beside unet.plan, unet-text-2.plan for a second."""
+    return out.with_name(f"{out.stem}-text{f'-{index + 1}' if index else ''}{out.suffix}")
+
+
+def build_text(encoder: TextEncoder, out: Path, config: EngineConfig) -> EngineFile:
+    """Build the engine of a text encoder; arguments as for `build_decoder`."""
+    ids = torch.arange(encoder.length)[None] % encoder.embeddings.token_embedding.num_embeddings
+    graph = export_part(encoder, IDS, ids, encoder.outputs)
+    return _build(graph, out, config, "text encoder")
+
+
+def check_text(encoder: TextEncoder, file: EngineFile) -> Parity:
+    """Compare a text encoder's engine with PyTorch on random tokens; raise GaqError below the floor."""
+    count, words = file.batch[0], encoder.embeddings.token_embedding.num_embeddings
+    ids = torch.randint(words, (count, encoder.length), generator=torch.Generator().manual_seed(0))
+    with engines.open_engine(file) as opened:
+        found = run_text(opened, file)(ids)
+    return _checked(_Flat(encoder), ids, _flat(found), file)
+
+
+def run_text(opened: Engine, file: EngineFile) -> Run:
+    """Make an open engine of a text encoder what `texts.encode` takes; the last batch is filled up to its least."""
+
+    def run(ids: Tensor) -> list[Tensor]:
+        parts = []
+        for part in torch.split(ids, file.batch[2]):
+            filled = torch.cat((part, part[-1:].repeat(max(0, file.batch[0] - len(part)), 1)))
+            found = opened({IDS: filled.numpy()})
+            parts.append([torch.from_numpy(found[spec.name])[: len(part)] for spec in file.outputs])
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    return run
+
+
+class _Flat(nn.Module):
+    """A text encoder as one tensor, (N, L D + P), to be compared."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _flat(self.encoder(ids))
+
+
+def _flat(found: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten(1) for tensor in found], dim=1)
 
 
 def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> EngineFile:
@@ -78,9 +129,10 @@ def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> Engin
         onnx.unlink(missing_ok=True)
 
 
-def _checked(network: nn.Module, layers: Iterable[str], given: Tensor, found: Tensor, file: EngineFile) -> Parity:
+def _checked(network: nn.Module, given: Tensor, found: Tensor, file: EngineFile) -> Parity:
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
-        measured, resolution = parity.closeness(network, tuple(layers), (given,), found, TOLERANCE)
+        measured, resolution = parity.closeness(network, layers, (given,), found, TOLERANCE)
     result = Parity(steps=(0,), sqnr_db=(measured,), resolution_db=(resolution,), tolerance=TOLERANCE)
     if not result.passed:
         raise GaqError(

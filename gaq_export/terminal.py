@@ -43,6 +43,9 @@ def print_audit(built: "Built") -> None:
         checked = built.decoder.parity
         near = "" if checked is None else f"; against PyTorch: {checked.sqnr_db[0]:.1f} dB"
         console.print(f"{built.decoder.file.path.name} makes images of the latents, in float32{near}", highlight=False)
+    for encoder in built.texts:
+        near = "" if encoder.parity is None else f"; against PyTorch: {encoder.parity.sqnr_db[0]:.1f} dB"
+        console.print(f"{encoder.file.path.name} encodes prompts, in float32{near}", highlight=False)
     if built.parity is None:
         console.print(f"not run here: {built.not_run}", highlight=False)
     else:

@@ -22,6 +22,7 @@ ORDER = (
     "catalogue",
     "parts",
     "models",
+    "texts",
     "images",
     "recipes",
     "presets",
