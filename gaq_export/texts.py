@@ -76,8 +76,9 @@ class TextEncoder(nn.Module):
             return (states,)
         # Configs of the first years call 2 the end, but mean the largest number; padding may repeat it.
         ends = ids == (ids.amax(1, keepdim=True) if self.end == 2 else self.end)
-        first = (ends * torch.arange(self.length, 0, -1)).argmax(1)
-        return states, self.projection(last[torch.arange(len(ids)), first])
+        left = ends * torch.arange(self.length, 0, -1)
+        first = left == left.amax(1, keepdim=True)
+        return states, self.projection((first[:, None].float() @ last)[:, 0])  # (N, 1, L) (N, L, D) -> (N, D)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
