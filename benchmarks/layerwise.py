@@ -31,7 +31,7 @@ def compare_layers(graph: Path, feeds: Feeds, make: MakeRunner) -> dict[str, flo
         feeds: its inputs.
         make: makes the runner to compare.
     """
-    model = onnx.shape_inference.infer_shapes(read_onnx(graph))
+    model = onnx.shape_inference.infer_shapes(read_onnx(graph).model)
     names = [node.output[0] for node in weight_layers(model).values()]
     marked = BytesFromOnnx(ModifyOutputs(model, outputs=[*names, *(value.name for value in model.graph.output)]))()
     runs = Comparator.run([onnxruntime_runner(marked), make(marked, feeds)], data_loader=[dict(feeds)])

@@ -73,11 +73,13 @@ def round_columns(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> 
         bits: its width.
     """
     low, high = integer_range(bits)
-    rest, h, step = weight.double(), moments.double().clone(), scale.double()
+    h, step = moments.to(torch.float64, copy=True), scale.double()
     h.diagonal().add_(DAMPING * h.diagonal().mean()).clamp_(min=1e-12)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)  # what matters most is rounded first
-    rest, h = rest[:, order], h[order][:, order]
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    rest, h = weight.double()[:, order], h[order[:, None], order]
+    h = torch.linalg.cholesky(h)  # one after another: 2 560 channels of 3x3 are 4.2 GB, each time
+    h = torch.cholesky_inverse(h)
+    u = torch.linalg.cholesky(h, upper=True)
     codes = torch.empty_like(rest)
     for first in range(0, rest.shape[1], COLUMNS):
         last = min(first + COLUMNS, rest.shape[1])
@@ -108,7 +110,8 @@ def _second_moments(block: nn.Module, weights: Mapping[str, Tensor], key: str, i
         nonlocal total
         columns = _columns(module, args[0])
         if columns is not None:
-            total = columns.T @ columns + (0 if total is None else total)
+            product = columns.T @ columns
+            total = product if total is None else total.add_(product)
 
     with torch.no_grad(), layer.register_forward_pre_hook(hook):
         for index in torch.split(torch.arange(len(io)), CHUNK):

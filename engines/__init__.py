@@ -4,7 +4,6 @@ Knows neither quantization nor diffusion. The story is three functions: `build`,
 """
 
 import difflib
-import hashlib
 import json
 import os
 import tempfile
@@ -15,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from engines import ort, ov, trt, trt_rtx
 from engines.base import (
     Audit,
@@ -25,12 +22,15 @@ from engines.base import (
     EngineFile,
     Kernel,
     TensorSpec,
+    check_plan,
+    data_path,
+    files_of,
     load_engine_file,
-    read_plan,
+    sha256_of,
     weights_path,
 )
 from engines.errors import EngineError
-from engines.graph import read_onnx, tensor_specs
+from engines.graph import OnnxGraph, read_onnx, tensor_specs
 from engines.running import check_feeds
 
 __all__ = [
@@ -46,9 +46,11 @@ __all__ = [
     "best_backend",
     "build",
     "check_feeds",
+    "files_of",
     "find_backend",
     "load_engine_file",
     "open_engine",
+    "sha256_of",
 ]
 
 
@@ -64,7 +66,7 @@ class Backend:
         computes: What it can do arithmetic in that is not integer, its own choice first.
         typed: Does arithmetic in the types that the graph says, so that another `compute` is another graph.
         build: Writes the plan file and returns its audit.
-        open: Makes a callable engine of a plan file's bytes.
+        open: Makes a callable engine of a plan file.
     """
 
     name: str
@@ -73,8 +75,8 @@ class Backend:
     can_run: Callable[[], str | None]
     computes: tuple[str, ...]
     typed: bool
-    build: Callable[[onnx.ModelProto, Path, EngineConfig], Audit]
-    open: Callable[[EngineFile, bytes], Engine]
+    build: Callable[[OnnxGraph, Path, EngineConfig], Audit]
+    open: Callable[[EngineFile], Engine]
 
     def compute(self, asked: str | None) -> str:
         """Return the type of arithmetic to use; raise EngineError if the one asked for cannot be had."""
@@ -166,23 +168,28 @@ def build(
         about = json.loads(json.dumps(about or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise EngineError(f"`about` must hold JSON values only: {error}.") from None
-    model = read_onnx(onnx_path)
-    inputs, outputs = tensor_specs(model)
+    graph = read_onnx(onnx_path)
+    if config.stripped and graph.apart:
+        raise EngineError(f"{onnx_path} has weights in other files; only those inside it can be left out of a plan.")
+    inputs, outputs = tensor_specs(graph.model)
     plan = Path(plan_path)
     plan.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.") as folder:
         started = time.perf_counter()
         made = Path(folder, plan.name)
-        audit = backend.build(model, made, config)
+        audit = backend.build(graph, made, config)
         seconds = time.perf_counter() - started
-        sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
-        weights = None
         if config.stripped:
-            content = model.SerializeToString(deterministic=True)
-            weights = hashlib.sha256(content).hexdigest()
-            Path(folder, "weights").write_bytes(content)
-            os.replace(Path(folder, "weights"), weights_path(plan))
-        os.replace(made, plan)
+            graph.save(weights_path(made))
+        sha256, weights, data = (
+            sha256_of(path) if path.exists() else None for path in (made, weights_path(made), data_path(made))
+        )
+        assert sha256 is not None
+        for source, target in zip(files_of(made), files_of(plan), strict=True):
+            if source.exists():
+                os.replace(source, target)
+        if data is None:
+            data_path(plan).unlink(missing_ok=True)  # of the engine that was here before
     file = EngineFile(
         path=plan,
         backend=backend.name,
@@ -198,6 +205,7 @@ def build(
         optimisation=config.optimisation,
         compute=backend.compute(config.compute),
         weights=weights,
+        data=data,
     )
     # Last, so that a build cut short leaves an old or no record, which the checksum or its absence gives away.
     file.save()
@@ -214,4 +222,5 @@ def open_engine(source: str | Path | EngineFile) -> Engine:
     backend = find_backend(file.backend)
     if reason := backend.can_run():
         raise EngineError(f"{file.path} was built for {backend.name}, which cannot run here: {reason}")
-    return backend.open(file, read_plan(file))
+    check_plan(file)
+    return backend.open(file)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engines.errors import EngineError
 
-FORMAT = 2
+FORMAT = 3
 OPTIMISATIONS = ("basic", "all")
 
 
@@ -124,7 +124,8 @@ class Audit:
 class EngineFile:
     """A plan file and what its record says of it. The record is `<path>.json`; `about` is the caller's own JSON.
 
-    `weights` is the SHA-256 of the ONNX file `<path>.onnx` that holds a stripped plan's weights, None if the plan does.
+    `weights` is the SHA-256 of the ONNX file `<path>.onnx` that holds a stripped plan's weights, None if the plan does;
+    `data` that of `<path>.data`, where the weights of a plan that is an ONNX graph lie if they are beyond 2 GB.
     """
 
     path: Path
@@ -141,6 +142,7 @@ class EngineFile:
     optimisation: str = "all"
     compute: str = "float32"
     weights: str | None = None
+    data: str | None = None
 
     def save(self) -> Path:
         """Write the record beside the plan, all or nothing, and return its path."""
@@ -163,6 +165,16 @@ def record_path(plan: Path) -> Path:
 def weights_path(plan: Path) -> Path:
     """Return where the weights of a stripped plan live."""
     return plan.with_name(plan.name + ".onnx")
+
+
+def data_path(plan: Path) -> Path:
+    """Return where the weights of a plan lie that are too large for it."""
+    return plan.with_name(plan.name + ".data")
+
+
+def files_of(plan: Path) -> list[Path]:
+    """Return all files that an engine may consist of, whether they are there or not; the record is the last."""
+    return [data_path(plan), weights_path(plan), plan, record_path(plan)]
 
 
 def load_engine_file(path: str | Path) -> EngineFile:
@@ -193,17 +205,20 @@ def load_engine_file(path: str | Path) -> EngineFile:
         file = _from_record(plan, record)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{where} holds a value of the wrong kind ({error!r}). Build the engine again.") from None
-    read_plan(file)
+    check_plan(file)
     return file
 
 
-def read_plan(file: EngineFile) -> bytes:
-    """Return the plan's bytes after checking them against the record.
+def check_plan(file: EngineFile) -> None:
+    """Compare the plan, and its weights if they lie apart, with the record.
 
     Raises:
-        EngineError: The plan cannot be read, or its SHA-256 differs from the record's.
+        EngineError: A file cannot be read, or its SHA-256 differs from the record's.
     """
-    return _checked("plan", file.path, file.sha256)
+    parts = ("plan", file.path, file.sha256), ("weights", data_path(file.path), file.data)
+    for what, path, sha256 in parts:
+        if sha256 is not None:
+            _check(what, path, sha256)
 
 
 def read_weights(file: EngineFile) -> bytes | None:
@@ -212,21 +227,28 @@ def read_weights(file: EngineFile) -> bytes | None:
     Raises:
         EngineError: The file cannot be read, or its SHA-256 differs from the record's.
     """
-    return None if file.weights is None else _checked("weights", weights_path(file.path), file.weights)
+    if file.weights is None:
+        return None
+    _check("weights", weights_path(file.path), file.weights)
+    return weights_path(file.path).read_bytes()
 
 
-def _checked(what: str, path: Path, sha256: str) -> bytes:
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 without reading it into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(what: str, path: Path, sha256: str) -> None:
     try:
-        content = path.read_bytes()
+        found = sha256_of(path)
     except OSError as error:
         raise EngineError(f"Cannot read the {what} {path}: {error.strerror}. Build the engine again.") from None
-    found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise EngineError(
             f"The {what} {path} has SHA-256 {found[:12]}..., its record says {sha256[:12]}...: "
             "truncated, edited or half-written. Build the engine again."
         )
-    return content
 
 
 def _from_record(plan: Path, record: dict[str, Any]) -> EngineFile:
@@ -251,6 +273,7 @@ def _from_record(plan: Path, record: dict[str, Any]) -> EngineFile:
         optimisation=str(record["optimisation"]),
         compute=str(record["compute"]),
         weights=None if record["weights"] is None else str(record["weights"]),
+        data=None if record["data"] is None else str(record["data"]),
     )
 
 

@@ -1,15 +1,17 @@
-"""Read an ONNX file for building: checked, self-contained, every node named; and say what weights it has.
+"""Read an ONNX file for building: checked, every node named; say what weights it has; write it down as a plan.
 
-In: an ONNX file, with or without external data. Out: a model in memory, its tensors, its weight layers and weight
-bytes. Names matter because every runtime reports its kernels by the ONNX nodes they came from.
+In: an ONNX file, with or without external data. Out: a model, its tensors, its weight layers and weight bytes. Names
+matter because every runtime reports its kernels by the ONNX nodes they came from. Protobuf ends at 2 GB, so weights
+beyond that are never read into the model: they stay in their files, and are copied from there.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-from engines.base import TensorSpec
+from engines.base import TensorSpec, data_path
 from engines.errors import EngineError
 
 # Operators that multiply activations by weights: (kind, positions of the two factors, dtype of the arithmetic, None if
@@ -31,32 +33,58 @@ MATRIX_OPS: dict[str, tuple[str, tuple[int, int], str | None]] = {
     "QLinearMatMul": ("matmul", (0, 3), "int8"),
     "QGemm": ("matmul", (0, 3), "int8"),
 }
-_PROTOBUF_LIMIT = 2**31 - 1
+ONE_FILE_BYTES = 1_900_000_000  # of weights; more lie in a file of their own
+_PAGE = 4096  # bytes; runtimes map weights into memory, where a float wants to lie at a multiple of its size
 
 
-def read_onnx(path: str | Path) -> onnx.ModelProto:
+@dataclass(frozen=True, kw_only=True)
+class OnnxGraph:
+    """A checked model; if its weights do not go into one file they are not in it, but in files in `folder`."""
+
+    model: onnx.ModelProto
+    folder: Path
+
+    @property
+    def apart(self) -> bool:
+        """Whether weights lie in files of their own."""
+        return any(map(onnx.external_data_helper.uses_external_data, self.model.graph.initializer))
+
+    def save(self, path: Path) -> None:
+        """Write the model to `path`, and weights that lie apart to `data_path(path)`."""
+        if not self.apart:
+            path.write_bytes(self.model.SerializeToString(deterministic=True))
+            return
+        import onnx_ir as ir
+
+        held = ir.from_proto(self.model)
+        ir.external_data.set_base_dir(held.graph, self.folder)
+        ir.save(held, path, "protobuf", external_data=data_path(path).name, alignment=_PAGE, align_threshold=0)
+
+
+def read_onnx(path: str | Path) -> OnnxGraph:
     """Load an ONNX file with its external data, check it, and give a name to every node that lacks its own.
 
     Raises:
-        EngineError: The file is missing, not a valid ONNX model, or too large for one file (2 GB).
+        EngineError: The file is missing, or not a valid ONNX model.
     """
+    folder = Path(path).parent
     try:
         Path(path).open("rb").close()  # the checker does not say why a file cannot be read
         onnx.checker.check_model(str(path))
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
+        if sum(initializer_bytes(model).values()) <= ONE_FILE_BYTES:
+            onnx.load_external_data_for_model(model, str(folder))
     except OSError as error:
         raise EngineError(f"Cannot read the ONNX file {path}: {error.strerror or error}.") from None
     except (onnx.checker.ValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EngineError(f"{path} is not a valid ONNX model ({reason}). Export it again.") from None
-    if model.ByteSize() > _PROTOBUF_LIMIT:
-        raise EngineError(f"{path} holds {model.ByteSize()} bytes with its weights; an engine takes at most 2 GB.")
     seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}_at_{index}"
         seen.add(node.name)
-    return model
+    return OnnxGraph(model=model, folder=folder)
 
 
 def tensor_specs(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

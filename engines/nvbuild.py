@@ -1,8 +1,9 @@
 """Build one TensorRT engine; run as a process of its own because the builder can take the process down with it.
 
-In: one JSON argument (the TensorRT module to import, the ONNX file, the plan to write, the log to write, the batch
-profile, the targets, whether to leave out the weights). Out: the plan, the verbose log with the layer list, and exit
-status 1 with an error line in the log when the model cannot be built.
+In: one JSON argument (the TensorRT module to import, the ONNX file, a path beside the files with weights that are not
+in it, the plan to write, the log to write, the batch profile, the targets, whether to leave out the weights). Out: the
+plan, the verbose log with the layer list, and exit status 1 with an error line in the log when the model cannot be
+built.
 """
 
 import importlib
@@ -37,7 +38,7 @@ def build_plan(trt: Any, job: dict[str, Any], log: TextIO) -> bool:
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode where absent
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(Path(job["onnx"]).read_bytes()):
+    if not parser.parse(Path(job["onnx"]).read_bytes(), job["beside"]):
         for index in range(parser.num_errors):
             error = parser.get_error(index)
             log.write(f"{PARSER}node {error.node_name()!r} ({error.node_operator()}): {error.desc()}\n")

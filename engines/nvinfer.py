@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from engines.blame import blame
 from engines.driver import no_gpu
 from engines.errors import EngineError
 from engines.gpu import GpuRunner
-from engines.graph import layer_kinds
+from engines.graph import OnnxGraph, layer_kinds
 from engines.nvbuild import ERROR_MARK, PARSER
 from engines.running import OpenEngine
 
@@ -40,7 +40,7 @@ def cannot_run(module: str, package: str) -> str | None:
     return None
 
 
-def build(module: str, model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+def build(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     """Build the plan in a child process and audit its layer list.
 
     Raises:
@@ -49,10 +49,10 @@ def build(module: str, model: onnx.ModelProto, plan: Path, config: EngineConfig)
     """
     if config.stripped and (problem := no_gpu()):
         raise EngineError(f"{config.backend} cannot leave out the weights without a GPU: {problem}.")
-    tried = _attempt(module, model, plan, config)
+    tried = _attempt(module, graph, plan, config)
     if tried.status:
-        raise EngineError(_what_went_wrong(module, model, plan, config, tried))
-    return read_layer_list(tried.log, layer_kinds(model))
+        raise EngineError(_what_went_wrong(module, graph, plan, config, tried))
+    return read_layer_list(tried.log, layer_kinds(graph.model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,13 @@ class _Attempt:
     stderr: str
 
 
-def _attempt(module: str, model: onnx.ModelProto, plan: Path, config: EngineConfig) -> _Attempt:
+def _attempt(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig) -> _Attempt:
     """Build the plan in a child process, whatever becomes of it."""
     with tempfile.TemporaryDirectory() as folder:
         source, log = Path(folder, "model.onnx"), Path(folder, "build.log")
-        source.write_bytes(model.SerializeToString(deterministic=True))
+        source.write_bytes(graph.model.SerializeToString(deterministic=True))
         job: dict[str, Any] = {"module": module, "onnx": str(source), "plan": str(plan), "log": str(log)}
+        job["beside"] = str(graph.folder.resolve() / "model.onnx")
         job |= {"batch": config.batch, "targets": config.targets, "stripped": config.stripped}
         search_path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         child = subprocess.run(
@@ -84,7 +85,7 @@ def _attempt(module: str, model: onnx.ModelProto, plan: Path, config: EngineConf
     return _Attempt(status=child.returncode, log=text, stderr=child.stderr)
 
 
-def _what_went_wrong(module: str, model: onnx.ModelProto, plan: Path, config: EngineConfig, tried: _Attempt) -> str:
+def _what_went_wrong(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig, tried: _Attempt) -> str:
     """Put a failed build into one line: the node that cannot be taken, and the signal or the last error."""
     errors = [line.removeprefix(ERROR_MARK) for line in tried.log.splitlines() if line.startswith(ERROR_MARK)]
     said = (errors or tried.stderr.strip().splitlines() or ["nothing"])[-1].strip("- ")[:400]
@@ -95,8 +96,11 @@ def _what_went_wrong(module: str, model: onnx.ModelProto, plan: Path, config: En
     if PARSER in tried.log or not tried.log:  # the parser names its node; without a log there was no builder
         return what
     with tempfile.TemporaryDirectory(dir=plan.parent, prefix=".bisect.") as folder:
-        node = blame(model, lambda part: _attempt(module, part, Path(folder, "plan"), config).status == 0)
-    hint = " Its scale is computed; TensorRT wants a constant." if _computed_scale(model, node) else ""
+        node = blame(
+            graph.model,
+            lambda part: _attempt(module, replace(graph, model=part), Path(folder, "plan"), config).status == 0,
+        )
+    hint = " Its scale is computed; TensorRT wants a constant." if _computed_scale(graph.model, node) else ""
     return f"{what} (the graph builds up to node {node.name!r}, {node.op_type}, and not with it).{hint}"
 
 
@@ -107,6 +111,6 @@ def _computed_scale(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     return any(n.op_type in _QUANTIZERS and n.input[1] in made for n in near)
 
 
-def open_plan(trt: Any, file: EngineFile, plan: bytes) -> OpenEngine:
+def open_plan(trt: Any, file: EngineFile) -> OpenEngine:
     """Load the plan on the first GPU."""
-    return OpenEngine(file, GpuRunner(trt, file, plan))
+    return OpenEngine(file, GpuRunner(trt, file, file.path.read_bytes()))

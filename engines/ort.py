@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or on an NVIDIA GPU: the plan is the self-contained ONNX file itself.
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU: the plan is the ONNX file itself, weights beyond 2 GB beside it.
 
 On the GPU (its CUDA execution provider) there are no INT8 convolutions: what is rounded to integers is made floats
 again and computed in FP16. It is for machines without TensorRT, and for comparison.
@@ -16,7 +16,7 @@ from engines import philox
 from engines.base import Audit, EngineConfig, EngineFile, Kernel
 from engines.driver import no_gpu
 from engines.errors import EngineError
-from engines.graph import MATRIX_OPS, initializer_bytes, weight_layers
+from engines.graph import MATRIX_OPS, OnnxGraph, initializer_bytes, weight_layers
 from engines.running import Arrays, Loop, OpenEngine
 
 _LEVELS = {"basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
@@ -42,13 +42,13 @@ def missing_cuda() -> str | None:
     return None
 
 
-def build(model: onnx.ModelProto, plan: Path, config: EngineConfig, *, device: str) -> Audit:
+def build(graph: OnnxGraph, plan: Path, config: EngineConfig, *, device: str) -> Audit:
     """Write the plan and audit the graph ONNX Runtime's optimiser makes of it."""
-    plan.write_bytes(model.SerializeToString(deterministic=True))
+    graph.save(plan)
     with tempfile.TemporaryDirectory() as folder:
         optimised_path = Path(folder, "optimised.onnx")
-        _session(plan.read_bytes(), device, config.threads, config.optimisation, optimised_path)
-        optimised = onnx.load(optimised_path)
+        _session(plan, device, config.threads, config.optimisation, optimised_path)
+        optimised = onnx.load(optimised_path, load_external_data=False)
     # Integer operators that survive in the optimised graph run as such; a float one fed by DequantizeLinear does not.
     kernels = []
     for name, node in weight_layers(optimised).items():
@@ -57,14 +57,14 @@ def build(model: onnx.ModelProto, plan: Path, config: EngineConfig, *, device: s
     memory = ", ".join(f"{dtype} {size}" for dtype, size in sorted(initializer_bytes(optimised).items()))
     return Audit(
         kernels=tuple(kernels),
-        weight_bytes=initializer_bytes(model),
+        weight_bytes=initializer_bytes(graph.model),
         note=f"Bytes as stored in the plan. After ONNX Runtime's optimiser the weights are: {memory}.",
     )
 
 
-def open_plan(file: EngineFile, plan: bytes, *, device: str) -> OpenEngine:
+def open_plan(file: EngineFile, *, device: str) -> OpenEngine:
     """Make a session of the plan."""
-    session = _session(plan, device, file.threads, file.optimisation)
+    session = _session(file.path, device, file.threads, file.optimisation)
     return OpenEngine(file, _SessionRunner(file, session, device))
 
 
@@ -128,9 +128,7 @@ def _arrays(values: dict[str, Any]) -> Arrays:
     return {name: value.numpy().copy() for name, value in values.items()}
 
 
-def _session(
-    onnx_bytes: bytes, device: str, threads: int | None, optimisation: str, optimised: Path | None = None
-) -> Any:
+def _session(plan: Path, device: str, threads: int | None, optimisation: str, optimised: Path | None = None) -> Any:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
@@ -141,8 +139,10 @@ def _session(
         options.intra_op_num_threads = threads
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
+        for key, value in {"file_name": f"{optimised.name}.data", "min_size_in_bytes": "1024"}.items():
+            options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
     try:
-        session = onnxruntime.InferenceSession(onnx_bytes, options, providers=_PROVIDERS[device])
+        session = onnxruntime.InferenceSession(plan, options, providers=_PROVIDERS[device])
     except (  # they share no base below Exception
         failures.Fail,
         failures.InvalidArgument,

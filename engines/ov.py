@@ -1,6 +1,6 @@
-"""OpenVINO on the CPU: the plan is the self-contained ONNX file itself, compiled when the engine is opened.
+"""OpenVINO on the CPU: the plan is the ONNX file itself, weights beyond 2 GB beside it, compiled when it is opened.
 
-The ONNX file is kept, rather than OpenVINO's own blob, because it is smaller (INT4 stays packed) and compiling it takes
+That file is kept, rather than OpenVINO's own blob, because it is smaller (INT4 stays packed) and compiling it takes
 about a second. Arithmetic outside the INT8 layers is pinned to `compute`, float32 by default: a CPU with BF16 would
 otherwise use that, and the same plan would give other numbers on another machine. Each batch size is compiled on its
 own, when it is first used: with a fixed shape OpenVINO drops some fifty shape computations, a fifth of a small U-Net's
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from engines.audit import UNKNOWN, name_kernels
 from engines.base import Audit, EngineConfig, EngineFile, TensorSpec
 from engines.errors import EngineError
-from engines.graph import initializer_bytes, layer_kinds, tensor_specs
+from engines.graph import OnnxGraph, initializer_bytes, layer_kinds, tensor_specs
 from engines.running import Arrays, HostRunner, Infer, OpenEngine
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -36,12 +35,12 @@ def missing() -> str | None:
     return None
 
 
-def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     """Write the plan and audit what OpenVINO makes of it on this CPU."""
-    onnx_bytes = model.SerializeToString(deterministic=True)
-    compiled = _compile(onnx_bytes, tensor_specs(model)[0], config.batch[1], config.threads, str(config.compute))
-    plan.write_bytes(onnx_bytes)
-    layers = layer_kinds(model)
+    graph.save(plan)
+    inputs = tensor_specs(graph.model)[0]
+    compiled = _compile(_read(plan), inputs, config.batch[1], config.threads, str(config.compute))
+    layers = layer_kinds(graph.model)
     precisions: dict[str, set[str]] = {}
     held: Counter[str] = Counter()
     for op in compiled.get_runtime_model().get_ops():
@@ -58,18 +57,19 @@ def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
     memory = ", ".join(f"{dtype} {size}" for dtype, size in sorted(held.items()) if size)
     return Audit(
         kernels=name_kernels(layers, precisions),
-        weight_bytes=initializer_bytes(model),
+        weight_bytes=initializer_bytes(graph.model),
         note=f"Bytes as stored in the plan. OpenVINO expands INT4 to INT8 when it compiles; it then holds: {memory}.",
     )
 
 
-def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
+def open_plan(file: EngineFile) -> OpenEngine:
     """Compile the plan for this CPU, at the best batch now and at others when they come."""
+    model = _read(file.path)
 
     @functools.cache
     def parts(batch: int) -> list[Infer]:
         streams = _streams(batch, file.threads)
-        compiled = _compile(plan, file.inputs, batch // streams, file.threads, file.compute, streams)
+        compiled = _compile(model.clone(), file.inputs, batch // streams, file.threads, file.compute, streams)
         return [functools.partial(_infer, compiled.create_infer_request()) for _ in range(streams)]
 
     parts(file.batch[1])
@@ -93,8 +93,18 @@ def _streams(batch: int, threads: int | None) -> int:
     return math.gcd(batch, threads or os.cpu_count() or 1)
 
 
+def _read(plan: Path) -> Any:
+    """Return a plan as OpenVINO's model, which may be compiled once."""
+    import openvino
+
+    try:
+        return openvino.Core().read_model(plan)
+    except RuntimeError as error:
+        raise EngineError(f"openvino cannot read this model: {_reason(error)}") from None
+
+
 def _compile(
-    onnx_bytes: bytes,
+    model: Any,
     inputs: tuple[TensorSpec, ...],
     batch: int,
     threads: int | None,
@@ -107,12 +117,14 @@ def _compile(
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:
-        core = openvino.Core()
-        model = core.read_model(onnx_bytes)
         model.reshape({spec.name: spec.at_batch(batch) for spec in inputs})
-        return core.compile_model(model, "CPU", options)
+        return openvino.Core().compile_model(model, "CPU", options)
     except RuntimeError as error:
-        # Its messages run over several lines and begin with the places in its source that passed the error on.
-        frames = ("Exception from", "Check ", "FrontEnd API", "To facilitate")
-        reason = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith(frames))
-        raise EngineError(f"openvino cannot compile this model: {reason.strip()[:400]}") from None
+        raise EngineError(f"openvino cannot compile this model: {_reason(error)}") from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what went wrong: messages run over several lines and begin with the places that passed the error on."""
+    frames = ("Exception from", "Check ", "FrontEnd API", "To facilitate")
+    reason = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith(frames))
+    return reason.strip()[:400]

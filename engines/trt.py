@@ -3,11 +3,10 @@
 import importlib.util
 from pathlib import Path
 
-import onnx
-
 from engines import nvinfer
 from engines.base import Audit, EngineConfig, EngineFile
 from engines.driver import no_gpu
+from engines.graph import OnnxGraph
 from engines.running import OpenEngine
 
 
@@ -23,13 +22,13 @@ def cannot_run() -> str | None:
     return nvinfer.cannot_run("tensorrt", "tensorrt")
 
 
-def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     """Build the plan for the GPU of this machine."""
-    return nvinfer.build("tensorrt", model, plan, config)
+    return nvinfer.build("tensorrt", graph, plan, config)
 
 
-def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
+def open_plan(file: EngineFile) -> OpenEngine:
     """Load the plan on the first GPU."""
     import tensorrt
 
-    return nvinfer.open_plan(tensorrt, file, plan)
+    return nvinfer.open_plan(tensorrt, file)

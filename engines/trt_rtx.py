@@ -8,6 +8,7 @@ import onnx
 from engines import nvinfer
 from engines.base import Audit, EngineConfig, EngineFile
 from engines.errors import EngineError
+from engines.graph import OnnxGraph
 from engines.running import OpenEngine
 
 # What TensorRT-RTX 1.7 can build for. The builder only logs a target it does not know, and goes on without it.
@@ -27,7 +28,7 @@ def cannot_run() -> str | None:
     return nvinfer.cannot_run("tensorrt_rtx", "tensorrt-rtx")
 
 
-def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
+def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     """Build the plan for `config.targets`, or a portable one (Ampere and later) if there are none.
 
     Raises:
@@ -36,13 +37,13 @@ def build(model: onnx.ModelProto, plan: Path, config: EngineConfig) -> Audit:
     if unknown := [target for target in config.targets if target not in TARGETS]:
         raise EngineError(f"Unknown tensorrt-rtx targets {unknown}. Choose from {list(TARGETS)}.")
     old = [target for target in config.targets or ("a portable engine",) if target not in FLOAT8_TARGETS]
-    if old and any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+    if old and any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.model.graph.initializer):
         raise EngineError(f"FP8 needs a later GPU than {old[0]}. Give targets of {list(FLOAT8_TARGETS)} only.")
-    return nvinfer.build("tensorrt_rtx", model, plan, config)
+    return nvinfer.build("tensorrt_rtx", graph, plan, config)
 
 
-def open_plan(file: EngineFile, plan: bytes) -> OpenEngine:
+def open_plan(file: EngineFile) -> OpenEngine:
     """Load the plan on the first GPU."""
     import tensorrt_rtx
 
-    return nvinfer.open_plan(tensorrt_rtx, file, plan)
+    return nvinfer.open_plan(tensorrt_rtx, file)

@@ -1,6 +1,5 @@
 """From a plan to an engine: write the quantized graph of a backend, build it, audit it, check what it computes."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from calib.plan import QuantPlan, load_plan
 from calib.ranges import nearest_step
 from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
+from engines.base import data_path
 from gaq_export import drawing, parity, part_engines, provenance, texts
 from gaq_export import run as runs
 from gaq_export.collect import as_steps_are_told, collect
@@ -189,7 +189,7 @@ def build_engine(
         "bits": _bits(plan, turns),
         "numbers": numbers,
         "correction": correction and correction.to_json(),
-        "plan": {"sha256": _sha256(run.plan), "layers": len(plan.layers)},
+        "plan": {"sha256": engines.sha256_of(run.plan), "layers": len(plan.layers)},
     }
     not_run, files, checks = backend.can_run(), list[EngineFile](), list[Parity]()
     data = None if not_run else _samples(model, spec, plan, run, config)
@@ -260,10 +260,8 @@ def build_float(
     with runs.staging(out) as staged:
         if model.conditions is not None:
             model.conditions.save(staged)
-        save_onnx(compute_in(network, "float32"), staged / "unet.onnx")
         _with_decoder(model, staged / out.name, config, about, None)
-        engines.build(staged / "unet.onnx", staged / out.name, config, about)
-        (staged / "unet.onnx").unlink()
+        part_engines.build_graph(network, staged / out.name, config, about)
         _put(staged, out)
     return engines.load_engine_file(out)
 
@@ -299,7 +297,7 @@ def add_texts(
         parts.append(Part(file=file, parity=part_engines.check_text(encoder, file) if check else None))
         words = path.with_name(f"{path.name}.tokens.json")
         words.write_text(tokenizer.to_str(), encoding="utf-8")
-        tokens.append({"file": words.name, "sha256": _sha256(words)})
+        tokens.append({"file": words.name, "sha256": engines.sha256_of(words)})
     about["texts"] = {
         "engines": [drawing.named(part.file) for part in parts],
         "tokens": tokens,
@@ -316,8 +314,12 @@ def _moved(part: Part, out: Path) -> Part:
 
 def _put(staged: Path, out: Path) -> None:
     """Move finished files beside `out`, the record that names all others last."""
-    for path in sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json")):
+    made = sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json"))
+    for path in made:
         os.replace(path, out.with_name(path.name))
+    for plan in (out.with_name(path.stem) for path in made if path.suffix == ".json"):
+        if data_path(plan).name not in {path.name for path in made}:
+            data_path(plan).unlink(missing_ok=True)  # of the engine that was here before
 
 
 def _samples(model: LoadedModel, spec: SamplerSpec, plan: QuantPlan, run: Run, config: EngineConfig) -> CalibrationSet:
@@ -406,7 +408,3 @@ def _check(
             "try another --backend."
         )
     return result
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

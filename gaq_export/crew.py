@@ -21,7 +21,6 @@ from torch import Tensor
 
 import engines
 from engines import EngineFile
-from engines.base import record_path, weights_path
 from gaq_export import drawing, frechet, provenance, samples
 from gaq_export.conditions import Conditions
 from gaq_export.errors import GaqError
@@ -186,7 +185,7 @@ def files_of(file: EngineFile) -> list[Path]:
     )
     beside = [*(file.about.get("relay") or {}).get("engines", ()), *([decoder] if decoder else [])]
     plans = [file.path, *(file.path.with_name(one["file"]) for one in beside)]
-    found = [path for plan in plans for path in (plan, record_path(plan), weights_path(plan)) if path.exists()]
+    found = [path for plan in plans for path in engines.files_of(plan) if path.exists()]
     return [*found, file.path.with_name(texts)] if texts else found
 
 

@@ -6,6 +6,7 @@
 They compute in float32 everywhere: they run once an image, and some decoders' numbers are too large for FP16.
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,13 +121,14 @@ def _flat(found: Sequence[Tensor]) -> Tensor:
 def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> EngineFile:
     if find_profile(engines.find_backend(config.backend).profile).opened:
         open_up(graph)
-    onnx = out.with_name(f".{out.name}.onnx")
-    try:
-        save_onnx(compute_in(graph, "float32"), onnx)
-        about: dict[str, Any] = {"part": part}
-        return engines.build(onnx, out, replace(config, compute="float32", stripped=False), about)
-    finally:
-        onnx.unlink(missing_ok=True)
+    return build_graph(graph, out, replace(config, compute="float32", stripped=False), {"part": part})
+
+
+def build_graph(graph: ir.Model, out: Path, config: EngineConfig, about: dict[str, Any]) -> EngineFile:
+    """Build the engine `out` of a float graph, which is written down only for as long as that takes."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        save_onnx(compute_in(graph, "float32"), Path(folder, "unet.onnx"))
+        return engines.build(Path(folder, "unet.onnx"), out, config, about)
 
 
 def _checked(network: nn.Module, given: Tensor, found: Tensor, file: EngineFile) -> Parity:

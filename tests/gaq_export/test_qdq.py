@@ -1,6 +1,7 @@
 """The exported graph holds the plan's integers and computes, layer by layer, what fake-quantized PyTorch computes."""
 
 import copy
+import errno
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -395,6 +396,22 @@ def test_a_graph_that_cannot_be_written_is_an_error(float_graph, tmp_path: Path)
 def test_weights_beyond_one_file_go_beside_it(quantized_graph, noisy, tmp_path: Path, monkeypatch) -> None:
     proto = quantized_graph("trt", 4, 8)
     monkeypatch.setattr("gaq_export.qdq.EXTERNAL_BYTES", 1000)
-    save_onnx(ir.from_proto(proto), tmp_path / "unet.onnx")
-    assert (tmp_path / "unet.onnx.data").stat().st_size > 1000
-    assert torch.equal(run(onnx.load(tmp_path / "unet.onnx"), noisy(16)), run(proto, noisy(16)))
+    path = tmp_path / "unet.onnx"
+    save_onnx(ir.from_proto(proto), path)
+    (weights,) = tmp_path.glob("unet.onnx.*.data")
+    assert path.stat().st_size + weights.stat().st_size > len(proto.SerializeToString()) > path.stat().st_size
+    assert torch.equal(run(onnx.load(path), noisy(16)), run(proto, noisy(16)))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = quantized_graph("trt", 8, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", _full)
+        with pytest.raises(GaqError, match=r"Cannot write .*No space left"):
+            save_onnx(ir.from_proto(other), path)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+    save_onnx(ir.from_proto(other), path)
+    assert len(list(tmp_path.iterdir())) == 2  # the old weights are gone
+    assert torch.equal(run(onnx.load(path), noisy(16)), run(other, noisy(16)))
+
+
+def _full(self: Path, target: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,283 @@
+"""How much memory and time does a network of the size of Stable Diffusion 1.5 take, from floats to engines?
+
+    nice -n 5 python benchmarks/large.py --out docs/results/large-sd15.md
+
+Each stage is a process of its own, started anew from what the one before left on disk, so that its peak is its own.
+Weights are random and samples are noise: what is measured does not depend on their values. A finished stage is kept.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import onnx_ir as ir
+import torch
+import typer
+
+import engines
+from calib.calibrate import calibrate
+from calib.config import QuantConfig
+from calib.data import CalibrationSet
+from calib.fakequant import fake_quantized
+from calib.plan import load_plan, save_plan
+from calib.progress import Progress
+from engines import EngineConfig
+from gaq_export import parity
+from gaq_export.catalogue import MODELS, reduced
+from gaq_export.half import compute_in
+from gaq_export.models import LoadedModel, random_model
+from gaq_export.onnx_export import export_float
+from gaq_export.opening import open_up
+from gaq_export.presets import preset
+from gaq_export.profiles import find_profile
+from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.schedule import SamplerSpec, timesteps
+from gaq_export.step_engine import step_denoiser
+from gaq_export.stepgraph import make_step
+from options import Folder, Job, ModelName, Out
+
+SPEC, IMAGES = SamplerSpec(steps=2), 2
+EVERY = 0.2  # seconds between looks at the memory of a stage's processes
+HEAD = ("stage", "seconds", "CPU seconds", "peak GiB", "what came of it")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a stage works with: the model, its width (0 is its own) and the folder where the stages meet."""
+
+    name: str
+    width: int
+    folder: Path
+
+    @property
+    def model(self) -> LoadedModel:
+        """The float model, made anew."""
+        spec = MODELS[self.name]
+        return random_model(reduced(spec, self.width) if self.width else spec)
+
+    def file(self, name: str) -> Path:
+        """Return a file in the folder."""
+        return self.folder / name
+
+
+def nearest(place: Place) -> str:
+    """Calibrate without learning anything."""
+    return _calibrated(place, preset("tiny", recipe="rtn").config, "plan")
+
+
+def learned(place: Place) -> str:
+    """Calibrate block by block, two iterations each."""
+    config = preset("tiny", recipe="adaround").config
+    shorter = replace(config.reconstruction, iterations=2, batch=2, start="float")
+    weight = replace(config.weight, candidates=4)
+    return _calibrated(place, replace(config, reconstruction=shorter, weight=weight, micro_batch=2), "learned")
+
+
+def float_graph(place: Place) -> str:
+    """Write the float network, its weights beside it."""
+    model = place.model
+    save_onnx(export_float(model.network, model.shape, model.told), place.file("float.onnx"))
+    return _sizes(place, "float.onnx*")
+
+
+def openvino_graph(place: Place) -> str:
+    """Write the integers in, for OpenVINO."""
+    return _quantized(place, "openvino", "float32")
+
+
+def tensorrt_graph(place: Place) -> str:
+    """Write the integers in, for TensorRT, the rest in FP16."""
+    return _quantized(place, "trt", "float16")
+
+
+def openvino(place: Place) -> str:
+    """Build and audit."""
+    return _built(place, "openvino.onnx", "openvino", "float32")
+
+
+def tensorrt_rtx(place: Place) -> str:
+    """Build and audit; it does not run here."""
+    return _built(place, "trt.onnx", "tensorrt-rtx", "float16")
+
+
+def float_openvino(place: Place) -> str:
+    """Build the float network, its weights read from beside the graph."""
+    return _built(place, "float.onnx", "openvino", "float32")
+
+
+def closeness(place: Place) -> str:
+    """Compare the engine with fake-quantized PyTorch, one image at one step."""
+    model, plan = place.model, load_plan(place.file("plan.safetensors"))
+    baked = json.loads(place.file("openvino.json").read_text())
+    data, visited = _noise(model), timesteps(SPEC, model.schedule.num_train)
+    with engines.open_engine(place.file("openvino.plan")) as engine:
+        found = parity.compare(
+            fake_quantized(model.network, plan),
+            [name for name in plan.layers if name not in baked],
+            step_denoiser(engine, visited),
+            data.take(torch.tensor([0])),
+            parity.TOLERANCES["openvino"],
+            images=1,
+        )
+    sqnr, own = found.sqnr_db[0], found.resolution_db[0]
+    return f"SQNR {sqnr:.1f} dB, the network's own resolution {own:.1f} dB: {'passed' if found.passed else 'failed'}"
+
+
+STAGES: dict[str, tuple[str, Callable[[Place], str]]] = {
+    "nearest": ("calibration, rounding to nearest", nearest),
+    "float-graph": ("float ONNX", float_graph),
+    "openvino-graph": ("Q/DQ for OpenVINO", openvino_graph),
+    "openvino": ("OpenVINO engine", openvino),
+    "closeness": ("parity of the OpenVINO engine", closeness),
+    "tensorrt-graph": ("Q/DQ for TensorRT", tensorrt_graph),
+    "tensorrt-rtx": ("TensorRT-RTX engine", tensorrt_rtx),
+    "float-openvino": ("OpenVINO engine of the float ONNX", float_openvino),
+    "learned": ("calibration, rounding learned block by block", learned),
+}
+
+
+def main(
+    model: ModelName = "sd15",
+    width: Annotated[int, typer.Option(help="Channels of the first level; 0 for the model's own.")] = 0,
+    stages: Annotated[str, typer.Option(help="Names, with commas between them; all if not given.")] = ",".join(STAGES),
+    folder: Folder = Path("bench-large"),
+    out: Out = None,
+    job: Job = None,
+) -> None:
+    """Run the stages one after another and write the page."""
+    place = Place(model, width, folder)
+    if job is not None:
+        print(STAGES[job][1](place))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--model", model, "--width", str(width), "--folder", str(folder)]
+    for name in stages.split(","):
+        kept = place.file(f"stage-{name}.json")
+        if not kept.exists():
+            row = measured([sys.executable, __file__, *options, "--job", name])
+            kept.write_text(json.dumps(row))
+            print(name, row, flush=True)
+    rows = [
+        (title, f"{row['seconds']:.0f}", f"{row['cpu']:.0f}", f"{row['peak'] / 2**30:.1f}", row["said"])
+        for name, (title, _) in STAGES.items()
+        if place.file(f"stage-{name}.json").exists()
+        for row in (json.loads(place.file(f"stage-{name}.json").read_text()),)
+    ]
+    publish([*_head(place), *markdown_table(HEAD, rows)], out)
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """Run a command in a session of its own; return what it said last, and its seconds and bytes at the peak.
+
+    The peak is of all its processes together: the largest sum that was seen, or, if that is more, the largest of one.
+    """
+    before, started, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        while child.poll() is None:
+            now, most = _memory(child.pid)
+            peak = max(peak, now, most)
+            time.sleep(EVERY)
+        said = child.stdout.read().strip().splitlines() if child.stdout else []
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}.")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"said": said[-1], "seconds": time.perf_counter() - started, "cpu": cpu, "peak": peak}
+
+
+def _memory(session: int) -> tuple[int, int]:
+    """Return the bytes that the session's processes hold now, all together, and the most that one of them ever held."""
+    now, most = 0, 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) != session:
+                continue
+            lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        except (OSError, ValueError):  # it has ended
+            continue
+        now += 1024 * int(lines.get("VmRSS", "0").split()[0])
+        most = max(most, 1024 * int(lines.get("VmHWM", "0").split()[0]))
+    return now, most
+
+
+def _calibrated(place: Place, config: QuantConfig, name: str) -> str:
+    model = place.model
+    blocks = 0
+
+    def count(progress: Progress) -> None:
+        nonlocal blocks
+        if progress.result is not None:
+            blocks += 1
+            print(progress.name, f"{sum(progress.seconds.values()):.0f} s", file=sys.stderr, flush=True)
+
+    folder = place.file(f"{name}-blocks")
+    data, num_train = _noise(model), model.schedule.num_train
+    plan = calibrate(model.network, data, config, timesteps=num_train, folder=folder, on_progress=count)
+    save_plan(plan, place.file(f"{name}.safetensors"))
+    codes = sum(layer.codes.numel() for layer in plan.layers.values())
+    return f"{len(plan.layers)} layers, {codes / 1e6:.1f} M weights in 4 bits; {blocks} blocks learned"
+
+
+def _noise(model: LoadedModel) -> CalibrationSet:
+    """Return Gaussian noise, and as much for what the network is told, IMAGES samples at each sampling step."""
+    generator, count = torch.Generator().manual_seed(0), SPEC.steps * IMAGES
+    step = torch.arange(SPEC.steps).repeat_interleave(IMAGES)
+    return CalibrationSet(
+        x=torch.randn(count, *model.shape, generator=generator),
+        t=timesteps(SPEC, model.schedule.num_train)[step],
+        step=step,
+        cond={name: torch.randn(count, *row.shape[1:], generator=generator) for name, row in model.told.items()},
+    )
+
+
+def _quantized(place: Place, profile: str, compute: str) -> str:
+    wishes, plan = find_profile(profile), load_plan(place.file("plan.safetensors"))
+    schedule = random_model(reduced(MODELS[place.name])).schedule  # without the weights
+    graph = ir.load(place.file("float.onnx"))  # its weights are mapped, not read
+    step = make_step(graph, schedule, SPEC)
+    insert_qdq(graph, plan, wishes, step)
+    if wishes.opened:
+        open_up(graph)
+    save_onnx(compute_in(graph, compute), place.file(f"{profile}.onnx"))
+    place.file(f"{profile}.json").write_text(json.dumps(sorted(step.baked)))
+    return _sizes(place, f"{profile}.onnx*")
+
+
+def _built(place: Place, graph: str, backend: str, compute: str) -> str:
+    config = EngineConfig(backend=backend, batch=(1, 1, 1), compute=compute)
+    plan = place.file(graph).with_suffix(".plan")
+    file = engines.build(place.file(graph), plan, config)
+    counts = ", ".join(f"{count} {kind}s in {precision}" for (kind, precision), count in file.audit.counts.items())
+    return f"{counts}; {_sizes(place, f'{plan.name}*')}"
+
+
+def _sizes(place: Place, pattern: str) -> str:
+    files = sorted(path for path in place.folder.glob(pattern) if path.suffix != ".json")
+    return ", ".join(f"`{path.name}` {path.stat().st_size / 1e6:.1f} MB" for path in files)
+
+
+def _head(place: Place) -> list[str]:
+    model = place.model
+    count, told = sum(p.numel() for p in model.unet.parameters()), sorted(model.told)
+    size = f"width {place.width}" if place.width else "at its own size"
+    return [
+        f"{place.name} {size}, {count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in FP32, random weights;",
+        f"x {model.shape}, told {', '.join(f'{name} {tuple(model.told[name].shape[1:])}' for name in told)}.",
+        f"W4A8, {SPEC.steps * IMAGES} samples of noise, {IMAGES} at each of {SPEC.steps} steps; engines for batch 1.",
+        f"{machine()}, on which other work went on: the seconds say little, the CPU seconds more.",
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}, torch {torch.__version__}.",
+        "Peaks are resident memory of all of a stage's processes together, mapped files included.",
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)
