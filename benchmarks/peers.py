@@ -21,6 +21,7 @@ from calib.quiet import quiet
 from gaq_export.qdq import WEIGHTED, module_of
 
 SAMPLES = 16  # of noise, where nothing but time is measured
+LEARNED = 20  # batches that AIMET's rounding learns from: it runs the network twice on each, for every layer
 Arrays = dict[str, npt.NDArray[Any]]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -130,20 +131,23 @@ def aimet_adaround(order: Order) -> Denoise:
     """AIMET's AdaRound and its activation ranges for ONNX; computed by ONNX Runtime, simulated."""
     import aimet_onnx
 
-    model, kept = onnx.load(order.graph), set(_nodes(order))
     sim = aimet_onnx.QuantizationSimModel(
-        model,
+        onnx.load(order.graph),
         param_type=f"int{order.wbits}",
         activation_type="int8",
         providers=["CPUExecutionProvider"],
     )
-    for node in sim.model.model.graph.node:
-        names = [name.removesuffix("_qdq").removesuffix("_updated") for name in node.input[:2]]
-        for name in names if node.name in kept else ():
-            sim.qc_quantize_op_dict[name].enabled = False
-    aimet_onnx.apply_adaround(sim, list(order.samples), num_iterations=order.iterations)
+    if order.kept:
+        kept, rounded = set(_nodes(order)), set[str]()
+        for node in sim.model.model.graph.node:
+            x, weight = [name.removesuffix("_qdq").removesuffix("_updated") for name in [*node.input[:2], "", ""][:2]]
+            if node.op_type in WEIGHTED and weight in sim.param_names and node.name not in kept:
+                rounded |= {x, weight}
+        for name, quantizer in sim.qc_quantize_op_dict.items():
+            quantizer.enabled = quantizer.enabled and name in rounded
+    aimet_onnx.apply_adaround(sim, list(order.samples[:LEARNED]), num_iterations=order.iterations)
     sim.compute_encodings(list(order.samples))
-    return lambda x, t: torch.from_numpy(sim.session.run(["eps"], {"x": x.numpy(), "t": t.numpy()})[0])
+    return lambda x, t: torch.from_numpy(sim.session.run(None, {"x": x.numpy(), "t": t.numpy()})[0])
 
 
 def _session(path: Path) -> Denoise:

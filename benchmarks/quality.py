@@ -11,9 +11,7 @@ import importlib.util
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +44,6 @@ HEAD = (
     "worst step",
     "PSNR dB, median",
     "Frechet distance",
-    "minutes",
     "run by",
 )
 
@@ -121,12 +118,11 @@ def _ours(bench: Bench, wbits: int) -> None:
     path, run = bench.row("ours", wbits, kept=True), Run(folder=bench.folder / f"run-w{wbits}")
     if path.exists():
         return
-    with _timed() as seconds:
-        plan = calibrate(bench.model, preset(bench.schedule, wbits=wbits), folder=run.folder)
+    plan = calibrate(bench.model, preset(bench.schedule, wbits=wbits), folder=run.folder)
     config = EngineConfig(backend="openvino", batch=(1, BATCH, BATCH))
     built = build_engine(folder=run.folder, out=run.folder / "unet.plan", config=config, graph="eps", model=bench.model)
     with open_engine(built.file) as engine:
-        _measure(bench, path, engine_denoiser(engine), seconds, len(plan.float_layers))
+        _measure(bench, path, engine_denoiser(engine), len(plan.float_layers))
 
 
 def _theirs(bench: Bench, name: str, peer: Peer, wbits: int) -> None:
@@ -147,9 +143,7 @@ def _theirs(bench: Bench, name: str, peer: Peer, wbits: int) -> None:
             kept=kept,
             iterations=bench.iterations,
         )
-        with _timed() as seconds:
-            denoise = peer.make(order)
-        _measure(bench, path, denoise, seconds, len(kept))
+        _measure(bench, path, peer.make(order), len(kept))
 
 
 def _samples(bench: Bench) -> list[peers.Arrays]:
@@ -161,24 +155,16 @@ def _samples(bench: Bench) -> list[peers.Arrays]:
     return [{"x": data.x[i].numpy(), "t": data.t[i].numpy()} for i in torch.split(order, BATCH) if len(i) == BATCH]
 
 
-@contextmanager
-def _timed() -> Iterator[list[float]]:
-    """Put the seconds that this was open into the list that it yields."""
-    started, seconds = time.perf_counter(), list[float]()
-    yield seconds
-    seconds.append(time.perf_counter() - started)
-
-
-def _measure(bench: Bench, path: Path, denoise: Denoiser, seconds: list[float], kept: int) -> None:
+def _measure(bench: Bench, path: Path, denoise: Denoiser, kept: int) -> None:
     y, model = bench.yardstick, bench.model
     with torch.no_grad():
         errors = quality.noise_errors(y, denoise)
         some = by_network(denoise, model.schedule, model.shape, model.spec.sampler)
         seeds = range(quality.FIRST_SEEDS["same"], quality.FIRST_SEEDS["same"] + y.images)
         drawn = samples.draw(some, seeds, quality.BATCH, model.spec.sampler.steps, lambda done, total: None)
-    found: dict[str, Any] = {"error": errors, "seconds": seconds[0], "kept": kept} | quality.picture_measures(y, drawn)
+    found: dict[str, Any] = {"error": errors, "kept": kept} | quality.picture_measures(y, drawn)
     write_atomically(path, json.dumps(found, indent=1).encode())
-    print(path.stem, f"{seconds[0]:.0f} s", flush=True)
+    print(path.stem, flush=True)
 
 
 def _page(bench: Bench) -> Iterator[str]:
@@ -218,7 +204,6 @@ def _rows(bench: Bench, wbits: int, signal: list[float]) -> Iterator[tuple[str, 
             f"{min(decibels):.2f}",
             f"{statistics.median(found['psnr_db']):.2f}",
             f"{found['fd_real']:.2f}",
-            f"{found['seconds'] / 60:.1f}",
             run_by,
         )
 
