@@ -21,12 +21,11 @@ import typer
 
 import peers
 from calib.files import write_atomically
-from calib.plan import load_plan
+from calib.layers import float_reasons, trace
 from engines import EngineConfig, open_engine
-from gaq_export import quality, samples
+from gaq_export import quality
 from gaq_export.collect import collect
 from gaq_export.denoiser import Denoiser, engine_denoiser
-from gaq_export.drawing import by_network
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.presets import preset
@@ -37,15 +36,8 @@ from options import ModelName, Out, ReportOnly
 
 BATCH = 16  # samples that a peer is given at a time
 WIDTHS = (8, 4)
-HEAD = (
-    "tool",
-    "float layers",
-    "SQNR dB, mean",
-    "worst step",
-    "PSNR dB, median",
-    "Frechet distance",
-    "run by",
-)
+HEAD = ("tool", "float layers", "SQNR dB, mean", "worst step", "run by")
+PICTURES = ("PSNR dB, median", "Frechet distance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +86,7 @@ def main(
     model: ModelName = "ddpm-mnist",
     schedule: Annotated[str, typer.Option("--preset")] = "fast",
     folder: Annotated[Path, typer.Option(help="Keeps everything.")] = Path("bench-quality"),
-    images: Annotated[int, typer.Option(help="Images each network draws.")] = 64,
+    images: Annotated[int, typer.Option(help="Images each network draws; 0 leaves images out.")] = 64,
     iterations: Annotated[int, typer.Option(help="AIMET's, a layer.")] = 1000,
     report_only: ReportOnly = False,
     out: Out = None,
@@ -115,7 +107,7 @@ def main(
 
 def _ours(bench: Bench, wbits: int) -> None:
     """Calibrate and build as a user would, and measure the engine."""
-    path, run = bench.row("ours", wbits, kept=True), Run(folder=bench.folder / f"run-w{wbits}")
+    path, run = bench.row("ours", wbits, kept=True), _run(bench, wbits)
     if path.exists():
         return
     plan = calibrate(bench.model, preset(bench.schedule, wbits=wbits), folder=run.folder)
@@ -127,7 +119,7 @@ def _ours(bench: Bench, wbits: int) -> None:
 
 def _theirs(bench: Bench, name: str, peer: Peer, wbits: int) -> None:
     """Ask a peer twice, as it comes and with our float layers, and measure what it gives."""
-    own = load_plan(Run(folder=bench.folder / f"run-w{wbits}").plan).float_layers
+    own = float_reasons(trace(bench.model.network, bench.model.shape, bench.model.schedule.num_train), "deploy")
     for kept in (frozenset[str](), frozenset(own)):
         path = bench.row(name, wbits, kept=bool(kept))
         if path.exists():
@@ -146,43 +138,54 @@ def _theirs(bench: Bench, name: str, peer: Peer, wbits: int) -> None:
         _measure(bench, path, peer.make(order), len(kept))
 
 
+def _run(bench: Bench, wbits: int) -> Run:
+    return Run(folder=bench.folder / f"run-w{wbits}")
+
+
 def _samples(bench: Bench) -> list[peers.Arrays]:
-    """Return what our calibration learns from, in batches that hold samples of several steps."""
+    """Return what our calibration learned from, in batches that hold samples of several steps."""
     spec, chosen = bench.model.spec.sampler, preset(bench.schedule)
-    folder = bench.folder / "calibration"
+    folder = _run(bench, WIDTHS[0]).calibration
     data = collect(bench.model, spec, images=chosen.images, seed=chosen.config.seed, folder=folder)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return [{"x": data.x[i].numpy(), "t": data.t[i].numpy()} for i in torch.split(order, BATCH) if len(i) == BATCH]
 
 
 def _measure(bench: Bench, path: Path, denoise: Denoiser, kept: int) -> None:
-    y, model = bench.yardstick, bench.model
+    y = bench.yardstick
     with torch.no_grad():
-        errors = quality.noise_errors(y, denoise)
-        some = by_network(denoise, model.schedule, model.shape, model.spec.sampler)
-        seeds = range(quality.FIRST_SEEDS["same"], quality.FIRST_SEEDS["same"] + y.images)
-        drawn = samples.draw(some, seeds, quality.BATCH, model.spec.sampler.steps, lambda done, total: None)
-    found: dict[str, Any] = {"error": errors, "kept": kept} | quality.picture_measures(y, drawn)
+        found: dict[str, Any] = {"error": quality.noise_errors(y, denoise), "kept": kept}
+        if y.images:
+            found |= quality.picture_measures(y, quality.pictures(y, denoise))
     write_atomically(path, json.dumps(found, indent=1).encode())
     print(path.stem, flush=True)
 
 
 def _page(bench: Bench) -> Iterator[str]:
-    facts, chosen = quality.facts(bench.yardstick), preset(bench.schedule)
+    facts, chosen, images = quality.facts(bench.yardstick), preset(bench.schedule), bench.yardstick.images
     yield f"# {bench.model.spec.name}: quality beside other tools"
     yield ""
-    floor = facts["frechet"]["float"]["other"]["fd_real"]
-    yield (
+    said = (
         f"{len(_samples(bench)) * BATCH} calibration samples of {chosen.images} images for everyone, 8-bit "
         f"activations, weights by channel; SQNR of the predicted noise on {quality.HELD_OUT} held-out trajectories, "
-        f"{bench.model.spec.sampler.steps} steps; {bench.yardstick.images} images from the same noise. The Frechet "
-        f"distance is to real images, by a digit classifier; the float network's, from other noise, is {floor:.2f}. "
-        f"AIMET learns {bench.iterations} iterations a layer, ours {chosen.config.reconstruction.iterations} a "
-        f"block. {machine()}."
+        f"{bench.model.spec.sampler.steps} steps. AIMET learns {bench.iterations} iterations a layer on "
+        f"{peers.LEARNED * BATCH} of the samples, ours {chosen.config.reconstruction.iterations} a block. {machine()}."
     )
+    if images:
+        floor = facts["frechet"]["float"]["other"]["fd_real"]
+        said += (
+            f" PSNR is of {images} images from the same noise; the Frechet distance is to real images, by a digit "
+            f"classifier, where the float network's from other noise is {floor:.2f}."
+        )
+    yield said
     for wbits in WIDTHS:
         rows = list(_rows(bench, wbits, facts["signal"]))
-        yield from ("", f"## W{wbits}A8", "", *markdown_table(HEAD, rows))
+        yield from (
+            "",
+            f"## W{wbits}A8",
+            "",
+            *markdown_table((*HEAD[:-1], *(PICTURES if images else ()), HEAD[-1]), rows),
+        )
     absent = [name for name in PEERS if not any(bench.row(name, w, kept=False).exists() for w in WIDTHS)]
     if absent:
         yield from ("", f"Not measured: {', '.join(absent)}.")
@@ -197,13 +200,15 @@ def _rows(bench: Bench, wbits: int, signal: list[float]) -> Iterator[tuple[str, 
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
         decibels = [10 * math.log10(s / e) for s, e in zip(signal, found["error"], strict=True)]
+        pictures = (
+            (f"{statistics.median(found['psnr_db']):.2f}", f"{found['fd_real']:.2f}") if "psnr_db" in found else ()
+        )
         yield (
             name,
             f"{found['kept']}" if kept else "its own choice",
             f"{statistics.fmean(decibels):.2f}",
             f"{min(decibels):.2f}",
-            f"{statistics.median(found['psnr_db']):.2f}",
-            f"{found['fd_real']:.2f}",
+            *pictures,
             run_by,
         )
 
