@@ -21,7 +21,6 @@ from calib.quiet import quiet
 from gaq_export.qdq import WEIGHTED, module_of
 
 SAMPLES = 16  # of noise, where nothing but time is measured
-LEARNED = 20  # batches that AIMET's rounding learns from: it runs the network twice on each, for every layer
 Arrays = dict[str, npt.NDArray[Any]]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -145,7 +144,7 @@ def aimet_adaround(order: Order) -> Denoise:
                 rounded |= {x, weight}
         for name, quantizer in sim.qc_quantize_op_dict.items():
             quantizer.enabled = quantizer.enabled and name in rounded
-    aimet_onnx.apply_adaround(sim, list(order.samples[:LEARNED]), num_iterations=order.iterations)
+    aimet_onnx.apply_adaround(sim, list(order.samples), num_iterations=order.iterations)
     sim.compute_encodings(list(order.samples))
     return lambda x, t: torch.from_numpy(sim.session.run(None, {"x": x.numpy(), "t": t.numpy()})[0])
 
