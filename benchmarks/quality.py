@@ -3,9 +3,9 @@
     python benchmarks/quality.py --folder bench-quality --data mnist.npz --out docs/results/quality-ddpm-mnist.md
 
 Everyone quantizes weights by channel and is given the same calibration images: ours takes all of their samples, a peer
-as many as such tools ask for by default, drawn from all steps. Each peer stands in two rows: as it comes, and with those
-layers left float that ours leaves float. A peer that is not installed is left out, and said to be; finished rows are
-kept, so peers may be installed in several environments, one run each.
+as many as such tools ask for by default, drawn from all steps. Each peer stands in two rows: as it comes, and with what
+ours leaves float left float. A peer that is not installed is left out, and said to be; finished rows are kept, so peers
+may be installed in several environments, one run each.
 """
 
 import importlib.util
