@@ -110,9 +110,19 @@ def open_decoder(file: EngineFile) -> Iterator[Decode | None]:
         yield lambda x: torch.from_numpy(opened({LATENTS: x.numpy()})[IMAGES])
 
 
+def require_pictures(file: EngineFile) -> None:
+    """Raise GaqError if what an engine file draws are latents, with no decoder beside it that makes images of them."""
+    channels = image_shape(file)[0]
+    if channels not in (1, 3):
+        raise GaqError(
+            f"{file.path} draws latents of {channels} channels and has no decoder of them beside it: calibrate and "
+            "build from a pipeline folder, with a vae/ or a vqvae/ beside the network."
+        )
+
+
 @contextmanager
 def open_texts(file: EngineFile) -> Iterator[Texts]:
-    """Open the text encoders that belong to an engine file, for `texts.encode` and `texts.nothing`.
+    """Open the text encoders that belong to an engine file, for `texts.encode` and `texts.told`.
 
     Raises:
         GaqError: it has none, they are of another build, or the tokenizers' library is not installed.

@@ -156,6 +156,7 @@ def sample(
         if count is not None and count < 1:
             raise GaqError(f"Found {count} {what}; ask for 1 or more.")
     file = engines.load_engine_file(engine)
+    drawing.require_pictures(file)
     spec = drawing.sampler_of(file, sampler)
     schedule, shape = provenance.schedule_of(file.about), provenance.shape_of(file.about)
     size = file.batch[1] if batch is None else batch
@@ -212,6 +213,7 @@ def sample_shards(
         if count < 1:
             raise GaqError(f"Found {count} {what}; ask for 1 or more.")
     file, out = engines.load_engine_file(engine), Path(out)
+    drawing.require_pictures(file)
     spec = drawing.sampler_of(file, sampler)
     size = file.batch[1] if batch is None else batch
     if not file.batch[0] <= size <= file.batch[2]:

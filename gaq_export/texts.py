@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from gaq_export import checkpoint, hub
+from gaq_export.conditions import Conditions
 from gaq_export.denoiser import ADDED
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
@@ -129,6 +130,13 @@ def nothing(where: Texts | LoadedModel | Path | str) -> dict[str, Tensor]:
     if not texts.zeros:
         return rows
     return {name: row if name == "time_ids" else torch.zeros_like(row) for name, row in rows.items()}
+
+
+def told(where: Texts | LoadedModel | Path | str, prompts: Sequence[str], guidance: float = 1.0) -> Conditions:
+    """Return prompts to draw, with guidance if it is not 1; see `encode`."""
+    texts = _find(where)
+    rows = encode(texts, prompts)
+    return Conditions(names=tuple(prompts), rows=rows, instead=nothing(texts), guidance=guidance)
 
 
 def load(folder: Path, *, allow_pickle: bool = False) -> Texts | None:

@@ -183,6 +183,13 @@ def test_the_files_of_one_build_belong_together(built: pipeline.Built, tmp_path:
     record.write_text(json.dumps(fields))
     with pytest.raises(GaqError, match="are of different builds: run build-engine again"):
         pipeline.sample(plan, num=1, out=tmp_path / "s")
+    fields["about"]["decoder"] = None
+    fields["about"]["model"]["shape"][0] = 4
+    record.write_text(json.dumps(fields))
+    for draw in (pipeline.sample, pipeline.sample_shards):
+        with pytest.raises(GaqError, match="draws latents of 4 channels and has no decoder of them beside it"):
+            draw(plan, num=1, out=tmp_path / "s")
+    record.write_bytes(record_path(built.file.path).read_bytes())
     other.unlink()
     with pytest.raises(EngineError, match="Cannot read the plan"):
         pipeline.sample(plan, num=1, out=tmp_path / "s")

@@ -155,8 +155,10 @@ def test_engines_of_text_encoders_need_neither_the_folder_nor_pytorchs(
             assert rows.keys() == expected.keys()
             for name, row in rows.items():
                 torch.testing.assert_close(row, expected[name], atol=1e-4, rtol=1e-4)
-        for name, row in texts.nothing(found).items():
-            torch.testing.assert_close(row, texts.nothing(model)[name], atol=1e-4, rtol=1e-4)
+        told = texts.told(found, PROMPTS[:2], 3.0)
+    assert (told.names, told.guidance) == (("a cat", "the dog, at night"), 3.0)
+    for name, row in told.instead.items():
+        torch.testing.assert_close(row, texts.nothing(model)[name], atol=1e-4, rtol=1e-4)
     (tmp_path / "unet-text.plan.tokens.json").write_text("{}")
     for wrong, message in (
         (file, "tokens.json and .* are of different builds"),
