@@ -46,6 +46,7 @@ ORDER = (
     "part_engines",
     "provenance",
     "drawing",
+    "engine_unet",
     "building",
     "samples",
     "shards",
