@@ -3,7 +3,9 @@
     nice -n 5 python benchmarks/large.py --out docs/results/large-sd15.md
 
 Each stage is a process of its own, started anew from what the one before left on disk, so that its peak is its own.
-Weights are random and samples are noise: what is measured does not depend on their values. A finished stage is kept.
+Weights are random and samples are noise: what is measured does not depend on their values. The graphs and engines are
+of a plan that rounds weights to nearest, its activation grids all alike, so that they need not wait for a calibration.
+A finished stage is kept.
 """
 
 import json
@@ -22,11 +24,13 @@ import torch
 import typer
 
 import engines
+from calib.affine import quantize_weight, search_weight_scale
 from calib.calibrate import calibrate
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.plan import load_plan, save_plan
+from calib.layers import float_reasons, trace
+from calib.plan import Grid, LayerQuant, QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from engines import EngineConfig
 from gaq_export import parity
@@ -44,7 +48,7 @@ from gaq_export.step_engine import step_denoiser
 from gaq_export.stepgraph import make_step
 from options import Folder, Job, ModelName, Out
 
-SPEC, IMAGES = SamplerSpec(steps=2), 2
+SPEC, IMAGES, BITS, GRID = SamplerSpec(steps=2), 2, 4, 2.0**-5
 EVERY = 0.2  # seconds between looks at the memory of a stage's processes
 HEAD = ("stage", "seconds", "CPU seconds", "peak GiB", "what came of it")
 
@@ -68,9 +72,35 @@ class Place:
         return self.folder / name
 
 
+def plan(place: Place) -> str:
+    """Round the weights to nearest and write a plan of them; which layers, small images show as well."""
+    model, config = place.model, preset("tiny", recipe="rtn").config
+    found = trace(model.network, (model.shape[0], 16, 16), model.schedule.num_train, model.told)
+    reasons = float_reasons(found, config.convention)
+    layers = {}
+    for name in (layer.name for layer in found.layers if layer.name not in reasons):
+        weight = model.network.get_parameter(f"{name}.weight").detach()
+        scale = search_weight_scale(weight, BITS, candidates=1)
+        codes = quantize_weight(weight, scale, BITS)
+        grid = Grid(scale=GRID, bits=8)
+        layers[name] = LayerQuant(codes=codes, weight_scale=scale, weight_bits=BITS, input=grid, output_scale=GRID)
+    made = QuantPlan(
+        layers=layers,
+        products={},
+        float_layers=reasons,
+        blocks=(),
+        scores=torch.zeros(1),
+        config=config,
+        about={},
+        num_train=model.schedule.num_train,
+    )
+    save_plan(made, place.file("plan.safetensors"))
+    return f"{_counted(made)}; {_sizes(place, 'plan.*')}"
+
+
 def nearest(place: Place) -> str:
     """Calibrate without learning anything."""
-    return _calibrated(place, preset("tiny", recipe="rtn").config, "plan")
+    return _calibrated(place, preset("tiny", recipe="rtn").config, "nearest")
 
 
 def learned(place: Place) -> str:
@@ -115,13 +145,13 @@ def float_openvino(place: Place) -> str:
 
 def closeness(place: Place) -> str:
     """Compare the engine with fake-quantized PyTorch, one image at one step."""
-    model, plan = place.model, load_plan(place.file("plan.safetensors"))
+    model, made = place.model, load_plan(place.file("plan.safetensors"))
     baked = json.loads(place.file("openvino.json").read_text())
     data, visited = _noise(model), timesteps(SPEC, model.schedule.num_train)
     with engines.open_engine(place.file("openvino.plan")) as engine:
         found = parity.compare(
-            fake_quantized(model.network, plan),
-            [name for name in plan.layers if name not in baked],
+            fake_quantized(model.network, made),
+            [name for name in made.layers if name not in baked],
             step_denoiser(engine, visited),
             data.take(torch.tensor([0])),
             parity.TOLERANCES["openvino"],
@@ -132,7 +162,7 @@ def closeness(place: Place) -> str:
 
 
 STAGES: dict[str, tuple[str, Callable[[Place], str]]] = {
-    "nearest": ("calibration, rounding to nearest", nearest),
+    "plan": ("weights rounded to nearest", plan),
     "float-graph": ("float ONNX", float_graph),
     "openvino-graph": ("Q/DQ for OpenVINO", openvino_graph),
     "openvino": ("OpenVINO engine", openvino),
@@ -140,6 +170,7 @@ STAGES: dict[str, tuple[str, Callable[[Place], str]]] = {
     "tensorrt-graph": ("Q/DQ for TensorRT", tensorrt_graph),
     "tensorrt-rtx": ("TensorRT-RTX engine", tensorrt_rtx),
     "float-openvino": ("OpenVINO engine of the float ONNX", float_openvino),
+    "nearest": ("calibration, rounding to nearest", nearest),
     "learned": ("calibration, rounding learned block by block", learned),
 }
 
@@ -220,10 +251,14 @@ def _calibrated(place: Place, config: QuantConfig, name: str) -> str:
 
     folder = place.file(f"{name}-blocks")
     data, num_train = _noise(model), model.schedule.num_train
-    plan = calibrate(model.network, data, config, timesteps=num_train, folder=folder, on_progress=count)
-    save_plan(plan, place.file(f"{name}.safetensors"))
-    codes = sum(layer.codes.numel() for layer in plan.layers.values())
-    return f"{len(plan.layers)} layers, {codes / 1e6:.1f} M weights in 4 bits; {blocks} blocks learned"
+    made = calibrate(model.network, data, config, timesteps=num_train, folder=folder, on_progress=count)
+    save_plan(made, place.file(f"{name}.safetensors"))
+    return f"{_counted(made)}; {blocks} blocks learned"
+
+
+def _counted(made: QuantPlan) -> str:
+    codes = sum(layer.codes.numel() for layer in made.layers.values())
+    return f"{len(made.layers)} layers, {codes / 1e6:.1f} M weights in {BITS} bits"
 
 
 def _noise(model: LoadedModel) -> CalibrationSet:
@@ -239,11 +274,11 @@ def _noise(model: LoadedModel) -> CalibrationSet:
 
 
 def _quantized(place: Place, profile: str, compute: str) -> str:
-    wishes, plan = find_profile(profile), load_plan(place.file("plan.safetensors"))
+    wishes, made = find_profile(profile), load_plan(place.file("plan.safetensors"))
     schedule = random_model(reduced(MODELS[place.name])).schedule  # without the weights
     graph = ir.load(place.file("float.onnx"))  # its weights are mapped, not read
     step = make_step(graph, schedule, SPEC)
-    insert_qdq(graph, plan, wishes, step)
+    insert_qdq(graph, made, wishes, step)
     if wishes.opened:
         open_up(graph)
     save_onnx(compute_in(graph, compute), place.file(f"{profile}.onnx"))

@@ -1,5 +1,6 @@
 """From a plan to an engine: write the quantized graph of a backend, build it, audit it, check what it computes."""
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,8 @@ def export_onnx(
     if wishes.opened:
         open_up(network)
     save_onnx(compute_in(network, compute), path)
+    del network
+    gc.collect()  # nodes and values refer to each other, and would keep the weights until the engine is built
     return Exported(path=path, baked=tuple(sorted(step.baked)) if step else ())
 
 
