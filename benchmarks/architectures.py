@@ -3,8 +3,8 @@
     python benchmarks/architectures.py --out docs/results/architectures.md
 
 Each has random weights and a small width, and otherwise its own blocks, levels, inputs, guidance and noise schedule.
-What it is told is random too: rows of noise for texts. The engines are of whole denoising steps. Results gather in the
-folder, and what is there is not done again.
+What it is told is random too: rows of noise for texts. OpenVINO runs the network alone, TensorRT-RTX builds whole
+denoising steps with guidance inside. Results gather in the folder, and what is there is not done again.
 """
 
 import json
@@ -28,9 +28,9 @@ from options import Folder, Out
 
 STEPS, TEXTS = 4, 3
 RUNTIMES = ("openvino", "tensorrt_rtx_cu13_bindings")
-BACKENDS = {
-    "openvino": EngineConfig(backend="openvino", threads=1),
-    "tensorrt-rtx": EngineConfig(backend="tensorrt-rtx"),
+ENGINES = {
+    "openvino": ("eps", EngineConfig(backend="openvino", threads=1)),
+    "tensorrt-rtx": ("step", EngineConfig(backend="tensorrt-rtx")),
 }
 NAMES = ("ddpm-mnist", "ddpm-cifar10", "ldm-celebahq-256", "imagenet-ldm", "sd15", "sdxl", "dit-xl-2-256")
 LABELLED = "ddpm-mnist with labels"
@@ -78,9 +78,9 @@ def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         "quantized": len(plan.layers),
         "float": dict(Counter(plan.float_layers.values())),
     }
-    for backend, config in BACKENDS.items():
+    for backend, (graph, config) in ENGINES.items():
         out = folder / f"{backend}.plan"
-        built = pipeline.build_engine(folder=folder / "run", out=out, config=config, model=model)
+        built = pipeline.build_engine(folder=folder / "run", out=out, config=config, graph=graph, model=model)
         inside = Counter(kernel.precision for kernel in built.file.audit.kernels)
         pairs = zip(built.parity.sqnr_db, built.parity.resolution_db, strict=True) if built.parity else []
         found[backend] = {"parity": min(pairs, default=None), "kernels": dict(inside)}
@@ -132,11 +132,11 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
         "",
         f"`{command_line()}` on {machine()}; {made_with}.",
         "",
-        f"Random weights at reduced width, preset tiny, W4A8, engines of whole denoising steps ({STEPS} of them) with",
-        "guidance inside. Parity is the SQNR of the predicted noise, OpenVINO engine against fake-quantized PyTorch,",
-        "at the worst step, and in brackets that of fake-quantized PyTorch against itself with inputs of layers that",
-        "differ by a millionth. TensorRT-RTX only built, on a machine without a GPU: its own layer list says what",
-        "multiplies INT8 by INT8. The rows of ldm-celebahq-256 stand for ldm-bedrooms too, which is the same network.",
+        "Random weights at reduced width, preset tiny, W4A8. Parity is the SQNR of the predicted noise, OpenVINO's",
+        f"engine of the network against fake-quantized PyTorch, at the worst of {STEPS} sampling steps; in brackets",
+        "that of fake-quantized PyTorch against itself with inputs of layers that differ by a millionth. TensorRT-RTX",
+        "only built, an engine of whole steps with guidance inside, on a machine without a GPU: its own layer list",
+        "says what multiplies INT8 by INT8. ldm-bedrooms is the network of ldm-celebahq-256.",
         "",
         *markdown_table(COLUMNS, [line(name, found) for name, found in results.items()]),
         "",

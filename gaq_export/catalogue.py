@@ -32,7 +32,7 @@ class ModelSpec:
         scheduler: Noise schedule, the fields of a diffusers scheduler config.
         description: One line for a list of models.
         guidance: Scale of classifier-free guidance unless the user says otherwise; 1 is none.
-        images: Calibration images of the full schedule; each gives one sample a step, with guidance two.
+        images: Calibration images of the preset "paper"; each gives one sample a step, with guidance two.
     """
 
     name: str

@@ -17,11 +17,13 @@ class Preset:
     Attributes:
         images: trajectories to collect; each gives one sample at every sampling step.
         config: the rest, its bits and seed still at their defaults.
+        published: whether a known model's own number of images comes first.
     """
 
     images: int
     config: QuantConfig
     description: str
+    published: bool = False
 
 
 def _tiny() -> Preset:
@@ -52,7 +54,8 @@ def _fast() -> Preset:
 
 
 def _paper() -> Preset:
-    return Preset(images=256, config=QuantConfig(), description="20 000 iterations a block, batch 32, as published")
+    description = "20 000 iterations a block, batch 32, as published"
+    return Preset(images=256, config=QuantConfig(), description=description, published=True)
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {"tiny": _tiny, "fast": _fast, "paper": _paper}
@@ -99,6 +102,11 @@ def preset(
         seed=seed,
     )
     return replace(chosen, config=config)
+
+
+def of_images(chosen: Preset, asked: int | None, published: int) -> Preset:
+    """Return the preset with as many images as `asked` for, or if it goes by the papers as many as they take."""
+    return replace(chosen, images=asked or (published if chosen.published else chosen.images))
 
 
 def parse_widths(text: str) -> tuple[int, ...]:

@@ -109,7 +109,7 @@ def calibrate(
             if iterations is not None:
                 fitting = replace(fitting, iterations=iterations)
             made = replace(made, config=replace(made.config, reconstruction=fitting))
-            return made if images is None else replace(made, images=images)
+            return presets.of_images(made, images, loaded.spec.images)
 
         loaded = find_model(model, weights)
         with terminal.Bars(quiet) as bars:

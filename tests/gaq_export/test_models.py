@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from gaq_export import hub
+from gaq_export import hub, pipeline, presets
 from gaq_export.catalogue import MODELS, reduced
 from gaq_export.checkpoint import INDEX, PICKLE, SAFETENSORS, build_network, fingerprint
 from gaq_export.denoiser import told_to
@@ -53,6 +53,14 @@ def test_a_known_model_at_reduced_width_has_the_same_kinds_of_blocks(name: str) 
     assert {type(m) for m in model.unet.modules()} == {type(m) for m in whole.modules()}
     assert model.told.keys() == told_to(whole).keys()
     assert (model.spec.sampler, model.spec.guidance) == (row.sampler, row.guidance)
+
+
+def test_the_full_schedule_takes_as_many_images_as_the_models_papers_do() -> None:
+    full, fast = pipeline.preset("paper"), pipeline.preset("fast")
+    published = MODELS["sd15"].images
+    assert published == 200 != full.images
+    found = [presets.of_images(made, asked, published).images for made in (full, fast) for asked in (None, 8)]
+    assert found == [200, 8, fast.images, 8]
 
 
 def test_of_a_pipelines_repository_each_part_is_fetched_once() -> None:
