@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gaq_export import __version__, judging_commands, recipe_commands, terminal
+from gaq_export import __version__, judging_commands, recipe_commands, sharing_commands, terminal
 from gaq_export.options import (
     Eta,
     GraphKind,
@@ -48,6 +48,9 @@ app.command()(recipe_commands.calibrate)
 @app.command()
 def build_engine(
     run: RunFolder = Path("gaq-run"),
+    weights: Annotated[
+        Path | None, typer.Option(help="A pack, see `gaq-export pack`: its plan becomes the run's, and is built.")
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +107,11 @@ def build_engine(
             compute=compute,
             stripped=strip_weights,
         )
+        if weights is not None:
+            from gaq_export import packs
+            from gaq_export.run import Run
+
+            packs.unpack(weights, Run(folder=run))
         spec = changed(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
         built = pipeline.build_engine(
             folder=run, out=out, config=config, graph=graph, sampler=spec, numbers=numbers, correct=correction
@@ -244,6 +252,10 @@ app.command()(judging_commands.evaluate)
 app.command()(judging_commands.report)
 app.command()(recipe_commands.compare)
 app.command()(recipe_commands.recipes)
+app.command()(sharing_commands.pack)
+app.command()(sharing_commands.push)
+app.command()(sharing_commands.pull)
+app.command()(sharing_commands.triton)
 
 
 @app.command()

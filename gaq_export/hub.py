@@ -44,9 +44,53 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
         if cached is not None:
             return cached, cached.name
         at = f" at commit {revision}" if revision else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GaqError(f"Cannot fetch {repo}{at} from the Hugging Face hub ({reason}).") from error
+        raise GaqError(f"Cannot fetch {repo}{at} from the Hugging Face hub ({_reason(error)}).") from error
     return Path(folder), Path(folder).name
+
+
+def papers(repo: str, revision: str | None) -> Path | None:
+    """Return a folder with a hub model's card and licences; None if they cannot be had."""
+    patterns = ["README.md", "[Ll][Ii][Cc][Ee][Nn]*", "NOTICE*", "COPYING*"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_S))
+    except Exception:  # as above; it is no reason to do without the rest
+        return None
+
+
+def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
+    """Put a folder's files into a repository, made if there is none, and return its address.
+
+    Args:
+        folder: What to upload.
+        repo: "owner/name", or a name for the user's own.
+        private: Of a repository that is made; one that is there stays as it is.
+        message: Of the commit.
+
+    Raises:
+        GaqError: The hub is out of reach, or does not let this user.
+    """
+    try:
+        api = HfApi()
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
+    except Exception as error:
+        raise GaqError(
+            f"Cannot push to {repo} on the Hugging Face hub ({_reason(error)}). `hf auth login` stores a token that "
+            "may write."
+        ) from error
+    return str(made)
+
+
+def download(repo: str, folder: Path, revision: str | None) -> None:
+    """Fetch all files of a repository into a folder; raise GaqError if they cannot be had."""
+    try:
+        snapshot_download(repo, revision=revision, local_dir=folder, etag_timeout=TIMEOUT_S)
+    except Exception as error:
+        raise GaqError(f"Cannot fetch {repo} from the Hugging Face hub ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def wanted(files: Sequence[str]) -> list[str]:

@@ -80,6 +80,8 @@ def _export(
         raise GaqError(f"torch cannot export this network to ONNX: {reason[0] if reason else error!r}") from error
     assert program is not None
     model = program.model
+    for node in model.graph:  # it names files of this machine
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     _skip_slices(model.graph)
     first = model.graph.inputs[0].shape
     if first is None or isinstance(first[0], int):

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder that keeps the calibration, so that it can continue.")]
 Weights = Annotated[
     str | None,
-    typer.Option(help="Local diffusers folder, or 'random' (meaningless pictures, for trying build and speed)."),
+    typer.Option(
+        help="Local diffusers folder or pack, or 'random' (meaningless pictures, for trying build and speed)."
+    ),
 ]
 GraphKind = Annotated[
     str, typer.Option(help="step (whole denoising steps of one sampler) or eps (the network alone, for any sampler).")
@@ -56,6 +58,11 @@ def find_model(model: str | None, weights: str | None) -> "LoadedModel":
 
     if model is None and weights is None:
         raise GaqError("Give the name of a model (see `gaq-export models`), or --weights FOLDER.")
+    if weights is not None and Path(weights, "pack.json").is_file():
+        from gaq_export import packs
+
+        name, weights = packs.float_model(Path(weights))
+        model = model or name
     found = pipeline.load_model(model, weights)
     warn_if_meaningless(found.meaningless)
     return found

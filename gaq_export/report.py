@@ -138,8 +138,8 @@ def measure(
     """
     run = Run(folder=folder)
     plan, (_, journal) = load_plan(run.plan), runs.recall(run)
-    file = _engine_of(run, journal, engine)
-    found, model = _evaluation_of(judged, file), provenance.model_of(plan.about, model, folder)
+    file = engine_of(run, journal, engine)
+    found, model = evaluation_of(judged, file), provenance.model_of(plan.about, model, folder)
     others = drawing.others_of(file)
     inside, origin = pipeline.examine(run, plan, model, out, block=block, images=images, on_step=on_step)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -165,7 +165,7 @@ def measure(
     )
 
 
-def _engine_of(run: Run, journal: Sequence[Mapping[str, Any]], asked: Path | None) -> EngineFile:
+def engine_of(run: Run, journal: Sequence[Mapping[str, Any]], asked: Path | None) -> EngineFile:
     """Return the engine asked for, or the last one built; raise GaqError if there is none of this plan."""
     last = runs.last(journal, "build-engine").get("engine")
     path = asked or (last and Path(os.path.normpath(run.folder / last)))
@@ -177,7 +177,7 @@ def _engine_of(run: Run, journal: Sequence[Mapping[str, Any]], asked: Path | Non
     return file
 
 
-def _evaluation_of(folder: Path | None, file: EngineFile) -> Evaluation | None:
+def evaluation_of(folder: Path | None, file: EngineFile) -> Evaluation | None:
     """Return what was found of this engine; raise GaqError if it was asked for and there is nothing."""
     if folder is None and not (DEFAULT / RECORD).is_file():
         return None

@@ -1,6 +1,7 @@
 """The run folder: where a calibration keeps its files, and the journal of what was done in it."""
 
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -164,3 +165,16 @@ def staging(out: Path) -> Iterator[Path]:
         raise GaqError(f"Cannot write to {out.parent}: {error.strerror}. Choose a folder you may write to.") from error
     with folder as name:
         yield Path(name)
+
+
+def check_replaceable(out: Path, mark: str) -> None:
+    """Raise GaqError if `out` is there and is neither an empty folder nor one of the kind that has a file `mark`."""
+    if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise GaqError(f"{out} is there and has no {mark}: choose a folder that is new, empty, or of this kind.")
+
+
+def replace_folder(made: Path, out: Path) -> None:
+    """Put a finished folder, inside a `staging` folder, in the place of `out`."""
+    if out.exists():
+        os.replace(out, made.with_name(f"{made.name}.old"))
+    os.replace(made, out)

@@ -66,6 +66,10 @@ ORDER = (
     "timing",
     "report",
     "publish",
+    "card",
+    "packs",
+    "triton_client",
+    "triton_repository",
     "report_page",
     "quality",
     "comparison",
@@ -78,6 +82,7 @@ ORDER = (
     "options",
     "recipe_commands",
     "judging_commands",
+    "sharing_commands",
     "cli",
     "__main__",
 )

@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
@@ -127,7 +129,7 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(tmp_path: Pat
     model = made("classes", None)
     told = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
     graph = export_float(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
-    spec = SamplerSpec(steps=4, eta=0.5)
+    spec, proto = SamplerSpec(steps=4, eta=0.5), ir.to_proto(graph)
     info = make_step(graph, model.schedule, spec, guided=True)
     assert info.baked == {"unet.time_embedding.linear_1", "unet.time_embedding.linear_2"}
     save_onnx(graph, tmp_path / "unet.onnx")
@@ -140,6 +142,19 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(tmp_path: Pat
             drawn = step_engine.run(engine, seeds, model.shape, spec.steps, told=asked.feeds(seeds))
             exact = samplers.run(bind(model.network, asked, seeds), seeds, model.shape, model.schedule, spec)
             torch.testing.assert_close(drawn, exact, atol=1e-4, rtol=0)
+        feeds = {name: value.numpy() for name, value in told.feeds(range(2)).items()}
+        feeds |= {"x": samplers.noise((0, 1), 0, model.shape).numpy(), "noise": np.ones((2, *model.shape), np.float32)}
+        alone = [engine(feeds | {"step": np.array([i])})["x_next"][row] for row, i in enumerate((3, 1))]
+    rows = ir.from_proto(proto)
+    make_step(rows, model.schedule, spec, guided=True, rows=True)
+    save_onnx(rows, tmp_path / "rows.onnx")
+    file = engines.build(tmp_path / "rows.onnx", tmp_path / "rows.plan", settings, {})
+    with engines.open_engine(file) as engine:  # each image at a step of its own, with a scale of its own
+        own = {"step": np.array([3, 1]), "guidance": np.array([3.0, 3.0], np.float32)}
+        np.testing.assert_allclose(engine(feeds | own)["x_next"], alone, atol=1e-4)
+        torch.testing.assert_close(
+            step_engine.run(engine, seeds, model.shape, spec.steps, told=asked.feeds(seeds)), drawn, atol=1e-4, rtol=0
+        )
     assert not torch.allclose(
         drawn[:2],
         samplers.run(bind(model.network, told, seeds), seeds, model.shape, model.schedule, spec)[:2],

@@ -28,11 +28,12 @@ from gaq_export.engine_unet import TEXT
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, wrap
 from gaq_export.qdq import save_onnx
-from gaq_export.schedule import SamplerSpec, linear_schedule, timesteps
+from gaq_export.schedule import SamplerSpec, linear_schedule, schedule_from_scheduler_config, timesteps
 
 # Two loops add in another order; where a value lies on a rounding edge, that moves it by a step of its grid.
 SAME_DB = 40.0
 TRAINED = {"num_train_timesteps": 100, "beta_end": 0.2}  # as `write_tiny_folder` says
+LATENT = {**TRAINED, "clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}  # as Stable Diffusion's
 SMALL = EngineConfig(backend="openvino", threads=1, batch=(1, 2, 2))
 
 
@@ -189,7 +190,8 @@ def text_model() -> LoadedModel:
         cross_attention_dim=12,
         attention_head_dim=4,
     ).eval()
-    return wrap(unet, shape=(4, 8, 8), schedule=linear_schedule(num_train=100, beta_end=0.2, clip=None))
+    schedule = schedule_from_scheduler_config(dict(DDIMScheduler(**LATENT).config))
+    return wrap(unet, shape=(4, 8, 8), schedule=schedule)
 
 
 def test_a_stable_diffusion_pipeline_draws_what_our_sampler_does_with_guidance(
@@ -201,14 +203,10 @@ def test_a_stable_diffusion_pipeline_draws_what_our_sampler_does_with_guidance(
         in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(8,), norm_num_groups=4
     ).eval()
     x = samplers.noise((0, 1), 0, (4, 8, 8))
-    spec = SamplerSpec(steps=5)
+    spec = SamplerSpec(steps=5, spacing="from-1")
     with EngineUNet(file) as unet:
         parts = {"vae": decoder, **_words(), "unet": unet, "safety_checker": None, "feature_extractor": None}
-        with pytest.warns(FutureWarning, match="steps_offset"):  # Stable Diffusion visits each timestep one later
-            pipe = StableDiffusionPipeline(
-                **parts, scheduler=DDIMScheduler(**TRAINED, clip_sample=False), requires_safety_checker=False
-            )
-        pipe.scheduler.register_to_config(steps_offset=0)
+        pipe = StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**LATENT), requires_safety_checker=False)
         texts = ["a six", "one"]
         found = _drawn(pipe, prompt=texts, latents=x, num_inference_steps=spec.steps, guidance_scale=3.0)
         rows, nothing = pipe.encode_prompt(texts, torch.device("cpu"), 1, True)

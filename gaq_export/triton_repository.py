@@ -1,0 +1,189 @@
+"""A model repository for a Triton Inference Server: denoising steps as its model, the loop as its client.
+
+    models/unet/config.pbtxt, models/unet/1/model.onnx or model.plan
+    client.py, philox.py, README.md
+
+In this graph every image has a step of its own, (N,), so that the server's batcher may put together what clients ask
+for at different steps. Triton's tensors have a batch and at least one more dimension, so (N,) is given as (N, 1), with
+a `reshape`. Numbers that the loop needs are parameters of the model's config, which the client asks the server for.
+"""
+
+import inspect
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.files import write_atomically
+from calib.plan import load_plan
+from calib.step_bits import widths
+from engines import EngineConfig, EngineFile, TensorSpec, philox
+from engines.base import record_path
+from gaq_export import provenance
+from gaq_export import run as runs
+from gaq_export.building import build_engine
+from gaq_export.conditions import LABELS, Conditions
+from gaq_export.errors import GaqError
+from gaq_export.models import LoadedModel
+from gaq_export.run import Run
+from gaq_export.schedule import SamplerSpec
+
+MARK = "client.py"
+NAME = "unet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """How Triton runs the engines of one of our backends: its backend, the model's file, and where."""
+
+    backend: str
+    file: str
+    kind: str
+
+
+SERVERS: Mapping[str, Server] = {
+    "onnxruntime": Server(backend="onnxruntime", file="model.onnx", kind="KIND_CPU"),
+    "onnxruntime-cuda": Server(backend="onnxruntime", file="model.onnx", kind="KIND_GPU"),
+    "tensorrt": Server(backend="tensorrt", file="model.plan", kind="KIND_GPU"),
+}
+TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
+
+
+def write(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    most: int = 16,
+    sampler: SamplerSpec | None = None,
+    model: LoadedModel | None = None,
+) -> Path:
+    """Build the steps, check them against PyTorch, and write the repository with its client.
+
+    Args:
+        folder: run folder with a finished plan.
+        out: the folder; a repository that is there is replaced.
+        backend: a key of `SERVERS`.
+        most: images that the server may put together.
+        sampler: whose steps; the plan's if None.
+        model: the float model; found again from the plan if None.
+
+    Raises:
+        GaqError, CalibError, EngineError: what `build_engine` raises; a plan that one model of steps cannot serve; a
+            place that is taken.
+    """
+    run, out = Run(folder=Path(folder)), Path(out)
+    if backend not in SERVERS:
+        raise GaqError(f"A Triton server has no backend for {backend!r}. Choose one of {list(SERVERS)}.")
+    runs.check_replaceable(out, MARK)
+    plan, server = load_plan(run.plan), SERVERS[backend]
+    if len(widths(plan)) > 1:
+        raise GaqError(
+            "Steps differ in activation bits in this plan, so they are several engines: it cannot be served."
+        )
+    if plan.about.get("decoder"):
+        raise GaqError("This model draws latents, and a decoder cannot be served yet.")
+    told = _told(provenance.conditions_of(plan.about, run.folder))
+    config = EngineConfig(backend=backend, batch=(1, min(4, most), most))
+    with runs.staging(out) as staged:
+        engine = staged / "engine" / server.file
+        engine.parent.mkdir()
+        built = build_engine(
+            folder=run.folder, out=engine, config=config, sampler=sampler, rows=True, noted="triton", model=model
+        )
+        spec, made = SamplerSpec.from_json(built.file.about["sampler"]), staged / "repository"
+        known = {"steps": spec.steps, "sampler": str(spec), **told}
+        write_atomically(made / "models" / NAME / "config.pbtxt", config_text(NAME, built.file, known).encode())
+        record_path(engine).unlink()
+        shutil.move(engine.parent, made / "models" / NAME / "1")  # with its weights, if they are beside it
+        write_atomically(made / MARK, client_text().encode())
+        write_atomically(made / "philox.py", inspect.getsource(philox).encode())
+        write_atomically(made / "README.md", _readme(built.file, spec).encode())
+        runs.replace_folder(made, out)
+    return out
+
+
+def config_text(name: str, file: EngineFile, known: Mapping[str, Any]) -> str:
+    """Return a model's config as Triton reads it, protobuf text of its `ModelConfig`.
+
+    Args:
+        name: of the model.
+        file: an engine all of whose tensors have rows.
+        known: JSON values that its client has to know.
+
+    Raises:
+        GaqError: its smallest batch is not 1, or a tensor has no rows.
+    """
+    server = SERVERS[file.backend]
+    single = [spec.name for spec in (*file.inputs, *file.outputs) if spec.shape[:1] != (None,)]
+    if single or file.batch[0] != 1:
+        raise GaqError(
+            f"A server's batches start at 1 and have a row of everything for each image; {file.path} starts at "
+            f"{file.batch[0]} and has none of {single}."
+        )
+    return "\n".join(
+        [
+            f'name: "{name}"',
+            f'backend: "{server.backend}"',
+            f"max_batch_size: {file.batch[2]}",
+            *_tensors("input", file.inputs),
+            *_tensors("output", file.outputs),
+            f"instance_group [ {{ count: 1 kind: {server.kind} }} ]",
+            f"dynamic_batching {{ preferred_batch_size: [ {file.batch[1]} ] max_queue_delay_microseconds: 1000 }}",
+            *(
+                f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(json.dumps(value))} }} }}"
+                for key, value in known.items()
+            ),
+            "",
+        ]
+    )
+
+
+def _tensors(what: str, specs: Sequence[TensorSpec]) -> list[str]:
+    lines = []
+    for spec in specs:
+        inner = spec.shape[1:]
+        dims = f"dims: [ {', '.join(map(str, inner))} ]" if inner else "dims: [ 1 ] reshape { shape: [ ] }"
+        lines.append(f'  {{ name: "{spec.name}" data_type: {TYPES[spec.dtype]} {dims} }}')
+    return [f"{what} [", ",\n".join(lines), "]"]
+
+
+def client_text() -> str:
+    """Return the client as a program of its own, beside `philox.py`; read, since importing it asks for its library."""
+    text = Path(__file__).with_name("triton_client.py").read_text(encoding="utf-8")
+    return text.replace("from engines import philox", "import philox")
+
+
+def _told(conditions: Conditions | None) -> dict[str, Any]:
+    """Return what the client has to know of what images are told."""
+    if conditions is None:
+        return {}
+    if conditions.rows.keys() != {LABELS}:
+        raise GaqError(f"The network is told {sorted(conditions.rows)}; only classes can be served yet.")
+    found: dict[str, Any] = {"classes": conditions.rows[LABELS].tolist()}
+    if conditions.guided:
+        found |= {"nothing": int(conditions.instead[LABELS][0]), "guidance": conditions.guidance}
+    return found
+
+
+def _readme(file: EngineFile, spec: SamplerSpec) -> str:
+    about, server = file.about, SERVERS[file.backend]
+    return f"""# {about["model"]["name"]}, {about["bits"]}, on a Triton Inference Server
+
+`models/` is a model repository with one model, `{NAME}`: a denoising step ({spec}). Start a server that has the
+{server.backend} backend:
+
+    tritonserver --model-repository models
+
+and draw with `client.py`, which runs the loop: noise by seed, {spec.steps} requests, PNGs.
+
+    pip install 'tritonclient[http]' numpy pillow
+    python client.py --url localhost:8000 --num 4 --seed 0 --out samples
+
+Inputs and outputs of a step are in `models/{NAME}/config.pbtxt`. What a step puts out goes into the next: `x_next` to
+`x`, `step_next` to `step`, `clean` to `previous`; `noise` is fresh at each. Every image of a batch may be at a step of
+its own, so the server's batcher may put clients together. A TensorRT plan needs a server with the TensorRT and the kind
+of GPU that it was built with.
+"""
