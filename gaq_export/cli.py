@@ -7,8 +7,11 @@ import typer
 
 from gaq_export import __version__, judging_commands, recipe_commands, sharing_commands, terminal
 from gaq_export.options import (
+    Classes,
     Eta,
     GraphKind,
+    Guidance,
+    Prompts,
     Quiet,
     RunFolder,
     SamplerName,
@@ -135,6 +138,9 @@ def sample(
     sampler: SamplerName = None,
     spacing: Spacing = None,
     eta: Eta = None,
+    classes: Classes = None,
+    prompts: Prompts = None,
+    guidance: Guidance = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also draw with the float model, side by side.")] = False,
     shard: Annotated[
         int | None,
@@ -157,11 +163,12 @@ def sample(
         import os
 
         import engines
-        from gaq_export import pipeline
+        from gaq_export import pipeline, telling
         from gaq_export.errors import GaqError
         from gaq_export.schedule import SamplerSpec
 
         file = engines.load_engine_file(engine)
+        told = telling.retell(file, telling.Asked(classes=classes, prompts=prompts, guidance=guidance))
         own = SamplerSpec.from_json(file.about["sampler"])
         spec = changed(own, steps=steps, name=sampler, spacing=spacing, eta=eta)
         if num > PNGS or shard is not None or workers is not None or ray is not None:
@@ -179,6 +186,7 @@ def sample(
                     sampler=spec,
                     out=out,
                     shard=256 if shard is None else shard,
+                    told=told,
                     workers=cores if workers is None else workers,
                     ray=ray,
                     on_images=bars.images,
@@ -188,7 +196,15 @@ def sample(
             return
         with terminal.Bars(quiet) as bars:
             drawn = pipeline.sample(
-                engine, num=num, seed=seed, batch=batch, sampler=spec, out=out, compare=compare, on_step=bars.sample
+                engine,
+                num=num,
+                seed=seed,
+                batch=batch,
+                sampler=spec,
+                out=out,
+                compare=compare,
+                told=told,
+                on_step=bars.sample,
             )
         warn_if_meaningless(drawn.meaningless)
         typer.echo(f"{num} images in {drawn.seconds:.1f} s ({num / drawn.seconds:.2f} images/s) -> {drawn.grid}")

@@ -107,20 +107,26 @@ class Conditions:
 
     def of(self, seeds: Sequence[int]) -> Condition:
         """Return what a network is told for images of these seeds: (N, ...), with guidance (2N, ...), nothing first."""
-        index = torch.tensor([seed % len(self.names) for seed in seeds])
+        index = self._rows_of(seeds)
         chosen = {name: row[index] for name, row in self.rows.items()}
         if not self.guided:
             return chosen
         return {name: torch.cat((self.instead[name].expand_as(row), row)) for name, row in chosen.items()}
 
     def feeds(self, seeds: Sequence[int]) -> Condition:
-        """Return what an engine of steps is told for images of these seeds: (N, ...) each, and the scale, (1,)."""
-        cond = self.of(seeds)
-        if not self.guided:
-            return cond
-        halves = {name: row.chunk(2) for name, row in cond.items()}
-        told = {name: half[1] for name, half in halves.items()}
-        return told | {f"{NOTHING}{name}": half[0] for name, half in halves.items()} | {GUIDANCE: self.scale}
+        """Return what an engine of steps is told for images of these seeds: (N, ...) each, and the scale, (1,).
+
+        What stands for nothing is there if it is known, also with a scale of 1.
+        """
+        index = self._rows_of(seeds)
+        told = {name: row[index] for name, row in self.rows.items()}
+        if not self.instead:
+            return told
+        nothing = {f"{NOTHING}{name}": self.instead[name].expand_as(row) for name, row in told.items()}
+        return told | nothing | {GUIDANCE: self.scale}
+
+    def _rows_of(self, seeds: Sequence[int]) -> Tensor:
+        return torch.tensor([seed % len(self.names) for seed in seeds])
 
     @property
     def scale(self) -> Tensor:
@@ -168,6 +174,7 @@ def bind(network: Told, conditions: Conditions | None, seeds: Sequence[int], *, 
     """
     if conditions is None:
         return network
-    told = conditions.feeds(seeds)
-    outer = Guided(network, apart=apart) if conditions.guided else network
+    guided = conditions.guided
+    told = conditions.feeds(seeds) if guided else conditions.of(seeds)
+    outer = Guided(network, apart=apart) if guided else network
     return lambda x, t, /: outer(x, t, told)

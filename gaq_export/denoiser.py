@@ -142,6 +142,15 @@ def told_to(unet: nn.Module) -> dict[str, Tensor]:
     return known.told(config) if known and config else {}
 
 
+def class_rows(unet: nn.Module) -> int | None:
+    """Return how many classes a network of `ARCHITECTURES` has a row for, nothing included; None if it has none."""
+    config = config_of(unet)
+    if "num_embeds_ada_norm" in config:
+        return int(config["num_embeds_ada_norm"]) + 1
+    count = config.get("classes", config.get("num_class_embeds"))
+    return None if count is None else int(count)
+
+
 def config_of(unet: nn.Module) -> Mapping[str, Any]:
     """Return the architecture of a network as its `config.json` says it; nothing for any other module."""
     config: Mapping[str, Any] = getattr(unet, "config", {})

@@ -18,6 +18,11 @@ Weights = Annotated[
         help="Local diffusers folder or pack, or 'random' (meaningless pictures, for trying build and speed)."
     ),
 ]
+Classes = Annotated[
+    str | None, typer.Option(help="Classes to draw, as 3,7 or 0-9, or all; the image of seed s is of number s mod K.")
+]
+Prompts = Annotated[Path | None, typer.Option(help="File of prompts, one a line; likewise.")]
+Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
 GraphKind = Annotated[
     str, typer.Option(help="step (whole denoising steps of one sampler) or eps (the network alone, for any sampler).")
 ]
@@ -51,9 +56,15 @@ def changed(own: "SamplerSpec", **asked: object) -> "SamplerSpec | None":
     return replace(own, **wishes) if wishes else None
 
 
-def find_model(model: str | None, weights: str | None) -> "LoadedModel":
-    """Return the model by name or folder, and say so if its weights mean nothing."""
-    from gaq_export import pipeline
+def find_model(
+    model: str | None,
+    weights: str | None,
+    classes: str | None = None,
+    prompts: Path | None = None,
+    guidance: float | None = None,
+) -> "LoadedModel":
+    """Return the model by name or folder, told what to draw, and say so if its weights mean nothing."""
+    from gaq_export import pipeline, telling
     from gaq_export.errors import GaqError
 
     if model is None and weights is None:
@@ -65,7 +76,7 @@ def find_model(model: str | None, weights: str | None) -> "LoadedModel":
         model = model or name
     found = pipeline.load_model(model, weights)
     warn_if_meaningless(found.meaningless)
-    return found
+    return telling.tell(found, telling.Asked(classes=classes, prompts=prompts, guidance=guidance))
 
 
 def warn_if_meaningless(meaningless: bool) -> None:

@@ -19,7 +19,7 @@ from calib import config as configs
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
-from gaq_export import crew, drawing, inspection, latency, page, provenance, samples, shards
+from gaq_export import crew, drawing, inspection, latency, page, provenance, samples, shards, telling
 from gaq_export import run as runs
 from gaq_export.building import Built, build_engine, export_onnx
 from gaq_export.collect import collect
@@ -62,7 +62,7 @@ def calibrate(
     """Quantize `model`, keeping everything in the run folder; the same call again continues or returns the result.
 
     Args:
-        model: what to quantize.
+        model: what to quantize; one that is told classes, and not which, is told all.
         chosen: schedule and bits, from `preset`.
         folder: run folder.
         sampler: sampler the calibration follows; the model's own if None.
@@ -73,11 +73,12 @@ def calibrate(
     Raises:
         GaqError, CalibError: bad settings, a folder that holds another run, or one that cannot be written.
     """
-    run, spec = Run(folder=Path(folder)), sampler or model.spec.sampler
+    run, spec, model = Run(folder=Path(folder)), sampler or model.spec.sampler, telling.tell(model)
     about = provenance.describe(model, spec)
     settings = {"model": about["model"], "sampler": about["sampler"], "images": chosen.images}
     if model.conditions is not None:
-        settings["conditions"] = model.conditions.sha256
+        told = model.conditions
+        settings |= {"told": list(told.names), "guidance": told.guidance, "told_sha256": told.sha256}
     runs.begin(run, settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))})
     if run.plan.exists():
         return load_plan(run.plan)

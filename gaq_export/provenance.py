@@ -12,6 +12,7 @@ from calib.plan import QuantPlan
 from calib.surgery import operate
 from gaq_export.checkpoint import fingerprint
 from gaq_export.conditions import Conditions
+from gaq_export.denoiser import class_rows
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.schedule import NoiseSchedule, SamplerSpec
@@ -30,6 +31,7 @@ def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
             "source": model.source,
             "fingerprint": model.fingerprint,
             "shape": list(model.shape),
+            "classes": class_rows(model.unet),
             "meaningless": model.meaningless,
         },
         "architecture": json.loads(json.dumps({k: v for k, v in architecture.items() if not k.startswith("_")})),

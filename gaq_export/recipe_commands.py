@@ -11,7 +11,10 @@ import typer
 
 from gaq_export import terminal
 from gaq_export.options import (
+    Classes,
     Eta,
+    Guidance,
+    Prompts,
     Quiet,
     RunFolder,
     SamplerName,
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 def calibrate(
     model: Annotated[str | None, typer.Option("--model", "-m", help="A name from `gaq-export models`.")] = None,
     weights: Weights = None,
+    classes: Classes = None,
+    prompts: Prompts = None,
+    guidance: Guidance = None,
     wbits: Annotated[int, typer.Option(help="Weight bits, 2 to 8.")] = 4,
     abits: Annotated[
         str, typer.Option(help="Activation bits, 2 to 8; of several, as 4,8, each sampling step takes what it needs.")
@@ -111,7 +117,7 @@ def calibrate(
             made = replace(made, config=replace(made.config, reconstruction=fitting))
             return presets.of_images(made, images, loaded.spec.images)
 
-        loaded = find_model(model, weights)
+        loaded = find_model(model, weights, classes, prompts, guidance)
         with terminal.Bars(quiet) as bars:
             learn = partial(
                 pipeline.calibrate,
@@ -136,6 +142,9 @@ def calibrate(
 def compare(
     model: Annotated[str | None, typer.Argument(help="A name from `gaq-export models`.")] = None,
     weights: Weights = None,
+    classes: Classes = None,
+    prompts: Prompts = None,
+    guidance: Guidance = None,
     recipes: Annotated[
         str, typer.Option(help="Names with commas between them, see `gaq-export recipes`; all if empty.")
     ] = "",
@@ -167,7 +176,7 @@ def compare(
         from gaq_export import compare as comparing
         from gaq_export.recipes import RECIPES
 
-        loaded = find_model(model, weights)
+        loaded = find_model(model, weights, classes, prompts, guidance)
         bench = comparing.comparison(
             loaded,
             recipes.split(",") if recipes else list(RECIPES),

@@ -47,6 +47,7 @@ ORDER = (
     "provenance",
     "drawing",
     "engine_unet",
+    "telling",
     "building",
     "samples",
     "shards",

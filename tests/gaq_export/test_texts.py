@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engines import EngineConfig
 from gaq_export import building, drawing, texts
 from gaq_export.errors import GaqError
+from gaq_export.images import read_metadata
 from gaq_export.models import load_model
+from tests.gaq_export.test_cli import gaq
 
 transformers = pytest.importorskip("transformers", reason="no transformers: pip install 'gaq-export[text]'")
 
@@ -206,3 +209,29 @@ def test_text_encoders_are_loaded_strictly(write: Callable[[bool], Path], tmp_pa
     monkeypatch.setattr(texts, "installed", lambda: False)
     with pytest.raises(GaqError, match=r"pip install 'gaq-export\[text\]'"):
         texts.encode(write(False), ["a cat"])
+
+
+def test_commands_take_prompts(write: Callable[[bool], Path], tmp_path: Path) -> None:
+    prompts, other, run, engine = (tmp_path / name for name in ("prompts.txt", "other.txt", "run", "unet.plan"))
+    prompts.write_text("a cat\n\nthe dog, at night\n")
+    other.write_text("an elk\n")
+    words = ("--weights", write(False), "--prompts", prompts, "--guidance", 2, "--recipe", "rtn", "--run", run, "-q")
+    for command in (
+        ("calibrate", *words),
+        ("build-engine", "--run", run, "--backend", "openvino", "--steps", 3, "--out", engine, "-q"),
+        ("sample", "--engine", engine, "-n", 2, "--out", tmp_path / "own", "-q"),
+        ("sample", "--engine", engine, "-n", 2, "--prompts", other, "--out", tmp_path / "other", "-q"),
+    ):
+        done = gaq(*command)
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "own" / "000001-the-dog-at-night.png").is_file()
+    drawn = [read_metadata(tmp_path / "other" / f"00000{seed}-an-elk.png")["told"] for seed in (0, 1)]
+    assert drawn == ["an elk", "an elk"]
+    pixels = [Image.open(path).tobytes() for path in sorted(tmp_path.glob("o*/000000-*.png"))]
+    assert pixels[0] != pixels[1]
+    for text, message in ((" \n", "holds no prompts"), (None, "Cannot read the prompts")):
+        file = tmp_path / "empty.txt"
+        file.unlink(missing_ok=True) if text is None else file.write_text(text)
+        failed = gaq("sample", "--engine", engine, "--prompts", file, "--out", tmp_path / "none")
+        assert failed.exit_code == 2
+        assert message in failed.stderr

@@ -1,0 +1,120 @@
+"""Does a quantized network draw the class that it was told? Its images and the float network's, read by a classifier.
+
+    python benchmarks/labels.py --folder bench-labels --out docs/results/labels-ddpm-mnist-labels.md
+
+Both draw with an OpenVINO engine of steps, from the same noise, with guidance; `--features digits` says what an image
+shows. Intervals of shares are Wilson's; the difference is resampled image by image, since both saw the same noise. The
+same command goes on where it was.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from command import command_line, one_line_errors
+from engines import EngineConfig, EngineFile
+from gaq_export import frechet, pipeline, shards, telling
+from gaq_export.building import build_float
+from gaq_export.extractors import Extractor, find_extractor
+from gaq_export.images import psnr, save_grid
+from gaq_export.models import load_model
+from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.telling import Asked
+from options import ModelName, Out, PresetName, Weights
+
+SHARD, DRAWS, Z = 50, 10_000, 1.959964
+HEAD = ("", "images", "as told", "share", "95 % interval", "PSNR against float, median dB")
+
+
+def main(
+    model: ModelName = "ddpm-mnist-labels",
+    weights: Weights = None,
+    schedule: PresetName = "fast",
+    wbits: Annotated[int, typer.Option()] = 4,
+    abits: Annotated[int, typer.Option()] = 8,
+    guidance: Annotated[float, typer.Option()] = 3.0,
+    images: Annotated[int, typer.Option(help="That each network draws.")] = 500,
+    features: Annotated[str, typer.Option(help="The classifier.")] = "digits",
+    folder: Annotated[Path, typer.Option(help="Keeps the calibration, engines and images.")] = Path("bench-labels"),
+    out: Out = None,
+) -> None:
+    """Write one row for each network, the difference, and a grid of the first images."""
+    with one_line_errors():
+        told = telling.tell(load_model(model, weights), Asked(guidance=guidance))
+        assert told.conditions is not None
+        config = EngineConfig(backend="openvino", threads=1)
+        chosen = pipeline.preset(schedule, wbits=wbits, abits=abits)
+        pipeline.calibrate(told, chosen, folder=folder / "run")
+        bits = f"W{wbits}A{abits}"
+        files = {
+            "float": build_float(told, folder / "float.plan", config=config),
+            bits: pipeline.build_engine(folder=folder / "run", out=folder / "unet.plan", config=config).file,
+        }
+        drawn = {name: _drawn(file, folder / f"images-{name}", images) for name, file in files.items()}
+        reader = find_extractor(features)
+        labels = torch.tensor([int(told.conditions.name_of(seed)) for seed in range(images)])
+        right = {name: _read(reader, pictures) == labels for name, pictures in drawn.items()}
+    near = psnr(frechet.pixels(drawn[bits]), frechet.pixels(drawn["float"])).median()
+    rows = [(*_share(name, right[name]), db) for name, db in (("float", "-"), (bits, f"{float(near):.1f}"))]
+    lines = [
+        f"# As told? {model}, {bits}, guidance {guidance:g}",
+        "",
+        f"    {command_line()}",
+        "",
+        f"{told.spec.sampler}; {machine()}; preset {schedule}, seed 0; seeds 0 to {images - 1}, the image of seed s is "
+        f"told class s mod {len(told.conditions.names)}; read by `{features}`.",
+        "",
+        *markdown_table(HEAD, rows),
+        "",
+        _difference(right["float"], right[bits], bits),
+    ]
+    if out is not None:
+        shown = [(name, frechet.pixels(pictures[:20])) for name, pictures in drawn.items()]
+        save_grid(out.with_suffix(".png"), shown, heads=[told.conditions.name_of(seed) for seed in range(20)])
+        lines += ["", f"![The first images, float above {bits}]({out.stem}.png)"]
+    publish(lines, out)
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927)."""
+    share, width = hits / count, Z**2 / count
+    middle = (share + width / 2) / (1 + width)
+    half = Z * math.sqrt(share * (1 - share) / count + width / (4 * count)) / (1 + width)
+    return middle - half, middle + half
+
+
+def _share(name: str, hits: Tensor) -> tuple[str, ...]:
+    low, high = wilson(int(hits.sum()), len(hits))
+    share = f"{100 * hits.double().mean():.1f} %"
+    return name, f"{len(hits)}", f"{int(hits.sum())}", share, f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _drawn(file: EngineFile, folder: Path, count: int) -> Tensor:
+    pipeline.sample_shards(file.path, num=count, out=folder, shard=SHARD)
+    return torch.cat([images for images, _ in shards.read_shards(folder)])
+
+
+def _read(reader: Extractor, images: Tensor) -> Tensor:
+    return reader(images).logits.argmax(1)
+
+
+def _difference(exact: Tensor, ours: Tensor, bits: str) -> str:
+    """Say by how much the shares differ, and how often only one of both networks drew what it was told."""
+    paired = ours.numpy().astype(float) - exact.numpy().astype(float)
+    draws = np.random.default_rng(0).choice(paired, (DRAWS, len(paired))).mean(1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    one, other = int((paired < 0).sum()), int((paired > 0).sum())
+    return (
+        f"Difference {bits} less float: {100 * paired.mean():+.1f} points, 95 % interval {100 * low:+.1f} to "
+        f"{100 * high:+.1f} ({DRAWS} bootstrap draws of pairs). Of {len(paired)} pairs {one} are as told by float "
+        f"alone, {other} by {bits} alone."
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

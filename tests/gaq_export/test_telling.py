@@ -1,0 +1,138 @@
+"""The options for what to draw: read as they are meant, refused where a network is told something else, and obeyed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+import engines
+from gaq_export import telling
+from gaq_export.catalogue import MODELS, reduced
+from gaq_export.conditions import LABELS
+from gaq_export.errors import GaqError
+from gaq_export.images import read_metadata
+from gaq_export.models import LoadedModel, load_model, random_model
+from gaq_export.telling import Asked
+from tests.gaq_export.test_cli import gaq, refused
+from tests.gaq_export.test_kinds import SMALL
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory, write_tiny_folder) -> Path:
+    """A folder with a U-Net that is told one of ten classes, or nothing."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return write_tiny_folder(UNet2DModel(**SMALL, **blocks, num_class_embeds=11), tmp_path_factory.mktemp("home") / "d")
+
+
+@pytest.fixture(scope="module")
+def engine(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of steps with guidance 3, told 0, 4 and 7."""
+    run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("engine") / "unet.plan"
+    words = (
+        "--weights",
+        labelled,
+        "--classes",
+        "0,4,7",
+        "--guidance",
+        3,
+        "--recipe",
+        "rtn",
+        "--wbits",
+        6,
+        "--run",
+        run,
+        "-q",
+    )
+    made = gaq("calibrate", *words)
+    assert made.exit_code == 0, made.output
+    again = refused(run, "calibrate", *words[:4], *words[6:], "--guidance", 2)
+    assert "holds a run with other settings (guidance: 3.0, now 2.0)" in again
+    built = gaq("build-engine", "--run", run, "--backend", "openvino", "--steps", 4, "--out", out, "-q")
+    assert built.exit_code == 0, built.output
+    return out
+
+
+def of(name: str) -> LoadedModel:
+    return random_model(reduced(MODELS[name]))
+
+
+def test_a_model_of_classes_is_told_all_of_them_with_the_guidance_of_the_table(labelled: Path) -> None:
+    for name, scale in (("imagenet-ldm", 3.0), ("dit-xl-2-256", 1.5)):
+        told = telling.tell(of(name)).conditions
+        assert told is not None
+        assert (len(told.names), told.guidance, int(told.instead[LABELS])) == (1000, scale, 1000)
+    plain = telling.tell(load_model(weights=labelled)).conditions  # of which nobody knows what the last class is
+    assert plain is not None
+    assert (plain.names[-1], plain.guidance, plain.instead) == ("10", 1.0, {})
+    guided = telling.tell(load_model(weights=labelled), Asked(guidance=2.0)).conditions
+    assert guided is not None
+    assert (guided.names[-1], guided.guidance, int(guided.instead[LABELS])) == ("9", 2.0, 10)
+
+
+def test_what_a_network_is_not_told_is_refused(labelled: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    assert telling.tell(tiny_model) is tiny_model
+    model, text = load_model(weights=labelled), of("sd15")
+    for who, asked, words in (
+        (tiny_model, Asked(classes="1", guidance=2.0), "is told nothing: leave out --classes, --guidance"),
+        (model, Asked(prompts=prompts), "is told classes, not texts"),
+        (model, Asked(classes="0-11"), r"Found classes '0-11'; write all, or numbers of 0 to 10, as in 3,7 or 0-9"),
+        (model, Asked(classes="3-1"), "Found classes '3-1'"),
+        (model, Asked(classes="some"), "Found classes 'some'"),
+        (text, Asked(classes="1"), "is told texts, not classes"),
+        (text, Asked(), "draws what a text says: give --prompts FILE"),
+        (text, Asked(prompts=prompts), "has no text_encoder/ beside its network"),
+    ):
+        with pytest.raises(GaqError, match=words):
+            telling.tell(who, asked)
+    with pytest.raises(GaqError, match="Found a guidance of nan"):
+        Asked(guidance=float("nan"))
+
+
+def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_path: Path) -> None:
+    first = gaq("sample", "--engine", engine, "-n", 4, "--out", tmp_path / "own", "-q", "--compare")
+    assert first.exit_code == 0, first.output
+    names = sorted(path.name for path in (tmp_path / "own").glob("0*[0-9].png"))
+    assert names == ["000000-0.png", "000001-4.png", "000002-7.png", "000003-0.png"]
+    assert read_metadata(tmp_path / "own" / "000001-4.png")["told"] == "4"
+    record = json.loads((tmp_path / "own" / "samples.json").read_text())
+    assert (record["told"], record["guidance"]) == (["0", "4", "7"], 3.0)
+    assert min(image["psnr_db"] for image in record["images"]) > 10
+
+    def drawn(folder: str, *words: object) -> bytes:
+        made = gaq("sample", "--engine", engine, "-n", 2, "--out", tmp_path / folder, "-q", *words)
+        assert made.exit_code == 0, made.output
+        return Image.open(next((tmp_path / folder).glob("000001-4.png"))).tobytes()
+
+    own = Image.open(tmp_path / "own" / "000001-4.png").tobytes()
+    assert drawn("same", "--classes", "9,4") == own  # whoever is beside it
+    assert drawn("plain", "--guidance", 1) != own  # the scale is an input
+    told = telling.retell(engines.load_engine_file(engine), Asked(guidance=1.0))
+    assert told is not None
+    assert told.feeds((0,)).keys() >= GUIDED
+    streamed = gaq(
+        "sample", "--engine", engine, "-n", 2, "--shard", 2, "--classes", "9,4", "--out", tmp_path / "s", "-q"
+    )
+    assert streamed.exit_code == 0, streamed.output
+    assert json.loads((tmp_path / "s" / "samples.json").read_text())["conditions"]["told"] == ["9", "4"]
+
+
+GUIDED = {"class_labels", "nothing_class_labels", "guidance"}
+
+
+def test_an_engine_refuses_what_it_cannot_be_told(engine: Path, tmp_path: Path) -> None:
+    words = ("sample", "--engine", engine, "-n", 1, "--out", tmp_path / "samples")
+    assert "numbers of 0 to 9" in refused(tmp_path, *words, "--classes", "10")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    assert "is told classes, not texts" in refused(tmp_path, *words, "--prompts", prompts)
+    file = engines.load_engine_file(engine)
+    about = {**file.about, "conditions": {**file.about["conditions"], "guidance": 1.0}}
+    with pytest.raises(GaqError, match="has no guidance: calibrate with --guidance 2, and build again"):
+        telling.retell(replace(file, about=about), Asked(guidance=2.0))
