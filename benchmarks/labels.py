@@ -8,6 +8,7 @@ same command goes on where it was.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ def main(
     wbits: Annotated[int, typer.Option()] = 4,
     abits: Annotated[int, typer.Option()] = 8,
     guidance: Annotated[float, typer.Option()] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps, instead of the model's.")] = None,
     images: Annotated[int, typer.Option(help="That each network draws.")] = 500,
     features: Annotated[str, typer.Option(help="The classifier.")] = "digits",
     folder: Annotated[Path, typer.Option(help="Keeps the calibration, engines and images.")] = Path("bench-labels"),
@@ -49,10 +51,11 @@ def main(
         assert told.conditions is not None
         config = EngineConfig(backend="openvino", threads=1)
         chosen = pipeline.preset(schedule, wbits=wbits, abits=abits)
-        pipeline.calibrate(told, chosen, folder=folder / "run")
+        spec = told.spec.sampler if steps is None else replace(told.spec.sampler, steps=steps)
+        pipeline.calibrate(told, chosen, folder=folder / "run", sampler=spec)
         bits = f"W{wbits}A{abits}"
         files = {
-            "float": build_float(told, folder / "float.plan", config=config),
+            "float": build_float(told, folder / "float.plan", sampler=spec, config=config),
             bits: pipeline.build_engine(folder=folder / "run", out=folder / "unet.plan", config=config).file,
         }
         drawn = {name: _drawn(file, folder / f"images-{name}", images) for name, file in files.items()}
@@ -66,7 +69,7 @@ def main(
         "",
         f"    {command_line()}",
         "",
-        f"{told.spec.sampler}; {machine()}; preset {schedule}, seed 0; seeds 0 to {images - 1}, the image of seed s is "
+        f"{spec}; {machine()}; preset {schedule}, seed 0; seeds 0 to {images - 1}, the image of seed s is "
         f"told class s mod {len(told.conditions.names)}; read by `{features}`.",
         "",
         *markdown_table(HEAD, rows),
