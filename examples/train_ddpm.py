@@ -7,9 +7,9 @@ In: an .npz or .npy file of uint8 images, (N, H, W) or (N, H, W, C), or a folder
 are padded with black to the architecture's size. Out: the EMA weights and their configs, `samples.png`, and
 `state.safetensors` to go on from: the same command again continues where the last one stopped.
 
-An architecture that is told labels (`ddpm-mnist-labels`) finds them in the .npz beside the images; its last class
-stands for nothing, which a tenth of the images are told, so that guidance can be used (Ho and Salimans 2022).
-`--start ddpm-mnist` begins with another model's weights, where they fit, and with labels that say nothing yet.
+With `--labels` the network is told the labels that lie in the .npz beside the images; a last class stands for nothing,
+which a tenth of the images are told, so that guidance can be used (Ho and Salimans 2022). `--start ddpm-mnist` begins
+with another model's weights, where they fit.
 
 The recipe is Ho et al. 2020 with the habits of today: the mean square error of the predicted noise, AdamW, a linear
 warm-up (300 steps, or the first tenth of fewer) and a cosine to 3 % of the peak, gradients clipped at 1, bf16 autocast,
@@ -21,9 +21,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from gaq_export.models import MODELS, ModelSpec, load_model
 from gaq_export.schedule import NoiseSchedule, SamplerSpec, schedule_from_scheduler_config
 
 WARM_UP, FLOOR, EMA_DECAY, CLIP_NORM = 300, 0.03, 0.9995, 1.0
-TOLD_NOTHING, PACE = 0.1, 10.0
+TOLD_NOTHING = 0.1  # of the images
 STATE = "state.safetensors"
 
 
@@ -80,6 +80,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; slower on processors without it.")] = True,
+    labels: Annotated[bool, typer.Option("--labels", help="Tell the network the images' labels.")] = False,
     start: Annotated[str | None, typer.Option(help="Known model or folder whose weights to begin with.")] = None,
 ) -> None:
     """Train a diffusion model that gaq-export can quantize."""
@@ -89,7 +90,9 @@ def main(
         raise typer.BadParameter("say how long to train: --minutes or --steps", param_hint="--minutes")
     spec = MODELS[arch]
     try:
-        data = load_data(images, spec)
+        data = load_data(images, spec, labels=labels)
+        if data.nothing is not None:
+            spec = replace(spec, config={**spec.config, "num_class_embeds": data.nothing + 1})
         settings = Settings(
             steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, device=device, bf16=bf16, start=start
         )
@@ -99,18 +102,17 @@ def main(
         raise typer.Exit(2) from error
 
 
-def load_data(path: Path, spec: ModelSpec) -> Data:
-    """Read what an architecture is trained on; raise GaqError if there are no images, or no labels that it is told."""
+def load_data(path: Path, spec: ModelSpec, *, labels: bool) -> Data:
+    """Read what an architecture is trained on; raise GaqError if there are no images, or no labels for them."""
     images = load_images(path, int(spec.config["in_channels"]), int(spec.config["sample_size"]))
-    classes = spec.config["num_class_embeds"]
-    if classes is None:
+    if not labels:
         return Data(images=images)
     if path.suffix != ".npz":
-        raise GaqError(f"{spec.name} is told labels; give an .npz with an array of them beside the images, not {path}.")
-    labels = torch.from_numpy(_load_array(path, "label").astype(np.int64))
-    if labels.shape != images.shape[:1] or not 0 <= int(labels.min()) <= int(labels.max()) < classes - 1:
-        raise GaqError(f"Expected {len(images)} labels of 0 to {classes - 2} in {path}; found {tuple(labels.shape)}.")
-    return Data(images=images, labels=labels, nothing=classes - 1)
+        raise GaqError(f"Labels are read from an .npz, an array of them beside the images; found {path}.")
+    found = torch.from_numpy(_load_array(path, "label").astype(np.int64))
+    if found.shape != images.shape[:1] or int(found.min()) < 0:
+        raise GaqError(f"Expected {len(images)} labels from 0 in {path}; found {tuple(found.shape)} of them.")
+    return Data(images=images, labels=found, nothing=int(found.max()) + 1)
 
 
 def load_images(path: Path, channels: int, size: int) -> Tensor:
@@ -176,18 +178,14 @@ def train(spec: ModelSpec, data: Data, out: Path, settings: Settings) -> None:
         _begin_with(unet, settings.start)
     unet = unet.to(settings.device).train()
     ema = {name: value.detach().clone() for name, value in unet.state_dict().items()}
-    optimizer = torch.optim.AdamW(_groups(unet, begun=settings.start is not None), lr=settings.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=1e-4)
     out.mkdir(parents=True, exist_ok=True)
     done, elapsed = _resume(out / STATE, unet, ema, optimizer)
     started, last_saved, running = time.monotonic() - elapsed, time.monotonic(), math.nan
     for step, share in _clock(done, started, settings):
         for group in optimizer.param_groups:
-            group["lr"] = (
-                group["pace"]
-                * settings.lr
-                * min(
-                    max((step + 1) / WARM_UP, 10 * share), FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
-                )
+            group["lr"] = settings.lr * min(
+                max((step + 1) / WARM_UP, 10 * share), FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
             )
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         loss = noise_loss(unet, data, schedule, settings, generator)
@@ -243,15 +241,8 @@ def _clock(done: int, started: float, settings: Settings) -> Iterator[tuple[int,
         step += 1
 
 
-def _groups(unet: UNet2DModel, *, begun: bool) -> list[dict[str, Any]]:
-    """Return the parameters for the optimizer: labels that are new to a trained network learn PACE times as fast."""
-    new = list(unet.class_embedding.parameters()) if begun and unet.class_embedding is not None else []
-    rest = [p for p in unet.parameters() if all(p is not q for q in new)]
-    return [{"params": rest, "pace": 1.0}, *([{"params": new, "pace": PACE}] if new else [])]
-
-
 def _begin_with(unet: UNet2DModel, start: str) -> None:
-    """Take another network's weights where they fit; what is new for it, its labels, is to say nothing at first."""
+    """Take another network's weights where they fit."""
     folder = Path(start)
     other = load_model(weights=folder) if folder.is_dir() else load_model(start)
     own, given = unet.state_dict(), other.unet.state_dict()
@@ -259,8 +250,6 @@ def _begin_with(unet: UNet2DModel, start: str) -> None:
     if not fitting:
         raise GaqError(f"No weight of {start} fits the architecture; train it from the beginning, without --start.")
     unet.load_state_dict(fitting, strict=False)
-    if unet.class_embedding is not None and "class_embedding.weight" not in fitting:
-        nn.init.zeros_(unet.class_embedding.weight)
     typer.echo(f"{len(fitting)} of {len(own)} tensors begin as those of {start}")
 
 
