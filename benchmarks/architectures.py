@@ -126,6 +126,7 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
     reasons: Counter[str] = Counter()
     for found in results.values():
         reasons.update(found["float"])
+    missing = [name for name in rows() if name not in results]
     made_with = ", ".join(f"{name} {number}" for name, number in versions(RUNTIMES).items())
     return [
         "# Every architecture, all the way",
@@ -140,6 +141,7 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
         "",
         *markdown_table(COLUMNS, [line(name, found) for name, found in results.items()]),
         "",
+        *([f"Not run yet: {', '.join(missing)}; the same command does these.", ""] if missing else []),
         "What stays float, over all of them:",
         "",
         *markdown_table(("why", "layers"), [(why, str(count)) for why, count in reasons.most_common()]),
