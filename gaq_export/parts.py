@@ -87,7 +87,7 @@ def find_decoder(folder: Path, channels: int, *, allow_pickle: bool = False) -> 
     Args:
         folder: The folder, with the denoiser beside.
         channels: How many the denoiser's latents have.
-        allow_pickle: As for `checkpoint.load_unet`.
+        allow_pickle: As for `checkpoint.load_network`.
 
     Raises:
         GaqError: There are two, it is of an unknown kind, damaged, or does not fit the denoiser.
