@@ -25,9 +25,9 @@ from gaq_export.onnx_export import export_float
 from gaq_export.schedule import SamplerSpec
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _each_network_is_exported_once() -> Iterator[None]:
-    """Keep real float graphs: torch takes seconds for one, and many tests start from the same network."""
+@pytest.fixture(scope="session")
+def exported() -> Callable[..., ir.Model]:
+    """Return what exports a network, each once: torch takes seconds for one, and many tests start from the same."""
     kept: dict[str, onnx.ModelProto] = {}
 
     def export(network: nn.Module, shape: tuple[int, int, int], told: Mapping[str, Tensor] = NOTHING) -> ir.Model:
@@ -36,9 +36,14 @@ def _each_network_is_exported_once() -> Iterator[None]:
             kept[key] = ir.to_proto(export_float(network, shape, told))
         return ir.from_proto(kept[key])
 
+    return export
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_network_is_exported_once(exported: Callable[..., ir.Model]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (building, latency):
-            patch.setattr(module, "export_float", export)
+            patch.setattr(module, "export_float", exported)
         yield
 
 
@@ -51,6 +56,12 @@ def home(make_tiny_unet, write_tiny_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(home: Path) -> LoadedModel:
     return load_model(weights=home)
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny_model: LoadedModel, exported: Callable[..., ir.Model]) -> Callable[[], ir.Model]:
+    """Return what gives a fresh copy of the tiny model's float graph."""
+    return lambda: exported(tiny_model.network, tiny_model.shape)
 
 
 @pytest.fixture(scope="session")
@@ -119,4 +130,15 @@ def quick_plan(noisy: Callable[[int], CalibrationSet]) -> Callable[..., QuantPla
 @pytest.fixture(scope="session")
 def tiny_plan(tiny_model: LoadedModel, quick_plan: Callable[..., QuantPlan]) -> Callable[..., QuantPlan]:
     """Return what makes a plan of the tiny model at given bits, kinds of grids and convention, once each."""
-    return functools.cache(functools.partial(quick_plan, tiny_model.network, 16))
+
+    @functools.cache
+    def kept(wbits: int, abits: int, per_step: bool, symmetric: bool, convention: str) -> QuantPlan:
+        form = {"per_step": per_step, "symmetric": symmetric, "convention": convention}
+        return quick_plan(tiny_model.network, 16, wbits, abits, **form)
+
+    def make(
+        wbits: int, abits: int, *, per_step: bool = False, symmetric: bool = True, convention: str = "deploy"
+    ) -> QuantPlan:
+        return kept(wbits, abits, per_step, symmetric, convention)
+
+    return make

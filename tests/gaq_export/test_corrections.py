@@ -19,7 +19,6 @@ from gaq_export import corrections, drawing, pipeline, samplers
 from gaq_export.collect import collect
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
-from gaq_export.onnx_export import export_float
 from gaq_export.recipes import RECIPES, find_recipe
 from gaq_export.schedule import SamplerSpec, linear_schedule
 from gaq_export.stepgraph import make_step
@@ -111,8 +110,8 @@ def test_a_corrected_sampler_draws_nearer_to_the_float_network(rule: str, tiny_m
 
 
 @pytest.mark.parametrize("spec", [SamplerSpec(steps=5), SamplerSpec(steps=5, eta=1.0)], ids=["ddim", "noisy"])
-def test_an_exported_step_corrects_its_noise_too(spec: SamplerSpec, tiny_model: LoadedModel) -> None:
-    graph, made = export_float(tiny_model.network, tiny_model.shape), _made_up(5)
+def test_an_exported_step_corrects_its_noise_too(spec: SamplerSpec, tiny_model: LoadedModel, tiny_graph) -> None:
+    graph, made = tiny_graph(), _made_up(5)
     make_step(graph, tiny_model.schedule, spec, made)
     proto = ir.to_proto(graph)
     onnx.checker.check_model(proto, full_check=True)

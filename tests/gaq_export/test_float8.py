@@ -18,7 +18,6 @@ from engines import EngineConfig, EngineError
 from gaq_export import parity, pipeline
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
-from gaq_export.onnx_export import export_float
 from gaq_export.profiles import find_profile
 from gaq_export.qdq import insert_qdq
 from tests.gaq_export.readback import Graph, layer_errors, session
@@ -50,10 +49,10 @@ def test_the_numbers_reach_as_far_as_the_integers(grid: Grid, reach: float) -> N
 @pytest.mark.parametrize("form", [{}, {"per_step": True}])
 @pytest.mark.parametrize("wbits", [4, 8])
 def test_the_graph_computes_what_pytorch_computes(
-    wbits: int, form: dict[str, bool], tiny_model: LoadedModel, tiny_plan, noisy
+    wbits: int, form: dict[str, bool], tiny_model: LoadedModel, tiny_graph, tiny_plan, noisy
 ) -> None:
     plan = tiny_plan(wbits, 8, symmetric=False, **form)
-    proto = ir.to_proto(insert_qdq(export_float(tiny_model.network, tiny_model.shape), plan, find_profile("trt-fp8")))
+    proto = ir.to_proto(insert_qdq(tiny_graph(), plan, find_profile("trt-fp8")))
     onnx.checker.check_model(proto, full_check=True)
     for n in Graph(proto).quantized():
         codes, wanted = numpy_helper.to_array(n.codes), plan.layers[n.layer].codes.numpy()

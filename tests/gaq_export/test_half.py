@@ -14,7 +14,6 @@ from calib.fakequant import fake_quantized
 from gaq_export.errors import GaqError
 from gaq_export.half import compute_in
 from gaq_export.models import LoadedModel
-from gaq_export.onnx_export import export_float
 from gaq_export.parity import TOLERANCES, Tolerance, compare, sqnr_db
 from gaq_export.profiles import PROFILES
 from gaq_export.qdq import insert_qdq
@@ -26,12 +25,11 @@ SPEC = SamplerSpec(steps=5)
 
 
 @pytest.fixture(scope="module")
-def fresh(tiny_model: LoadedModel) -> Callable[[str], ir.Model]:
+def fresh(tiny_model: LoadedModel, tiny_graph: Callable[[], ir.Model]) -> Callable[[str], ir.Model]:
     """What gives a fresh float graph of a kind."""
-    proto = ir.to_proto(export_float(tiny_model.network, tiny_model.shape))
 
     def make(kind: str) -> ir.Model:
-        model = ir.from_proto(proto)
+        model = tiny_graph()
         if kind == "step":
             make_step(model, tiny_model.schedule, SPEC)
         return model

@@ -33,19 +33,12 @@ INTEGER = [name for name, profile in PROFILES.items() if not profile.float8]
 
 
 @pytest.fixture(scope="session")
-def float_graph(tiny_model: LoadedModel) -> Callable[[], ir.Model]:
-    """Return what gives a fresh copy of the tiny model's float graph; the export itself is done once."""
-    proto = ir.to_proto(export_float(tiny_model.network, tiny_model.shape))
-    return lambda: ir.from_proto(proto)
-
-
-@pytest.fixture(scope="session")
-def quantized_graph(float_graph, tiny_plan) -> Callable[[str, int, int], onnx.ModelProto]:
+def quantized_graph(tiny_graph, tiny_plan) -> Callable[[str, int, int], onnx.ModelProto]:
     """Return what gives the tiny model's graph in a profile, at given bits."""
 
     @functools.cache
     def make(profile: str, wbits: int, abits: int) -> onnx.ModelProto:
-        return ir.to_proto(insert_qdq(float_graph(), tiny_plan(wbits, abits), find_profile(profile)))
+        return ir.to_proto(insert_qdq(tiny_graph(), tiny_plan(wbits, abits), find_profile(profile)))
 
     return make
 
@@ -107,10 +100,10 @@ def mixed(noisy) -> CalibrationSet:
 
 @pytest.mark.parametrize("profile", INTEGER)
 def test_a_layer_whose_grid_moves_computes_what_pytorch_does(
-    profile: str, moved_plan: QuantPlan, float_graph, tiny_model: LoadedModel, mixed: CalibrationSet
+    profile: str, moved_plan: QuantPlan, tiny_graph, tiny_model: LoadedModel, mixed: CalibrationSet
 ) -> None:
     wishes = replace(find_profile(profile), quantize_outputs=False)
-    proto = ir.to_proto(insert_qdq(float_graph(), moved_plan, wishes))
+    proto = ir.to_proto(insert_qdq(tiny_graph(), moved_plan, wishes))
     onnx.checker.check_model(proto, full_check=True)
     fake = fake_quantized(tiny_model.network, moved_plan)
     fake(mixed.x, mixed.t)  # the layers' hooks take the timesteps from here
@@ -121,9 +114,9 @@ def test_a_layer_whose_grid_moves_computes_what_pytorch_does(
 
 @pytest.mark.parametrize("profile", [name for name in INTEGER if not PROFILES[name].zero_points])
 def test_a_moving_grid_is_written_around_a_constant_symmetric_quantizer_right_before_the_layer(
-    profile: str, moved_plan: QuantPlan, float_graph
+    profile: str, moved_plan: QuantPlan, tiny_graph
 ) -> None:
-    graph = Graph(ir.to_proto(insert_qdq(float_graph(), moved_plan, find_profile(profile))))
+    graph = Graph(ir.to_proto(insert_qdq(tiny_graph(), moved_plan, find_profile(profile))))
     nodes = graph.quantized()
     assert sorted(n.layer for n in nodes) == sorted(moved_plan.layers)
     for n in nodes:
@@ -136,9 +129,9 @@ def test_a_moving_grid_is_written_around_a_constant_symmetric_quantizer_right_be
 
 
 def test_a_moving_grid_rounds_every_input_to_the_code_that_pytorch_rounds_it_to(
-    moved_plan: QuantPlan, float_graph, tiny_model: LoadedModel, mixed: CalibrationSet
+    moved_plan: QuantPlan, tiny_graph, tiny_model: LoadedModel, mixed: CalibrationSet
 ) -> None:
-    proto = ir.to_proto(insert_qdq(float_graph(), moved_plan, find_profile("trt")))
+    proto = ir.to_proto(insert_qdq(tiny_graph(), moved_plan, find_profile("trt")))
     fake = fake_quantized(tiny_model.network, moved_plan)
     fake(mixed.x, mixed.t)
     rounded: dict[str, torch.Tensor] = {}
@@ -169,10 +162,10 @@ def test_a_moving_grid_rounds_every_input_to_the_code_that_pytorch_rounds_it_to(
 
 @pytest.mark.parametrize("profile", [name for name, wishes in PROFILES.items() if wishes.unsigned_products])
 def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_unsigned(
-    profile: str, float_graph, tiny_plan
+    profile: str, tiny_graph, tiny_plan
 ) -> None:
     plan = tiny_plan(4, 6, convention="tfmq")
-    proto = ir.to_proto(insert_qdq(float_graph(), plan, find_profile(profile)))
+    proto = ir.to_proto(insert_qdq(tiny_graph(), plan, find_profile(profile)))
     onnx.checker.check_model(proto, full_check=True)
     graph = Graph(proto)
     assert sorted({n.layer for n in graph.quantized()}) == sorted(plan.layers)
@@ -196,11 +189,11 @@ def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_un
 
 
 def test_tensorrt_takes_no_unsigned_codes_and_keeps_the_products_float(
-    float_graph, tiny_model: LoadedModel, tiny_plan, noisy
+    tiny_graph, tiny_model: LoadedModel, tiny_plan, noisy
 ) -> None:
     plan = tiny_plan(4, 8, convention="tfmq")
     assert plan.products
-    graph = Graph(ir.to_proto(insert_qdq(float_graph(), plan, find_profile("trt"))))
+    graph = Graph(ir.to_proto(insert_qdq(tiny_graph(), plan, find_profile("trt"))))
     assert graph.products() == []
     assert sorted({n.layer for n in graph.quantized()}) == sorted(plan.layers)
     fake = fake_quantized(tiny_model.network, replace(plan, products={}))
@@ -209,13 +202,13 @@ def test_tensorrt_takes_no_unsigned_codes_and_keeps_the_products_float(
 
 @pytest.mark.parametrize(("profile", "log2"), [("reference", False), ("reference", True), ("ort-cpu", False)])
 def test_a_graph_with_quantized_products_comes_as_close_as_rounding_allows(
-    profile: str, log2: bool, float_graph, tiny_model: LoadedModel, tiny_plan, noisy
+    profile: str, log2: bool, tiny_graph, tiny_model: LoadedModel, tiny_plan, noisy
 ) -> None:
     plan = tiny_plan(4, 8, convention="tfmq")
     if log2:
         power = Grid(scale=1.0, bits=4, log2=True)
         plan = replace(plan, products={n: replace(p, probability=power) for n, p in plan.products.items()})
-    session_ = session(ir.to_proto(insert_qdq(float_graph(), plan, find_profile(profile))))
+    session_ = session(ir.to_proto(insert_qdq(tiny_graph(), plan, find_profile(profile))))
 
     def graph(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session_.run(["eps"], {"x": x.numpy(), "t": t.numpy()})[0])
@@ -283,12 +276,12 @@ def test_only_the_cpu_profile_rounds_what_a_convolution_gives(quantized_graph) -
             assert alone == []
 
 
-def test_a_layer_that_the_graph_lacks_is_an_error(float_graph, tiny_plan) -> None:
+def test_a_layer_that_the_graph_lacks_is_an_error(tiny_graph, tiny_plan) -> None:
     plan = tiny_plan(4, 8)
     layer = next(iter(plan.layers.values()))
     stray = replace(plan, layers={**plan.layers, "unet.stray": layer})
     with pytest.raises(GaqError, match=rf"1 of {len(stray.layers)} quantized layers .* \(first: 'unet.stray'\)"):
-        insert_qdq(float_graph(), stray, find_profile("trt"))
+        insert_qdq(tiny_graph(), stray, find_profile("trt"))
 
 
 def test_an_unknown_profile_is_an_error() -> None:
@@ -360,11 +353,11 @@ def test_the_whole_graph_comes_as_close_as_rounding_allows(
 
 
 @pytest.mark.parametrize(("wbits", "abits"), BITS)
-def test_unsigned_activations_are_the_same_numbers(wbits: int, abits: int, float_graph, tiny_plan, noisy) -> None:
+def test_unsigned_activations_are_the_same_numbers(wbits: int, abits: int, tiny_graph, tiny_plan, noisy) -> None:
     plan = tiny_plan(wbits, abits)
     outputs = []
     for profile in (replace(PROFILES["ort-cpu"], quantize_outputs=False), PROFILES["trt"]):
-        outputs.append(run(ir.to_proto(insert_qdq(float_graph(), plan, profile)), noisy(16)))
+        outputs.append(run(ir.to_proto(insert_qdq(tiny_graph(), plan, profile)), noisy(16)))
     assert torch.equal(*outputs)
 
 
@@ -385,12 +378,12 @@ def test_a_foreign_network_is_exported_layer_by_layer_too(
     assert max(layer_errors(proto, fake_quantized(network, plan), noisy(8)).values()) <= 1e-5
 
 
-def test_a_graph_that_cannot_be_written_is_an_error(float_graph, tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_written_is_an_error(tiny_graph, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
         GaqError, match=r"Cannot write .*: (File exists|Not a directory). Choose a folder you may write to."
     ):
-        save_onnx(float_graph(), tmp_path / "file" / "unet.onnx")
+        save_onnx(tiny_graph(), tmp_path / "file" / "unet.onnx")
 
 
 def test_weights_beyond_one_file_go_beside_it(quantized_graph, noisy, tmp_path: Path, monkeypatch) -> None:

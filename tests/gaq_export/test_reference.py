@@ -31,9 +31,11 @@ def test_the_w4a8_reference_graph_of_the_bundled_model_equals_fake_quantized_pyt
     _check(model, QuantConfig(reconstruction=ReconstructionConfig(iterations=0)), torch.tensor([500]), tmp_path)
 
 
-@pytest.mark.parametrize("convention", ["deploy", "tfmq"])
-@pytest.mark.parametrize("per_step", [False, True])
-@pytest.mark.parametrize("symmetric", [False, True])
+# Each pair of choices once.
+@pytest.mark.parametrize(
+    ("convention", "per_step", "symmetric"),
+    [("deploy", False, False), ("deploy", True, True), ("tfmq", False, True), ("tfmq", True, False)],
+)
 def test_so_do_graphs_with_grids_of_each_step_grids_moved_off_0_and_quantized_attention(
     convention: str, per_step: bool, symmetric: bool, tiny_model: LoadedModel, tmp_path: Path
 ) -> None:

@@ -32,18 +32,10 @@ SPECS = [
 
 
 @pytest.fixture(scope="module")
-def bundled() -> tuple[LoadedModel, Callable[[], ir.Model]]:
+def bundled(exported: Callable[..., ir.Model]) -> tuple[LoadedModel, Callable[[], ir.Model]]:
     """The bundled model, and what gives a fresh copy of its float graph."""
     model = load_model("ddpm-mnist")
-    proto = ir.to_proto(export_float(model.network, model.shape))
-    return model, lambda: ir.from_proto(proto)
-
-
-@pytest.fixture(scope="module")
-def tiny_graph(tiny_model: LoadedModel) -> Callable[[], ir.Model]:
-    """What gives a fresh copy of the tiny model's float graph."""
-    proto = ir.to_proto(export_float(tiny_model.network, tiny_model.shape))
-    return lambda: ir.from_proto(proto)
+    return model, lambda: exported(model.network, model.shape)
 
 
 def _loop(runtime: onnxruntime.InferenceSession, shape: tuple[int, int, int], steps: int) -> Tensor:
