@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from calib.errors import CalibError
@@ -25,12 +27,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         CalibError: the folder cannot be written.
     """
+    _write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and metadata as `write_atomically` does, without a copy of them in memory."""
+    _write(path, lambda temporary: save_file(dict(tensors), temporary, dict(header)))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
+        temporary.touch()  # here an error says what is wrong
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors would let nobody else read it
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise CalibError(f"Cannot write {path}: {error.strerror}. Choose a folder you may write to.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CalibError(f"Cannot write {path}: {reason}. Choose a folder you may write to.") from error

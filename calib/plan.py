@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from calib import config as configs
@@ -23,7 +22,7 @@ from calib.attention import OPERANDS
 from calib.config import QuantConfig
 from calib.correction import Correction
 from calib.errors import CalibError
-from calib.files import read_safetensors, write_atomically
+from calib.files import read_safetensors, write_atomically, write_safetensors
 from calib.reconstruct import BlockResult
 from calib.surgery import Surgery
 
@@ -189,9 +188,8 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         "tensors_sha256": _digest(tensors),
     }
     text = json.dumps(readable, indent=1).encode()
-    blob = save(tensors, {"json_sha256": hashlib.sha256(text).hexdigest()})
-    for file, content in ((path.with_suffix(".json"), text), (path, blob)):
-        write_atomically(file, content)
+    write_atomically(path.with_suffix(".json"), text)
+    write_safetensors(path, tensors, {"json_sha256": hashlib.sha256(text).hexdigest()})
 
 
 def load_plan(path: Path) -> QuantPlan:

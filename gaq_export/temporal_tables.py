@@ -83,7 +83,8 @@ def _evaluate(
         start, end = (node.attributes.get_int(name, default) for name, default in (("start", 0), ("end", len(full))))
         feeds[str(value.name)] = np.array(full[start:end], dtype=np.int64)
     names = [value.name for value in part.inputs]
-    evaluator = ReferenceEvaluator(in_double(ir.to_proto(ir.Model(part, ir_version=10))))
+    whole = ir.external_data.load_to_model(ir.Model(part, ir_version=10))  # where weights lie beside the graph
+    evaluator = ReferenceEvaluator(in_double(ir.to_proto(whole)))
     tables = evaluator.run(None, {name: feed for name, feed in feeds.items() if name in names})
     assert isinstance(tables, list)
     for value, table in zip(wanted, tables, strict=True):

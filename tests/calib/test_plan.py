@@ -93,6 +93,10 @@ def test_the_same_plan_gives_the_same_bytes_and_nothing_else(tmp_path: Path) -> 
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["plan.json", "plan.safetensors"]
 
 
+def test_whoever_may_read_the_json_may_read_the_plan(path: Path) -> None:
+    assert path.stat().st_mode == path.with_suffix(".json").stat().st_mode
+
+
 def test_four_bit_codes_take_half_a_byte(path: Path) -> None:
     stored = load_file(path)
     assert stored["conv.codes"].numel() == 68  # of 135
