@@ -5,14 +5,16 @@ does not depend on how many workers there are. (It does on the processor: runtim
 """
 
 import logging
+import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,16 @@ _worker: Worker  # of a process of `beside`
 
 def _start(path: Path, spec: SamplerSpec, batch: int, told: Conditions | None) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(path, spec, batch, told)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed, which would leave it waiting for tasks for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _draw(task: Task) -> Drawn:

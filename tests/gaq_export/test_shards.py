@@ -60,15 +60,21 @@ def test_a_drawing_that_is_killed_twice_goes_on_to_the_same_bytes(
     tiny_step_engine: EngineFile, alone: Path, tmp_path: Path
 ) -> None:
     words = ["sample", "--engine", tiny_step_engine.path, "--num", NUM, "--seed", 5, "--batch", 2, "--shard", SHARD]
-    command = [sys.executable, "-m", "gaq_export", *map(str, words), "--workers", "1", "--out", str(tmp_path), "-q"]
+    command = [sys.executable, "-m", "gaq_export", *map(str, words), "--out", str(tmp_path), "-q", "--workers"]
     left = []
-    for _ in range(2):
+    for workers in (1, 2):
         before = len(content(tmp_path))
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, f"{workers}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(content(tmp_path)) == before:
             time.sleep(0.01)
+        helpers = [Path(f"/proc/{child}") for child in _children(process.pid)]
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert workers == 1 or len(helpers) >= 2
+        deadline = time.monotonic() + 60
+        while any(map(_command, helpers)):  # those that it had started do not outlive it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         left.append(5 - len(content(tmp_path)))
     assert left[0] > 0  # it was killed in the middle
     made = draw(tiny_step_engine, tmp_path)
@@ -134,6 +140,10 @@ def test_on_ray_a_lost_actors_shard_is_drawn_elsewhere(
     draw(tiny_step_engine, tmp_path, ray="local", on_images=kill)
     assert len(killed) == 1
     assert content(tmp_path) == content(alone)
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def _command(process: Path) -> bytes:
