@@ -60,6 +60,15 @@ def look() -> Machine:
     )
 
 
+def sums_overflow() -> bool:
+    """Return whether runtimes add products of bytes in 16 bits here, where two of 8-bit weights may be too large.
+
+    So it is on x86 without VNNI; weights of 7 bits cannot overflow.
+    """
+    features = look().features or ()
+    return "avx2" in features and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(features)
+
+
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Return the version of each package, None for those not installed; imports none of them."""
     return {name: _version(name) for name in packages}

@@ -19,6 +19,7 @@ from calib.ranges import nearest_step
 from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
 from engines.base import data_path
+from engines.machine import sums_overflow
 from gaq_export import drawing, parity, part_engines, provenance, texts
 from gaq_export import run as runs
 from gaq_export.collect import as_steps_are_told, collect
@@ -408,6 +409,15 @@ def _check(
         raise GaqError(
             f"The {file.backend} engine differs from fake-quantized PyTorch: SQNR {result.sqnr_db[worst]:.1f} dB at "
             f"step {result.steps[worst]}, at least {result.required_db(worst):.1f} dB expected. Nothing was replaced; "
-            "try another --backend."
+            f"{_advice(file.backend, plan)}"
         )
     return result
+
+
+def _advice(backend: str, plan: QuantPlan) -> str:
+    wide = any(layer.weight_bits == 8 for layer in plan.layers.values())
+    if wide and backend in ("openvino", "onnxruntime") and sums_overflow():
+        return (
+            "this processor has no VNNI, and sums of 8-bit weights' products overflow on it: give --wbits 7 or fewer."
+        )
+    return "try another --backend."

@@ -8,6 +8,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from engines import BACKENDS, EngineConfig, EngineError, best_backend, build, load_engine_file, open_engine
+from engines.machine import sums_overflow
+from tests.engines.conftest import Graph
 
 CPU_BACKENDS = ["openvino", "onnxruntime"]
 GPU_BACKENDS = ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"]
@@ -36,6 +38,20 @@ def test_a_quantized_engine_agrees_with_the_onnx_reference(tiny_onnx, feeds, bac
     (expected,) = ReferenceEvaluator(onnx.load(tiny_onnx("int8"))).run(None, feeds(4))
     with open_engine(make(path, backend, threads=1)) as engine:
         np.testing.assert_allclose(engine(feeds(4))["eps"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("largest", "exact"), [(63, True), (127, not sums_overflow())])
+def test_sums_of_bytes_overflow_where_the_machine_is_said_to_and_only_with_8_bit_weights(tmp_path, largest, exact):
+    graph, rng = Graph(), np.random.default_rng(0)
+    codes = graph.constant("codes", rng.integers(-largest, largest + 1, (16, 16, 3, 3)).astype(np.int8))
+    weight = graph.add("DequantizeLinear", [codes, graph.constant("scale", np.full(16, 0.01, np.float32))], "w", axis=0)
+    graph.add("Conv", [graph.quantized("x"), weight], "y", pads=[1] * 4)
+    image = (onnx.TensorProto.FLOAT, ["batch", 16, 8, 8])
+    onnx.save(graph.model({"x": image}, {"y": image}), tmp_path / "graph.onnx")
+    x = 2.5 * rng.standard_normal((1, 16, 8, 8)).astype(np.float32)
+    (expected,) = ReferenceEvaluator(onnx.load(tmp_path / "graph.onnx")).run(None, {"x": x})
+    with open_engine(make(tmp_path / "graph.onnx", "openvino", threads=1)) as engine:
+        assert np.allclose(engine({"x": x})["y"], expected, atol=1e-3) == exact
 
 
 @pytest.mark.gpu

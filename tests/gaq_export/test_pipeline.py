@@ -198,6 +198,15 @@ def test_an_engine_that_fails_its_check_replaces_nothing(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_8_bit_weights_are_said_to_overflow_where_they_do(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = load_plan(tiny_run / "plan.safetensors")
+    wide = replace(plan, layers={name: replace(layer, weight_bits=8) for name, layer in plan.layers.items()})
+    for overflow, found, words in ((True, wide, "give --wbits 7"), (True, plan, "another"), (False, wide, "another")):
+        monkeypatch.setattr(building, "sums_overflow", lambda overflow=overflow: overflow)
+        assert words in building._advice("openvino", found)
+    assert "another" in building._advice("tensorrt", wide)
+
+
 def test_what_cannot_be_asked_of_an_engine_is_an_error(tiny_engine, tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(GaqError, match=r"Found 0 images to draw.*ask for 1 or more"):
         pipeline.sample(tiny_engine.path, num=0, out=tmp_path / "s")
