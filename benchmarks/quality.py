@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --folder bench-quality --data mnist.npz --out docs/results/quality-ddpm-mnist.md
 
-Everyone quantizes weights by channel and is given the same calibration images: ours takes what its preset does of their samples, a peer
-SAMPLES of them, drawn from all steps. Each peer stands in two rows: as it comes, and with what
-ours leaves float left float. A peer that is not installed is left out, and said to be; finished rows are kept, so peers
-may be installed in several environments, one run each.
+Everyone quantizes weights by channel and is given the same calibration images: ours takes what its preset does of their
+samples, a peer SAMPLES of them, drawn from all steps. Each peer stands in two rows: as it comes, and with what ours
+leaves float left float. A peer that is not installed is left out, and said to be; finished rows are kept, so peers may
+be installed in several environments, one run each.
 """
 
 import importlib.util
@@ -169,8 +169,9 @@ def _page(bench: Bench) -> Iterator[str]:
     yield ""
     steps = bench.model.spec.sampler.steps
     said = (
-        f"{chosen.images} calibration images for everyone, each a sample at {steps} steps, of which a peer is given {SAMPLES} "
-        f"and ours takes what its preset does. 8-bit activations, weights by channel. SQNR of the predicted noise on {quality.HELD_OUT} held-out "
+        f"{chosen.images} calibration images for everyone, each a sample at {steps} steps, of which a peer is given "
+        f"{SAMPLES} and ours takes what its preset does. 8-bit activations, weights by channel. SQNR of the predicted "
+        f"noise on {quality.HELD_OUT} held-out "
         f"trajectories. AIMET learns {bench.iterations} iterations a layer, ours "
         f"{chosen.config.reconstruction.iterations} a block. {machine()}."
     )
