@@ -109,9 +109,7 @@ def test_a_layer_whose_grid_moves_computes_what_pytorch_does(
     fake(mixed.x, mixed.t)  # the layers' hooks take the timesteps from here
     errors = layer_errors(proto, fake, mixed)
     assert len(errors) == len(moved_plan.layers)
-    *others, worst = sorted(errors.values())
-    assert max(others) <= 1e-5, errors
-    assert worst <= 1e-3, errors  # on some processors one value on a rounding edge is another code
+    assert max(errors.values()) <= 1e-5, errors
 
 
 @pytest.mark.parametrize("profile", [name for name in INTEGER if not PROFILES[name].zero_points])
