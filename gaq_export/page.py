@@ -102,14 +102,25 @@ def _told(plan: QuantPlan) -> dict[str, str]:
 
 def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:
     """Return whatever the journal says of the calibration, then the versions at work then and now."""
-    known = {"when": "finished", "collect_seconds": "collecting", "seconds": "calibrating"}
+    known = {
+        "when": "finished",
+        "collect_seconds": "collecting",
+        "seconds": "calibrating",
+        "phase_seconds": "of which",
+        "peak_memory_mib": "peak memory, MiB",
+    }
     facts = {
-        known.get(key, key.replace("_", " ")): f"{value} s" if key.endswith("seconds") else f"{value}"
+        known.get(key, key.replace("_", " ")): f"{_listed(value)} s" if key.endswith("seconds") else f"{value}"
         for key, value in journal.items()
         if key not in ("step", "version", "command", "packages")
     }
     made = f"gaq-export {journal.get('version', 'unknown')}; this page: gaq-export {__version__}"
     return {**facts, "made with": f"{made}, torch {torch.__version__}"}
+
+
+def _listed(value: Any) -> str:
+    """Write a number, or a table of them, in one line."""
+    return ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, Mapping) else f"{value}"
 
 
 def _agreement_section(plan: QuantPlan, found: Inspection) -> str:
