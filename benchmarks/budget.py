@@ -25,11 +25,11 @@ from engines import EngineConfig, EngineFile
 from gaq_export.latency import BATCH, step_times
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.onnx_export import export_float
+from gaq_export.onnx_files import save_onnx
 from gaq_export.opening import open_up
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.presets import preset
 from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.qdq import save_onnx
 from gaq_export.run import Run
 from gaq_export.timing import take_turns
 from options import ModelName, Out, Weights

@@ -38,11 +38,12 @@ from gaq_export.catalogue import MODELS, reduced
 from gaq_export.half import compute_in
 from gaq_export.models import LoadedModel, random_model
 from gaq_export.onnx_export import export_float
+from gaq_export.onnx_files import save_onnx
 from gaq_export.opening import open_up
 from gaq_export.presets import preset
 from gaq_export.profiles import find_profile
 from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.qdq import insert_qdq
 from gaq_export.schedule import SamplerSpec, timesteps
 from gaq_export.step_engine import step_denoiser
 from gaq_export.stepgraph import make_step

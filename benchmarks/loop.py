@@ -30,9 +30,9 @@ from engines import EngineConfig
 from engines.machine import CPU_FEATURES, look
 from gaq_export import drawing, samplers, step_engine
 from gaq_export.onnx_export import export_float
+from gaq_export.onnx_files import save_onnx
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
 from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.qdq import save_onnx
 from gaq_export.schedule import SamplerSpec
 from gaq_export.timing import take_turns
 from options import ModelName, Out, Weights

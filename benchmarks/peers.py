@@ -18,7 +18,8 @@ from onnxruntime import quantization
 from torch import Tensor, nn
 
 from calib.quiet import quiet
-from gaq_export.qdq import WEIGHTED, module_of
+from gaq_export.onnx_export import module_of
+from gaq_export.qdq import WEIGHTED
 
 SAMPLES = 16  # of noise, where nothing but time is measured
 Arrays = dict[str, npt.NDArray[Any]]

@@ -15,21 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from engines import ort, ov, trt, trt_rtx
-from engines.base import (
-    Audit,
-    Engine,
-    EngineConfig,
-    EngineFile,
-    Kernel,
-    TensorSpec,
-    check_plan,
-    data_path,
-    files_of,
-    load_engine_file,
-    sha256_of,
-    weights_path,
-)
+from engines.base import Audit, Engine, EngineConfig, Kernel, TensorSpec
 from engines.errors import EngineError
+from engines.files import EngineFile, check_plan, data_path, files_of, load_engine_file, sha256_of, weights_path
 from engines.graph import OnnxGraph, read_onnx, tensor_specs
 from engines.running import check_feeds
 

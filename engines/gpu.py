@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import EngineFile, TensorSpec, read_weights
+from engines.base import TensorSpec
 from engines.driver import captured
 from engines.errors import EngineError
+from engines.files import EngineFile, read_weights
 from engines.nvbuild import ERROR_MARK, make_logger
 from engines.running import Arrays, Loop
 

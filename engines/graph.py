@@ -11,8 +11,9 @@ from pathlib import Path
 
 import onnx
 
-from engines.base import TensorSpec, data_path
+from engines.base import TensorSpec
 from engines.errors import EngineError
+from engines.files import data_path
 
 # Operators that multiply activations by weights: (kind, positions of the two factors, dtype of the arithmetic, None if
 # it is that of the factors). All but the first four are what ONNX Runtime's optimiser writes.

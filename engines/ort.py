@@ -13,9 +13,10 @@ from typing import Any
 import onnx
 
 from engines import philox
-from engines.base import Audit, EngineConfig, EngineFile, Kernel
+from engines.base import Audit, EngineConfig, Kernel
 from engines.driver import no_gpu
 from engines.errors import EngineError
+from engines.files import EngineFile
 from engines.graph import MATRIX_OPS, OnnxGraph, initializer_bytes, weight_layers
 from engines.running import Arrays, Loop, OpenEngine
 

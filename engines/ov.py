@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from engines.audit import UNKNOWN, name_kernels
-from engines.base import Audit, EngineConfig, EngineFile, TensorSpec
+from engines.base import Audit, EngineConfig, TensorSpec
 from engines.errors import EngineError
+from engines.files import EngineFile
 from engines.graph import OnnxGraph, initializer_bytes, layer_kinds, tensor_specs
 from engines.running import Arrays, HostRunner, Infer, OpenEngine
 

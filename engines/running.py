@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engines import philox
-from engines.base import EngineFile
 from engines.errors import EngineError
+from engines.files import EngineFile
 
 Arrays = dict[str, npt.NDArray[Any]]
 OnStep = Callable[[int], None]

@@ -4,8 +4,9 @@ import importlib.util
 from pathlib import Path
 
 from engines import nvinfer
-from engines.base import Audit, EngineConfig, EngineFile
+from engines.base import Audit, EngineConfig
 from engines.driver import no_gpu
+from engines.files import EngineFile
 from engines.graph import OnnxGraph
 from engines.running import OpenEngine
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import onnx
 
 from engines import nvinfer
-from engines.base import Audit, EngineConfig, EngineFile
+from engines.base import Audit, EngineConfig
 from engines.errors import EngineError
+from engines.files import EngineFile
 from engines.graph import OnnxGraph
 from engines.running import OpenEngine
 

@@ -1,59 +1,34 @@
-"""From a plan to an engine: write the quantized graph of a backend, build it, audit it, check what it computes."""
+"""From a plan to an engine: export the backend's graph, build it, audit it, check what it computes."""
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-import torch
-
 import engines
-from calib.correction import Correction
 from calib.data import CalibrationSet
-from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from calib.ranges import nearest_step
 from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
-from engines.base import data_path
-from engines.machine import sums_overflow
-from gaq_export import drawing, parity, part_engines, provenance, texts
+from engines.files import data_path
+from gaq_export import drawing, engine_check, parity, part_engines, provenance, texts
 from gaq_export import run as runs
-from gaq_export.collect import as_steps_are_told, collect
-from gaq_export.conditions import Guided
 from gaq_export.errors import GaqError
-from gaq_export.half import compute_in
+from gaq_export.exporting import correction_of, export_onnx
 from gaq_export.models import LoadedModel
 from gaq_export.onnx_export import export_float
 from gaq_export.opening import open_up
-from gaq_export.parity import TOLERANCES, Parity
+from gaq_export.parity import Parity
 from gaq_export.part_engines import Part
-from gaq_export.profiles import PROFILES, QdqProfile, find_profile
-from gaq_export.qdq import StepInfo, insert_qdq, save_onnx
+from gaq_export.profiles import PROFILES, find_profile
 from gaq_export.run import Run
 from gaq_export.schedule import SamplerSpec, timesteps
 from gaq_export.stepgraph import make_step
 
-# Graph to what it computes.
-GRAPHS = {
-    "step": "one whole denoising step of a fixed sampler: (x, step) -> x_next",
-    "eps": "the network alone, for any sampler: (x, t) -> eps",
-}
-
-
 # What weights and activations are rounded to, and what that makes of a backend's profile.
 NUMBERS = {"int8": "", "fp8": "-fp8"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """An ONNX file, and the modules of the network that are tables in it."""
-
-    path: Path
-    baked: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,75 +46,6 @@ class Built:
     not_run: str | None
     decoder: Part | None = None
     texts: tuple[Part, ...] = ()
-
-
-def export_onnx(
-    profile: str,
-    *,
-    graph: str = "step",
-    sampler: SamplerSpec | None = None,
-    compute: str = "float32",
-    correct: bool = True,
-    abits: int | None = None,
-    rows: bool = False,
-    folder: str | Path = runs.DEFAULT,
-    model: LoadedModel | None = None,
-    out: Path | None = None,
-) -> Exported:
-    """Write the quantized graph of one profile.
-
-    Args:
-        profile: a key of `gaq_export.profiles.PROFILES`.
-        graph: a key of `GRAPHS`.
-        sampler: whose steps a "step" graph takes; the plan's if None.
-        compute: type of what is not integer, a key of `gaq_export.half.COMPUTE`.
-        correct: with the plan's correction of the noise, if it has one and `graph` is "step".
-        abits: of a plan whose steps differ in activation bits, which it is to have; the most if None.
-        rows: as for `make_step`.
-        folder: run folder with a finished plan.
-        model: the float model; found again from the plan if None.
-        out: where to write; a file in the run folder if None.
-
-    Raises:
-        GaqError, CalibError: no plan, another model, or a graph that does not hold all its layers.
-    """
-    if graph not in GRAPHS:
-        raise GaqError(f"Unknown graph {graph!r}. Choose one of {list(GRAPHS)}.")
-    run, wishes = Run(folder=Path(folder)), find_profile(profile)
-    plan = load_plan(run.plan)
-    plan = at_bits(plan, abits or plan.config.activation.bits)
-    model = provenance.rewritten(provenance.model_of(plan.about, model, run.folder), plan)
-    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
-    if graph == "step":
-        network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None, rows)
-    else:
-        network, step = export_float(model.network, model.shape, model.told), None
-    path = out or run.onnx(profile, graph + (".rows" if rows else "") + ("" if abits is None else f".a{abits}"))
-    insert_qdq(network, plan, wishes, step)
-    if wishes.opened:
-        open_up(network)
-    save_onnx(compute_in(network, compute), path)
-    del network
-    gc.collect()  # nodes and values refer to each other, and would keep the weights until the engine is built
-    return Exported(path=path, baked=tuple(sorted(step.baked)) if step else ())
-
-
-def _step(
-    model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, correction: Correction | None, rows: bool
-) -> tuple[ir.Model, StepInfo]:
-    """Return the graph of a step, still float but for the layers that became tables.
-
-    If the plan rounds some of those, the tables hold what comes of that: the other layers were fitted to it.
-    """
-    guided = model.conditions is not None and model.conditions.guided
-    network = export_float(model.network, model.shape, model.told)
-    step = make_step(network, model.schedule, spec, correction, guided=guided, rows=rows)
-    rounded = {name: layer for name, layer in plan.layers.items() if name in step.baked}
-    if not rounded:
-        return network, step
-    fake = fake_quantized(model.network, replace(plan, layers=rounded, products={}))
-    network = export_float(fake, model.shape, model.told)
-    return network, make_step(network, model.schedule, spec, correction, guided=guided, rows=rows)
 
 
 def build_engine(
@@ -196,7 +102,7 @@ def build_engine(
         "plan": {"sha256": engines.sha256_of(run.plan), "layers": len(plan.layers)},
     }
     not_run, files, checks = backend.can_run(), list[EngineFile](), list[Parity]()
-    data = None if not_run else _samples(model, spec, plan, run, config)
+    data = None if not_run else engine_check.samples(model, spec, plan, run, config)
     with runs.staging(out) as staged:
         if model.conditions is not None:
             model.conditions.save(staged)
@@ -219,7 +125,7 @@ def build_engine(
             relay = drawing.describe_relay(files, turns) if last and files else None
             files.append(engines.build(exported.path, path, config, about | {"baked": exported.baked, "relay": relay}))
             if data is not None:
-                checks.append(_check(files[-1], at_bits(plan, abits), model, data, profile, turns, abits))
+                checks.append(engine_check.check(files[-1], at_bits(plan, abits), model, data, profile, turns, abits))
         _put(staged, out)
     checked = parity.merge(checks) if checks else None
     runs.note(
@@ -326,13 +232,6 @@ def _put(staged: Path, out: Path) -> None:
             data_path(plan).unlink(missing_ok=True)  # of the engine that was here before
 
 
-def _samples(model: LoadedModel, spec: SamplerSpec, plan: QuantPlan, run: Run, config: EngineConfig) -> CalibrationSet:
-    """Return samples of the sampler's steps: the calibration's, if they are of the same sampler."""
-    count = max(config.batch[0], min(config.batch[2], parity.IMAGES))
-    folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
-    return collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
-
-
 def _turns(plan: QuantPlan, spec: SamplerSpec, num_train: int, graph: str) -> tuple[int, ...]:
     """Return the activation bits of each of the sampler's steps; raise GaqError if the graph cannot tell steps."""
     visited = timesteps(spec, num_train)
@@ -349,17 +248,6 @@ def _bits(plan: QuantPlan, turns: Sequence[int]) -> str:
     return "".join(f"{what}{'/'.join(map(str, sorted(w)))}" for what, w in (("W", weights), ("A", activations)))
 
 
-def correction_of(plan: QuantPlan, spec: SamplerSpec) -> Correction | None:
-    """Return the plan's correction of the noise; raise GaqError if it was measured for another sampler."""
-    own = SamplerSpec.from_json(plan.about["sampler"])
-    if plan.correction is not None and spec != own:
-        raise GaqError(
-            f"This plan's correction ({plan.correction.rule}) was measured for {own}; asked for {spec}. Calibrate with "
-            "that sampler, or build without the correction (--no-correction)."
-        )
-    return plan.correction
-
-
 def _profile(backend: engines.Backend, numbers: str, plan: QuantPlan) -> str:
     """Return the profile of the backend's graph; raise GaqError if it has none of such numbers."""
     if numbers not in NUMBERS:
@@ -370,54 +258,3 @@ def _profile(backend: engines.Backend, numbers: str, plan: QuantPlan) -> str:
     if numbers == "fp8" and widths(plan) != (8,):
         raise GaqError(f"FP8 has 8 bits, this plan's activations {list(widths(plan))}: use --numbers int8.")
     return profile
-
-
-def _taken(plan: QuantPlan, wishes: QdqProfile) -> QuantPlan:
-    """Return what a target takes of the plan."""
-    return plan if wishes.unsigned_products else replace(plan, products={})
-
-
-def _check(
-    file: EngineFile,
-    plan: QuantPlan,
-    model: LoadedModel,
-    data: CalibrationSet,
-    profile: str,
-    turns: Sequence[int],
-    abits: int,
-) -> Parity:
-    """Compare the engine with fake-quantized PyTorch on samples of its steps; raise GaqError below the floor."""
-    wishes, count = find_profile(profile), max(file.batch[0], min(file.batch[2], parity.IMAGES))
-    data = as_steps_are_told(data, model.conditions if file.about["graph"] == "step" else None)
-    data = data.take((torch.tensor(turns)[data.step] == abits).nonzero()[:, 0])
-    left = [name for name in plan.layers if name not in file.about["baked"]]
-    reference = fake_quantized(model.network, _taken(plan, wishes), float8=wishes.float8)
-    if file.about["graph"] == "step" and model.conditions is not None and model.conditions.guided:
-        reference, left = Guided(reference), [f"network.{name}" for name in left]
-    with engines.open_engine(file) as opened:
-        result = parity.compare(
-            reference,
-            left,
-            drawing.noise_of(opened, file, model.schedule),
-            data,
-            TOLERANCES[profile],
-            compute=file.compute,
-            images=count,
-        )
-    if not result.passed:
-        worst = result.worst
-        raise GaqError(
-            f"The {file.backend} engine differs from fake-quantized PyTorch: SQNR {result.sqnr_db[worst]:.1f} dB at "
-            f"step {result.steps[worst]}, at least {result.required_db(worst):.1f} dB expected. Nothing was replaced; "
-            f"{_advice(file.backend, plan)}"
-        )
-    return result
-
-
-def _advice(backend: str, plan: QuantPlan) -> str:
-    wide = any(layer.weight_bits == 8 for layer in plan.layers.values())
-    if wide and backend in ("openvino", "onnxruntime") and sums_overflow():
-        return (
-            "this processor has no VNNI, and sums of 8-bit weights' products overflow on it: give --wbits 7 or fewer."
-        )
-    return "try another --backend."

@@ -22,9 +22,10 @@ from calib.plan import Grid, LayerQuant, QuantPlan
 from engines import EngineConfig
 from gaq_export.models import LoadedModel
 from gaq_export.onnx_export import export_float
+from gaq_export.onnx_files import save_onnx
 from gaq_export.opening import open_up
 from gaq_export.profiles import find_profile
-from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.qdq import insert_qdq
 
 BATCH, ROUNDS, WARM_UP = 4, 25, 5
 

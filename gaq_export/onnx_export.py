@@ -7,6 +7,7 @@ Attention is written plainly, two products around a softmax, since runtimes know
 takes the keys through three dimensions to transpose them.
 """
 
+import ast
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from calib.quiet import quiet
 from gaq_export.errors import GaqError
 
 OPSET = 21
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter records the modules that made a node
 EXAMPLE_BATCH = 2
 
 
@@ -55,6 +57,17 @@ def export_part(network: nn.Module, name: str, row: Tensor, outputs: Sequence[st
     """
     inputs = (torch.cat([row] * EXAMPLE_BATCH),)
     return _export(network, inputs, inputs, [name], outputs)
+
+
+def module_of(node: ir.Node) -> str:
+    """Return the name of the module whose forward made `node`, "" if unknown."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def in_attention(node: ir.Node) -> bool:
+    """Tell whether `node` is a part of a `scaled_dot_product_attention`, which the exporter takes to pieces."""
+    return "'scaled_dot_product_attention" in node.metadata_props.get(_SCOPES, "")
 
 
 def _export(

@@ -29,10 +29,10 @@ from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from gaq_export import card, hub, provenance, report, texts
 from gaq_export import run as runs
-from gaq_export.building import export_onnx
 from gaq_export.denoiser import ARCHITECTURES
 from gaq_export.errors import GaqError
 from gaq_export.evaluate import DEFAULT, RECORD, Evaluation
+from gaq_export.exporting import export_onnx
 from gaq_export.models import LoadedModel
 from gaq_export.run import Run
 

@@ -22,10 +22,10 @@ from gaq_export import parity
 from gaq_export.errors import GaqError
 from gaq_export.half import compute_in
 from gaq_export.onnx_export import export_part
+from gaq_export.onnx_files import save_onnx
 from gaq_export.opening import open_up
 from gaq_export.parity import Parity, Tolerance
 from gaq_export.profiles import find_profile
-from gaq_export.qdq import save_onnx
 from gaq_export.texts import Run, TextEncoder
 
 LATENTS, IMAGES, IDS = "latents", "images", "ids"

@@ -21,10 +21,11 @@ from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from gaq_export import crew, drawing, inspection, latency, page, provenance, samples, shards, telling
 from gaq_export import run as runs
-from gaq_export.building import Built, build_engine, export_onnx
+from gaq_export.building import Built, build_engine
 from gaq_export.collect import collect
 from gaq_export.conditions import Conditions
 from gaq_export.errors import GaqError
+from gaq_export.exporting import export_onnx
 from gaq_export.inspection import Inspection
 from gaq_export.learning import learn
 from gaq_export.models import LoadedModel, load_model, wrap

@@ -13,15 +13,9 @@ where the bias takes back what the shift adds, and a convolution's padding is ma
 Behind the layer, the factors leave its arithmetic in integers.
 """
 
-import ast
-import contextlib
-import glob
-import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -35,9 +29,9 @@ from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.ranges import nearest_step
 from gaq_export.errors import GaqError
 from gaq_export.graph_writer import GraphWriter
+from gaq_export.onnx_export import in_attention, module_of
 from gaq_export.profiles import QdqProfile
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 # Form of a weight to the name and type of its codes.
 _WEIGHTS: dict[str, tuple[str, npt.DTypeLike]] = {
@@ -46,8 +40,6 @@ _WEIGHTS: dict[str, tuple[str, npt.DTypeLike]] = {
     "cast": ("int4", ml_dtypes.int4),
     "float8": ("float8", ml_dtypes.float8_e4m3fn),
 }
-EXTERNAL_BYTES = 1_900_000_000  # protobuf holds less than 2 GB
-_PAGE = 4096  # bytes; runtimes map weights into memory, where a float wants to lie at a multiple of its size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +81,7 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: Step
         layer = plan.layers.get(name) if node.op_type in WEIGHTED else None
         if layer is not None and profile.float8:
             layer = replace(layer, input=layer.input.float8())
-        product = products.get(name) if node.op_type == "MatMul" and _in_attention(node) else None
+        product = products.get(name) if node.op_type == "MatMul" and in_attention(node) else None
         if layer is not None and _constant_weight(node):
             rewriter.layer(node, name, layer)
             rewritten.add(name)
@@ -105,45 +97,6 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: Step
         )
     RemoveUnusedNodesPass()(model)
     return model
-
-
-def save_onnx(model: ir.Model, path: Path) -> None:
-    """Write `model` to `path`, whole or not at all; weights beyond protobuf's 2 GB go to a file beside it.
-
-    That file has their hash in its name, so that an old graph never meets new weights, whenever this is cut short.
-    """
-    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    apart = _weights_file(path, tensors) if sum(tensor.nbytes for tensor in tensors) > EXTERNAL_BYTES else None
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(model, temporary, "protobuf", external_data=apart, alignment=_PAGE, align_threshold=0)
-        temporary.replace(path)
-        for old in path.parent.glob(f"{glob.escape(path.name)}.*.data"):
-            if old.name != apart:
-                old.unlink()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise GaqError(f"Cannot write {path}: {error.strerror}. Choose a folder you may write to.") from error
-
-
-def _weights_file(path: Path, tensors: Sequence[ir.TensorProtocol]) -> str:
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.tobytes())
-    return f"{path.name}.{sha.hexdigest()[:12]}.data"
-
-
-def module_of(node: ir.Node) -> str:
-    """Return the name of the module whose forward made `node`, "" if unknown."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    return str(scopes[-2]) if len(scopes) > 1 else ""
-
-
-def _in_attention(node: ir.Node) -> bool:
-    """Tell whether `node` is a part of a `scaled_dot_product_attention`, which the exporter takes to pieces."""
-    return "'scaled_dot_product_attention" in node.metadata_props.get(_SCOPES, "")
 
 
 def _constant_weight(node: ir.Node) -> bool:

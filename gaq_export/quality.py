@@ -37,8 +37,9 @@ from gaq_export.frechet import Classifier, Moments
 from gaq_export.images import psnr
 from gaq_export.models import LoadedModel
 from gaq_export.onnx_export import export_float
+from gaq_export.onnx_files import save_onnx
 from gaq_export.profiles import find_profile
-from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.qdq import insert_qdq
 
 HELD_OUT = 16  # trajectories on which the predicted noise is compared
 BATCH = 8  # samples a call: more leave the cache and take a fifth longer

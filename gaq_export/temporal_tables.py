@@ -19,7 +19,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from gaq_export.double import in_double
 from gaq_export.errors import GaqError
 from gaq_export.graph_writer import GraphWriter
-from gaq_export.qdq import WEIGHTED, module_of
+from gaq_export.onnx_export import module_of
+from gaq_export.qdq import WEIGHTED
 
 _OTHERWISE = "Build with --graph eps."
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div")  # in these a row for one step meets a whole batch by broadcasting

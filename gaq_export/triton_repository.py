@@ -20,7 +20,7 @@ from calib.files import write_atomically
 from calib.plan import load_plan
 from calib.step_bits import widths
 from engines import EngineConfig, EngineFile, TensorSpec, philox
-from engines.base import record_path
+from engines.files import record_path
 from gaq_export import provenance
 from gaq_export import run as runs
 from gaq_export.building import build_engine

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from engines import EngineConfig, EngineError, build, files_of, graph, load_engine_file, open_engine
-from engines.base import data_path
+from engines.files import data_path
 
 
 @pytest.fixture

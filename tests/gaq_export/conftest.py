@@ -18,7 +18,7 @@ from calib.config import ActivationConfig, OmegaConfig, QuantConfig, Reconstruct
 from calib.data import NOTHING, CalibrationSet
 from calib.plan import QuantPlan
 from engines import EngineConfig, EngineFile
-from gaq_export import building, latency, pipeline
+from gaq_export import building, exporting, latency, pipeline
 from gaq_export.checkpoint import fingerprint
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.onnx_export import export_float
@@ -42,7 +42,7 @@ def exported() -> Callable[..., ir.Model]:
 @pytest.fixture(scope="session", autouse=True)
 def _each_network_is_exported_once(exported: Callable[..., ir.Model]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (building, latency):
+        for module in (building, exporting, latency):
             patch.setattr(module, "export_float", exported)
         yield
 

@@ -25,9 +25,10 @@ from gaq_export.errors import GaqError
 from gaq_export.images import psnr
 from gaq_export.models import LoadedModel, wrap
 from gaq_export.onnx_export import export_float
+from gaq_export.onnx_files import save_onnx
 from gaq_export.parity import TOLERANCES, compare, sqnr_db
 from gaq_export.profiles import find_profile
-from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.qdq import insert_qdq
 from gaq_export.schedule import SamplerSpec, linear_schedule
 from gaq_export.stepgraph import make_step
 from tests.calib.test_cond import NETWORKS, config

@@ -27,7 +27,7 @@ from gaq_export.denoiser import engine_denoiser
 from gaq_export.engine_unet import TEXT
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, wrap
-from gaq_export.qdq import save_onnx
+from gaq_export.onnx_files import save_onnx
 from gaq_export.schedule import SamplerSpec, linear_schedule, schedule_from_scheduler_config, timesteps
 
 # Two loops add in another order; where a value lies on a rounding edge, that moves it by a step of its grid.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import engines
 from engines import EngineConfig, EngineError
-from engines.base import record_path
+from engines.files import record_path
 from gaq_export import checkpoint, crew, drawing, frechet, part_engines, parts, pipeline, provenance, samplers, shards
 from gaq_export.building import build_float
 from gaq_export.errors import GaqError

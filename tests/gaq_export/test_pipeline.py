@@ -15,7 +15,7 @@ import engines
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
 from engines import EngineConfig, EngineError
-from gaq_export import building, images, pipeline
+from gaq_export import engine_check, images, pipeline
 from gaq_export.errors import GaqError
 from gaq_export.parity import Tolerance, sqnr_db
 from gaq_export.schedule import SamplerSpec, linear_schedule, timesteps
@@ -191,7 +191,7 @@ def test_an_engine_that_fails_its_check_replaces_nothing(
     for name in ("unet.plan", "unet.plan.json"):
         shutil.copy(tiny_engine.path.with_name(name), tmp_path / name)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    monkeypatch.setattr(building, "TOLERANCES", IMPOSSIBLE)
+    monkeypatch.setattr(engine_check, "TOLERANCES", IMPOSSIBLE)
     config = EngineConfig(backend="openvino", threads=1)
     with pytest.raises(GaqError, match=r"The openvino engine differs .* at least 300.0 dB expected. Nothing was"):
         pipeline.build_engine(folder=tiny_run, out=tmp_path / "unet.plan", config=config, model=tiny_model)
@@ -202,9 +202,9 @@ def test_8_bit_weights_are_said_to_overflow_where_they_do(tiny_run: Path, monkey
     plan = load_plan(tiny_run / "plan.safetensors")
     wide = replace(plan, layers={name: replace(layer, weight_bits=8) for name, layer in plan.layers.items()})
     for overflow, found, words in ((True, wide, "give --wbits 7"), (True, plan, "another"), (False, wide, "another")):
-        monkeypatch.setattr(building, "sums_overflow", lambda overflow=overflow: overflow)
-        assert words in building._advice("openvino", found)
-    assert "another" in building._advice("tensorrt", wide)
+        monkeypatch.setattr(engine_check, "sums_overflow", lambda overflow=overflow: overflow)
+        assert words in engine_check._advice("openvino", found)
+    assert "another" in engine_check._advice("tensorrt", wide)
 
 
 def test_what_cannot_be_asked_of_an_engine_is_an_error(tiny_engine, tiny_run: Path, tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from gaq_export import parity
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.onnx_export import export_float
+from gaq_export.onnx_files import save_onnx
 from gaq_export.pipeline import calibrate, export_onnx, preset
 from gaq_export.profiles import PROFILES, find_profile
-from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.qdq import insert_qdq
 from gaq_export.schedule import SamplerSpec
 from tests.gaq_export.readback import WEIGHTED, Graph, layer_errors, run, session
 
@@ -388,7 +389,7 @@ def test_a_graph_that_cannot_be_written_is_an_error(tiny_graph, tmp_path: Path) 
 
 def test_weights_beyond_one_file_go_beside_it(quantized_graph, noisy, tmp_path: Path, monkeypatch) -> None:
     proto = quantized_graph("trt", 4, 8)
-    monkeypatch.setattr("gaq_export.qdq.EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr("gaq_export.onnx_files.EXTERNAL_BYTES", 1000)
     path = tmp_path / "unet.onnx"
     save_onnx(ir.from_proto(proto), path)
     (weights,) = tmp_path.glob("unet.onnx.*.data")

@@ -22,8 +22,9 @@ from calib.plan import QuantPlan
 from gaq_export import building
 from gaq_export.double import in_double
 from gaq_export.models import LoadedModel, load_model
+from gaq_export.onnx_files import save_onnx
 from gaq_export.profiles import PROFILES
-from gaq_export.qdq import insert_qdq, save_onnx
+from gaq_export.qdq import insert_qdq
 
 
 def test_the_w4a8_reference_graph_of_the_bundled_model_equals_fake_quantized_pytorch(tmp_path: Path) -> None:

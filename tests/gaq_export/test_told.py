@@ -10,7 +10,7 @@ import torch
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from engines import EngineConfig, EngineFile
-from engines.base import record_path
+from engines.files import record_path
 from gaq_export import conditions, corrections, evaluate, inspection, latency, pipeline, quality, report, report_page
 from gaq_export.collect import collect, image_seed
 from gaq_export.comparison import Comparison, claim
