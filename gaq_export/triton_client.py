@@ -2,9 +2,10 @@
 
     python client.py --url localhost:8000 --num 4 --seed 0 --out samples
 
-Needs numpy, pillow and `pip install tritonclient[http]`. Everything else about the model is in the server's own config
-of it. An image's noise depends on its seed alone, so the server may put requests of any clients together, each image
-at a step of its own.
+Needs numpy, pillow, `pip install tritonclient[http]`, and tokenizers for a model that is told prompts. Everything else
+about the model is in the server's own config of it, but for the tokenizers' words, which lie beside this file. An
+image's noise depends on its seed alone, so the server may put requests of any clients together, each image at a step of
+its own.
 """
 
 import argparse
@@ -15,75 +16,124 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tritonclient.http as triton
 from PIL import Image
+from tritonclient.http import InferenceServerClient as Client
+from tritonclient.http import InferInput, InferRequestedOutput
 
 from engines import philox
 
-Arrays = dict[str, npt.NDArray[Any]]
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+HERE = Path(__file__).parent
 # Output of a step -> the input of the next that it becomes.
 FEEDBACK = {"x_next": "x", "step_next": "step", "clean": "previous"}
 
 
 def draw(
-    client: triton.InferenceServerClient, model: str, seeds: Sequence[int], guidance: float | None = None
-) -> npt.NDArray[np.float32]:
-    """Draw one image for each seed, in batches that the server takes.
+    client: Client,
+    model: str,
+    seeds: Sequence[int],
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    words: Path = HERE,
+) -> Array:
+    """Draw one image for each seed, in batches that the server takes; the image of seed s is told row s mod K of K.
 
     Args:
         client: of the server.
         model: its name there.
         seeds: one for each image.
         guidance: scale of classifier-free guidance, if the model has it; its own if None.
+        prompts: what to draw, if the model is told prompts; its own if None.
+        words: folder with the tokenizers' files.
 
     Returns:
         (N, C, H, W) in [-1, 1].
     """
     config = client.get_model_config(model)
-    most = int(config["max_batch_size"])
-    parts = [_draw(client, config, seeds[i : i + most], guidance) for i in range(0, len(seeds), most)]
-    return np.concatenate(parts).clip(-1, 1)
-
-
-def _draw(
-    client: triton.InferenceServerClient, config: dict[str, Any], seeds: Sequence[int], guidance: float | None
-) -> npt.NDArray[np.float32]:
     known = {name: json.loads(value["string_value"]) for name, value in config["parameters"].items()}
-    types = {tensor["name"]: tensor["data_type"].removeprefix("TYPE_") for tensor in config["input"]}
-    shapes = {t["name"]: (len(seeds), *(int(size) for size in t["dims"])) for t in config["input"]}
-    fed_back = [tensor["name"] for tensor in config["output"] if tensor["name"] in FEEDBACK]
-    feeds = _first(known, shapes, seeds, guidance)
-    for step in range(known["steps"]):
-        if "noise" in shapes:
-            feeds["noise"] = philox.normals(seeds, step + 1, shapes["noise"][1:])
-        asked = [triton.InferInput(name, list(shapes[name]), types[name]) for name in shapes]
-        for tensor in asked:
-            tensor.set_data_from_numpy(feeds[tensor.name()])
-        answer = client.infer(
-            config["name"], asked, outputs=[triton.InferRequestedOutput(name, binary_data=True) for name in fed_back]
-        )
-        feeds |= {FEEDBACK[name]: answer.as_numpy(name) for name in fed_back}
-    images: npt.NDArray[np.float32] = feeds["x"]
-    return images
+    rows, nothing = _rows(client, known, prompts, words)
+    most, parts = int(config["max_batch_size"]), []
+    for i in range(0, len(seeds), most):
+        own = seeds[i : i + most]
+        told = {name: row[[seed % len(row) for seed in own]] for name, row in rows.items()}
+        if "guidance" in known:
+            told |= {f"nothing_{name}": np.repeat(row, len(own), 0) for name, row in nothing.items()}
+            told["guidance"] = np.full((len(own), 1), known["guidance"] if guidance is None else guidance, np.float32)
+        parts.append(_loop(client, config, known["steps"], own, told))
+    found = np.concatenate(parts)
+    if "decoder" in known:
+        found = _through(client, known["decoder"], {"latents": found})["images"]
+    return found.clip(-1, 1)
 
 
-def _first(
-    known: dict[str, Any], shapes: dict[str, tuple[int, ...]], seeds: Sequence[int], guidance: float | None
-) -> Arrays:
-    """Return what the first step is given; what the image of a seed is told goes by the seed."""
-    ones = np.ones((len(seeds), 1))
-    feeds: Arrays = {
-        "x": philox.normals(seeds, 0, shapes["x"][1:]),
+def _loop(client: Client, config: dict[str, Any], steps: int, seeds: Sequence[int], told: Arrays) -> Array:
+    """Run all steps for one batch; what a step puts out goes into the next."""
+    shapes = {tensor["name"]: tuple(int(size) for size in tensor["dims"]) for tensor in config["input"]}
+    kept = [tensor["name"] for tensor in config["output"] if tensor["name"] in FEEDBACK]
+    feeds = told | {
+        "x": philox.normals(seeds, 0, shapes["x"]),
         "step": np.zeros((len(seeds), 1), np.int64),
-        "previous": np.zeros(shapes["x"], np.float32),
+        "previous": np.zeros((len(seeds), *shapes["x"]), np.float32),
     }
+    for step in range(steps):
+        if "noise" in shapes:
+            feeds["noise"] = philox.normals(seeds, step + 1, shapes["noise"])
+        found = _infer(client, config, {name: feeds[name] for name in shapes}, kept)
+        feeds |= {FEEDBACK[name]: array for name, array in found.items()}
+    return feeds["x"]
+
+
+def _rows(client: Client, known: dict[str, Any], prompts: Sequence[str] | None, words: Path) -> tuple[Arrays, Arrays]:
+    """Return what there is to draw, (K, ...), and what stands for nothing, (1, ...), by the inputs' names."""
     if "classes" in known:
-        labels = [known["classes"][seed % len(known["classes"])] for seed in seeds]
-        feeds["class_labels"] = np.array(labels, np.int64).reshape(-1, 1)
-    if "nothing" in known:
-        feeds["nothing_class_labels"] = (known["nothing"] * ones).astype(np.int64)
-        feeds["guidance"] = ((known["guidance"] if guidance is None else guidance) * ones).astype(np.float32)
-    return feeds
+        nothing = {"class_labels": np.array([[known["nothing"]]])} if "nothing" in known else {}
+        return {"class_labels": np.array(known["classes"], np.int64).reshape(-1, 1)}, nothing
+    if "texts" not in known:
+        return {}, {}
+    rows = _encoded(client, known, known["prompts"] if prompts is None else prompts, words)
+    nothing = _encoded(client, known, [""], words)
+    if known["zeros"]:
+        nothing |= {name: np.zeros_like(row) for name, row in nothing.items() if name != "time_ids"}
+    return rows, nothing
+
+
+def _encoded(client: Client, known: dict[str, Any], prompts: Sequence[str], words: Path) -> Arrays:
+    """Return what a network is told of prompts, by the text encoders on the server."""
+    from tokenizers import Tokenizer
+
+    found = []
+    for name in known["texts"]:
+        tokenizer = Tokenizer.from_file(str(words / f"{name}.tokens.json"))
+        ids = np.array([tokens.ids for tokens in tokenizer.encode_batch(list(prompts))], np.int64)
+        found.append(_through(client, name, {"ids": ids}))
+    rows = {"encoder_hidden_states": np.concatenate([arrays["states"] for arrays in found], -1)}
+    if known["time_ids"] is not None:
+        times = np.array(known["time_ids"], np.float32)
+        rows |= {"text_embeds": found[-1]["pooled"], "time_ids": np.repeat(times, len(prompts), 0)}
+    return rows
+
+
+def _through(client: Client, model: str, feeds: Arrays) -> Arrays:
+    """Run a model once on all rows, in batches that the server takes."""
+    config = client.get_model_config(model)
+    most, names = int(config["max_batch_size"]), [tensor["name"] for tensor in config["output"]]
+    count = len(next(iter(feeds.values())))
+    parts = [
+        _infer(client, config, {name: array[i : i + most] for name, array in feeds.items()}, names)
+        for i in range(0, count, most)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _infer(client: Client, config: dict[str, Any], feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+    types = {tensor["name"]: tensor["data_type"].removeprefix("TYPE_") for tensor in config["input"]}
+    asked = [InferInput(name, list(array.shape), types[name]) for name, array in feeds.items()]
+    for tensor in asked:
+        tensor.set_data_from_numpy(np.ascontiguousarray(feeds[tensor.name()]))
+    wanted = [InferRequestedOutput(name, binary_data=True) for name in outputs]
+    answer = client.infer(config["name"], asked, outputs=wanted)
+    return {name: answer.as_numpy(name) for name in outputs}
 
 
 def main() -> None:
@@ -94,11 +144,14 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance")
+    parser.add_argument("--prompts", type=Path, help="file of prompts, one a line, for a model that is told such")
     parser.add_argument("--out", type=Path, default=Path("samples"))
     asked = parser.parse_args()
     seeds = range(asked.seed, asked.seed + asked.num)
-    with triton.InferenceServerClient(asked.url) as client:
-        images = draw(client, asked.model, seeds, asked.guidance)
+    lines = asked.prompts.read_text(encoding="utf-8").splitlines() if asked.prompts else []
+    prompts = [line.strip() for line in lines if line.strip()] or None
+    with Client(asked.url) as client:
+        images = draw(client, asked.model, seeds, asked.guidance, prompts)
     asked.out.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(seeds, images, strict=True):
         pixels = ((image + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)

@@ -1,7 +1,9 @@
 """A model repository for a Triton Inference Server: denoising steps as its model, the loop as its client.
 
     models/unet/config.pbtxt, models/unet/1/model.onnx or model.plan
-    client.py, philox.py, README.md
+    models/decoder/...                   of latents, if it draws such
+    models/text/..., models/text-2/...   encoders of prompts, if it is told such
+    client.py, philox.py, text.tokens.json ..., README.md
 
 In this graph every image has a step of its own, (N,), so that the server's batcher may put together what clients ask
 for at different steps. Triton's tensors have a batch and at least one more dimension, so (N,) is given as (N, 1), with
@@ -20,10 +22,10 @@ from calib.files import write_atomically
 from calib.plan import load_plan
 from calib.step_bits import widths
 from engines import EngineConfig, EngineFile, TensorSpec, philox
-from engines.files import record_path
+from engines.files import data_path
 from gaq_export import provenance
 from gaq_export import run as runs
-from gaq_export.building import build_engine
+from gaq_export.building import Built, build_engine
 from gaq_export.conditions import LABELS, Conditions
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
@@ -31,7 +33,7 @@ from gaq_export.run import Run
 from gaq_export.schedule import SamplerSpec
 
 MARK = "client.py"
-NAME = "unet"
+NAME, DECODER, TEXT = "unet", "decoder", "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,26 +85,39 @@ def write(
         raise GaqError(
             "Steps differ in activation bits in this plan, so they are several engines: it cannot be served."
         )
-    if plan.about.get("decoder"):
-        raise GaqError("This model draws latents, and a decoder cannot be served yet.")
-    told = _told(provenance.conditions_of(plan.about, run.folder))
+    conditions = provenance.conditions_of(plan.about, run.folder)
     config = EngineConfig(backend=backend, batch=(1, min(4, most), most))
     with runs.staging(out) as staged:
-        engine = staged / "engine" / server.file
+        engine, made = staged / "engine" / server.file, staged / "repository"
         engine.parent.mkdir()
         built = build_engine(
             folder=run.folder, out=engine, config=config, sampler=sampler, rows=True, noted="triton", model=model
         )
-        spec, made = SamplerSpec.from_json(built.file.about["sampler"]), staged / "repository"
-        known = {"steps": spec.steps, "sampler": str(spec), **told}
-        write_atomically(made / "models" / NAME / "config.pbtxt", config_text(NAME, built.file, known).encode())
-        record_path(engine).unlink()
-        shutil.move(engine.parent, made / "models" / NAME / "1")  # with its weights, if they are beside it
+        spec = SamplerSpec.from_json(built.file.about["sampler"])
+        texts = built.file.about.get("texts")
+        known = {"steps": spec.steps, "sampler": str(spec), **_told(conditions, texts)}
+        if built.decoder is not None:
+            known |= {"decoder": DECODER}
+            _install(DECODER, built.decoder.file, made, {})
+        for index, name in enumerate(known.get("texts", ())):
+            _install(name, built.texts[index].file, made, {})
+            shutil.move(engine.with_name(texts["tokens"][index]["file"]), made / f"{name}.tokens.json")
+        _install(NAME, built.file, made, known)
         write_atomically(made / MARK, client_text().encode())
         write_atomically(made / "philox.py", inspect.getsource(philox).encode())
-        write_atomically(made / "README.md", _readme(built.file, spec).encode())
+        write_atomically(made / "README.md", _readme(built, spec).encode())
         runs.replace_folder(made, out)
     return out
+
+
+def _install(name: str, file: EngineFile, repository: Path, known: Mapping[str, Any]) -> None:
+    """Move an engine to where a server looks for the model `name`, and write its config."""
+    folder = repository / "models" / name
+    write_atomically(folder / "config.pbtxt", config_text(name, file, known).encode())
+    (folder / "1").mkdir()
+    shutil.move(file.path, folder / "1" / SERVERS[file.backend].file)
+    if data_path(file.path).exists():
+        shutil.move(data_path(file.path), folder / "1" / data_path(file.path).name)
 
 
 def config_text(name: str, file: EngineFile, known: Mapping[str, Any]) -> str:
@@ -156,34 +171,51 @@ def client_text() -> str:
     return text.replace("from engines import philox", "import philox")
 
 
-def _told(conditions: Conditions | None) -> dict[str, Any]:
-    """Return what the client has to know of what images are told."""
+def _told(conditions: Conditions | None, texts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the client has to know of what images are told; `texts` is what the engine's record says of them."""
     if conditions is None:
         return {}
-    if conditions.rows.keys() != {LABELS}:
-        raise GaqError(f"The network is told {sorted(conditions.rows)}; only classes can be served yet.")
-    found: dict[str, Any] = {"classes": conditions.rows[LABELS].tolist()}
-    if conditions.guided:
-        found |= {"nothing": int(conditions.instead[LABELS][0]), "guidance": conditions.guidance}
-    return found
+    guided = {"guidance": conditions.guidance} if conditions.guided else {}
+    if conditions.rows.keys() == {LABELS}:
+        nothing = {"nothing": int(conditions.instead[LABELS][0])} if conditions.guided else {}
+        return {"classes": conditions.rows[LABELS].tolist(), **nothing, **guided}
+    if texts is None:
+        raise GaqError(
+            f"The network is told {sorted(conditions.rows)}, and there are no text encoders in its model's folder, or "
+            "no transformers to read them with: a client could not tell it anything."
+        )
+    names = [TEXT if index == 0 else f"{TEXT}-{index + 1}" for index in range(len(texts["engines"]))]
+    kept = {"zeros": texts["zeros"], "time_ids": texts["time_ids"]}
+    return {"prompts": list(conditions.names), "texts": names, **kept, **guided}
 
 
-def _readme(file: EngineFile, spec: SamplerSpec) -> str:
-    about, server = file.about, SERVERS[file.backend]
+def _readme(built: Built, spec: SamplerSpec) -> str:
+    about, server = built.file.about, SERVERS[built.file.backend]
+    needs = "'tritonclient[http]' numpy pillow" + (" tokenizers" if built.texts else "")
     return f"""# {about["model"]["name"]}, {about["bits"]}, on a Triton Inference Server
 
-`models/` is a model repository with one model, `{NAME}`: a denoising step ({spec}). Start a server that has the
+`models/` is a model repository whose model `{NAME}` is a denoising step ({spec}). Start a server that has the
 {server.backend} backend:
 
     tritonserver --model-repository models
 
 and draw with `client.py`, which runs the loop: noise by seed, {spec.steps} requests, PNGs.
 
-    pip install 'tritonclient[http]' numpy pillow
+    pip install {needs}
     python client.py --url localhost:8000 --num 4 --seed 0 --out samples
 
 Inputs and outputs of a step are in `models/{NAME}/config.pbtxt`. What a step puts out goes into the next: `x_next` to
 `x`, `step_next` to `step`, `clean` to `previous`; `noise` is fresh at each. Every image of a batch may be at a step of
 its own, so the server's batcher may put clients together. A TensorRT plan needs a server with the TensorRT and the kind
 of GPU that it was built with.
-"""
+{_beside(built)}"""
+
+
+def _beside(built: Built) -> str:
+    """Say what other models are there."""
+    said = ""
+    if built.decoder is not None:
+        said += f"What the loop ends with are latents; the model `{DECODER}` makes images of them. "
+    if built.texts:
+        said += f"Prompts go through `{TEXT}` first; give your own, one a line, with `--prompts FILE`. "
+    return said and f"\n{said.rstrip()}\n"

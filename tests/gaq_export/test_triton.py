@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from google.protobuf import json_format, text_format
 from PIL import Image
 from typer.testing import CliRunner
@@ -24,7 +27,7 @@ import engines
 from engines import Audit, EngineConfig, EngineFile, TensorSpec
 from gaq_export import pipeline, triton_client, triton_repository
 from gaq_export.cli import app
-from gaq_export.conditions import classes
+from gaq_export.conditions import Conditions, classes
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
 from gaq_export.schedule import SamplerSpec
@@ -33,9 +36,8 @@ from gaq_export.stepgraph import FEEDBACK
 SPEC = SamplerSpec(steps=4, eta=0.5)
 
 
-@pytest.fixture(scope="module")
-def schema() -> ModuleType:
-    """Triton's own description of a model's config; the package it comes in would ask for more than is installed."""
+def read_schema() -> ModuleType:
+    """Return Triton's own description of a model's config; its package would ask for more than is installed."""
     path = importlib.metadata.distribution("tritonclient").locate_file("tritonclient/grpc/model_config_pb2.py")
     spec = importlib.util.spec_from_file_location("model_config_pb2", str(path))
     assert spec is not None
@@ -43,6 +45,11 @@ def schema() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def schema() -> ModuleType:
+    return read_schema()
 
 
 @pytest.fixture(scope="module")
@@ -84,53 +91,66 @@ def test_the_config_is_one_by_the_servers_schema_and_fits_the_model(schema: Modu
     assert config.parameters["steps"].string_value == str(SPEC.steps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model as a server has it: its config, what runs it, and the sizes of the batches it was asked for."""
+
+    config: Any
+    session: onnxruntime.InferenceSession
+    batches: list[int] = field(default_factory=list)
+
+
 class _Server(BaseHTTPRequestHandler):
     """The two answers of a Triton server that the client needs: a model's config, and inference by ONNX Runtime."""
 
     protocol_version = "HTTP/1.1"
-    config: Any
-    session: onnxruntime.InferenceSession
-    batches: list[int]
+    models: dict[str, Served]
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
         """Stay silent."""
 
     def do_GET(self) -> None:
-        assert self.path == "/v2/models/unet/config"
-        self._answer(json.dumps(json_format.MessageToDict(self.config, preserving_proto_field_name=True)).encode())
+        config = self.models[self._model("config")].config
+        self._answer(json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True)).encode())
 
     def do_POST(self) -> None:
-        assert self.path == "/v2/models/unet/infer"
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        name = self._model("infer")
+        model, body = self.models[name], self.rfile.read(int(self.headers["Content-Length"]))
         start = int(self.headers["Inference-Header-Content-Length"])
         request, at, feeds = json.loads(body[:start]), start, {}
-        told = {tensor.name: tensor for tensor in self.config.input}
+        told = {tensor.name: tensor for tensor in model.config.input}
         kinds = {"FP32": np.float32, "INT64": np.int64}
         for tensor in request["inputs"]:
             own, size = told.pop(tensor["name"]), tensor["parameters"]["binary_data_size"]
             batch, *inner = tensor["shape"]
-            assert 1 <= batch <= self.config.max_batch_size
+            assert 1 <= batch <= model.config.max_batch_size
             assert inner == list(own.dims)
             array = np.frombuffer(body[at : at + size], kinds[tensor["datatype"]])
             shape = list(own.reshape.shape) if own.HasField("reshape") else inner
             feeds[tensor["name"]], at = array.reshape(batch, *shape), at + size
         assert not told
-        self.batches.append(batch)
+        model.batches.append(batch)
         asked = [output["name"] for output in request["outputs"]]
-        found = dict(zip(asked, self.session.run(asked, feeds), strict=True))
-        dims = {tensor.name: list(tensor.dims) for tensor in self.config.output}
+        found = dict(zip(asked, model.session.run(asked, feeds), strict=True))
+        dims = {tensor.name: list(tensor.dims) for tensor in model.config.output}
         outputs = [
             {
-                "name": name,
+                "name": output,
                 "datatype": next(k for k, kind in kinds.items() if array.dtype == kind),
-                "shape": [batch, *dims[name]],
+                "shape": [batch, *dims[output]],
                 "parameters": {"binary_data_size": array.nbytes},
             }
-            for name, array in found.items()
+            for output, array in found.items()
         ]
-        head = json.dumps({"model_name": "unet", "model_version": "1", "outputs": outputs}).encode()
+        head = json.dumps({"model_name": name, "model_version": "1", "outputs": outputs}).encode()
         blobs = b"".join(array.tobytes() for array in found.values())
         self._answer(head + blobs, **{"Inference-Header-Content-Length": str(len(head))})
+
+    def _model(self, asked: str) -> str:
+        assert self.path.startswith("/v2/models/")
+        name, what = self.path.removeprefix("/v2/models/").split("/")
+        assert what == asked
+        return name
 
     def _answer(self, body: bytes, **headers: str) -> None:
         self.send_response(200)
@@ -140,31 +160,45 @@ class _Server(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-@pytest.fixture(scope="module")
-def served(schema: ModuleType, repository: Path) -> Iterator[tuple[str, type[_Server]]]:
-    """Address of a server on this machine with the repository's model, which ONNX Runtime runs, and its record."""
-    folder = repository / "models" / "unet"
+@contextmanager
+def serving(repository: Path) -> Iterator[tuple[str, dict[str, Served]]]:
+    """Serve a repository on this machine, ONNX Runtime running its models; yield the address and the models."""
+    schema, models = read_schema(), {}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", options)
-    config = _config(schema, (folder / "config.pbtxt").read_text())
-    handler = type("Server", (_Server,), {"config": config, "session": session, "batches": []})
+    for folder in (repository / "models").iterdir():
+        config = _config(schema, (folder / "config.pbtxt").read_text())
+        assert config.name == folder.name
+        session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", options)
+        models[folder.name] = Served(config=config, session=session)
+    handler = type("Server", (_Server,), {"models": models})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"127.0.0.1:{server.server_port}", handler
+        yield f"127.0.0.1:{server.server_port}", models
         server.shutdown()
         thread.join()
 
 
-def test_the_client_draws_through_a_server_what_sample_draws(
-    repository: Path, served: tuple[str, type[_Server]], tiny_run: Path, tiny_model: LoadedModel, tmp_path: Path
-) -> None:
-    address, record = served
-    words = [repository / "client.py", "--url", address, "--num", 4, "--seed", 7, "--out", tmp_path / "served"]
+def draw_by_client(repository: Path, out: Path, *words: object) -> None:
+    """Run the repository's client as a user does, who has no gaq-export."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=tmp_path, env=environment, timeout=300)
-    assert record.batches == [3] * SPEC.steps + [1] * SPEC.steps
+    given = [repository / "client.py", "--out", out, *words]
+    subprocess.run([sys.executable, *map(str, given)], check=True, cwd=out.parent, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def served(repository: Path) -> Iterator[tuple[str, dict[str, Served]]]:
+    with serving(repository) as found:
+        yield found
+
+
+def test_the_client_draws_through_a_server_what_sample_draws(
+    repository: Path, served: tuple[str, dict[str, Served]], tiny_run: Path, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    address, models = served
+    draw_by_client(repository, tmp_path / "served", "--url", address, "--num", 4, "--seed", 7)
+    assert models["unet"].batches == [3] * SPEC.steps + [1] * SPEC.steps
     config = EngineConfig(backend="onnxruntime", threads=1)
     engine = tmp_path / "unet.plan"
     pipeline.build_engine(folder=tiny_run, out=engine, config=config, sampler=SPEC, model=tiny_model)
@@ -174,8 +208,8 @@ def test_the_client_draws_through_a_server_what_sample_draws(
         assert np.array_equal(found, expected)
 
 
-def test_images_at_different_steps_can_be_in_one_batch(served: tuple[str, type[_Server]]) -> None:
-    session = served[1].session
+def test_images_at_different_steps_can_be_in_one_batch(served: tuple[str, dict[str, Served]]) -> None:
+    session = served[1]["unet"].session
     generator = np.random.default_rng(0)
     feeds = {name: generator.standard_normal((2, 1, 16, 16), np.float32) for name in ("x", "noise")}
     steps = np.array([3, 1])
@@ -199,16 +233,14 @@ def test_a_tensorrt_plan_with_guidance_has_a_config_too(schema: ModuleType) -> N
         TensorSpec(name="class_labels", dtype="int64", shape=(None,)),
         TensorSpec(name="guidance", dtype="float32", shape=(None,)),
     )
-    known = triton_repository._told(classes((1, 3), nothing=9, guidance=2.0))
+    known = triton_repository._told(classes((1, 3), nothing=9, guidance=2.0), None)
     config = _config(schema, triton_repository.config_text("unet", _file(inputs), known))
     assert (config.backend, config.instance_group[0].kind) == ("tensorrt", schema.ModelInstanceGroup.KIND_GPU)
     values = {name: json.loads(value.string_value) for name, value in config.parameters.items()}
     assert values == {"classes": [1, 3], "nothing": 9, "guidance": 2.0}
-    shapes = {tensor.name: (2, *tensor.dims) for tensor in config.input}
-    feeds = triton_client._first(values, shapes, (4, 5), None)
-    assert feeds["class_labels"].tolist() == [[1], [3]]
-    assert feeds["nothing_class_labels"].tolist() == [[9], [9]]
-    assert feeds["guidance"].tolist() == [[2.0], [2.0]]
+    rows, nothing = triton_client._rows(None, values, None, Path())
+    assert rows["class_labels"].tolist() == [[1], [3]]
+    assert nothing["class_labels"].tolist() == [[9]]
     assert triton_client.FEEDBACK == FEEDBACK
 
 
@@ -219,6 +251,9 @@ def test_what_a_server_cannot_have_is_one_line(tiny_run: Path, tiny_model: Loade
         with pytest.raises(GaqError, match="tensorrt cannot build here") as caught:
             triton_repository.write(tiny_run, tmp_path / "out", backend="tensorrt", model=tiny_model)
         assert reason in str(caught.value)
+    told = Conditions(names=("a",), rows={"encoder_hidden_states": torch.ones(1, 2, 3)}, instead={})
+    with pytest.raises(GaqError, match=r"is told \['encoder_hidden_states'\], and there are no text encoders"):
+        triton_repository._told(told, None)
     with pytest.raises(GaqError, match=r"run is there and has no client\.py"):
         triton_repository.write(tiny_run, tiny_run)
     step = (TensorSpec(name="step", dtype="int64", shape=(1,)),)
