@@ -74,7 +74,8 @@ def _export(
     network: nn.Module, args: tuple[Any, ...], inputs: tuple[Any, ...], names: Sequence[str], outputs: Sequence[str]
 ) -> ir.Model:
     """Export what is called with `args`, of which the first are `inputs`, their first dimension the batch."""
-    batch = torch.export.Dim("batch")
+    # The graph takes any batch; the bound is where diffusers' up-sampling branches, at which torch would trace again.
+    batch = torch.export.Dim("batch", max=63)
     try:
         with quiet("torch.onnx"):  # notes about absent optional packages
             program = torch.onnx.export(

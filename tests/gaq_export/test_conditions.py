@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from gaq_export.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.images import psnr
 from gaq_export.models import LoadedModel, wrap
-from gaq_export.onnx_export import export_float
 from gaq_export.onnx_files import save_onnx
 from gaq_export.parity import TOLERANCES, compare, sqnr_db
 from gaq_export.profiles import find_profile
@@ -97,12 +97,12 @@ def test_the_calibration_set_is_what_the_network_is_called_with(guidance: float,
 @pytest.mark.parametrize(
     ("kind", "backend"), [("classes", "onnxruntime"), ("text", "openvino"), ("transformer", "openvino")]
 )
-def test_engines_are_told_too(kind: str, backend: str, tmp_path: Path) -> None:
+def test_engines_are_told_too(kind: str, backend: str, exported: Callable[..., ir.Model], tmp_path: Path) -> None:
     told = texts(3.0) if kind == "text" else conditions.classes((0, 4, 7), nothing=9, guidance=3.0)
     model = made(kind, told)
     data = collect(model, SPEC, images=4)
     plan = calibrate(model.network, data, config(), timesteps=100)
-    graph = export_float(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
+    graph = exported(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
     assert [value.name for value in graph.graph.inputs] == ["x", "t", *told.rows]
     save_onnx(insert_qdq(graph, plan, find_profile(engines.find_backend(backend).profile)), tmp_path / "unet.onnx")
     settings = EngineConfig(backend=backend, threads=1, optimisation="basic")
@@ -126,10 +126,12 @@ def test_engines_are_told_too(kind: str, backend: str, tmp_path: Path) -> None:
     assert sqnr_db(exact, drawn) > 20
 
 
-def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(tmp_path: Path) -> None:
+def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(
+    exported: Callable[..., ir.Model], tmp_path: Path
+) -> None:
     model = made("classes", None)
     told = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
-    graph = export_float(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
+    graph = exported(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
     spec, proto = SamplerSpec(steps=4, eta=0.5), ir.to_proto(graph)
     info = make_step(graph, model.schedule, spec, guided=True)
     assert info.baked == {"unet.time_embedding.linear_1", "unet.time_embedding.linear_2"}
