@@ -25,7 +25,7 @@ from calib.data import CalibrationSet
 from calib.plan import Grid
 from calib.streams import stream
 
-VALUES, IMAGES = 512, 16  # of a layer at each step, from as many images
+VALUES, IMAGES = 8192, 16  # of a layer at each step, from as many images; fewer would not show how far values reach
 ITERATIONS, RATE = 150, 0.03
 FREQUENCIES, HIDDEN = 8, 16  # of `network`
 GROUPS, ENTROPY = 8, 0.01  # of `groups`
