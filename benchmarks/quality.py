@@ -190,9 +190,15 @@ def _page(bench: Bench) -> Iterator[str]:
             "",
             *markdown_table((*HEAD[:-1], *(PICTURES if images else ()), HEAD[-1]), rows),
         )
-    absent = [name for name in PEERS if not any(bench.row(name, w, kept=False).exists() for w in WIDTHS)]
+    absent = [
+        f"{name} W{wbits}, {'our float layers' if kept else 'as it comes'}"
+        for wbits in WIDTHS
+        for name, peer in PEERS.items()
+        for kept in (False, True)
+        if wbits in peer.widths and not bench.row(name, wbits, kept=kept).exists()
+    ]
     if absent:
-        yield from ("", f"Not measured: {', '.join(absent)}.")
+        yield from ("", f"Not measured: {'; '.join(absent)}.")
 
 
 def _rows(bench: Bench, wbits: int, signal: list[float]) -> Iterator[tuple[str, ...]]:

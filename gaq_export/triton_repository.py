@@ -99,9 +99,10 @@ def write(
         if built.decoder is not None:
             known |= {"decoder": DECODER}
             _install(DECODER, built.decoder.file, made, {})
-        for index, name in enumerate(known.get("texts", ())):
-            _install(name, built.texts[index].file, made, {})
-            shutil.move(engine.with_name(texts["tokens"][index]["file"]), made / f"{name}.tokens.json")
+        tokens = [] if texts is None else [engine.with_name(each["file"]) for each in texts["tokens"]]
+        for name, part, words in zip(known.get("texts", ()), built.texts, tokens, strict=True):
+            _install(name, part.file, made, {})
+            shutil.move(words, made / f"{name}.tokens.json")
         _install(NAME, built.file, made, known)
         write_atomically(made / MARK, client_text().encode())
         write_atomically(made / "philox.py", inspect.getsource(philox).encode())
