@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,11 @@ def aimet_adaround(order: Order) -> Denoise:
     )
     if order.kept:
         kept, rounded = set(_nodes(order)), set[str]()
+        makers = {str(value.name): node for node in ir.load(order.graph).graph for value in node.outputs}
         for node in sim.model.model.graph.node:
             x, weight = [name.removesuffix("_qdq").removesuffix("_updated") for name in [*node.input[:2], "", ""][:2]]
             if node.op_type in WEIGHTED and weight in sim.param_names and node.name not in kept:
-                rounded |= {_before_moves(order, x, set(sim.qc_quantize_op_dict)), weight}
+                rounded |= {_before_moves(makers, x, sim.qc_quantize_op_dict), weight}
         for name, quantizer in sim.qc_quantize_op_dict.items():
             quantizer.enabled = quantizer.enabled and name in rounded
     aimet_onnx.apply_adaround(sim, list(order.samples), num_iterations=order.iterations)
@@ -151,9 +152,8 @@ def aimet_adaround(order: Order) -> Denoise:
     return lambda x, t: torch.from_numpy(sim.session.run(None, {"x": x.numpy(), "t": t.numpy()})[0])
 
 
-def _before_moves(order: Order, name: str, rounded: Collection[str]) -> str:
+def _before_moves(makers: Mapping[str, ir.Node], name: str, rounded: Collection[str]) -> str:
     """Return the tensor that holds the values of `name` where AIMET rounds them: before they are moved about."""
-    makers = {str(value.name): node for node in ir.load(order.graph).graph for value in node.outputs}
     while name not in rounded and name in makers and makers[name].op_type in MOVES:
         source = makers[name].inputs[0]
         assert source is not None
