@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
-from gaq_export import parity, samplers
+from gaq_export import onnx_files, parity, samplers
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel, load_model
 from gaq_export.onnx_export import export_float
@@ -79,6 +79,20 @@ def test_the_layers_of_the_time_embedding_are_gone_and_their_tables_have_a_row_f
     tables = [v for name, v in graph.initializers.items() if name.startswith("temporal.")]
     assert len(tables) == 11
     assert {v.shape[0] for v in tables} == {7}
+
+
+def test_weights_that_lie_beside_the_graph_give_the_same_tables(bundled, tmp_path, monkeypatch) -> None:
+    model, fresh = bundled
+    monkeypatch.setattr(onnx_files, "EXTERNAL_BYTES", 1000)
+    onnx_files.save_onnx(fresh(), tmp_path / "float.onnx")
+    assert len(list(tmp_path.iterdir())) == 2
+    tables = []
+    for made in (fresh(), ir.load(tmp_path / "float.onnx")):
+        make_step(made, model.schedule, SamplerSpec(steps=7))
+        found = {name: v.const_value for name, v in made.graph.initializers.items() if name.startswith("temporal.")}
+        tables.append({name: value.numpy() for name, value in found.items() if value is not None})
+    assert tables[0].keys() == tables[1].keys()
+    assert all(np.array_equal(table, tables[1][name]) for name, table in tables[0].items())
 
 
 def test_inputs_and_outputs_are_only_those_that_the_sampler_needs(bundled) -> None:

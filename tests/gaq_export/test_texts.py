@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import engines
 from engines import EngineConfig
 from gaq_export import building, drawing, packs, pipeline, texts, triton_repository
 from gaq_export.errors import GaqError
@@ -171,6 +172,16 @@ def test_engines_of_text_encoders_need_neither_the_folder_nor_pytorchs(
     ):
         with pytest.raises(GaqError, match=message), drawing.open_texts(wrong):
             pass
+
+
+@pytest.mark.rtx
+@pytest.mark.skipif(engines.find_backend("tensorrt-rtx").can_build() is not None, reason="no TensorRT-RTX: make rtx")
+@pytest.mark.parametrize("pair", [False, True])
+def test_tensorrt_rtx_builds_text_encoders(write: Callable[[bool], Path], pair: bool, tmp_path: Path) -> None:
+    settings, about = replace(SETTINGS, backend="tensorrt-rtx", threads=None), dict[str, object]()
+    parts = building.add_texts(load_model(weights=write(pair)), tmp_path / "unet.plan", settings, about, check=False)
+    assert [part.file.compute for part in parts] == ["float32"] * (1 + pair)
+    assert [spec.shape for part in parts for spec in part.file.outputs][:1] == [(None, LENGTH, 16)]
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_said(write: Callable[[bool], Path], caplog) -> None:
