@@ -327,7 +327,8 @@ def _write_model(
     nothing, seeds = spec.config["num_class_embeds"], range(20)
     told = None if nothing is None else classes(range(nothing - 1), nothing=nothing - 1, guidance=3.0)
     drawer = bind(as_denoiser(unet), told, seeds)
-    drawn = samplers.run(drawer, seeds, shape, schedule, SamplerSpec(steps=20))
+    sampler = samplers.under_guidance(SamplerSpec(steps=20), schedule, 1.0 if told is None else told.guidance)
+    drawn = samplers.run(drawer, seeds, shape, schedule, sampler)
     save_grid(out / "samples.png", [("", drawn[:10]), ("", drawn[10:])])
 
 

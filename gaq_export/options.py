@@ -27,7 +27,9 @@ GraphKind = Annotated[
     str, typer.Option(help="step (whole denoising steps of one sampler) or eps (the network alone, for any sampler).")
 ]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps, instead of the calibration's or the engine's.")]
-SamplerName = Annotated[str | None, typer.Option(help="ddim, ddpm or dpmpp-2m, instead of the calibration's.")]
+SamplerName = Annotated[
+    str | None, typer.Option(help="ddim, ddim-clipped, ddpm or dpmpp-2m, instead of the calibration's.")
+]
 Spacing = Annotated[str | None, typer.Option(help="uniform, quad or beta, instead of the calibration's.")]
 Eta = Annotated[float | None, typer.Option(help="Noise that DDIM adds, 0 to 1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]

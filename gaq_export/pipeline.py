@@ -74,7 +74,8 @@ def calibrate(
     Raises:
         GaqError, CalibError: bad settings, a folder that holds another run, or one that cannot be written.
     """
-    run, spec, model = Run(folder=Path(folder)), sampler or model.spec.sampler, telling.tell(model)
+    run, model = Run(folder=Path(folder)), telling.tell(model)
+    spec = sampler or model.spec.sampler
     about = provenance.describe(model, spec)
     settings = {"model": about["model"], "sampler": about["sampler"], "images": chosen.images}
     if model.conditions is not None:

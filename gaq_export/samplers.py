@@ -36,8 +36,9 @@ class Coefficients:
         x0 = clip(x_to_clean * x - epsilon_to_clean * epsilon)
         x_next = keep * x + clean * x0 + direction * epsilon + previous * (x0 before) + fresh * noise - shift
 
-    As in diffusers, clipping x0 leaves epsilon as it was. `gain`, `bias` and `shift` are of channels, (C,), or () where
-    there are none: what `calib.correction` takes back of a quantized network's error.
+    As in diffusers, clipping x0 leaves epsilon as it was; of `ddim_clipped`, `keep` stands for it. `gain`, `bias` and
+    `shift` are of channels, (C,), or () where there are none: what `calib.correction` takes back of a quantized
+    network's error.
     """
 
     x_to_clean: float
@@ -215,6 +216,24 @@ def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec)
     return rows
 
 
+def ddim_clipped(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
+    """DDIM whose noise is what x holds beside the clipped x0, as in Dhariwal and Nichol 2021; arguments as for `ddim`.
+
+    Guidance makes epsilon large. Where x0 is clipped and epsilon is not, x drifts away from what the network knows.
+    """
+    rows = []
+    for a, row in zip(alpha_bar, ddim(alpha_bar, schedule, spec), strict=False):
+        keep = row.direction / math.sqrt(1 - a)  # epsilon = (x - sqrt(a) x0) / sqrt(1 - a)
+        rows.append(replace(row, keep=keep, clean=row.clean - keep * math.sqrt(a), direction=0.0))
+    return rows
+
+
+def under_guidance(spec: SamplerSpec, schedule: NoiseSchedule, scale: float) -> SamplerSpec:
+    """Return a sampler for guidance of a `scale`: of DDIM the clipped kind, if the schedule clips."""
+    drifts = spec.name == "ddim" and schedule.clip is not None and scale != 1
+    return replace(spec, name="ddim-clipped") if drifts else spec
+
+
 def ddpm(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
     """Ancestral sampling (Ho et al. 2020, equations 6 and 7), with the chain shortened to the visited timesteps.
 
@@ -264,6 +283,7 @@ def dpmpp_2m(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerS
 
 SAMPLERS: dict[str, Callable[[Sequence[float], NoiseSchedule, SamplerSpec], list[Coefficients]]] = {
     "ddim": ddim,
+    "ddim-clipped": ddim_clipped,
     "ddpm": ddpm,
     "dpmpp-2m": dpmpp_2m,
 }

@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 
 from gaq_export.errors import GaqError
 
-SAMPLER_NAMES = ("ddim", "ddpm", "dpmpp-2m")
+SAMPLER_NAMES = ("ddim", "ddim-clipped", "ddpm", "dpmpp-2m")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -224,8 +224,8 @@ class SamplerSpec:
             raise GaqError(f"The number of sampling steps must be a whole number from 1 up, not {self.steps!r}.")
         if isinstance(self.eta, bool) or not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
             raise GaqError(f"eta must lie between 0 and 1, not {self.eta!r}.")
-        if self.name != "ddim" and self.eta != 0:
-            raise GaqError(f"eta belongs to 'ddim'; the {self.name!r} sampler takes none, so leave it at 0.")
+        if not self.name.startswith("ddim") and self.eta != 0:
+            raise GaqError(f"eta belongs to DDIM; the {self.name!r} sampler takes none, so leave it at 0.")
 
     def __str__(self) -> str:
         """Return it in words."""

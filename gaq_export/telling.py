@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import UNet2DModel
 
 from engines import EngineFile
-from gaq_export import drawing, texts
+from gaq_export import drawing, samplers, texts
 from gaq_export.conditions import LABELS, Conditions, classes
 from gaq_export.denoiser import class_rows
 from gaq_export.errors import GaqError
@@ -41,6 +41,8 @@ class Asked:
 def tell(model: LoadedModel, asked: Asked = Asked()) -> LoadedModel:
     """Return the model with conditions: those asked for, or all classes with the guidance of the model table.
 
+    Its sampler becomes one that guidance suits, see `samplers.under_guidance`.
+
     Args:
         model: a model of `load_model`; one that has its conditions, or is told nothing, is returned as it is.
         asked: what to draw.
@@ -60,10 +62,12 @@ def tell(model: LoadedModel, asked: Asked = Asked()) -> LoadedModel:
         spare = scale != 1 or model.spec.guidance != 1 or not isinstance(model.unet, UNet2DModel)
         count, nothing = (rows - 1, rows - 1) if spare else (rows, None)
         told = classes(parse_classes(asked.classes or "all", count), nothing=nothing, guidance=scale)
-        return replace(model, conditions=told)
-    if asked.prompts is None:
+    elif asked.prompts is None:
         raise GaqError(f"{model.spec.name!r} draws what a text says: give --prompts FILE, one a line.")
-    return replace(model, conditions=texts.told(model, read_prompts(asked.prompts), scale))
+    else:
+        told = texts.told(model, read_prompts(asked.prompts), scale)
+    sampler = samplers.under_guidance(model.spec.sampler, model.schedule, scale)
+    return replace(model, conditions=told, spec=replace(model.spec, sampler=sampler))
 
 
 def retell(file: EngineFile, asked: Asked) -> Conditions | None:

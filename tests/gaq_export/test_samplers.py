@@ -64,19 +64,33 @@ def test_ddim_as_latent_diffusion_runs_it_equals_diffusers_over_a_full_loop(step
     assert provenance.schedule_of(provenance.describe(model, model.spec.sampler)).last == schedule.last
 
 
-@pytest.mark.parametrize("eta", [0.3, 1.0])
-def test_ddim_with_noise_equals_diffusers_over_a_full_loop(eta: float) -> None:
-    reference = DDIMScheduler()
+@pytest.mark.parametrize(("name", "eta"), [("ddim", 0.3), ("ddim", 1.0), ("ddim-clipped", 0.0), ("ddim-clipped", 0.3)])
+def test_ddim_with_noise_equals_diffusers_over_a_full_loop(name: str, eta: float) -> None:
+    reference, clipped = DDIMScheduler(), name == "ddim-clipped"
     reference.set_timesteps(20)
 
     def step(epsilon: torch.Tensor, t: torch.Tensor, x: torch.Tensor, stream: int) -> torch.Tensor:
         fresh = noise(SEEDS, stream, SHAPE)
-        result: torch.Tensor = reference.step(epsilon, t, x, eta=eta, variance_noise=fresh).prev_sample
+        made = reference.step(epsilon, t, x, eta=eta, use_clipped_model_output=clipped, variance_noise=fresh)
+        result: torch.Tensor = made.prev_sample
         return result
 
     expected = _diffusers_loop(reference.timesteps, step)
-    images = run(_smooth, SEEDS, SHAPE, linear_schedule(), SamplerSpec(steps=20, eta=eta))
+    images = run(_smooth, SEEDS, SHAPE, linear_schedule(), SamplerSpec(name=name, steps=20, eta=eta))
     assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
+
+
+def test_without_clipping_both_kinds_of_ddim_are_one() -> None:
+    plain, clipped = (
+        run(_smooth, SEEDS, SHAPE, linear_schedule(clip=None), SamplerSpec(name=name, steps=20))
+        for name in ("ddim", "ddim-clipped")
+    )
+    assert torch.allclose(plain, clipped, atol=1e-5)
+    plain, clipped = (
+        run(_smooth, SEEDS, SHAPE, linear_schedule(), SamplerSpec(name=name, steps=20))
+        for name in ("ddim", "ddim-clipped")
+    )
+    assert not torch.allclose(plain, clipped, atol=1e-2)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])

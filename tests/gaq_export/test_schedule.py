@@ -119,7 +119,7 @@ def test_more_steps_than_timesteps_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "plms"}, r"Unknown sampler 'plms'. Choose one of \['ddim', 'ddpm', 'dpmpp-2m'\]"),
+        ({"name": "plms"}, r"Unknown sampler 'plms'. Choose one of \['ddim', 'ddim-clipped', 'ddpm', 'dpmpp-2m'\]"),
         ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['beta', 'from-1', 'quad', 'uniform'\]"),
         ({"steps": 0}, "from 1 up, not 0"),
         ({"steps": 2.5}, "from 1 up, not 2.5"),

@@ -26,6 +26,7 @@ SEEDS = [0, 1]
 SPECS = [
     SamplerSpec(steps=50),
     SamplerSpec(steps=20, spacing="quad", eta=0.5),
+    SamplerSpec(name="ddim-clipped", steps=12),
     SamplerSpec(name="ddpm", steps=20),
     SamplerSpec(name="dpmpp-2m", steps=12),
 ]
@@ -106,6 +107,7 @@ def test_inputs_and_outputs_are_only_those_that_the_sampler_needs(bundled) -> No
     assert found == {
         ("ddim", False): ([], []),
         ("ddim", True): (["noise"], []),
+        ("ddim-clipped", False): ([], []),
         ("ddpm", False): (["noise"], []),
         ("dpmpp-2m", False): (["previous"], ["clean"]),
     }

@@ -69,8 +69,12 @@ def test_a_model_of_classes_is_told_all_of_them_with_the_guidance_of_the_table(l
     plain = telling.tell(load_model(weights=labelled)).conditions  # of which nobody knows what the last class is
     assert plain is not None
     assert (plain.names[-1], plain.guidance, plain.instead) == ("10", 1.0, {})
-    guided = telling.tell(load_model(weights=labelled), Asked(guidance=2.0)).conditions
+    model = telling.tell(load_model(weights=labelled), Asked(guidance=2.0))
+    guided = model.conditions
     assert guided is not None
+    assert model.spec.sampler.name == "ddim-clipped"  # guidance makes epsilon large, and the schedule clips x0
+    assert telling.tell(load_model(weights=labelled)).spec.sampler.name == "ddim"
+    assert telling.tell(of("imagenet-ldm")).spec.sampler.name == "ddim"  # whose schedule clips nothing
     assert (guided.names[-1], guided.guidance, int(guided.instead[LABELS])) == ("9", 2.0, 10)
 
 
