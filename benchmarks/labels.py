@@ -1,7 +1,7 @@
 """Does a quantized network draw the class that it was told? Its images and the float network's, read by a classifier.
 
-    python examples/train_ddpm.py --images mnist.npz --labels --start ddpm-mnist --steps 6000 --out digits-by-label
-    python benchmarks/labels.py --weights digits-by-label --out docs/results/labels-ddpm-mnist.md
+    python examples/train_ddpm.py --images mnist.npz --labels --start ddpm-mnist --batch 32 --steps 2500 --out by-label
+    python benchmarks/labels.py --weights by-label --steps 20 --out docs/results/labels-ddpm-mnist.md
 
 Both draw with an OpenVINO engine of steps, from the same noise, with guidance; `--features digits` says what an image
 shows. Intervals of shares are Wilson's; the difference is resampled image by image, since both saw the same noise. The

@@ -308,7 +308,7 @@ def _head(place: Place) -> list[str]:
         f"{place.name} {size}, {count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in FP32, random weights;",
         f"x {model.shape}, told {', '.join(f'{name} {tuple(model.told[name].shape[1:])}' for name in told)}.",
         f"W4A8, {SPEC.steps * IMAGES} samples of noise, {IMAGES} at each of {SPEC.steps} steps; engines for batch 1.",
-        f"{machine()}, on which other work went on: the seconds say little, the CPU seconds more.",
+        f"{machine()}.",
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}, torch {torch.__version__}.",
         "Peaks are resident memory of all of a stage's processes together, mapped files included.",
         "",
