@@ -305,7 +305,9 @@ def _head(place: Place) -> list[str]:
     count, told = sum(p.numel() for p in model.unet.parameters()), sorted(model.told)
     size = f"width {place.width}" if place.width else "at its own size"
     return [
-        f"{place.name} {size}, {count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in FP32, random weights;",
+        f"# {place.name} {size}: memory and time",
+        "",
+        f"{count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in FP32, random weights;",
         f"x {model.shape}, told {', '.join(f'{name} {tuple(model.told[name].shape[1:])}' for name in told)}.",
         f"W4A8, {SPEC.steps * IMAGES} samples of noise, {IMAGES} at each of {SPEC.steps} steps; engines for batch 1.",
         f"{machine()}.",
