@@ -1,7 +1,6 @@
-"""Does a quantized network draw the class that it was told? Its images and the float network's, read by a classifier.
+"""Does a quantized network draw the class that it was told? Its images and float's, read by a classifier.
 
-    python examples/train_ddpm.py --images mnist.npz --labels --start ddpm-mnist --batch 32 --steps 2500 --out by-label
-    python benchmarks/labels.py --weights by-label --steps 20 --out docs/results/labels-ddpm-mnist.md
+    python benchmarks/labels.py --steps 20 --out docs/results/labels-ddpm-mnist.md
 
 Both draw with an OpenVINO engine of steps, from the same noise, with guidance; `--features digits` says what an image
 shows. Intervals of shares are Wilson's; the difference is resampled image by image, since both saw the same noise. The
@@ -27,14 +26,15 @@ from gaq_export.images import psnr, save_grid
 from gaq_export.models import load_model
 from gaq_export.publish import machine, markdown_table, publish
 from gaq_export.telling import Asked
-from options import Out, PresetName
+from options import ModelName, Out, PresetName, Weights
 
 SHARD, DRAWS, Z = 50, 10_000, 1.959964
 HEAD = ("", "images", "as told", "share", "95 % interval", "PSNR against float, median dB")
 
 
 def main(
-    weights: Annotated[str, typer.Option(help="Folder of a model that is told classes.")],
+    model: ModelName = "ddpm-mnist-labels",
+    weights: Weights = None,
     schedule: PresetName = "fast",
     wbits: Annotated[int, typer.Option()] = 4,
     abits: Annotated[int, typer.Option()] = 8,
@@ -47,7 +47,7 @@ def main(
 ) -> None:
     """Write one row for each network, the difference, and a grid of the first images."""
     with one_line_errors():
-        told = telling.tell(load_model(weights=weights), Asked(guidance=guidance))
+        told = telling.tell(load_model(model, weights), Asked(guidance=guidance))
         assert told.conditions is not None
         config = EngineConfig(backend="openvino", threads=1)
         chosen = pipeline.preset(schedule, wbits=wbits, abits=abits)

@@ -1,7 +1,7 @@
 """The table of known models: what each looks like and how it is drawn, before any weights are loaded.
 
 What a known model looks like is written once, in `weights/<name>/config.json` and `scheduler_config.json`; the weights
-themselves lie beside it only for the bundled model.
+themselves lie beside it only for the bundled models.
 """
 
 import json
@@ -72,6 +72,14 @@ MODELS: dict[str, ModelSpec] = {
     row.name: row
     for row in (
         _row("ddpm-mnist", BUNDLED, None, SamplerSpec(steps=50), "MNIST digits, 32x32, 1.1 M parameters, bundled"),
+        _row(
+            "ddpm-mnist-labels",
+            BUNDLED,
+            None,
+            SamplerSpec(name="ddim-clipped", steps=50),
+            "MNIST digits by label, 32x32, 1.1 M parameters, bundled",
+            guidance=3.0,
+        ),
         _row(
             "ddpm-cifar10",
             "google/ddpm-cifar10-32",

@@ -11,17 +11,30 @@ from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from engines import EngineConfig, EngineFile
 from engines.files import record_path
-from gaq_export import conditions, corrections, evaluate, inspection, latency, pipeline, quality, report, report_page
+from gaq_export import (
+    conditions,
+    corrections,
+    evaluate,
+    frechet,
+    inspection,
+    latency,
+    pipeline,
+    quality,
+    report,
+    report_page,
+    telling,
+)
 from gaq_export.collect import collect, image_seed
 from gaq_export.comparison import Comparison, claim
 from gaq_export.conditions import bind
 from gaq_export.errors import GaqError
 from gaq_export.extractors import find_extractor
 from gaq_export.learning import learn
-from gaq_export.models import LoadedModel
+from gaq_export.models import LoadedModel, load_model
 from gaq_export.parity import sqnr_db
 from gaq_export.quality import Yardstick
 from gaq_export.run import Run
+from gaq_export.schedule import SamplerSpec
 from tests.gaq_export.test_conditions import SPEC, made
 
 TOLD = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
@@ -48,6 +61,20 @@ def plan(run: Path) -> QuantPlan:
 def built(run: Path, model: LoadedModel) -> EngineFile:
     config = EngineConfig(backend="openvino", threads=1)
     return pipeline.build_engine(folder=run, out=run / "unet.plan", config=config, model=model).file
+
+
+def test_the_bundled_model_draws_the_digits_that_it_is_told_quantized_too(tmp_path: Path) -> None:
+    model, spec = telling.tell(load_model("ddpm-mnist-labels")), SamplerSpec(name="ddim-clipped", steps=10)
+    assert model.conditions is not None
+    assert (len(model.conditions.names), model.conditions.guidance) == (10, 3.0)
+    pipeline.calibrate(model, pipeline.preset("tiny"), folder=tmp_path / "run", sampler=spec)
+    config = EngineConfig(backend="openvino", threads=1, batch=(1, 10, 10))
+    file = pipeline.build_engine(folder=tmp_path / "run", out=tmp_path / "unet.plan", config=config).file
+    drawn = pipeline.sample(file.path, num=20, compare=True)
+    assert drawn.psnr_db is not None
+    assert sorted(drawn.psnr_db)[10] > 25
+    read = find_extractor("digits")(frechet.as_bytes(drawn.images)).logits.argmax(1)
+    assert int((read == torch.arange(20) % 10).sum()) >= 18
 
 
 def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: LoadedModel) -> None:
