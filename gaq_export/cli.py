@@ -280,5 +280,6 @@ def models() -> None:
     with one_line_errors():
         from gaq_export.models import MODELS
 
+        width = max(map(len, MODELS))
         for spec in MODELS.values():
-            typer.echo(f"{spec.name:14} {spec.description}")
+            typer.echo(f"{spec.name:{width}}  {spec.description}")
