@@ -128,8 +128,7 @@ def compare_sets(found: ImageSet, reference: ImageSet, extractor: Extractor, cac
             conditions=conditions | {"bootstrap_draws": draws},
         )
     ]
-    for metric in fidelity.METRICS[1:]:
-        value = fidelity.measure(metric, a, b)
+    for metric, value in fidelity.measure(fidelity.METRICS[1:], a, b).items():
         name = "class score" if metric == "score" and "FID" not in extractor.distance else SHOWN[metric]
         figures.append(Figure(metric=metric, name=name, value=value, conditions=conditions))
     return figures

@@ -12,7 +12,7 @@ build for CUDA beside a torch for CPUs, say), it gets an empty one for the time 
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -95,18 +95,22 @@ def library(module: str) -> Any:
             raise GaqError(f"torch-fidelity cannot be loaded ({error}): pip install 'gaq-export[evaluate]'.") from error
 
 
-def measure(metric: str, found: Features, reference: Features) -> float:
-    """Return one of METRICS.
+def measure(metrics: Sequence[str], found: Features, reference: Features) -> dict[str, float]:
+    """Return some of METRICS.
 
     Args:
-        metric: which.
+        metrics: which.
         found: of the images that are judged.
         reference: of those that they should be like.
 
     Raises:
         GaqError: torch-fidelity is not installed.
     """
-    return _MEASURES[metric](found, reference)
+    made = dict[str, float]()
+    for metric in metrics:
+        if metric not in made:
+            made |= _MEASURES[metric](found, reference)
+    return {metric: made[metric] for metric in metrics}
 
 
 def _fd(found: Tensor, reference: Tensor) -> float:
@@ -115,35 +119,34 @@ def _fd(found: Tensor, reference: Tensor) -> float:
     return float(metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID])
 
 
-def _score(found: Features, reference: Features) -> float:
+def _score(logits: Tensor) -> float:
     metric = library("metric_isc")
-    result = metric.isc_features_to_metric(found.logits, min(SPLITS, len(found)), shuffle=True, rng_seed=SEED)
+    result = metric.isc_features_to_metric(logits, min(SPLITS, len(logits)), shuffle=True, rng_seed=SEED)
     return float(result[metric.KEY_METRIC_ISC_MEAN])
 
 
-def _kd(found: Features, reference: Features) -> float:
+def _kd(found: Tensor, reference: Tensor) -> float:
     metric = library("metric_kid")
     size = min(SUBSET, max(2, min(len(found), len(reference)) // 2))
-    pooled = found.pooled.double(), reference.pooled.double()
     settings = {"kid_subsets": SUBSETS, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
-    return 1000 * float(metric.kid_features_to_metric(*pooled, **settings)[metric.KEY_METRIC_KID_MEAN])
+    result = metric.kid_features_to_metric(found.double(), reference.double(), **settings)
+    return 1000 * float(result[metric.KEY_METRIC_KID_MEAN])
 
 
-def _precision_recall(found: Features, reference: Features) -> Mapping[str, float]:
+def _precision_recall(found: Features, reference: Features) -> dict[str, float]:
+    """Return both, since either takes the neighbours within the reference, minutes for 60 000 images."""
     settings = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
-    result: Mapping[str, float] = library("metric_prc").prc_features_to_metric(
-        found.pooled, reference.pooled, **settings
-    )
-    return result
+    result = library("metric_prc").prc_features_to_metric(found.pooled, reference.pooled, **settings)
+    return {name: float(result[name]) for name in ("precision", "recall")}
 
 
-_MEASURES: Mapping[str, Callable[[Features, Features], float]] = {
-    "fd": lambda found, reference: _fd(found.pooled, reference.pooled),
-    "sfd": lambda found, reference: _fd(found.spatial, reference.spatial),
-    "score": _score,
-    "kd": _kd,
-    "precision": lambda found, reference: _precision_recall(found, reference)["precision"],
-    "recall": lambda found, reference: _precision_recall(found, reference)["recall"],
+_MEASURES: Mapping[str, Callable[[Features, Features], dict[str, float]]] = {
+    "fd": lambda found, reference: {"fd": _fd(found.pooled, reference.pooled)},
+    "sfd": lambda found, reference: {"sfd": _fd(found.spatial, reference.spatial)},
+    "score": lambda found, reference: {"score": _score(found.logits)},
+    "kd": lambda found, reference: {"kd": _kd(found.pooled, reference.pooled)},
+    "precision": _precision_recall,
+    "recall": _precision_recall,
 }
 
 
