@@ -1,8 +1,9 @@
 """Draw with engines and judge what they draw, or judge images that are there; write everything to one JSON file."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gaq_export import drawing, evaluation, pipeline, provenance
 from gaq_export.building import build_float
 from gaq_export.conditions import bind
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import Figure
+from gaq_export.evaluation import Figure, OnStep
 from gaq_export.extractors import Extractor
 from gaq_export.imagesets import ImageSet, open_images
 from gaq_export.models import LoadedModel
@@ -36,7 +37,14 @@ class Evaluation:
     path: Path
 
 
-def evaluate_sets(found: Path, reference: Path, extractor: Extractor, *, out: Path) -> Evaluation:
+def evaluate_sets(
+    found: Path,
+    reference: Path,
+    extractor: Extractor,
+    *,
+    out: Path,
+    on_step: OnStep = lambda what, done, total: None,
+) -> Evaluation:
     """Judge images by others.
 
     Args:
@@ -44,9 +52,12 @@ def evaluate_sets(found: Path, reference: Path, extractor: Extractor, *, out: Pa
         reference: likewise.
         extractor: makes their features.
         out: folder for the result, and for features, which are kept.
+        on_step: told what is measured, how much is done, of how much.
     """
     images = open_images(found)
-    figures = evaluation.compare_sets(images, open_images(reference, images.shape), extractor, out / "features")
+    figures = evaluation.compare_sets(
+        images, open_images(reference, images.shape), extractor, out / "features", on_step
+    )
     return _write(out, {found.name: figures}, {})
 
 
@@ -61,7 +72,7 @@ def evaluate_engines(
     model: LoadedModel | None = None,
     workers: int = 1,
     ray: str | None = None,
-    on_images: Callable[[str, int, int], None] = lambda who, done, total: None,
+    on_step: OnStep = lambda what, done, total: None,
 ) -> Evaluation:
     """Draw `num` images with each engine and with the float network from the same noise, and judge all of them.
 
@@ -75,7 +86,7 @@ def evaluate_engines(
         model: the float model; found again from the engine files if None.
         workers: processes that draw.
         ray: address of a Ray cluster that draws instead.
-        on_images: told who draws, and how many images there are, of how many.
+        on_step: told who draws or what is measured, how much is done, of how much.
 
     Raises:
         GaqError: engines of different models or samplers, or what `sample_shards` raises.
@@ -104,7 +115,7 @@ def evaluate_engines(
             shard=min(256, count),
             workers=workers,
             ray=ray,
-            on_images=lambda done, total: on_images(name, done, total),
+            on_images=lambda done, total: on_step(f"drawing ({name})", done, total),
         )
         return open_images(folder)
 
@@ -113,13 +124,11 @@ def evaluate_engines(
         reference = draw("float, other noise", exact.path, 2 * num, seed + num)
     else:
         reference = open_images(data, drawing.image_shape(exact))
-    rows, steps = {"float": evaluation.compare_sets(same, reference, extractor, out / "features")}, {}
+    judge = partial(evaluation.compare_sets, reference=reference, extractor=extractor, cache=out / "features")
+    rows, steps = {"float": judge(same, on_step=on_step)}, {}
     for name, file in opened.items():
         drawn = draw(name, file.path, num, seed)
-        rows[name] = [
-            *evaluation.compare_sets(drawn, reference, extractor, out / "features"),
-            *evaluation.compare_pairs(drawn, same),
-        ]
+        rows[name] = [*judge(drawn, on_step=on_step), *evaluation.compare_pairs(drawn, same)]
         seeds = range(seed, seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
         with drawing.open_engines(file) as engine:
             steps[name] = evaluation.compare_steps(

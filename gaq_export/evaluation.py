@@ -30,6 +30,8 @@ from gaq_export.imagesets import ImageSet
 from gaq_export.parity import sqnr_db
 from gaq_export.schedule import NoiseSchedule, SamplerSpec
 
+OnStep = Callable[[str, int, int], None]
+
 DRAWS = {False: 200, True: 20}  # of a bootstrap, by whether features are wider than
 WIDE = 256
 EQUAL_DB = 200.0  # of two images that are the same
@@ -90,7 +92,13 @@ def features_of(images: ImageSet, extractor: Extractor, cache: Path) -> Features
     return Features(**read_safetensors(path)[1])
 
 
-def compare_sets(found: ImageSet, reference: ImageSet, extractor: Extractor, cache: Path) -> list[Figure]:
+def compare_sets(
+    found: ImageSet,
+    reference: ImageSet,
+    extractor: Extractor,
+    cache: Path,
+    on_step: OnStep = lambda what, done, total: None,
+) -> list[Figure]:
     """Judge a set by what it should be like.
 
     Args:
@@ -98,13 +106,23 @@ def compare_sets(found: ImageSet, reference: ImageSet, extractor: Extractor, cac
         reference: real ones, or the float network's from other noise.
         extractor: makes their features.
         cache: folder that keeps features.
+        on_step: told what is measured, how much is done, of how much.
 
     Raises:
         GaqError: fewer than two images, or features that cannot be had.
     """
     if min(found.count, reference.count) < 2:
         raise GaqError(f"Found {found.count} images to judge by {reference.count}; 2 of each are the least.")
+    names = SHOWN | {"fd": extractor.distance}
+    if "FID" not in extractor.distance:
+        names["score"] = "class score"
+
+    def tell(metric: str) -> None:
+        on_step(f"judging: {names[metric]}", fidelity.METRICS.index(metric), len(fidelity.METRICS))
+
+    on_step("judging: features", 0, len(fidelity.METRICS))
     a, b = (features_of(images, extractor, cache) for images in (found, reference))
+    tell("fd")
     size = min(found.count, reference.count // 2)
     conditions = _conditions(found) | {
         "features": extractor.name,
@@ -120,7 +138,7 @@ def compare_sets(found: ImageSet, reference: ImageSet, extractor: Extractor, cac
     figures = [
         Figure(
             metric="fd",
-            name=extractor.distance,
+            name=names["fd"],
             value=spread.value,
             low=spread.low,
             high=spread.high,
@@ -128,9 +146,8 @@ def compare_sets(found: ImageSet, reference: ImageSet, extractor: Extractor, cac
             conditions=conditions | {"bootstrap_draws": draws},
         )
     ]
-    for metric, value in fidelity.measure(fidelity.METRICS[1:], a, b).items():
-        name = "class score" if metric == "score" and "FID" not in extractor.distance else SHOWN[metric]
-        figures.append(Figure(metric=metric, name=name, value=value, conditions=conditions))
+    for metric, value in fidelity.measure(fidelity.METRICS[1:], a, b, tell).items():
+        figures.append(Figure(metric=metric, name=names[metric], value=value, conditions=conditions))
     return figures
 
 

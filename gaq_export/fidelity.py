@@ -95,13 +95,19 @@ def library(module: str) -> Any:
             raise GaqError(f"torch-fidelity cannot be loaded ({error}): pip install 'gaq-export[evaluate]'.") from error
 
 
-def measure(metrics: Sequence[str], found: Features, reference: Features) -> dict[str, float]:
+def measure(
+    metrics: Sequence[str],
+    found: Features,
+    reference: Features,
+    on_metric: Callable[[str], None] = lambda metric: None,
+) -> dict[str, float]:
     """Return some of METRICS.
 
     Args:
         metrics: which.
         found: of the images that are judged.
         reference: of those that they should be like.
+        on_metric: told which is next.
 
     Raises:
         GaqError: torch-fidelity is not installed.
@@ -109,6 +115,7 @@ def measure(metrics: Sequence[str], found: Features, reference: Features) -> dic
     made = dict[str, float]()
     for metric in metrics:
         if metric not in made:
+            on_metric(metric)
             made |= _MEASURES[metric](found, reference)
     return {metric: made[metric] for metric in metrics}
 

@@ -38,10 +38,10 @@ def evaluate(
         if bool(engine) == bool(found and reference):
             raise GaqError("Give two sets of images, or one or more --engine.")
         extractor = find_extractor(features)
-        if found and reference:
-            result = judging.evaluate_sets(found, reference, extractor, out=out)
-        else:
-            with terminal.Bars(quiet) as bars:
+        with terminal.Bars(quiet) as bars:
+            if found and reference:
+                result = judging.evaluate_sets(found, reference, extractor, out=out, on_step=bars.inspect)
+            else:
                 result = judging.evaluate_engines(
                     engine or [],
                     extractor,
@@ -51,7 +51,7 @@ def evaluate(
                     data=data,
                     workers=workers or os.cpu_count() or 1,
                     ray=ray,
-                    on_images=lambda who, done, total: bars.inspect(f"drawing ({who})", done, total),
+                    on_step=bars.inspect,
                 )
         if not quiet:
             terminal.print_evaluation(result)

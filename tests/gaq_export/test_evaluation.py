@@ -132,7 +132,7 @@ def test_engines_are_drawn_with_and_judged_beside_the_float_network(
     options = {"num": 8, "out": tmp_path / "out", "model": tiny_model}
     told: list[tuple[str, int, int]] = []
     found = evaluate.evaluate_engines(
-        [tiny_step_engine.path], network, **options, on_images=lambda *words: told.append(words)
+        [tiny_step_engine.path], network, **options, on_step=lambda *words: told.append(words)
     )
     assert list(found.rows) == ["float", "unet"]
     assert [f.metric for f in found.rows["unet"]] == [*evaluation.fidelity.METRICS, "psnr", "psnr_low", "ssim"]
@@ -141,12 +141,17 @@ def test_engines_are_drawn_with_and_judged_beside_the_float_network(
     assert record["rows"]["unet"][0]["conditions"]["reference_images"] == 16
     assert record["left out"] == ["LPIPS, since this is a test"]
     assert len(record["steps"]["unet"]["float trajectory"]) == 5
-    assert {name for name, _, _ in told} == {"float", "float, other noise", "unet"}
+    drawn = {what for what, _, _ in told if what.startswith("drawing")}
+    assert drawn == {"drawing (float)", "drawing (float, other noise)", "drawing (unet)"}
+    assert [what for what, _, _ in told if what.startswith("judging")][-2:] == [
+        "judging: kernel distance x 1000",
+        "judging: precision",
+    ]
     before = found.path.read_bytes()
     told.clear()
-    evaluate.evaluate_engines([tiny_step_engine.path], network, **options, on_images=lambda *words: told.append(words))
+    evaluate.evaluate_engines([tiny_step_engine.path], network, **options, on_step=lambda *words: told.append(words))
     assert found.path.read_bytes() == before
-    assert all(done == total for _, done, total in told)  # nothing was drawn again
+    assert all(done == total for what, done, total in told if what.startswith("drawing"))  # nothing was drawn again
     other = tmp_path / "other.plan"
     config = EngineConfig(backend="openvino", threads=1)
     pipeline.build_engine(folder=tiny_run, out=other, config=config, sampler=SamplerSpec(steps=6), model=tiny_model)
