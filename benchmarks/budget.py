@@ -21,6 +21,7 @@ import engines
 from calib.config import MixedConfig
 from calib.cost import FLOAT_BITS
 from calib.plan import QuantPlan
+from command import command_line
 from engines import EngineConfig, EngineFile
 from gaq_export.latency import BATCH, step_times
 from gaq_export.models import LoadedModel, load_model
@@ -72,7 +73,8 @@ def main(
         f"{model}, a step of {BATCH} images, {machine()}; with all layers at one width, as the budget knows it: "
         f"{said}; in the same rounds as the table: {now}."
     )
-    publish([title, "", *markdown_table(head, rows)], out)
+    lines = ["# Budgets of milliseconds", "", f"    {command_line()}", "", title, "", *markdown_table(head, rows)]
+    publish(lines, out)
 
 
 def _float_step(model: LoadedModel, folder: Path) -> Callable[[], Any]:
