@@ -70,7 +70,7 @@ def test_the_bundled_model_draws_the_digits_that_it_is_told_quantized_too(tmp_pa
     pipeline.calibrate(model, pipeline.preset("tiny"), folder=tmp_path / "run", sampler=spec)
     config = EngineConfig(backend="openvino", threads=1, batch=(1, 10, 10))
     file = pipeline.build_engine(folder=tmp_path / "run", out=tmp_path / "unet.plan", config=config).file
-    drawn = pipeline.sample(file.path, num=20, compare=True)
+    drawn = pipeline.sample(file.path, num=20, compare=True, out=tmp_path / "samples")
     assert drawn.psnr_db is not None
     assert sorted(drawn.psnr_db)[10] > 25
     read = find_extractor("digits")(frechet.as_bytes(drawn.images)).logits.argmax(1)
