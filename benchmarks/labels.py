@@ -8,7 +8,6 @@ same command goes on where it was.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from gaq_export.building import build_float
 from gaq_export.extractors import Extractor, find_extractor
 from gaq_export.images import psnr, save_grid
 from gaq_export.models import load_model
+from gaq_export.options import SamplerName, changed
 from gaq_export.publish import machine, markdown_table, publish
 from gaq_export.telling import Asked
 from options import ModelName, Out, PresetName, Weights
@@ -40,6 +40,7 @@ def main(
     abits: Annotated[int, typer.Option()] = 8,
     guidance: Annotated[float, typer.Option()] = 3.0,
     steps: Annotated[int | None, typer.Option(help="Sampling steps, instead of the model's.")] = None,
+    sampler: SamplerName = None,
     images: Annotated[int, typer.Option(help="That each network draws.")] = 500,
     features: Annotated[str, typer.Option(help="The classifier.")] = "digits",
     folder: Annotated[Path, typer.Option(help="Keeps the calibration, engines and images.")] = Path("bench-labels"),
@@ -51,7 +52,7 @@ def main(
         assert told.conditions is not None
         config = EngineConfig(backend="openvino", threads=1)
         chosen = pipeline.preset(schedule, wbits=wbits, abits=abits)
-        spec = told.spec.sampler if steps is None else replace(told.spec.sampler, steps=steps)
+        spec = changed(told.spec.sampler, steps=steps, name=sampler) or told.spec.sampler
         pipeline.calibrate(told, chosen, folder=folder / "run", sampler=spec)
         bits = f"W{wbits}A{abits}"
         files = {

@@ -39,7 +39,7 @@ from gaq_export.denoiser import as_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.images import save_grid
 from gaq_export.models import MODELS, ModelSpec, load_model
-from gaq_export.schedule import NoiseSchedule, SamplerSpec, schedule_from_scheduler_config
+from gaq_export.schedule import NoiseSchedule, SamplerSpec, schedule_from_scheduler_config, under_guidance
 
 WARM_UP, FLOOR, EMA_DECAY, CLIP_NORM = 300, 0.03, 0.9995, 1.0
 TOLD_NOTHING = 0.1  # of the images
@@ -327,7 +327,7 @@ def _write_model(
     nothing, seeds = spec.config["num_class_embeds"], range(20)
     told = None if nothing is None else classes(range(nothing - 1), nothing=nothing - 1, guidance=3.0)
     drawer = bind(as_denoiser(unet), told, seeds)
-    sampler = samplers.under_guidance(SamplerSpec(steps=20), schedule, 1.0 if told is None else told.guidance)
+    sampler = under_guidance(SamplerSpec(steps=20), schedule, 1.0 if told is None else told.guidance)
     drawn = samplers.run(drawer, seeds, shape, schedule, sampler)
     save_grid(out / "samples.png", [("", drawn[:10]), ("", drawn[10:])])
 

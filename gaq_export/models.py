@@ -21,7 +21,13 @@ from gaq_export.conditions import Conditions
 from gaq_export.denoiser import as_denoiser, config_of, told_to
 from gaq_export.errors import GaqError
 from gaq_export.parts import find_decoder
-from gaq_export.schedule import NoiseSchedule, SamplerSpec, read_scheduler_config, schedule_from_scheduler_config
+from gaq_export.schedule import (
+    NoiseSchedule,
+    SamplerSpec,
+    read_scheduler_config,
+    schedule_from_scheduler_config,
+    under_guidance,
+)
 
 __all__ = ["MODELS", "LoadedModel", "ModelSpec", "load_model", "random_model", "wrap"]
 
@@ -137,7 +143,7 @@ def wrap(
         module: The network; it is put into evaluation mode.
         shape: (C, H, W) of an image.
         schedule: The noise schedule it was trained with.
-        sampler: How its images are drawn; 50 DDIM steps if None.
+        sampler: How its images are drawn; 50 DDIM steps if None, see `schedule.under_guidance`.
         name: What to call it.
         conditions: What to draw, for a module that is told so in a third argument, a mapping by name.
         decoder: What makes images in [-1, 1] of what the sampler ends with, for a module that works on latents.
@@ -147,7 +153,7 @@ def wrap(
         name=name,
         source=MODULE,
         revision=None,
-        sampler=sampler or SamplerSpec(),
+        sampler=sampler or under_guidance(SamplerSpec(), schedule, conditions.guidance if conditions else 1.0),
         config={"in_channels": channels, "sample_size": (height, width)},
         scheduler={},
         description="a module of the caller's",

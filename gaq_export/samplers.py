@@ -228,12 +228,6 @@ def ddim_clipped(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: Samp
     return rows
 
 
-def under_guidance(spec: SamplerSpec, schedule: NoiseSchedule, scale: float) -> SamplerSpec:
-    """Return a sampler for guidance of a `scale`: of DDIM the clipped kind, if the schedule clips."""
-    drifts = spec.name == "ddim" and schedule.clip is not None and scale != 1
-    return replace(spec, name="ddim-clipped") if drifts else spec
-
-
 def ddpm(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
     """Ancestral sampling (Ho et al. 2020, equations 6 and 7), with the chain shortened to the visited timesteps.
 

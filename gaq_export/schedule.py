@@ -266,3 +266,9 @@ def timesteps(spec: SamplerSpec, num_train: int) -> torch.Tensor:
     if spec.steps > num_train:
         raise GaqError(f"{spec.steps} sampling steps were asked for, but the model has only {num_train} timesteps.")
     return SPACINGS[spec.spacing](spec.steps, num_train).flip(0)
+
+
+def under_guidance(spec: SamplerSpec, schedule: NoiseSchedule, scale: float) -> SamplerSpec:
+    """Return a sampler for guidance of a `scale`: of DDIM the clipped kind, if the schedule clips."""
+    drifts = spec.name == "ddim" and schedule.clip is not None and scale != 1
+    return dataclasses.replace(spec, name="ddim-clipped") if drifts else spec

@@ -7,11 +7,12 @@ from pathlib import Path
 from diffusers import UNet2DModel
 
 from engines import EngineFile
-from gaq_export import drawing, samplers, texts
+from gaq_export import drawing, texts
 from gaq_export.conditions import LABELS, Conditions, classes
 from gaq_export.denoiser import class_rows
 from gaq_export.errors import GaqError
 from gaq_export.models import LoadedModel
+from gaq_export.schedule import under_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Asked:
 def tell(model: LoadedModel, asked: Asked = Asked()) -> LoadedModel:
     """Return the model with conditions: those asked for, or all classes with the guidance of the model table.
 
-    Its sampler becomes one that guidance suits, see `samplers.under_guidance`.
+    Its sampler becomes one that guidance suits, see `schedule.under_guidance`.
 
     Args:
         model: a model of `load_model`; one that has its conditions, or is told nothing, is returned as it is.
@@ -66,7 +67,7 @@ def tell(model: LoadedModel, asked: Asked = Asked()) -> LoadedModel:
         raise GaqError(f"{model.spec.name!r} draws what a text says: give --prompts FILE, one a line.")
     else:
         told = texts.told(model, read_prompts(asked.prompts), scale)
-    sampler = samplers.under_guidance(model.spec.sampler, model.schedule, scale)
+    sampler = under_guidance(model.spec.sampler, model.schedule, scale)
     return replace(model, conditions=told, spec=replace(model.spec, sampler=sampler))
 
 

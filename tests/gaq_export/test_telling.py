@@ -15,7 +15,8 @@ from gaq_export.catalogue import MODELS, reduced
 from gaq_export.conditions import LABELS
 from gaq_export.errors import GaqError
 from gaq_export.images import read_metadata
-from gaq_export.models import LoadedModel, load_model, random_model
+from gaq_export.models import LoadedModel, load_model, random_model, wrap
+from gaq_export.schedule import SamplerSpec
 from gaq_export.telling import Asked
 from tests.gaq_export.test_cli import gaq, refused
 from tests.gaq_export.test_kinds import SMALL
@@ -75,6 +76,10 @@ def test_a_model_of_classes_is_told_all_of_them_with_the_guidance_of_the_table(l
     assert model.spec.sampler.name == "ddim-clipped"  # guidance makes epsilon large, and the schedule clips x0
     assert telling.tell(load_model(weights=labelled)).spec.sampler.name == "ddim"
     assert telling.tell(of("imagenet-ldm")).spec.sampler.name == "ddim"  # whose schedule clips nothing
+    own = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditions=guided)
+    assert own.spec.sampler.name == "ddim-clipped"
+    asked = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditions=guided, sampler=SamplerSpec())
+    assert asked.spec.sampler.name == "ddim"
     assert (guided.names[-1], guided.guidance, int(guided.instead[LABELS])) == ("9", 2.0, 10)
 
 
