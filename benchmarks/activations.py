@@ -23,15 +23,17 @@ from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, save_plan
 from engines import EngineConfig, EngineFile
-from gaq_export import provenance, samplers, step_engine
-from gaq_export.collect import collect, image_seed
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.parity import sqnr_db
+from gaq_export.deploy import step_loop
+from gaq_export.deploy.parity import sqnr_db
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.evaluation.timing import take_turns
+from gaq_export.models import provenance
+from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine
-from gaq_export.presets import preset
-from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.schedule import SamplerSpec
-from gaq_export.timing import take_turns
+from gaq_export.quantize.presets import preset
+from gaq_export.quantize.trajectories import collect, image_seed
+from gaq_export.report.markdown import machine, markdown_table, publish
 from options import ModelName, Out
 
 FORMS = {  # (a grid for each step, 0 in the middle)
@@ -132,7 +134,7 @@ def _engine(model: LoadedModel, plan: QuantPlan, folder: Path, batch: int) -> En
 
 def _loop(model: LoadedModel, file: EngineFile, batch: int) -> Callable[[], object]:
     engine, steps = engines.open_engine(file), SamplerSpec.from_json(file.about["sampler"]).steps
-    return lambda: step_engine.run(engine, range(batch), model.shape, steps)
+    return lambda: step_loop.run(engine, range(batch), model.shape, steps)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from command import command_line, one_line_errors
 from engines import EngineConfig
 from engines.machine import versions
 from gaq_export import pipeline
-from gaq_export.catalogue import MODELS, reduced
-from gaq_export.checkpoint import fingerprint
-from gaq_export.conditions import LABELS, Conditions, classes
-from gaq_export.models import LoadedModel, ModelSpec, random_model
-from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.diffusion.conditioning import LABELS, Conditioning, class_conditioning
+from gaq_export.models.diffusers_folder import fingerprint
+from gaq_export.models.loader import LoadedModel, ModelSpec, random_model
+from gaq_export.models.registry import MODELS, reduced
+from gaq_export.report.markdown import machine, markdown_table, publish
 from options import Folder, Out
 
 STEPS, TEXTS = 4, 3
@@ -50,19 +50,21 @@ ENDS, SHARE = ("conv2", "to_out.0", "net.2", "proj_out"), 0.1  # last layers of 
 COLUMNS = ("model", "network", "told", "blocks", "quantized", "float", "OpenVINO, dB", "RTX, INT8 of quantized")
 
 
-def told(model: LoadedModel) -> Conditions | None:
+def conditioning(model: LoadedModel) -> Conditioning | None:
     """Return what to draw: the first classes, with the last as nothing, or noise in place of texts."""
     config = model.spec.config
-    if LABELS in model.told:  # diffusion transformers do not count nothing among their classes
+    if LABELS in model.condition_inputs:  # diffusion transformers do not count nothing among their classes
         count = config.get("num_class_embeds") or config.get("classes") or config["num_embeds_ada_norm"] + 1
-        return classes(range(TEXTS), nothing=count - 1, guidance=model.spec.guidance)
-    if not model.told:
+        return class_conditioning(range(TEXTS), unconditional=count - 1, guidance=model.spec.guidance)
+    if not model.condition_inputs:
         return None
     drawn = torch.Generator().manual_seed(0)
-    return Conditions(
+    return Conditioning(
         names=tuple(f"text {k}" for k in range(TEXTS)),
-        rows={name: torch.randn(TEXTS, *row.shape[1:], generator=drawn) for name, row in model.told.items()},
-        instead={name: torch.zeros_like(row) for name, row in model.told.items()},
+        rows={
+            name: torch.randn(TEXTS, *row.shape[1:], generator=drawn) for name, row in model.condition_inputs.items()
+        },
+        unconditional={name: torch.zeros_like(row) for name, row in model.condition_inputs.items()},
         guidance=model.spec.guidance,
     )
 
@@ -79,12 +81,12 @@ def started(spec: ModelSpec) -> LoadedModel:
 def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """Take one architecture all the way and return what a row says."""
     model = started(replace(spec, sampler=replace(spec.sampler, steps=STEPS)))
-    model = replace(model, conditions=told(model))
+    model = replace(model, conditioning=conditioning(model))
     plan = pipeline.calibrate(model, pipeline.preset("tiny", per_step=True), folder=folder / "run")
     found: dict[str, Any] = {
         "network": f"{type(model.unet).__name__}, {sum(p.numel() for p in model.unet.parameters()) / 1e6:.2f} M",
-        "told": sorted(model.told),
-        "guidance": model.conditions.guidance if model.conditions else 1.0,
+        "told": sorted(model.condition_inputs),
+        "guidance": model.conditioning.guidance if model.conditioning else 1.0,
         "blocks": sum(block.loss_before is not None for block in plan.blocks),
         "quantized": len(plan.layers),
         "float": dict(Counter(plan.float_layers.values())),

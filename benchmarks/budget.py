@@ -23,16 +23,16 @@ from calib.cost import FLOAT_BITS
 from calib.plan import QuantPlan
 from command import command_line
 from engines import EngineConfig, EngineFile
-from gaq_export.latency import BATCH, step_times
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.onnx_export import export_float
-from gaq_export.onnx_files import save_onnx
-from gaq_export.opening import open_up
+from gaq_export.evaluation.timing import take_turns
+from gaq_export.graph.export import export_float
+from gaq_export.graph.files import save_onnx
+from gaq_export.graph.openvino import open_up
+from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
-from gaq_export.presets import preset
-from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.quantize.latency import BATCH, step_times
+from gaq_export.quantize.presets import preset
+from gaq_export.report.markdown import machine, markdown_table, publish
 from gaq_export.run import Run
-from gaq_export.timing import take_turns
 from options import ModelName, Out, Weights
 
 

@@ -3,9 +3,9 @@ r"""What is each calibration ingredient worth? One row each: from plain rounding
     python benchmarks/calibration.py --model ddpm-mnist --data mnist_70k.npz --folder bench-calibration \
         --out docs/results/calibration-ddpm-mnist.md
 
-Every row is calibrated at every seed and weight width and judged on the same images (`gaq_export/quality.py`); results
-gather in the folder, where the same command continues after an interruption. `--report-only` writes the page from what
-is there.
+Every row is calibrated at every seed and weight width and judged on the same images
+(`gaq_export/comparison/yardstick.py`); results gather in the folder, where the same command continues after an
+interruption. `--report-only` writes the page from what is there.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ import typer
 import verdicts
 from calib.config import QuantConfig
 from command import command_line, one_line_errors
-from gaq_export import cells, tables
-from gaq_export.comparison import Comparison, Row, parse_bits, parse_seeds, schedule
+from gaq_export.comparison import runner, tables
+from gaq_export.comparison.results import Table, table_at
+from gaq_export.comparison.spec import Comparison, Row, parse_bits, parse_seeds, schedule
+from gaq_export.comparison.tables import Column
+from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.diffusion.schedule import timesteps
 from gaq_export.errors import GaqError
-from gaq_export.measured import Table, table_at
-from gaq_export.models import load_model
-from gaq_export.publish import publish
-from gaq_export.quality import Yardstick
-from gaq_export.schedule import timesteps
-from gaq_export.tables import Column
+from gaq_export.models.loader import load_model
+from gaq_export.report.markdown import publish
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
 
 MAIN = (4, 8)  # the bits that the figure and the goal are about
@@ -76,7 +76,7 @@ def main(
             workers=workers,
             weights_alone=True,
         )
-        cells.execute(bench, job, report_only, lambda: write_page(bench, out), print)
+        runner.execute(bench, job, report_only, lambda: write_page(bench, out), print)
 
 
 def rung(name: str) -> Row:
@@ -111,7 +111,7 @@ def write_page(bench: Comparison, out: Path) -> None:
     found = {pair: table_at(bench, *pair) for pair in bench.bits}
     shown = columns(bench)
     lines = [f"# What each calibration ingredient is worth, {bench.model.spec.name}", "", f"    {command_line()}", ""]
-    lines += [*tables.conditions(bench, shown), "", "Rows:", ""]
+    lines += [*tables.circumstances(bench, shown), "", "Rows:", ""]
     lines += [f"- `{row}`: {MEANING[row]}." for row in bench.rows]
     lines += ["", verdicts.caution(len(bench.seeds))]
     main_bits = MAIN if MAIN in found else bench.bits[0]

@@ -22,12 +22,12 @@ import typer
 from calib.calibrate import calibrate
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from gaq_export import quality
-from gaq_export.comparison import collected
-from gaq_export.models import load_model
-from gaq_export.presets import preset
-from gaq_export.publish import markdown_table, publish
-from gaq_export.quality import HELD_OUT, Yardstick
+from gaq_export.comparison import yardstick
+from gaq_export.comparison.spec import collected
+from gaq_export.comparison.yardstick import HELD_OUT, Yardstick
+from gaq_export.models.loader import load_model
+from gaq_export.quantize.presets import preset
+from gaq_export.report.markdown import markdown_table, publish
 from options import Folder, ModelName, Out, Workers
 
 GROUPS = 5
@@ -80,7 +80,7 @@ def _errors(name: str, folder: Path, seed: int, bits: int, group: int | None) ->
     plan = calibrate(model.network, data, chosen.config, timesteps=model.schedule.num_train)
     y = Yardstick(model=model, folder=folder, images=0, draw="pytorch", data=None, classifier=None)
     weights, both = (
-        quality.noise_errors(y, fake_quantized(model.network, plan, activations=rounded)) for rounded in (False, True)
+        yardstick.noise_errors(y, fake_quantized(model.network, plan, activations=rounded)) for rounded in (False, True)
     )
     return weights, both
 

@@ -20,14 +20,15 @@ from activations import learn
 from calib.config import CORRECTIONS, QuantConfig
 from calib.correction import Correction
 from calib.fakequant import fake_quantized
-from gaq_export import corrections, samplers
-from gaq_export.collect import collect, image_seed
+from gaq_export.deploy.parity import sqnr_db
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.images import psnr
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.parity import sqnr_db
-from gaq_export.presets import preset
-from gaq_export.publish import markdown_table, publish
-from gaq_export.schedule import SamplerSpec
+from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.quantize import noise_correction
+from gaq_export.quantize.presets import preset
+from gaq_export.quantize.trajectories import collect, image_seed
+from gaq_export.report.markdown import markdown_table, publish
 from options import ModelName, Out
 
 SAMPLERS = (SamplerSpec(steps=50), SamplerSpec(steps=50, eta=1.0), SamplerSpec(name="ddpm", steps=50))
@@ -81,7 +82,7 @@ def _measured(
         found = None
         if rule != "none":
             chosen = replace(config, correction=replace(config.correction, rule=rule, images=calibrating))
-            found = corrections.measure(model, quantized, spec, data, chosen)
+            found = noise_correction.measure(model, quantized, spec, data, chosen)
         drawn = samplers.run(quantized, seeds, model.shape, model.schedule, spec, correction=found)
         near = sorted(psnr(exact, drawn).tolist())
         yield (

@@ -25,11 +25,12 @@ import engines
 from engines import EngineConfig, EngineFile
 from engines.driver import gpus, no_gpu
 from engines.machine import look
-from gaq_export import drawing, samplers
+from gaq_export.deploy import session
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import user_errors
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, export_onnx, load_model, preset
-from gaq_export.publish import markdown_table, publish
-from gaq_export.schedule import SamplerSpec
+from gaq_export.report.markdown import markdown_table, publish
 
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 ROUNDS = 5
@@ -125,7 +126,7 @@ def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, comp
 def _loops(file: EngineFile, model: LoadedModel, spec: SamplerSpec, batch: int) -> dict[str, Any]:
     before = _memory()
     with engines.open_engine(file) as engine:
-        draw = drawing.by_engine(engine, file, model.schedule, model.shape, spec)
+        draw = session.by_engine(engine, file, model.schedule, model.shape, spec)
         together = draw(range(batch), lambda: None)
         seconds = []
         for _ in range(ROUNDS):

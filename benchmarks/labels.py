@@ -18,14 +18,16 @@ from torch import Tensor
 
 from command import command_line, one_line_errors
 from engines import EngineConfig, EngineFile
-from gaq_export import frechet, pipeline, shards, telling
-from gaq_export.building import build_float
-from gaq_export.extractors import Extractor, find_extractor
+from gaq_export import pipeline
+from gaq_export.cli.options import SamplerName, changed
+from gaq_export.deploy.build import build_float
+from gaq_export.evaluation import frechet
+from gaq_export.evaluation.feature_extractors import Extractor, find_extractor
 from gaq_export.images import psnr, save_grid
-from gaq_export.models import load_model
-from gaq_export.options import SamplerName, changed
-from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.telling import Asked
+from gaq_export.models.loader import load_model
+from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.sampling import prompts, shards
+from gaq_export.sampling.prompts import ConditioningRequest
 from options import ModelName, Out, PresetName, Weights
 
 SHARD, DRAWS, Z = 50, 10_000, 1.959964
@@ -48,30 +50,30 @@ def main(
 ) -> None:
     """Write one row for each network, the difference, and a grid of the first images."""
     with one_line_errors():
-        told = telling.tell(load_model(model, weights), Asked(guidance=guidance))
-        assert told.conditions is not None
+        conditioned = prompts.condition_model(load_model(model, weights), ConditioningRequest(guidance=guidance))
+        assert conditioned.conditioning is not None
         config = EngineConfig(backend="openvino", threads=1)
         chosen = pipeline.preset(schedule, wbits=wbits, abits=abits)
-        spec = changed(told.spec.sampler, steps=steps, name=sampler) or told.spec.sampler
-        pipeline.calibrate(told, chosen, folder=folder / "run", sampler=spec)
+        spec = changed(conditioned.spec.sampler, steps=steps, name=sampler) or conditioned.spec.sampler
+        pipeline.calibrate(conditioned, chosen, folder=folder / "run", sampler=spec)
         bits = f"W{wbits}A{abits}"
         files = {
-            "float": build_float(told, folder / "float.plan", sampler=spec, config=config),
+            "float": build_float(conditioned, folder / "float.plan", sampler=spec, config=config),
             bits: pipeline.build_engine(folder=folder / "run", out=folder / "unet.plan", config=config).file,
         }
         drawn = {name: _drawn(file, folder / f"images-{name}", images) for name, file in files.items()}
         reader = find_extractor(features)
-        labels = torch.tensor([int(told.conditions.name_of(seed)) for seed in range(images)])
+        labels = torch.tensor([int(conditioned.conditioning.name_of(seed)) for seed in range(images)])
         right = {name: _read(reader, pictures) == labels for name, pictures in drawn.items()}
     near = psnr(frechet.pixels(drawn[bits]), frechet.pixels(drawn["float"])).median()
     rows = [(*_share(name, right[name]), db) for name, db in (("float", "-"), (bits, f"{float(near):.1f}"))]
     lines = [
-        f"# As told? {told.spec.name}, {bits}, guidance {guidance:g}",
+        f"# As told? {conditioned.spec.name}, {bits}, guidance {guidance:g}",
         "",
         f"    {command_line()}",
         "",
         f"{spec}; {machine()}; preset {schedule}, seed 0; seeds 0 to {images - 1}, the image of seed s is "
-        f"told class s mod {len(told.conditions.names)}; read by `{features}`.",
+        f"told class s mod {len(conditioned.conditioning.names)}; read by `{features}`.",
         "",
         *markdown_table(HEAD, rows),
         "",
@@ -79,7 +81,7 @@ def main(
     ]
     if out is not None:
         shown = [(name, frechet.pixels(pictures[:20])) for name, pictures in drawn.items()]
-        save_grid(out.with_suffix(".png"), shown, heads=[told.conditions.name_of(seed) for seed in range(20)])
+        save_grid(out.with_suffix(".png"), shown, heads=[conditioned.conditioning.name_of(seed) for seed in range(20)])
         lines += ["", f"![The first images, float above {bits}]({out.stem}.png)"]
     publish(lines, out)
 

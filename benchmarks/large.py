@@ -33,20 +33,20 @@ from calib.layers import float_reasons, trace
 from calib.plan import Grid, LayerQuant, QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from engines import EngineConfig
-from gaq_export import parity
-from gaq_export.catalogue import MODELS, reduced
-from gaq_export.half import compute_in
-from gaq_export.models import LoadedModel, random_model
-from gaq_export.onnx_export import export_float
-from gaq_export.onnx_files import save_onnx
-from gaq_export.opening import open_up
-from gaq_export.presets import preset
-from gaq_export.profiles import find_profile
-from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.qdq import insert_qdq
-from gaq_export.schedule import SamplerSpec, timesteps
-from gaq_export.step_engine import step_denoiser
-from gaq_export.stepgraph import make_step
+from gaq_export.deploy import parity
+from gaq_export.deploy.step_loop import step_denoiser
+from gaq_export.diffusion.schedule import SamplerSpec, timesteps
+from gaq_export.graph.export import export_float
+from gaq_export.graph.files import save_onnx
+from gaq_export.graph.openvino import open_up
+from gaq_export.graph.precision import compute_in
+from gaq_export.graph.profiles import find_profile
+from gaq_export.graph.qdq import insert_qdq
+from gaq_export.graph.step import make_step
+from gaq_export.models.loader import LoadedModel, random_model
+from gaq_export.models.registry import MODELS, reduced
+from gaq_export.quantize.presets import preset
+from gaq_export.report.markdown import machine, markdown_table, publish
 from options import Folder, Job, ModelName, Out
 
 SPEC, IMAGES, BITS, GRID = SamplerSpec(steps=2), 2, 4, 2.0**-5
@@ -76,7 +76,7 @@ class Place:
 def plan(place: Place) -> str:
     """Round the weights to nearest and write a plan of them; which layers, small images show as well."""
     model, config = place.model, preset("tiny", recipe="rtn").config
-    found = trace(model.network, (model.shape[0], 16, 16), model.schedule.num_train, model.told)
+    found = trace(model.network, (model.shape[0], 16, 16), model.schedule.num_train, model.condition_inputs)
     reasons = float_reasons(found, config.convention)
     layers = {}
     for name in (layer.name for layer in found.layers if layer.name not in reasons):
@@ -115,7 +115,7 @@ def learned(place: Place) -> str:
 def float_graph(place: Place) -> str:
     """Write the float network, its weights beside it."""
     model = place.model
-    save_onnx(export_float(model.network, model.shape, model.told), place.file("float.onnx"))
+    save_onnx(export_float(model.network, model.shape, model.condition_inputs), place.file("float.onnx"))
     return _sizes(place, "float.onnx*")
 
 
@@ -270,17 +270,20 @@ def _noise(model: LoadedModel) -> CalibrationSet:
         x=torch.randn(count, *model.shape, generator=generator),
         t=timesteps(SPEC, model.schedule.num_train)[step],
         step=step,
-        cond={name: torch.randn(count, *row.shape[1:], generator=generator) for name, row in model.told.items()},
+        cond={
+            name: torch.randn(count, *row.shape[1:], generator=generator)
+            for name, row in model.condition_inputs.items()
+        },
     )
 
 
 def _quantized(place: Place, profile: str, compute: str) -> str:
-    wishes, made = find_profile(profile), load_plan(place.file("plan.safetensors"))
+    options, made = find_profile(profile), load_plan(place.file("plan.safetensors"))
     schedule = random_model(reduced(MODELS[place.name])).schedule  # without the weights
     graph = ir.load(place.file("float.onnx"))  # its weights are mapped, not read
     step = make_step(graph, schedule, SPEC)
-    insert_qdq(graph, made, wishes, step)
-    if wishes.opened:
+    insert_qdq(graph, made, options, step)
+    if options.opened:
         open_up(graph)
     save_onnx(compute_in(graph, compute), place.file(f"{profile}.onnx"))
     place.file(f"{profile}.json").write_text(json.dumps(sorted(step.baked)))
@@ -302,13 +305,14 @@ def _sizes(place: Place, pattern: str) -> str:
 
 def _head(place: Place) -> list[str]:
     model = place.model
-    count, told = sum(p.numel() for p in model.unet.parameters()), sorted(model.told)
+    count = sum(p.numel() for p in model.unet.parameters())
+    inputs = ", ".join(f"{name} {tuple(row.shape[1:])}" for name, row in sorted(model.condition_inputs.items()))
     size = f"width {place.width}" if place.width else "at its own size"
     return [
         f"# {place.name} {size}: memory and time",
         "",
         f"{count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in FP32, random weights;",
-        f"x {model.shape}, told {', '.join(f'{name} {tuple(model.told[name].shape[1:])}' for name in told)}.",
+        f"x {model.shape}, conditioned on {inputs}.",
         f"W4A8, {SPEC.steps * IMAGES} samples of noise, {IMAGES} at each of {SPEC.steps} steps; engines for batch 1.",
         f"{machine()}.",
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}, torch {torch.__version__}.",

@@ -28,13 +28,14 @@ import limits
 import peers
 from engines import EngineConfig
 from engines.machine import CPU_FEATURES, look
-from gaq_export import drawing, samplers, step_engine
-from gaq_export.onnx_export import export_float
-from gaq_export.onnx_files import save_onnx
+from gaq_export.deploy import session, step_loop
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.evaluation.timing import take_turns
+from gaq_export.graph.export import export_float
+from gaq_export.graph.files import save_onnx
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
-from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.schedule import SamplerSpec
-from gaq_export.timing import take_turns
+from gaq_export.report.markdown import machine, markdown_table, publish
 from options import ModelName, Out, Weights
 
 Loop = Callable[[], object]
@@ -122,7 +123,7 @@ def _pytorch(job: Job, float_graph: Path, *, compiled: bool) -> Loop:
 def _float_engine(job: Job, float_graph: Path, *, backend: str) -> Loop:
     config = EngineConfig(backend=backend, **job.config)
     file = engines.build(float_graph, job.folder / f"{backend}-float.plan", config, {"graph": "eps"})
-    draw = drawing.by_engine(engines.open_engine(file), file, job.model.schedule, job.model.shape, job.spec)
+    draw = session.by_engine(engines.open_engine(file), file, job.model.schedule, job.model.shape, job.spec)
     return lambda: draw(range(job.batch), lambda: None)
 
 
@@ -140,7 +141,7 @@ def _ours(job: Job, float_graph: Path, *, backend: str, wbits: int, compute: str
     out = job.folder / f"{backend}-w{wbits}-{compute}.plan"
     built = build_engine(folder=_run(job, wbits), out=out, config=config, sampler=job.spec, model=job.model)
     engine = engines.open_engine(built.file)
-    return lambda: step_engine.run(engine, range(job.batch), job.model.shape, job.spec.steps)
+    return lambda: step_loop.run(engine, range(job.batch), job.model.shape, job.spec.steps)
 
 
 def _run(job: Job, wbits: int) -> Path:

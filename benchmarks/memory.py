@@ -21,11 +21,11 @@ from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.layers import trace
 from calib.progress import Progress
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.presets import preset
-from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.diffusion.schedule import timesteps
+from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.quantize.presets import preset
+from gaq_export.report.markdown import machine, markdown_table, publish
 from gaq_export.run import peak_memory_mib
-from gaq_export.schedule import timesteps
 from options import ModelName, Out
 
 PHASES = ("record", "start", "meta", "fit", "decide")

@@ -18,14 +18,14 @@ import typer
 
 from calib.config import QuantConfig
 from command import command_line, one_line_errors
-from gaq_export import cells, tables
-from gaq_export.comparison import Comparison, Row, parse_bits, parse_seeds, schedule
+from gaq_export.comparison import runner, tables
+from gaq_export.comparison.results import table_at
+from gaq_export.comparison.spec import Comparison, Row, parse_bits, parse_seeds, schedule
+from gaq_export.comparison.tables import Column
+from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.errors import GaqError
-from gaq_export.measured import table_at
-from gaq_export.models import load_model
-from gaq_export.publish import publish
-from gaq_export.quality import Yardstick
-from gaq_export.tables import Column
+from gaq_export.models.loader import load_model
+from gaq_export.report.markdown import publish
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
 
 FEW = 4  # activation bits of the steps that have fewer
@@ -86,14 +86,20 @@ def main(
             seeds=parse_seeds(seeds),
             workers=workers,
         )
-        cells.execute(bench, job, report_only, lambda: write_page(bench, of, out), print)
+        runner.execute(bench, job, report_only, lambda: write_page(bench, of, out), print)
 
 
 def write_page(bench: Comparison, of: str, out: Path) -> None:
     """Write the page from the cells there are."""
     shown = _columns(bench)
     lines = [f"# Bits of each one's own: {of} of {bench.model.spec.name}", "", f"    {command_line()}", ""]
-    lines += [*tables.conditions(bench, shown), "", "Rows:", "", *(f"- `{row}`: {MEANING[row]}." for row in bench.rows)]
+    lines += [
+        *tables.circumstances(bench, shown),
+        "",
+        "Rows:",
+        "",
+        *(f"- `{row}`: {MEANING[row]}." for row in bench.rows),
+    ]
     for w, a in bench.bits:
         table = table_at(bench, w, a)
         lines += ["", f"## W{w}A{a}", "", *tables.markdown(table, "row", shown, tables.float_rows(bench, shown))]

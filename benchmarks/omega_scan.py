@@ -15,13 +15,13 @@ import typer
 import verdicts
 from calib.config import QuantConfig
 from command import command_line, one_line_errors
-from gaq_export import cells, tables
-from gaq_export.comparison import Comparison, Row, parse_seeds, schedule
+from gaq_export.comparison import runner, tables
+from gaq_export.comparison.results import table_at
+from gaq_export.comparison.spec import Comparison, Row, parse_seeds, schedule
+from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.errors import GaqError
-from gaq_export.measured import table_at
-from gaq_export.models import load_model
-from gaq_export.publish import publish
-from gaq_export.quality import Yardstick
+from gaq_export.models.loader import load_model
+from gaq_export.report.markdown import publish
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
 
 BITS = (4, 8)
@@ -73,7 +73,7 @@ def main(
             workers=workers,
             weights_alone=True,
         )
-        cells.execute(bench, job, report_only, lambda: write_page(bench, out), print)
+        runner.execute(bench, job, report_only, lambda: write_page(bench, out), print)
 
 
 def chosen(names: str) -> dict[str, Row]:
@@ -98,7 +98,7 @@ def write_page(bench: Comparison, out: Path) -> None:
     """Write the page from the cells there are."""
     table = table_at(bench, *BITS)
     lines = [f"# Settings of the sample weights, {bench.model.spec.name} W4A8", "", f"    {command_line()}", ""]
-    lines += [*tables.conditions(bench, COLUMNS), "", verdicts.caution(len(bench.seeds)), ""]
+    lines += [*tables.circumstances(bench, COLUMNS), "", verdicts.caution(len(bench.seeds)), ""]
     words = {name: f"`{name}`" + "".join(f", {k} {v}" for k, v in fields.items()) for name, fields in VARIANTS}
     lines += [*tables.markdown(table, "variant, what it changes", COLUMNS, words=words), ""]
     lines += [verdicts.standing("W4A8", table), *tables.still_missing(bench)]

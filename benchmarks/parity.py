@@ -17,9 +17,11 @@ from torch import Tensor
 import engines
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
-from gaq_export import drawing, provenance, samplers
-from gaq_export.parity import PERTURBATION, perturbed, sqnr_db
-from gaq_export.publish import markdown_table, publish
+from gaq_export.deploy import session
+from gaq_export.deploy.parity import PERTURBATION, perturbed, sqnr_db
+from gaq_export.diffusion import samplers
+from gaq_export.models import provenance
+from gaq_export.report.markdown import markdown_table, publish
 from options import Out
 
 COLUMNS = (
@@ -41,7 +43,7 @@ def main(
     """Print one row a step, in dB."""
     file, plan = engines.load_engine_file(engine), load_plan(run / "plan.safetensors")
     model = provenance.model_of(plan.about, None, run)
-    spec = drawing.sampler_of(file, None)
+    spec = session.sampler_of(file, None)
     seen: list[tuple[Tensor, Tensor]] = []
     seeds = list(range(10_000, 10_000 + images))
     samplers.run(model.network, seeds, model.shape, model.schedule, spec, lambda _, x, t: seen.append((x, t)))
@@ -53,7 +55,7 @@ def main(
         for step, (x, t) in enumerate(seen):
             with perturbed(quantized, left, PERTURBATION["float32"], seed=step):
                 nudged = quantized(x, t)
-            expected, found = quantized(x, t), drawing.noise_of(opened, file, model.schedule)(x, t)
+            expected, found = quantized(x, t), session.noise_of(opened, file, model.schedule)(x, t)
             after = [
                 samplers.update(sampler[step], model.schedule.clip, x, e, torch.zeros_like(x), None)[0]
                 for e in (expected, found)

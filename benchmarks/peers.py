@@ -17,9 +17,9 @@ import torch
 from onnxruntime import quantization
 from torch import Tensor, nn
 
-from calib.quiet import quiet
-from gaq_export.onnx_export import module_of
-from gaq_export.qdq import WEIGHTED
+from calib.silence import quiet
+from gaq_export.graph.export import module_of
+from gaq_export.graph.qdq import WEIGHTED
 
 SAMPLES = 16  # of noise, where nothing but time is measured
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # of values, none of which they change

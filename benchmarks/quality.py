@@ -24,14 +24,15 @@ import peers
 from calib.files import write_atomically
 from calib.layers import float_reasons, trace
 from engines import EngineConfig, open_engine
-from gaq_export import quality
-from gaq_export.collect import collect
-from gaq_export.denoiser import Denoiser, engine_denoiser
-from gaq_export.models import LoadedModel, load_model
+from gaq_export.comparison import yardstick as measures
+from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.deploy.step_loop import engine_denoiser
+from gaq_export.diffusion.denoiser import Denoiser
+from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
-from gaq_export.presets import preset
-from gaq_export.publish import machine, markdown_table, publish
-from gaq_export.quality import Yardstick
+from gaq_export.quantize.presets import preset
+from gaq_export.quantize.trajectories import collect
+from gaq_export.report.markdown import machine, markdown_table, publish
 from gaq_export.run import Run
 from options import ModelName, Out, ReportOnly
 
@@ -98,7 +99,7 @@ def main(
     yardstick = Yardstick(model=loaded, folder=folder, images=images, draw="engine", data=data, classifier=None)
     bench = Bench(model=loaded, schedule=schedule, yardstick=yardstick, iterations=iterations)
     if not report_only:
-        quality.prepare(yardstick)
+        measures.prepare(yardstick)
         for wbits in WIDTHS:
             _ours(bench, wbits)
             for name, peer in PEERS.items():
@@ -156,22 +157,22 @@ def _samples(bench: Bench) -> list[peers.Arrays]:
 def _measure(bench: Bench, path: Path, denoise: Denoiser, kept: int) -> None:
     y = bench.yardstick
     with torch.no_grad():
-        found: dict[str, Any] = {"error": quality.noise_errors(y, denoise), "kept": kept}
+        found: dict[str, Any] = {"error": measures.noise_errors(y, denoise), "kept": kept}
         if y.images:
-            found |= quality.picture_measures(y, quality.pictures(y, denoise))
+            found |= measures.picture_measures(y, measures.pictures(y, denoise))
     write_atomically(path, json.dumps(found, indent=1).encode())
     print(path.stem, flush=True)
 
 
 def _page(bench: Bench) -> Iterator[str]:
-    facts, chosen, images = quality.facts(bench.yardstick), preset(bench.schedule), bench.yardstick.images
+    facts, chosen, images = measures.facts(bench.yardstick), preset(bench.schedule), bench.yardstick.images
     yield f"# {bench.model.spec.name}: quality beside other tools"
     yield ""
     steps = bench.model.spec.sampler.steps
     said = (
         f"{chosen.images} calibration images for everyone, each a sample at {steps} steps, of which a peer is given "
         f"{SAMPLES} and ours takes what its preset does. 8-bit activations, weights by channel. SQNR of the predicted "
-        f"noise on {quality.HELD_OUT} held-out "
+        f"noise on {measures.HELD_OUT} held-out "
         f"trajectories. AIMET learns {bench.iterations} iterations a layer, ours "
         f"{chosen.config.reconstruction.iterations} a block. {machine()}."
     )

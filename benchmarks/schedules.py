@@ -17,16 +17,16 @@ import typer
 from torch import nn
 
 from calib import adaround, affine, gptq, omega, reconstruct
+from calib.block_recording import recorder
 from calib.blocks import Block, BlockIO, find_blocks
 from calib.calibrate import weight_samples
 from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.layers import float_reasons, trace
 from calib.reconstruct import LayerWeight
-from calib.recording import recorder
-from gaq_export.collect import collect
-from gaq_export.models import load_model
-from gaq_export.presets import preset
-from gaq_export.publish import machine, markdown_table, publish
+from gaq_export.models.loader import load_model
+from gaq_export.quantize.presets import preset
+from gaq_export.quantize.trajectories import collect
+from gaq_export.report.markdown import machine, markdown_table, publish
 from options import ModelName, Out
 
 BITS = 4

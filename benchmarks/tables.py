@@ -16,13 +16,13 @@ import typer
 
 from activations import held_out, learn
 from calib.fakequant import fake_quantized
-from gaq_export.collect import collect
-from gaq_export.models import load_model
-from gaq_export.onnx_export import export_float
-from gaq_export.parity import sqnr_db
-from gaq_export.presets import preset
-from gaq_export.publish import markdown_table, publish
-from gaq_export.stepgraph import make_step
+from gaq_export.deploy.parity import sqnr_db
+from gaq_export.graph.export import export_float
+from gaq_export.graph.step import make_step
+from gaq_export.models.loader import load_model
+from gaq_export.quantize.presets import preset
+from gaq_export.quantize.trajectories import collect
+from gaq_export.report.markdown import markdown_table, publish
 from options import ModelName, Out
 
 SHOWN = 6  # steps that have a column

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gaq_export.measured import Measured, Table
-from gaq_export.tables import BASELINE, mean_sd
+from gaq_export.comparison.results import Measured, Table
+from gaq_export.comparison.tables import BASELINE, mean_sd
 
 GOAL = 0.5  # share of the baseline's squared error that learned sample weights should remove
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calib.layers import Trace
-from calib.rows import Rows
+from calib.sample_store import Rows
 
 MAX_LAYERS, IN_TRANSFORMER = 6, 11
 

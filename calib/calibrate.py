@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from calib import affine, blocks, checkpoint, dynamic, mixed, omega, power_law, ranges, temporal
 from calib import config as configs
 from calib.attention import OPERANDS
+from calib.block_fit import Job, calibrate_block
+from calib.block_recording import recorder
 from calib.blocks import Block
 from calib.checkpoint import BlockState
 from calib.config import QuantConfig
@@ -28,17 +30,15 @@ from calib.cost import FLOAT_BITS
 from calib.data import CalibrationSet, Split, split
 from calib.errors import CalibError
 from calib.fakequant import round_input
-from calib.fitting import Job, calibrate_block
-from calib.held import hold, twin
 from calib.layers import Trace, float_reasons, quantized_products, readers, require_batch_first, trace
 from calib.mixed import Assignment, Clock
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Meter, Progress, block_costs
 from calib.ranges import Reach
 from calib.reconstruct import BlockResult
-from calib.recording import recorder
+from calib.seeds import stream
 from calib.selection import select
-from calib.streams import stream
+from calib.shared_copy import hold, twin
 from calib.surgery import operate, plan_surgery
 
 
@@ -153,12 +153,12 @@ def _bits(
     if not config.mixed.budget:
         return Assignment(bits=dict.fromkeys(layers, config.weight.bits), errors=None)
 
-    def tell(done: int, total: int) -> None:
+    def report_step(done: int, total: int) -> None:
         on_progress(
             Progress(stage="bits", name=f"bits, layer {done}/{total}", index=0, total=0, fraction=0.0, seconds={})
         )
 
-    return mixed.assign(model, data, layers, config, timesteps, clock, tell)
+    return mixed.assign(model, data, layers, config, timesteps, clock, report_step)
 
 
 def _cut(

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.data import NOTHING, example
+from calib.data import NO_CONDITION, example
 from calib.plan import QuantPlan
 
 FLOAT_BITS = 32
 
 
 def layer_macs(
-    model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NOTHING
+    model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NO_CONDITION
 ) -> dict[str, int]:
     """Return the multiplications that each convolution and linear layer does for one image, by layer name.
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from calib.errors import CalibError
 
-NOTHING: Mapping[str, Tensor] = {}
+NO_CONDITION: Mapping[str, Tensor] = {}
 
 
-def example(count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NOTHING) -> tuple[Any, ...]:
+def example(count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NO_CONDITION) -> tuple[Any, ...]:
     """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first row of what it is told."""
-    told = {name: tensor[:1].repeat_interleave(count, 0) for name, tensor in cond.items()}
+    condition = {name: tensor[:1].repeat_interleave(count, 0) for name, tensor in cond.items()}
     x, times = torch.zeros(count, *shape), torch.full((count,), t)
-    return (x, times, told) if told else (x, times)
+    return (x, times, condition) if condition else (x, times)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class CalibrationSet:
     x: Tensor
     t: Tensor
     step: Tensor
-    cond: Mapping[str, Tensor] = field(default_factory=lambda: NOTHING)
+    cond: Mapping[str, Tensor] = field(default_factory=lambda: NO_CONDITION)
 
     def __post_init__(self) -> None:
         rows = {"x": self.x, "t": self.t, "step": self.step, **self.cond}

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calib import affine, gptq
 from calib.blocks import Block, BlockIO
-from calib.data import NOTHING
+from calib.data import NO_CONDITION
 from calib.errors import CalibError
 from calib.layers import trace
 from calib.plan import QuantPlan
@@ -74,7 +74,7 @@ class Alignment:
 
 
 def inspectable(
-    model: nn.Module, plan: QuantPlan, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NOTHING
+    model: nn.Module, plan: QuantPlan, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NO_CONDITION
 ) -> list[BlockResult]:
     """Return the plan's blocks that can be looked at alone: called once a forward pass, with plain tensors."""
     calls = trace(model, shape, timesteps, cond).calls

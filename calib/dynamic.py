@@ -23,7 +23,7 @@ from calib.affine import integer_range, round_through
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
 from calib.plan import Grid
-from calib.streams import stream
+from calib.seeds import stream
 
 VALUES, IMAGES = 8192, 16  # of a layer at each step, from as many images; fewer would not show how far values reach
 ITERATIONS, RATE = 150, 0.03

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from calib.affine import fake_quantize, per_channel, round_float8, round_log2
 from calib.attention import OPERANDS, intercept
 from calib.errors import CalibError
-from calib.held import hold, twin
 from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.ranges import nearest_step
+from calib.shared_copy import hold, twin
 from calib.surgery import operate
 
 

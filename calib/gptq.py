@@ -19,7 +19,7 @@ from calib.affine import dequantize_weight, integer_range, per_channel
 from calib.blocks import BlockIO
 from calib.config import QuantConfig
 from calib.reconstruct import LayerWeight
-from calib.streams import stream
+from calib.seeds import stream
 
 SAMPLES = 64  # of a recording, for the second moments
 CHUNK = 8  # samples at once while they are summed

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from calib.attention import Intercept, is_plain
-from calib.data import NOTHING, example
+from calib.data import NO_CONDITION, example
 from calib.errors import CalibError
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -72,7 +72,7 @@ class Trace:
     attentions: Mapping[str, bool]
 
 
-def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NOTHING) -> Trace:
+def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NO_CONDITION) -> Trace:
     """Run `model` on noise of `shape` (C, H, W) at one timestep below `timesteps` and report what was called.
 
     Args:
@@ -85,14 +85,14 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mappin
         CalibError: the output is not one tensor of the input's shape.
     """
     generator = torch.Generator().manual_seed(0)
-    like, t, *told = example(PROBE_BATCH, shape, timesteps // 2, cond)
+    like, t, *condition = example(PROBE_BATCH, shape, timesteps // 2, cond)
     x, other_x = (_probe(like, k, generator) for k in range(2))
     rows, other_rows = (
-        [{name: _probe(value, k, generator) for name, value in one.items()} for one in told] for k in range(2)
+        [{name: _probe(value, k, generator) for name, value in one.items()} for one in condition] for k in range(2)
     )
     first, attentions = _calls(model, (x, t, *rows))
     by_x = _calls(model, (other_x, t, *rows))[0]
-    by_cond = _calls(model, (x, t, *other_rows))[0] if told else first
+    by_cond = _calls(model, (x, t, *other_rows))[0] if condition else first
     layers = []
     modules = dict(model.named_modules())
     for name, call in first.items():

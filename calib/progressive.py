@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calib import ranges
 from calib.attention import OPERANDS, intercept
 from calib.config import ActivationConfig
-from calib.data import NOTHING, CalibrationSet
+from calib.data import NO_CONDITION, CalibrationSet
 from calib.fakequant import fake_quantized, round_input, rounding
 from calib.plan import ProductQuant, QuantPlan
 from calib.ranges import Reach
@@ -35,7 +35,7 @@ class Progressive:
         self._network = fake_quantized(model, plan, activations=False)
         self._seen: dict[int, dict[tuple[str, str], Reach]] = {}
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor] = NOTHING, /) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor] = NO_CONDITION, /) -> Tensor:
         """Observe the ranges of this step, and predict the noise with activations rounded to grids of them.
 
         Args:

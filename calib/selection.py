@@ -16,7 +16,7 @@ from torch.nn import functional
 from calib.config import QuantConfig, SelectionConfig
 from calib.data import CalibrationSet, thin_steps
 from calib.errors import CalibError
-from calib.streams import stream
+from calib.seeds import stream
 
 Shares = Callable[[CalibrationSet, SelectionConfig, nn.Module], Tensor]
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from calib.config import SurgeryConfig
 from calib.data import CalibrationSet
-from calib.held import twin
+from calib.shared_copy import twin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calib.blocks import Block, BlockIO
-from calib.data import NOTHING, CalibrationSet, example
+from calib.data import NO_CONDITION, CalibrationSet, example
 from calib.errors import CalibError
 from calib.layers import PROBE_BATCH, Trace
-from calib.quiet import quiet
+from calib.silence import quiet
 
 NAME = "(temporal)"  # not an identifier, so not a module's name
 
@@ -38,7 +38,7 @@ def find_block(
     found: Trace,
     quantized: Collection[str],
     shape: tuple[int, ...],
-    cond: Mapping[str, Tensor] = NOTHING,
+    cond: Mapping[str, Tensor] = NO_CONDITION,
 ) -> list[Block]:
     """Return the temporal block of `model`, or nothing if no quantized layer depends on the timestep alone.
 

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engines import ort, ov, trt, trt_rtx
+from engines import onnx_runtime, openvino_cpu, trt, trt_rtx
 from engines.base import Audit, Engine, EngineConfig, Kernel, TensorSpec
 from engines.errors import EngineError
 from engines.files import EngineFile, check_plan, data_path, files_of, load_engine_file, sha256_of, weights_path
 from engines.graph import OnnxGraph, read_onnx, tensor_specs
-from engines.running import check_feeds
+from engines.open_engine import check_feeds
 
 __all__ = [
     "BACKENDS",
@@ -77,7 +77,7 @@ _HALVES, _FULL_FIRST = ("float16", "bfloat16", "float32"), ("float32", "bfloat16
 
 
 def _ort(name: str, profile: str, missing: Callable[[], str | None], computes: tuple[str, ...], device: str) -> Backend:
-    build, opened = partial(ort.build, device=device), partial(ort.open_plan, device=device)
+    build, opened = partial(onnx_runtime.build, device=device), partial(onnx_runtime.open_plan, device=device)
     return Backend(name, profile, missing, missing, computes, device == "cuda", build, opened)
 
 
@@ -96,9 +96,18 @@ BACKENDS: dict[str, Backend] = {
             trt_rtx.build,
             trt_rtx.open_plan,
         ),
-        Backend("openvino", "openvino", ov.missing, ov.missing, _FULL_FIRST, False, ov.build, ov.open_plan),
-        _ort("onnxruntime", "ort-cpu", ort.missing, ("float32",), "cpu"),
-        _ort("onnxruntime-cuda", "ort-cuda", ort.missing_cuda, ("float16", "float32"), "cuda"),
+        Backend(
+            "openvino",
+            "openvino",
+            openvino_cpu.missing,
+            openvino_cpu.missing,
+            _FULL_FIRST,
+            False,
+            openvino_cpu.build,
+            openvino_cpu.open_plan,
+        ),
+        _ort("onnxruntime", "ort-cpu", onnx_runtime.missing, ("float32",), "cpu"),
+        _ort("onnxruntime-cuda", "ort-cuda", onnx_runtime.missing_cuda, ("float16", "float32"), "cuda"),
     )
 }
 

@@ -122,7 +122,7 @@ class Engine(Protocol):
         """The outputs a call returns."""
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run the network once; see `engines.running.check_feeds` for what is refused."""
+        """Run the network once; see `engines.open_engine.check_feeds` for what is refused."""
 
     def loop(
         self,
@@ -147,7 +147,7 @@ class Engine(Protocol):
             The last iteration's outputs.
 
         Raises:
-            EngineError: see `engines.running.check_feeds` and `check_loop`.
+            EngineError: see `engines.open_engine.check_feeds` and `check_loop`.
         """
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from engines.driver import captured
 from engines.errors import EngineError
 from engines.files import EngineFile, read_weights
 from engines.nvbuild import ERROR_MARK, make_logger
-from engines.running import Arrays, Loop
+from engines.open_engine import Arrays, Loop
 
 _KERNELS = Path(__file__).with_name("philox.ptx")
 _THREADS = 256
@@ -35,7 +35,7 @@ def _keep(kernels: Any, path: Path) -> None:
 
 
 class GpuRunner:
-    """An `engines.running.Runner`: a deserialized plan with device buffers for the largest batch.
+    """An `engines.open_engine.Runner`: a deserialized plan with device buffers for the largest batch.
 
     Uses the device's primary context, pushed only for the length of a call, so that it can share the process with
     other users of the GPU.

@@ -18,14 +18,14 @@ import onnx
 
 from engines.audit import read_layer_list
 from engines.base import Audit, EngineConfig
-from engines.blame import blame
+from engines.bisect_graph import blame
 from engines.driver import no_gpu
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.gpu import GpuRunner
 from engines.graph import OnnxGraph, layer_kinds
 from engines.nvbuild import ERROR_MARK, PARSER
-from engines.running import OpenEngine
+from engines.open_engine import OpenEngine
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 

@@ -8,7 +8,7 @@ from engines.base import Audit, EngineConfig
 from engines.driver import no_gpu
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
-from engines.running import OpenEngine
+from engines.open_engine import OpenEngine
 
 
 def cannot_build() -> str | None:

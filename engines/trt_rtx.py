@@ -10,7 +10,7 @@ from engines.base import Audit, EngineConfig
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
-from engines.running import OpenEngine
+from engines.open_engine import OpenEngine
 
 # What TensorRT-RTX 1.7 can build for. The builder only logs a target it does not know, and goes on without it.
 FLOAT8_TARGETS = ("sm89", "sm120", "sm121")

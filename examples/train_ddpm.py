@@ -33,16 +33,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gaq_export import checkpoint, samplers
-from gaq_export.conditions import bind, classes
-from gaq_export.denoiser import as_denoiser
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.conditioning import bind, class_conditioning
+from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, under_guidance
 from gaq_export.errors import GaqError
 from gaq_export.images import save_grid
-from gaq_export.models import MODELS, ModelSpec, load_model
-from gaq_export.schedule import NoiseSchedule, SamplerSpec, schedule_from_scheduler_config, under_guidance
+from gaq_export.models import diffusers_folder
+from gaq_export.models.architectures import as_denoiser
+from gaq_export.models.loader import MODELS, ModelSpec, load_model
+from gaq_export.models.scheduler_config import schedule_from_scheduler_config
 
 WARM_UP, FLOOR, EMA_DECAY, CLIP_NORM = 300, 0.03, 0.9995, 1.0
-TOLD_NOTHING = 0.1  # of the images
+UNCONDITIONAL_SHARE = 0.1  # of the images
 CLASS_RATE = 10.0  # times the learning rate of the rest
 STATE = "state.safetensors"
 
@@ -67,7 +69,7 @@ class Data:
 
     images: Tensor
     labels: Tensor | None = None
-    nothing: int | None = None
+    unconditional: int | None = None
 
 
 def main(
@@ -92,8 +94,8 @@ def main(
     spec = MODELS[arch]
     try:
         data = load_data(images, spec, labels=labels)
-        if data.nothing is not None:
-            spec = replace(spec, config={**spec.config, "num_class_embeds": data.nothing + 1})
+        if data.unconditional is not None:
+            spec = replace(spec, config={**spec.config, "num_class_embeds": data.unconditional + 1})
         settings = Settings(
             steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, device=device, bf16=bf16, start=start
         )
@@ -113,7 +115,7 @@ def load_data(path: Path, spec: ModelSpec, *, labels: bool) -> Data:
     found = torch.from_numpy(_load_array(path, "label").astype(np.int64))
     if found.shape != images.shape[:1] or int(found.min()) < 0:
         raise GaqError(f"Expected {len(images)} labels from 0 in {path}; found {tuple(found.shape)} of them.")
-    return Data(images=images, labels=found, nothing=int(found.max()) + 1)
+    return Data(images=images, labels=found, unconditional=int(found.max()) + 1)
 
 
 def load_images(path: Path, channels: int, size: int) -> Tensor:
@@ -174,7 +176,7 @@ def train(spec: ModelSpec, data: Data, out: Path, settings: Settings) -> None:
     """
     schedule = schedule_from_scheduler_config(spec.scheduler)
     torch.manual_seed(settings.seed)
-    unet = checkpoint.build_network(spec.config, spec.name)
+    unet = diffusers_folder.build_network(spec.config, spec.name)
     if settings.start is not None:
         _begin_with(unet, settings.start)
     unet = unet.to(settings.device).train()
@@ -228,14 +230,14 @@ def noise_loss(
     clean = (data.images[rows].float() / 127.5 - 1).to(settings.device)
     noise = torch.randn(clean.shape, generator=generator).to(settings.device)
     t = torch.randint(schedule.num_train, (settings.batch,), generator=generator)
-    told = None
-    if data.labels is not None and data.nothing is not None:
-        dropped = torch.rand(len(rows), generator=generator) < TOLD_NOTHING
-        told = data.labels[rows].masked_fill(dropped, data.nothing).to(settings.device)
+    conditioning = None
+    if data.labels is not None and data.unconditional is not None:
+        dropped = torch.rand(len(rows), generator=generator) < UNCONDITIONAL_SHARE
+        conditioning = data.labels[rows].masked_fill(dropped, data.unconditional).to(settings.device)
     a = schedule.alpha_bar[t].float().view(-1, 1, 1, 1).to(settings.device)
     with torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16, enabled=settings.bf16):
         noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
-        predicted = unet(noisy, t.to(settings.device), class_labels=told, return_dict=False)[0]
+        predicted = unet(noisy, t.to(settings.device), class_labels=conditioning, return_dict=False)[0]
     return nn.functional.mse_loss(predicted.float(), noise)
 
 
@@ -324,10 +326,14 @@ def _write_model(
     (out / "scheduler_config.json").write_text(json.dumps(dict(spec.scheduler), indent=2) + "\n", encoding="utf-8")
     size = int(spec.config["sample_size"])
     shape = (int(spec.config["in_channels"]), size, size)
-    nothing, seeds = spec.config["num_class_embeds"], range(20)
-    told = None if nothing is None else classes(range(nothing - 1), nothing=nothing - 1, guidance=3.0)
-    drawer = bind(as_denoiser(unet), told, seeds)
-    sampler = under_guidance(SamplerSpec(steps=20), schedule, 1.0 if told is None else told.guidance)
+    unconditional, seeds = spec.config["num_class_embeds"], range(20)
+    conditioning = (
+        None
+        if unconditional is None
+        else class_conditioning(range(unconditional - 1), unconditional=unconditional - 1, guidance=3.0)
+    )
+    drawer = bind(as_denoiser(unet), conditioning, seeds)
+    sampler = under_guidance(SamplerSpec(steps=20), schedule, 1.0 if conditioning is None else conditioning.guidance)
     drawn = samplers.run(drawer, seeds, shape, schedule, sampler)
     save_grid(out / "samples.png", [("", drawn[:10]), ("", drawn[10:])])
 

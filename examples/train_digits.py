@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from gaq_export import frechet
+from gaq_export.evaluation import frechet
 
 SHAPE = (1, 32, 32)
 

@@ -25,12 +25,13 @@ from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 from train_ddpm import load_images
 
-from gaq_export import samplers
-from gaq_export.denoiser import as_denoiser
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import psnr, save_grid
-from gaq_export.parts import LatentDecoder, load_decoder
-from gaq_export.schedule import SamplerSpec, schedule_from_scheduler_config
+from gaq_export.models.architectures import as_denoiser
+from gaq_export.models.latent_decoder import LatentDecoder, load_decoder
+from gaq_export.models.scheduler_config import schedule_from_scheduler_config
 
 SIZE, CHANNELS = 32, 4  # of an image's side; of latents
 PULL = 2e-4  # of the latents to a normal distribution

@@ -9,17 +9,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from gaq_export.engine_unet import EngineUNet
+from gaq_export._version import __version__
 
-__all__ = ["EngineUNet"]
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from gaq_export.sampling.diffusers_unet import EngineUNet
+
+__all__ = ["EngineUNet", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gaq_export.engine_unet import EngineUNet
+    from gaq_export.sampling.diffusers_unet import EngineUNet
 
     return EngineUNet
 

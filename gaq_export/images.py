@@ -159,3 +159,8 @@ def _write(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> Non
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=info)
     write_atomically(path, buffer.getvalue())
+
+
+def as_bytes(drawn: torch.Tensor) -> torch.Tensor:
+    """Round drawn images (N, C, H, W) in [-1, 1] to the uint8 that a PNG would hold, so that all sets are alike."""
+    return torch.from_numpy(to_uint8(drawn)).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)

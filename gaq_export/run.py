@@ -14,7 +14,7 @@ from typing import Any
 
 from calib.files import write_atomically
 from engines.machine import PACKAGES, versions
-from gaq_export import __version__
+from gaq_export._version import __version__
 from gaq_export.errors import GaqError
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from hypothesis import settings
 from torch import Tensor, nn
 
-from gaq_export.schedule import NoiseSchedule, linear_schedule
+from gaq_export.diffusion.schedule import NoiseSchedule, linear_schedule
 
 settings.register_profile("any machine", deadline=None)  # no test is about time
 settings.load_profile("any machine")

@@ -23,7 +23,7 @@ HEAVY = {
 
 _HELP = """
 import sys
-from gaq_export.cli import app
+from gaq_export.cli.app import app
 try:
     app(["--help"])
 except SystemExit as done:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from calib import reconstruct
 from calib.activations import Learned, first_grids, learnable_round, rounding
+from calib.block_recording import recorder
 from calib.blocks import Block, BlockIO
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
@@ -18,7 +19,6 @@ from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import Grid, QuantPlan, save_plan
 from calib.progress import Progress
-from calib.recording import recorder
 
 BITS3 = Grid(scale=0.5, bits=3, zero=(-1,))  # codes -4 to 3, values -1.5 to 2.0
 

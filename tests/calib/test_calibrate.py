@@ -22,7 +22,7 @@ from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.models.architectures import EpsilonModel
 
 BLOCKS = ("down", "gate", "mlp")  # of the foreign network
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from calib import adaround, affine, diagnose
+from calib.block_recording import recorder
 from calib.blocks import Block, BlockIO
 from calib.calibrate import calibrate, weight_samples
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
@@ -19,8 +20,7 @@ from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.reconstruct import BlockResult
-from calib.recording import recorder
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.models.architectures import EpsilonModel
 
 CONFIG = QuantConfig(
     reconstruction=ReconstructionConfig(iterations=4, batch=4, learning_rate=0.1),

@@ -12,7 +12,7 @@ from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import Grid, LayerQuant, QuantPlan
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.models.architectures import EpsilonModel
 
 PER_STEP = QuantConfig(
     activation=ActivationConfig(batch=4, per_step=True), reconstruction=ReconstructionConfig(iterations=0)

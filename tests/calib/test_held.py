@@ -13,8 +13,8 @@ from calib.affine import dequantize_weight
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.held import hold, twin
 from calib.plan import save_plan
+from calib.shared_copy import hold, twin
 
 CONFIG = QuantConfig(
     activation=ActivationConfig(batch=4),

@@ -35,7 +35,7 @@ def plan(tiny_unet_module) -> QuantPlan:
 
 @pytest.fixture
 def tiny_unet_module(tiny_unet):
-    from gaq_export.denoiser import EpsilonModel
+    from gaq_export.models.architectures import EpsilonModel
 
     return EpsilonModel(tiny_unet)
 

@@ -5,12 +5,12 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from calib.block_replay import Replay
 from calib.blocks import BlockIO, find_blocks
 from calib.data import CalibrationSet
 from calib.layers import float_reasons, trace
-from calib.replay import Replay
-from calib.rows import FileRows, room
-from gaq_export.denoiser import EpsilonModel
+from calib.sample_store import FileRows, room
+from gaq_export.models.architectures import EpsilonModel
 
 
 def samples(count: int) -> CalibrationSet:
@@ -83,7 +83,7 @@ def test_a_block_changed_before_it_is_finished_is_seen_by_those_after_it(tiny_un
 
 
 def test_large_recordings_lie_in_files_and_read_the_same(tiny_unet: UNet2DModel, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("calib.rows.FILE_BYTES", 1000)
+    monkeypatch.setattr("calib.sample_store.FILE_BYTES", 1000)
     network, data, name = EpsilonModel(tiny_unet), samples(5), "unet.down_blocks.0.resnets.0"
     filed = Replay(network, data, 4, tmp_path).output(name)
     assert isinstance(filed, FileRows)
@@ -92,7 +92,7 @@ def test_large_recordings_lie_in_files_and_read_the_same(tiny_unet: UNet2DModel,
 
 
 def test_rows_written_in_parts_are_read_back_in_any_order(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("calib.rows.FILE_BYTES", 0)
+    monkeypatch.setattr("calib.sample_store.FILE_BYTES", 0)
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
     rows = room(values[:1], 7, tmp_path, "rows")
     rows[0:4] = values[:4]

@@ -13,7 +13,7 @@ from calib.config import ActivationConfig, OmegaConfig, QuantConfig, Reconstruct
 from calib.data import CalibrationSet
 from calib.layers import readers, trace
 from calib.plan import QuantPlan
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.models.architectures import EpsilonModel
 
 STEP = torch.arange(3).repeat_interleave(4)
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

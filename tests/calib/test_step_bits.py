@@ -15,7 +15,7 @@ from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, StepBits, load_plan, save_plan
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.models.architectures import EpsilonModel
 
 TIMES = torch.tensor([15, 55, 95])
 

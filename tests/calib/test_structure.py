@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from calib.blocks import find_blocks
 from calib.errors import CalibError
 from calib.layers import float_reasons, trace
-from gaq_export.denoiser import EpsilonModel, told_to
+from gaq_export.models.architectures import EpsilonModel, condition_inputs_of
 
 
 def test_a_foreign_network_is_taken_by_structure_and_says_what_stays_float(make_foreign) -> None:
@@ -59,7 +59,7 @@ def test_transformers_are_cut_into_their_blocks_whether_they_are_told_a_text_or_
         (dit, set(), 7),
     ):
         model = EpsilonModel(network.eval())
-        found = trace(model, (1, 8, 8), 100, told_to(network))
+        found = trace(model, (1, 8, 8), 100, condition_inputs_of(network))
         reasons = float_reasons(found, "deploy")
         blocks, loose = find_blocks(found, {layer.name for layer in found.layers} - reasons.keys())
         kinds = {b.name: type(model.get_submodule(b.name)).__name__ for b in blocks}

@@ -17,7 +17,7 @@ from calib.layers import float_reasons, trace
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
 from calib.temporal import NAME, find_block
-from gaq_export.denoiser import EpsilonModel
+from gaq_export.models.architectures import EpsilonModel
 
 STEPS = torch.arange(6).repeat_interleave(4)
 

@@ -4,7 +4,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from engines.blame import blame, head
+from engines.bisect_graph import blame, head
 from tests.engines.conftest import Graph, tiny_model
 
 IMAGE = {"x": (TensorProto.FLOAT, ["batch", 4, 8, 8])}

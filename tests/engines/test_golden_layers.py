@@ -1,6 +1,6 @@
 """One small graph for each rule of Q/DQ placement, and the arithmetic TensorRT-RTX must make of it.
 
-These are the rules that `gaq_export.qdq` follows. A new version of the builder that breaks one shows here.
+These are the rules that `gaq_export.graph.qdq` follows. A new version of the builder that breaks one shows here.
 """
 
 import importlib.util

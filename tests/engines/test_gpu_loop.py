@@ -19,8 +19,8 @@ import pytest
 from engines import EngineError, EngineFile, open_engine
 from engines import gpu as gpu_module
 from engines.gpu import GpuRunner
+from engines.open_engine import OpenEngine
 from engines.philox import normals
-from engines.running import OpenEngine
 
 FEEDBACK = {"x_next": "x", "step_next": "step"}
 SEEDS = [7, 8, 9]

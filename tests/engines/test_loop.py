@@ -25,14 +25,14 @@ def _by_hand(seeds: list[int], count: int) -> npt.NDArray[np.float32]:
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_every_iteration_reads_what_the_last_one_wrote_and_fresh_noise(backend: str, walker) -> None:
-    told: list[int] = []
+    conditioning: list[int] = []
     feeds = {"x": X.copy(), "step": np.zeros(1, np.int64)}
     with open_engine(walker(backend)) as engine:
         for count in (1, 2, 4):
-            found = engine.loop(feeds, count, FEEDBACK, {"noise": [7, 8, 9]}, told.append)
+            found = engine.loop(feeds, count, FEEDBACK, {"noise": [7, 8, 9]}, conditioning.append)
             np.testing.assert_allclose(found["x_next"], _by_hand([7, 8, 9], count), atol=1e-6)
             assert found["step_next"].tolist() == [count]
-    assert told == [0, 0, 1, 0, 1, 2, 3]
+    assert conditioning == [0, 0, 1, 0, 1, 2, 3]
     assert np.array_equal(feeds["x"], X)  # what a caller gave is left alone
 
 

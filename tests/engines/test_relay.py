@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from engines import EngineError, open_engine
+from engines.engine_switch import Relay
 from engines.philox import normals
-from engines.relay import Relay
 
 FEEDBACK = {"x_next": "x", "step_next": "step"}
 X = np.linspace(-1, 1, 2 * 1 * 4 * 4, dtype=np.float32).reshape(2, 1, 4, 4)
@@ -52,28 +52,28 @@ def _feeds(step: int = 0) -> dict[str, npt.NDArray[Any]]:
 
 @pytest.mark.parametrize("turns", [[0, 0, 1, 1], [0, 1, 1, 0], [1, 0, 1, 0]])
 def test_each_iteration_is_done_by_the_engine_whose_turn_it_is(turns: list[int], walker) -> None:
-    told: list[int] = []
+    conditioning: list[int] = []
     loud = Louder(open_engine(walker("openvino")))
     with Relay([open_engine(walker("onnxruntime")), loud], turns, "step") as relay:
-        found = relay.loop(_feeds(), 4, FEEDBACK, {"noise": SEEDS}, told.append)
+        found = relay.loop(_feeds(), 4, FEEDBACK, {"noise": SEEDS}, conditioning.append)
         once = relay({**_feeds(2), "noise": np.zeros_like(X)})["x_next"]
     by_loud = [i for i, turn in enumerate(turns) if turn]
     np.testing.assert_allclose(found["x_next"], _by_hand(by_loud), rtol=1e-5)
     np.testing.assert_allclose(once, -X * (100 if 2 in by_loud else 1))
     assert found["step_next"].tolist() == [4]
-    assert told == [0, 1, 2, 3]
+    assert conditioning == [0, 1, 2, 3]
     assert sum(count for _, count in loud.calls) == len(by_loud)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_a_loop_goes_on_where_another_stopped(backend: str, walker) -> None:
-    told: list[int] = []
+    conditioning: list[int] = []
     with open_engine(walker(backend)) as engine:
-        half = engine.loop(_feeds(), 2, FEEDBACK, {"noise": SEEDS}, told.append)
+        half = engine.loop(_feeds(), 2, FEEDBACK, {"noise": SEEDS}, conditioning.append)
         kept = {name: half[output] for output, name in FEEDBACK.items()}
-        found = engine.loop(kept, 2, FEEDBACK, {"noise": SEEDS}, told.append, first=2)
+        found = engine.loop(kept, 2, FEEDBACK, {"noise": SEEDS}, conditioning.append, first=2)
     np.testing.assert_allclose(found["x_next"], _by_hand([]), atol=1e-6)
-    assert told == [0, 1, 2, 3]
+    assert conditioning == [0, 1, 2, 3]
 
 
 def test_what_cannot_be_a_relay_is_refused(walker) -> None:

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig, WeightConfig
-from calib.data import NOTHING, CalibrationSet
+from calib.data import NO_CONDITION, CalibrationSet
 from calib.plan import QuantPlan
 from engines import EngineConfig, EngineFile
-from gaq_export import building, exporting, latency, pipeline
-from gaq_export.checkpoint import fingerprint
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.onnx_export import export_float
-from gaq_export.schedule import SamplerSpec
+from gaq_export import pipeline
+from gaq_export.deploy import build, onnx_artifact
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.graph.export import export_float
+from gaq_export.models.diffusers_folder import fingerprint
+from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.quantize import latency
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +32,12 @@ def exported() -> Callable[..., ir.Model]:
     """Return what exports a network, each once: torch takes seconds for one, and many tests start from the same."""
     kept: dict[str, onnx.ModelProto] = {}
 
-    def export(network: nn.Module, shape: tuple[int, int, int], told: Mapping[str, Tensor] = NOTHING) -> ir.Model:
-        key = f"{fingerprint(network)}{shape}{sorted(told)}"
+    def export(
+        network: nn.Module, shape: tuple[int, int, int], condition: Mapping[str, Tensor] = NO_CONDITION
+    ) -> ir.Model:
+        key = f"{fingerprint(network)}{shape}{sorted(condition)}"
         if key not in kept:
-            kept[key] = ir.to_proto(export_float(network, shape, told))
+            kept[key] = ir.to_proto(export_float(network, shape, condition))
         return ir.from_proto(kept[key])
 
     return export
@@ -42,7 +46,7 @@ def exported() -> Callable[..., ir.Model]:
 @pytest.fixture(scope="session", autouse=True)
 def _each_network_is_exported_once(exported: Callable[..., ir.Model]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (building, exporting, latency):
+        for module in (build, onnx_artifact, latency):
             patch.setattr(module, "export_float", exported)
         yield
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from calib.plan import load_plan
-from gaq_export import auto
-from gaq_export.auto import Tried, explain
-from gaq_export.inspection import fidelity
-from gaq_export.models import LoadedModel
+from gaq_export.comparison import auto
+from gaq_export.comparison.auto import Tried, explain
+from gaq_export.models.loader import LoadedModel
+from gaq_export.report.inspection import fidelity
 from tests.gaq_export.test_cli import gaq
 
 
@@ -28,7 +28,7 @@ def test_the_best_is_kept_and_the_others_are_there(
     assert plan.config == load_plan(tmp_path / "run" / "auto" / best / "plan.safetensors").config
     values = {
         name: fidelity(
-            tiny_model, load_plan(tmp_path / "run" / "auto" / name / "plan.safetensors"), 2, lambda *told: None
+            tiny_model, load_plan(tmp_path / "run" / "auto" / name / "plan.safetensors"), 2, lambda *conditioning: None
         ).both.mean()
         for name in tried
     }

@@ -13,14 +13,14 @@ from calib.affine import quantize_weight
 from calib.config import OMEGA_RULES
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
-from gaq_export import cells, quality
-from gaq_export.comparison import Cell, Comparison, claim, parse_bits, schedule
+from gaq_export.comparison import runner, yardstick
+from gaq_export.comparison.results import table_at
+from gaq_export.comparison.spec import Cell, Comparison, claim, parse_bits, schedule
+from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import psnr
-from gaq_export.measured import table_at
-from gaq_export.models import LoadedModel, wrap
-from gaq_export.quality import Yardstick
-from gaq_export.schedule import SamplerSpec
+from gaq_export.models.loader import LoadedModel, wrap
 
 RUNGS = ("rtn", "gptq", "uniform", "gac")
 
@@ -53,18 +53,18 @@ def saved(plan: QuantPlan, folder: Path) -> bytes:
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_plan_at_other_activation_bits_is_what_calibrating_at_them_gives(rung, model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path)
-    config, data = b.config(Cell(row=rung, seed=1, wbits=4)), cells._collected(b, 1)
-    cells.plan_at(model, data, config, 8, tmp_path / "blocks")
+    config, data = b.config(Cell(row=rung, seed=1, wbits=4)), runner._collected(b, 1)
+    runner.plan_at(model, data, config, 8, tmp_path / "blocks")
     seen: list[Progress] = []
-    derived = cells.plan_at(model, data, config, 4, tmp_path / "blocks", seen.append)
+    derived = runner.plan_at(model, data, config, 4, tmp_path / "blocks", seen.append)
     assert all(p.resumed for p in seen if p.result is not None)
-    assert saved(derived, tmp_path) == saved(cells.plan_at(model, data, config, 4, tmp_path / "fresh"), tmp_path)
+    assert saved(derived, tmp_path) == saved(runner.plan_at(model, data, config, 4, tmp_path / "fresh"), tmp_path)
 
 
 def test_rounding_to_nearest_learns_nothing_and_searches_nothing(model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path)
-    plan = cells.plan_at(
-        model, cells._collected(b, 0), b.config(Cell(row="rtn", seed=0, wbits=4)), 8, tmp_path / "blocks"
+    plan = runner.plan_at(
+        model, runner._collected(b, 0), b.config(Cell(row="rtn", seed=0, wbits=4)), 8, tmp_path / "blocks"
     )
     for name, layer in plan.layers.items():
         weight = model.network.get_submodule(name).weight.detach()
@@ -75,8 +75,8 @@ def test_rounding_to_nearest_learns_nothing_and_searches_nothing(model, tmp_path
 
 def test_gptq_alone_rounds_some_weights_another_way_than_to_nearest(model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path)
-    plan = cells.plan_at(
-        model, cells._collected(b, 0), b.config(Cell(row="gptq", seed=0, wbits=4)), 8, tmp_path / "blocks"
+    plan = runner.plan_at(
+        model, runner._collected(b, 0), b.config(Cell(row="gptq", seed=0, wbits=4)), 8, tmp_path / "blocks"
     )
     nearest = {
         name: quantize_weight(model.network.get_submodule(name).weight, q.weight_scale, 4)
@@ -94,8 +94,8 @@ def measured(model, tmp_path: Path) -> Comparison:
     """A bench of which everything but one cell was measured."""
     b = bench_of(model, tmp_path / "bench")
     claim(b)
-    for job in (cells.PREPARE, *(cell.name for cell in b.cells[:-1])):
-        cells.work(b, job)
+    for job in (runner.PREPARE, *(cell.name for cell in b.cells[:-1])):
+        runner.work(b, job)
     return b
 
 
@@ -108,7 +108,7 @@ def test_a_page_shows_every_row_and_says_what_is_missing(measured: Comparison, t
     assert "Not measured: gac-w4-seed0." in text
     assert "![SQNR at every step](page.svg)" in text
     assert (tmp_path / "page.svg").read_text(encoding="utf-8").count("uniform") >= 2
-    cells.work(measured, "gac-w4-seed0")
+    runner.work(measured, "gac-w4-seed0")
     calibration.write_page(measured, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "Not measured" not in text
@@ -117,12 +117,12 @@ def test_a_page_shows_every_row_and_says_what_is_missing(measured: Comparison, t
 
 def test_what_was_measured_is_not_measured_again_and_other_bits_are_added(measured: Comparison) -> None:
     cell = measured.cells[0]
-    before = cells.result(measured, cell)
+    before = runner.result(measured, cell)
     more = dataclasses.replace(measured, bits=((4, 8), (4, 4), (4, 6)))
-    assert cell in cells.missing(more)
-    assert cell not in cells.missing(measured)
-    cells.work(more, cell.name)
-    after = cells.result(more, cell)
+    assert cell in runner.missing(more)
+    assert cell not in runner.missing(measured)
+    runner.work(more, cell.name)
+    after = runner.result(more, cell)
     assert list(after["activations"]) == ["8", "4", "6"]
     assert {k: v for k, v in after.items() if k != "activations"} == {
         k: v for k, v in before.items() if k != "activations"
@@ -152,14 +152,14 @@ def test_a_folder_without_results_gives_no_page(model, tmp_path: Path) -> None:
 
 def test_the_engine_draws_what_pytorch_draws(model, tmp_path: Path) -> None:
     b = bench_of(model, tmp_path, draw="engine")
-    cells.work(b, cells.PREPARE)
-    plan = cells.plan_at(
-        model, cells._collected(b, 0), b.config(Cell(row="uniform", seed=0, wbits=4)), 4, tmp_path / "blocks"
+    runner.work(b, runner.PREPARE)
+    plan = runner.plan_at(
+        model, runner._collected(b, 0), b.config(Cell(row="uniform", seed=0, wbits=4)), 4, tmp_path / "blocks"
     )
     plain = dataclasses.replace(b.yardstick, draw="pytorch")
-    with quality.quantized(b.yardstick, plan) as engine, quality.quantized(plain, plan) as fake:
-        drawn, expected = (quality.pictures(b.yardstick, network) for network in (engine, fake))
-    unquantized = quality.pictures(b.yardstick, model.network)
+    with yardstick.quantized(b.yardstick, plan) as engine, yardstick.quantized(plain, plan) as fake:
+        drawn, expected = (yardstick.pictures(b.yardstick, network) for network in (engine, fake))
+    unquantized = yardstick.pictures(b.yardstick, model.network)
     assert float(psnr(drawn, expected).min()) > float(psnr(drawn, unquantized).max()) + 10
 
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import engines
 from calib.plan import load_plan
 from engines.nvinfer import no_gpu
-from gaq_export import terminal
-from gaq_export.cli import app
+from gaq_export.cli import terminal
+from gaq_export.cli.app import app
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from calib.data import CalibrationSet
-from gaq_export.collect import GROUP, collect, image_seed
+from gaq_export.diffusion.samplers import noise, run
+from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel
-from gaq_export.samplers import noise, run
-from gaq_export.schedule import SamplerSpec, timesteps
+from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.trajectories import GROUP, collect, image_seed
 
 SPEC = SamplerSpec(steps=3, eta=1.0)  # eta draws noise at every step too
 SHAPE = (1, 16, 16)

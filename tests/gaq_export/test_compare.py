@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gaq_export import cells
-from gaq_export.compare import command_line
+from gaq_export.comparison import runner
+from gaq_export.comparison.pages import command_line
 from tests.gaq_export.test_cli import refused
 
 
@@ -60,4 +60,4 @@ def test_a_recipe_that_does_not_exist_and_other_settings_are_refused(compared: P
 def test_the_command_shown_names_no_folders_from_elsewhere() -> None:
     words = ["compare", "ddpm-mnist", "--data", "/a/b/mnist.npz", "--report-only", "--folder=/c/d"]
     assert command_line(words) == "gaq-export compare ddpm-mnist --data mnist.npz --folder=d"
-    assert cells.SHOWN > 1
+    assert runner.SHOWN > 1

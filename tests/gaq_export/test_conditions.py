@@ -18,62 +18,67 @@ from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
 from engines import EngineConfig
-from gaq_export import conditions, crew, pipeline, samplers, shards, step_engine
-from gaq_export.collect import collect, image_seed
-from gaq_export.conditions import Conditions, bind
-from gaq_export.denoiser import engine_denoiser
+from gaq_export import pipeline
+from gaq_export.deploy import step_loop
+from gaq_export.deploy.parity import TOLERANCES, compare, sqnr_db
+from gaq_export.deploy.step_loop import engine_denoiser
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.conditioning import Conditioning, bind, class_conditioning
+from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
+from gaq_export.graph.files import save_onnx
+from gaq_export.graph.profiles import find_profile
+from gaq_export.graph.qdq import insert_qdq
+from gaq_export.graph.step import make_step
 from gaq_export.images import psnr
-from gaq_export.models import LoadedModel, wrap
-from gaq_export.onnx_files import save_onnx
-from gaq_export.parity import TOLERANCES, compare, sqnr_db
-from gaq_export.profiles import find_profile
-from gaq_export.qdq import insert_qdq
-from gaq_export.schedule import SamplerSpec, linear_schedule
-from gaq_export.stepgraph import make_step
+from gaq_export.models.loader import LoadedModel, wrap
+from gaq_export.quantize.trajectories import collect, image_seed
+from gaq_export.sampling import shards, workers
 from tests.calib.test_cond import NETWORKS, config
 
 SPEC = SamplerSpec(steps=4)
 
 
-def made(kind: str, told: Conditions | None) -> LoadedModel:
+def made(kind: str, conditioning: Conditioning | None) -> LoadedModel:
     schedule = linear_schedule(num_train=100)
-    return wrap(NETWORKS[kind][0](), shape=(1, 8, 8), schedule=schedule, sampler=SPEC, name=kind, conditions=told)
+    return wrap(
+        NETWORKS[kind][0](), shape=(1, 8, 8), schedule=schedule, sampler=SPEC, name=kind, conditioning=conditioning
+    )
 
 
-def texts(guidance: float) -> Conditions:
+def texts(guidance: float) -> Conditioning:
     rows = torch.randn(3, 77, 12, generator=torch.Generator().manual_seed(5))
-    return Conditions(
+    return Conditioning(
         names=("a cat", "a dog", "a tree"),
         rows={"encoder_hidden_states": rows},
-        instead={"encoder_hidden_states": torch.zeros(1, 77, 12)},
+        unconditional={"encoder_hidden_states": torch.zeros(1, 77, 12)},
         guidance=guidance,
     )
 
 
 def test_an_image_is_told_by_its_seed() -> None:
-    told = conditions.classes((3, 5, 8))
-    assert told.of((0, 1, 2, 3))["class_labels"].tolist() == [3, 5, 8, 3]
-    assert told.name_of(4) == "5"
-    guided = conditions.classes((3, 5, 8), nothing=10, guidance=3.0)
+    conditioning = class_conditioning((3, 5, 8))
+    assert conditioning.of((0, 1, 2, 3))["class_labels"].tolist() == [3, 5, 8, 3]
+    assert conditioning.name_of(4) == "5"
+    guided = class_conditioning((3, 5, 8), unconditional=10, guidance=3.0)
     assert guided.of((7, 2))["class_labels"].tolist() == [10, 10, 5, 8]
-    assert len({told.sha256, guided.sha256, conditions.classes((3, 8, 5)).sha256}) == 3
+    assert len({conditioning.sha256, guided.sha256, class_conditioning((3, 8, 5)).sha256}) == 3
     with pytest.raises(GaqError, match=r"Guidance of 2 needs what stands for nothing, for each of \['class_labels'\]"):
-        conditions.classes((1,), guidance=2.0)
+        class_conditioning((1,), guidance=2.0)
     with pytest.raises(GaqError, match=r"a row of everything for each of 2 names; found \{'class_labels': 3\}"):
-        Conditions(names=("a", "b"), rows={"class_labels": torch.zeros(3)}, instead={})
+        Conditioning(names=("a", "b"), rows={"class_labels": torch.zeros(3)}, unconditional={})
 
 
 def test_guidance_leads_away_from_nothing() -> None:
     model = made("classes", None)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([40, 40])
-    told = conditions.classes((1, 2), nothing=10, guidance=2.5)
+    conditioning = class_conditioning((1, 2), unconditional=10, guidance=2.5)
     with torch.no_grad():
-        found = bind(model.network, told, (0, 1))(x, t)
-        nothing = model.network(x, t, {"class_labels": torch.tensor([10, 10])})
+        found = bind(model.network, conditioning, (0, 1))(x, t)
+        unconditional = model.network(x, t, {"class_labels": torch.tensor([10, 10])})
         something = model.network(x, t, {"class_labels": torch.tensor([1, 2])})
-        plain = bind(model.network, conditions.classes((1, 2)), (0, 1))(x, t)
-    torch.testing.assert_close(found, nothing + 2.5 * (something - nothing))
+        plain = bind(model.network, class_conditioning((1, 2)), (0, 1))(x, t)
+    torch.testing.assert_close(found, unconditional + 2.5 * (something - unconditional))
     assert torch.equal(plain, something)
 
 
@@ -90,7 +95,7 @@ def test_the_calibration_set_is_what_the_network_is_called_with(guidance: float,
     assert data.step.tolist() == [step for step in range(4) for _ in range(4 if guidance == 1 else 8)]
     again = collect(model, SPEC, images=4, folder=tmp_path)  # kept
     assert torch.equal(again.x, data.x)
-    other = collect(replace(model, conditions=texts(5.0)), SPEC, images=4, folder=tmp_path)
+    other = collect(replace(model, conditioning=texts(5.0)), SPEC, images=4, folder=tmp_path)
     assert not torch.equal(other.x, data.x[-len(other.x) :])
 
 
@@ -98,12 +103,12 @@ def test_the_calibration_set_is_what_the_network_is_called_with(guidance: float,
     ("kind", "backend"), [("classes", "onnxruntime"), ("text", "openvino"), ("transformer", "openvino")]
 )
 def test_engines_are_told_too(kind: str, backend: str, exported: Callable[..., ir.Model], tmp_path: Path) -> None:
-    told = texts(3.0) if kind == "text" else conditions.classes((0, 4, 7), nothing=9, guidance=3.0)
-    model = made(kind, told)
+    conditioning = texts(3.0) if kind == "text" else class_conditioning((0, 4, 7), unconditional=9, guidance=3.0)
+    model = made(kind, conditioning)
     data = collect(model, SPEC, images=4)
     plan = calibrate(model.network, data, config(), timesteps=100)
-    graph = exported(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
-    assert [value.name for value in graph.graph.inputs] == ["x", "t", *told.rows]
+    graph = exported(model.network, model.shape, {name: row[:1] for name, row in conditioning.rows.items()})
+    assert [value.name for value in graph.graph.inputs] == ["x", "t", *conditioning.rows]
     save_onnx(insert_qdq(graph, plan, find_profile(engines.find_backend(backend).profile)), tmp_path / "unet.onnx")
     settings = EngineConfig(backend=backend, threads=1, optimisation="basic")
     file = engines.build(tmp_path / "unet.onnx", tmp_path / "unet.plan", settings, {})
@@ -120,7 +125,7 @@ def test_engines_are_told_too(kind: str, backend: str, exported: Callable[..., i
         assert found.passed
         seeds = [image_seed(0, i, "fresh") for i in range(2)]
         drawn, exact = (
-            samplers.run(bind(network, told, seeds), seeds, model.shape, model.schedule, SPEC)
+            samplers.run(bind(network, conditioning, seeds), seeds, model.shape, model.schedule, SPEC)
             for network in (engine_denoiser(engine), fake_quantized(model.network, plan))
         )
     assert sqnr_db(exact, drawn) > 20
@@ -130,22 +135,29 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(
     exported: Callable[..., ir.Model], tmp_path: Path
 ) -> None:
     model = made("classes", None)
-    told = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
-    graph = exported(model.network, model.shape, {name: row[:1] for name, row in told.rows.items()})
+    conditioning = class_conditioning((0, 4, 7), unconditional=10, guidance=3.0)
+    graph = exported(model.network, model.shape, {name: row[:1] for name, row in conditioning.rows.items()})
     spec, proto = SamplerSpec(steps=4, eta=0.5), ir.to_proto(graph)
     info = make_step(graph, model.schedule, spec, guided=True)
     assert info.baked == {"unet.time_embedding.linear_1", "unet.time_embedding.linear_2"}
     save_onnx(graph, tmp_path / "unet.onnx")
     settings = EngineConfig(backend="onnxruntime", threads=1, optimisation="basic")
     file = engines.build(tmp_path / "unet.onnx", tmp_path / "unet.plan", settings, {})
-    assert [s.name for s in file.inputs] == ["x", "step", "class_labels", "nothing_class_labels", "guidance", "noise"]
+    assert [s.name for s in file.inputs] == [
+        "x",
+        "step",
+        "class_labels",
+        "unconditional_class_labels",
+        "guidance",
+        "noise",
+    ]
     with engines.open_engine(file) as engine:
         for scale, seeds in ((3.0, range(4)), (1.5, range(2, 5))):
-            asked = replace(told, guidance=scale)
-            drawn = step_engine.run(engine, seeds, model.shape, spec.steps, told=asked.feeds(seeds))
+            asked = replace(conditioning, guidance=scale)
+            drawn = step_loop.run(engine, seeds, model.shape, spec.steps, condition=asked.feeds(seeds))
             exact = samplers.run(bind(model.network, asked, seeds), seeds, model.shape, model.schedule, spec)
             torch.testing.assert_close(drawn, exact, atol=1e-4, rtol=0)
-        feeds = {name: value.numpy() for name, value in told.feeds(range(2)).items()}
+        feeds = {name: value.numpy() for name, value in conditioning.feeds(range(2)).items()}
         feeds |= {"x": samplers.noise((0, 1), 0, model.shape).numpy(), "noise": np.ones((2, *model.shape), np.float32)}
         alone = [engine(feeds | {"step": np.array([i])})["x_next"][row] for row, i in enumerate((3, 1))]
     rows = ir.from_proto(proto)
@@ -156,18 +168,21 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(
         own = {"step": np.array([3, 1]), "guidance": np.array([3.0, 3.0], np.float32)}
         np.testing.assert_allclose(engine(feeds | own)["x_next"], alone, atol=1e-4)
         torch.testing.assert_close(
-            step_engine.run(engine, seeds, model.shape, spec.steps, told=asked.feeds(seeds)), drawn, atol=1e-4, rtol=0
+            step_loop.run(engine, seeds, model.shape, spec.steps, condition=asked.feeds(seeds)),
+            drawn,
+            atol=1e-4,
+            rtol=0,
         )
     assert not torch.allclose(
         drawn[:2],
-        samplers.run(bind(model.network, told, seeds), seeds, model.shape, model.schedule, spec)[:2],
+        samplers.run(bind(model.network, conditioning, seeds), seeds, model.shape, model.schedule, spec)[:2],
         atol=1e-3,
     )
 
 
 def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
-    told = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
-    model, run = made("classes", told), tmp_path / "run"
+    conditioning = class_conditioning((0, 4, 7), unconditional=10, guidance=3.0)
+    model, run = made("classes", conditioning), tmp_path / "run"
     pipeline.calibrate(model, pipeline.preset("tiny"), folder=run)
     settings = EngineConfig(backend="openvino", threads=1)
     for graph in ("step", "eps"):
@@ -176,15 +191,15 @@ def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
         )
         assert built.parity is not None
         assert built.parity.passed
-        assert Conditions.from_json(built.file.about["conditions"], tmp_path).sha256 == told.sha256
+        assert Conditioning.from_json(built.file.about["conditions"], tmp_path).sha256 == conditioning.sha256
         drawn = pipeline.sample(built.file.path, num=3, out=tmp_path / graph, compare=True, model=model)
         assert drawn.psnr_db is not None
         assert min(drawn.psnr_db) > 10
 
 
 def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
-    told = texts(3.0)
-    model, run, home = made("text", told), tmp_path / "run", tmp_path / "engine"
+    conditioning = texts(3.0)
+    model, run, home = made("text", conditioning), tmp_path / "run", tmp_path / "engine"
     pipeline.calibrate(model, pipeline.preset("tiny", recipe="rtn"), folder=run)
     assert "rows" not in load_plan(run / "plan.safetensors").about["conditions"]
     settings = EngineConfig(backend="openvino", threads=1)
@@ -197,14 +212,16 @@ def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
     made_of = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert [row["file"] for row in made_of["images"]][2:] == ["000002-a-tree.png", "000003-a-cat.png"]
     assert made_of["images"][3]["told"] == "a cat"
-    only_dogs = replace(told, names=("a dog",), rows={name: row[1:2] for name, row in told.rows.items()})
+    only_dogs = replace(
+        conditioning, names=("a dog",), rows={name: row[1:2] for name, row in conditioning.rows.items()}
+    )
     streamed = pipeline.sample_shards(
-        file.path, num=4, shard=2, workers=2, told=only_dogs, out=tmp_path / "shards", batch=2
+        file.path, num=4, shard=2, workers=2, conditioning=only_dogs, out=tmp_path / "shards", batch=2
     )
     assert streamed.drawn == 4
     dog = next(shards.read_shards(tmp_path / "shards"))[0][1]
     assert float(psnr(dog[None].float() / 127.5 - 1, drawn.images[1:2])[0]) > 40
-    assert home / told.file in crew.files_of(file)
-    (home / told.file).write_bytes(b"")
+    assert home / conditioning.file in workers.files_of(file)
+    (home / conditioning.file).write_bytes(b"")
     with pytest.raises(CalibError, match="told-"):
         pipeline.sample(file.path, num=1, out=tmp_path / "samples", model=model)

@@ -10,18 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import engines
 from calib.config import QuantConfig
 from calib.correction import Correction
 from calib.data import CalibrationSet
 from calib.plan import load_plan
 from engines import EngineConfig, open_engine
-from gaq_export import corrections, drawing, pipeline, samplers
-from gaq_export.collect import collect
+from gaq_export import pipeline
+from gaq_export.deploy.session import by_engine, sampler_of
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel
-from gaq_export.recipes import RECIPES, find_recipe
-from gaq_export.schedule import SamplerSpec, linear_schedule
-from gaq_export.stepgraph import make_step
+from gaq_export.graph.step import make_step
+from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize import noise_correction
+from gaq_export.quantize.recipes import RECIPES, find_recipe
+from gaq_export.quantize.trajectories import collect
 from tests.gaq_export.readback import session
 
 SEEDS = (3, 4)
@@ -85,7 +89,7 @@ def _measured(model: LoadedModel, rule: str, sigma: float, spec: SamplerSpec, im
     config = QuantConfig()
     config = replace(config, correction=replace(config.correction, rule=rule, images=images))
     data: CalibrationSet = collect(model, spec, images=images)
-    return corrections.measure(model, _Wrong(model.network, sigma), spec, data, config)
+    return noise_correction.measure(model, _Wrong(model.network, sigma), spec, data, config)
 
 
 def test_ptqd_finds_a_known_error(tiny_model: LoadedModel) -> None:
@@ -134,12 +138,12 @@ def test_a_correction_of_other_steps_is_an_error() -> None:
 @pytest.fixture(scope="module")
 def corrected_run(tiny_model: LoadedModel, tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("corrected") / "run"
-    told: list[tuple[int, int]] = []
+    conditioning: list[tuple[int, int]] = []
     chosen = pipeline.preset("tiny", recipe="ptqd")
     pipeline.calibrate(
-        tiny_model, chosen, folder=folder, sampler=SamplerSpec(steps=4), on_correct=lambda *at: told.append(at)
+        tiny_model, chosen, folder=folder, sampler=SamplerSpec(steps=4), on_correct=lambda *at: conditioning.append(at)
     )
-    assert told == [(i, 4) for i in range(1, 5)]
+    assert conditioning == [(i, 4) for i in range(1, 5)]
     return folder
 
 
@@ -161,14 +165,14 @@ def test_a_plan_keeps_its_correction_and_both_kinds_of_engine_apply_it(
                 model=tiny_model,
             ).file
             with open_engine(file) as engine:
-                spec = drawing.sampler_of(file, None)
-                draw = drawing.by_engine(engine, file, tiny_model.schedule, tiny_model.shape, spec)
+                spec = sampler_of(file, None)
+                draw = by_engine(engine, file, tiny_model.schedule, tiny_model.shape, spec)
                 drawn[graph, correct] = draw((1, 2), lambda: None)  # with seed 4 a value lies on the edge of a code
     assert torch.allclose(drawn["step", True], drawn["eps", True], atol=0.02)
     assert torch.allclose(drawn["step", False], drawn["eps", False], atol=0.02)
     assert not torch.allclose(drawn["step", True], drawn["step", False], atol=1e-4)
     with pytest.raises(GaqError, match=r"corrects its noise for .* only; asked for .*Build with --no-correction"):
-        drawing.sampler_of(pipeline.engines.load_engine_file(tmp_path / "eps-True.plan"), SamplerSpec(steps=9))
+        sampler_of(engines.load_engine_file(tmp_path / "eps-True.plan"), SamplerSpec(steps=9))
 
 
 def test_a_correction_is_of_one_sampler(corrected_run: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:

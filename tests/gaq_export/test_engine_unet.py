@@ -21,14 +21,18 @@ from torch import Tensor
 
 import engines
 from engines import EngineConfig, EngineFile
-from gaq_export import EngineUNet, building, drawing, images, provenance, samplers
-from gaq_export.conditions import Conditions, classes
-from gaq_export.denoiser import engine_denoiser
-from gaq_export.engine_unet import TEXT
+from gaq_export import EngineUNet, images
+from gaq_export.deploy import build, session
+from gaq_export.deploy.step_loop import engine_denoiser
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
+from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel, wrap
-from gaq_export.onnx_files import save_onnx
-from gaq_export.schedule import SamplerSpec, linear_schedule, schedule_from_scheduler_config, timesteps
+from gaq_export.graph.files import save_onnx
+from gaq_export.models import provenance
+from gaq_export.models.loader import LoadedModel, wrap
+from gaq_export.models.scheduler_config import schedule_from_scheduler_config
+from gaq_export.sampling.diffusers_unet import TEXT
 
 # Two loops add in another order; where a value lies on a rounding edge, that moves it by a step of its grid.
 SAME_DB = 40.0
@@ -146,7 +150,7 @@ def test_what_the_engine_does_not_take_is_one_line(unet: EngineUNet) -> None:
         unet(x, 1.5)
     with pytest.raises(GaqError, match=r"whole timesteps from 0 to 99; found \[100\]"):
         unet(x, 100)
-    with pytest.raises(GaqError, match=r"is told nothing beside sample and timestep; found \['class_labels'\]"):
+    with pytest.raises(GaqError, match=r"takes no condition beside sample and timestep; found \['class_labels'\]"):
         unet(x, 1, class_labels=torch.tensor([1]))
     with pytest.raises(GaqError, match=r"takes no cross_attention_kwargs, mid_block_additional_residual"):
         unet(x, 1, cross_attention_kwargs={"scale": 1}, mid_block_additional_residual=x, timestep_cond=None)
@@ -155,7 +159,7 @@ def test_what_the_engine_does_not_take_is_one_line(unet: EngineUNet) -> None:
 def _network_engine(model: LoadedModel, out: Path, batch: tuple[int, int, int] = (1, 2, 4)) -> EngineFile:
     """Return a float engine of the network alone."""
     about = provenance.describe(model, model.spec.sampler) | {"graph": "eps", "bits": "float", "correction": None}
-    save_onnx(building.export_float(model.network, model.shape, model.told), out.with_suffix(".onnx"))
+    save_onnx(build.export_float(model.network, model.shape, model.condition_inputs), out.with_suffix(".onnx"))
     config = EngineConfig(backend="openvino", threads=1, batch=batch)
     return engines.build(out.with_suffix(".onnx"), out, config, about)
 
@@ -209,11 +213,13 @@ def test_a_stable_diffusion_pipeline_draws_what_our_sampler_does_with_guidance(
         pipe = StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**LATENT), requires_safety_checker=False)
         texts = ["a six", "one"]
         found = _drawn(pipe, prompt=texts, latents=x, num_inference_steps=spec.steps, guidance_scale=3.0)
-        rows, nothing = pipe.encode_prompt(texts, torch.device("cpu"), 1, True)
-    table, instead = {TEXT: rows}, {TEXT: nothing[:1]}
-    told = Conditions(names=("a six", "one"), rows=table, instead=instead, guidance=3.0)
+        rows, unconditional = pipe.encode_prompt(texts, torch.device("cpu"), 1, True)
+    table, unconditional = {TEXT: rows}, {TEXT: unconditional[:1]}
+    conditioning = Conditioning(names=("a six", "one"), rows=table, unconditional=unconditional, guidance=3.0)
     with engines.open_engine(file) as opened:
-        draw = drawing.by_network(engine_denoiser(opened), text_model.schedule, (4, 8, 8), spec, told=told)
+        draw = session.by_network(
+            engine_denoiser(opened), text_model.schedule, (4, 8, 8), spec, conditioning=conditioning
+        )
         latents = draw((0, 1), lambda: None)
     with torch.no_grad():
         expected = decoder.decode(latents / decoder.config.scaling_factor).sample
@@ -255,13 +261,13 @@ def test_steps_with_guidance_inside_give_a_pipeline_the_plain_noise(tmp_path: Pa
         **blocks,
     )
     spec, schedule = SamplerSpec(steps=4), linear_schedule(num_train=100)
-    told = classes((0, 1, 2), nothing=3, guidance=2.0)
-    model = wrap(unet, shape=(1, 8, 8), schedule=schedule, sampler=spec, conditions=told)
-    file = building.build_float(model, tmp_path / "unet.plan", config=SMALL)
+    conditioning = class_conditioning((0, 1, 2), unconditional=3, guidance=2.0)
+    model = wrap(unet, shape=(1, 8, 8), schedule=schedule, sampler=spec, conditioning=conditioning)
+    file = build.build_float(model, tmp_path / "unet.plan", config=SMALL)
     x, labels = torch.randn(3, 1, 8, 8), torch.tensor([2, 0, 3])
     with EngineUNet(file) as engine:
         found = engine(x, timesteps(spec, 100)[1], class_labels=labels, return_dict=False)[0]
-        with pytest.raises(GaqError, match=r"is told \['class_labels'\] beside sample and timestep; found nothing"):
+        with pytest.raises(GaqError, match=r"takes \['class_labels'\] beside sample and timestep; found nothing"):
             engine(x, 0)
     with torch.no_grad():
         expected = unet(x, timesteps(spec, 100)[1], class_labels=labels).sample

@@ -12,14 +12,17 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from engines import EngineConfig, EngineFile
-from gaq_export import cli, evaluate, evaluation, extractors, frechet, pipeline, samplers
+from gaq_export import pipeline
+from gaq_export.cli.app import app
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import Figure
-from gaq_export.extractors import Extractor
+from gaq_export.evaluation import evaluate, feature_extractors, feature_metrics, frechet, scores
+from gaq_export.evaluation.feature_extractors import Extractor
+from gaq_export.evaluation.image_sets import ImageSet, _digest
+from gaq_export.evaluation.scores import Figure
 from gaq_export.images import psnr
-from gaq_export.imagesets import ImageSet, _digest
-from gaq_export.models import LoadedModel
-from gaq_export.schedule import SamplerSpec
+from gaq_export.models.loader import LoadedModel
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch_fidelity") is None or importlib.util.find_spec("skimage") is None,
@@ -44,20 +47,20 @@ def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
         raise GaqError("LPIPS, since this is a test")
 
-    monkeypatch.setattr(evaluation, "_lpips", absent)
+    monkeypatch.setattr(scores, "_lpips", absent)
 
 
 @pytest.fixture(scope="module")
 def digits() -> Extractor:
-    return extractors.find_extractor("digits")
+    return feature_extractors.find_extractor("digits")
 
 
 def test_two_runs_agree_to_the_digit_and_say_what_they_depend_on(digits: Extractor, tmp_path: Path) -> None:
     found, reference = images(60, 1, low=90, seed=5, sampler={"steps": 9}), images(130, 2, name="real")
-    figures = evaluation.compare_sets(found, reference, digits, tmp_path)
+    figures = scores.compare_sets(found, reference, digits, tmp_path)
     assert [figure.metric for figure in figures] == ["fd", "sfd", "score", "kd", "precision", "recall"]
-    again = evaluation.compare_sets(found, reference, digits, tmp_path)  # from kept features
-    assert again == figures == evaluation.compare_sets(found, reference, digits, tmp_path / "fresh")
+    again = scores.compare_sets(found, reference, digits, tmp_path)  # from kept features
+    assert again == figures == scores.compare_sets(found, reference, digits, tmp_path / "fresh")
     fd = figures[0]
     features = [frechet.moments(digits(torch.cat(list(part.parts()))).pooled) for part in (found, reference)]
     assert fd.value == pytest.approx(frechet.distance(*features), rel=1e-9)
@@ -65,9 +68,9 @@ def test_two_runs_agree_to_the_digit_and_say_what_they_depend_on(digits: Extract
     assert fd.low < fd.value < fd.high
     assert 0 < fd.floor < fd.value
     expected = {"images": 60, "reference_images": 130, "floor_images": 60, "seeds": [5, 64], "features": "digits"}
-    assert expected.items() <= fd.conditions.items()
-    assert fd.conditions["features_sha256"] == digits.sha256
-    assert fd.conditions["sampler"] == {"steps": 9}
+    assert expected.items() <= fd.context.items()
+    assert fd.context["features_sha256"] == digits.sha256
+    assert fd.context["sampler"] == {"steps": 9}
     assert all(figure.name != "Inception score" for figure in figures)
 
 
@@ -76,33 +79,33 @@ def test_pairs_are_compared_image_by_image() -> None:
     pixels = torch.cat(list(exact.parts())).int()
     noisy = (pixels + torch.arange(20)[:, None, None, None] % 9 - 4).clamp(0, 255).to(torch.uint8)
     found = dataclasses.replace(found, parts=lambda: iter(torch.split(noisy, 3)))
-    values = {figure.metric: figure.value for figure in evaluation.compare_pairs(found, exact)}
+    values = {figure.metric: figure.value for figure in scores.compare_pairs(found, exact)}
     expected = psnr(frechet.pixels(noisy), frechet.pixels(pixels.to(torch.uint8))).clamp(max=200)
     assert values["psnr"] == pytest.approx(float(torch.quantile(expected, 0.5)), abs=1e-4)
     assert values["psnr_low"] == pytest.approx(float(torch.quantile(expected, 0.05)), abs=1e-4)
     assert 0.9 < values["ssim"] < 1
     assert values.keys() == {"psnr", "psnr_low", "ssim"}
-    same = {figure.metric: figure.value for figure in evaluation.compare_pairs(exact, exact)}
+    same = {figure.metric: figure.value for figure in scores.compare_pairs(exact, exact)}
     assert same == {"psnr": 200.0, "psnr_low": 200.0, "ssim": 1.0}
-    assert evaluation.compare_pairs(exact, exact)[0].conditions["left out"] == "LPIPS, since this is a test"
+    assert scores.compare_pairs(exact, exact)[0].context["left out"] == "LPIPS, since this is a test"
     with pytest.raises(GaqError, match="are from different noise"):
-        evaluation.compare_pairs(exact, images(20, 1, seed=4))
+        scores.compare_pairs(exact, images(20, 1, seed=4))
     with pytest.raises(GaqError, match="Pairs need as many images of one size"):
-        evaluation.compare_pairs(exact, images(21, 1, seed=3))
+        scores.compare_pairs(exact, images(21, 1, seed=3))
 
 
 def test_figures_that_depend_on_other_things_refuse_to_stand_in_one_table() -> None:
-    def row(**conditions: object) -> list[Figure]:
-        return [Figure(metric="fd", name="FID", value=3.0, low=2.5, high=3.5, floor=1.0, conditions=conditions)]
+    def row(**context: object) -> list[Figure]:
+        return [Figure(metric="fd", name="FID", value=3.0, low=2.5, high=3.5, floor=1.0, context=context)]
 
     rows = {"a": row(images=9, engine_sha256="x"), "b": row(images=9, engine_sha256="y")}
-    head, body = evaluation.table(rows)
+    head, body = scores.table(rows)
     assert head == ["", "FID"]
     assert body == [["a", "3 [2.5, 3.5], floor 1"], ["b", "3 [2.5, 3.5], floor 1"]]
     for name, value in (("images", 10), ("features_sha256", "z"), ("sampler", {"steps": 3}), ("seeds", [0, 8])):
         odd = {**rows, "c": row(**{"images": 9, name: value})}
         with pytest.raises(GaqError, match=f"'a' and 'c' cannot stand in one table: {name} is"):
-            evaluation.table(odd)
+            scores.table(odd)
 
 
 def test_steps_are_compared_where_either_network_comes_by(tiny_model: LoadedModel) -> None:
@@ -113,9 +116,7 @@ def test_steps_are_compared_where_either_network_comes_by(tiny_model: LoadedMode
         return 1.1 * tiny_model.network(x, t)
 
     with torch.no_grad():
-        found = evaluation.compare_steps(
-            worse, tiny_model.network, tiny_model.schedule, tiny_model.shape, spec, range(2)
-        )
+        found = scores.compare_steps(worse, tiny_model.network, tiny_model.schedule, tiny_model.shape, spec, range(2))
     assert found.keys() == {"float trajectory", "quantized trajectory"}
     assert all(row == pytest.approx([20.0] * 4, abs=1e-3) for row in found.values())
     drawn: list[Tensor] = []
@@ -128,30 +129,34 @@ def test_engines_are_drawn_with_and_judged_beside_the_float_network(
     tiny_step_engine: EngineFile, tiny_run: Path, tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
     torch.save(frechet.ResNet56().state_dict(), tmp_path / "resnet56.th")
-    network = extractors.find_extractor(f"resnet56={tmp_path / 'resnet56.th'}")
+    network = feature_extractors.find_extractor(f"resnet56={tmp_path / 'resnet56.th'}")
     options = {"num": 8, "out": tmp_path / "out", "model": tiny_model}
-    told: list[tuple[str, int, int]] = []
+    conditioning: list[tuple[str, int, int]] = []
     found = evaluate.evaluate_engines(
-        [tiny_step_engine.path], network, **options, on_step=lambda *words: told.append(words)
+        [tiny_step_engine.path], network, **options, on_step=lambda *words: conditioning.append(words)
     )
     assert list(found.rows) == ["float", "unet"]
-    assert [f.metric for f in found.rows["unet"]] == [*evaluation.fidelity.METRICS, "psnr", "psnr_low", "ssim"]
+    assert [f.metric for f in found.rows["unet"]] == [*feature_metrics.METRICS, "psnr", "psnr_low", "ssim"]
     record = json.loads(found.path.read_text())
-    assert record["rows"]["unet"][0]["conditions"]["seeds"] == [0, 7]
-    assert record["rows"]["unet"][0]["conditions"]["reference_images"] == 16
+    assert record["rows"]["unet"][0]["context"]["seeds"] == [0, 7]
+    assert record["rows"]["unet"][0]["context"]["reference_images"] == 16
     assert record["left out"] == ["LPIPS, since this is a test"]
     assert len(record["steps"]["unet"]["float trajectory"]) == 5
-    drawn = {what for what, _, _ in told if what.startswith("drawing")}
+    drawn = {what for what, _, _ in conditioning if what.startswith("drawing")}
     assert drawn == {"drawing (float)", "drawing (float, other noise)", "drawing (unet)"}
-    assert [what for what, _, _ in told if what.startswith("judging")][-2:] == [
+    assert [what for what, _, _ in conditioning if what.startswith("judging")][-2:] == [
         "judging: kernel distance x 1000",
         "judging: precision",
     ]
     before = found.path.read_bytes()
-    told.clear()
-    evaluate.evaluate_engines([tiny_step_engine.path], network, **options, on_step=lambda *words: told.append(words))
+    conditioning.clear()
+    evaluate.evaluate_engines(
+        [tiny_step_engine.path], network, **options, on_step=lambda *words: conditioning.append(words)
+    )
     assert found.path.read_bytes() == before
-    assert all(done == total for what, done, total in told if what.startswith("drawing"))  # nothing was drawn again
+    assert all(
+        done == total for what, done, total in conditioning if what.startswith("drawing")
+    )  # nothing was drawn again
     other = tmp_path / "other.plan"
     config = EngineConfig(backend="openvino", threads=1)
     pipeline.build_engine(folder=tiny_run, out=other, config=config, sampler=SamplerSpec(steps=6), model=tiny_model)
@@ -165,7 +170,7 @@ def test_the_command_judges_two_sets_and_refuses_what_it_cannot_judge(tmp_path: 
         np.savez(tmp_path / f"{name}.npz", images=draw.integers(0, 256, (count, 32, 32), dtype=np.uint8))
     sets = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
     words = ["evaluate", *sets, "--features", "digits", "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(cli.app, words)
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "Frechet distance (digits)" in done.output
     assert "floor" in done.output
@@ -176,7 +181,7 @@ def test_the_command_judges_two_sets_and_refuses_what_it_cannot_judge(tmp_path: 
         (["evaluate", *sets, "--features", "eyes"], "Unknown features 'eyes'."),
         (["evaluate", sets[0], str(tmp_path), "--features", "digits"], "holds no images"),
     ):
-        refused = CliRunner().invoke(cli.app, wrong)
+        refused = CliRunner().invoke(app, wrong)
         assert refused.exit_code == 2
         assert refused.output.count("\n") == 1
         assert message in refused.output

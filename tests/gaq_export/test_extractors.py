@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gaq_export import extractors, fidelity, frechet
 from gaq_export.errors import GaqError
-from gaq_export.extractors import find_extractor
+from gaq_export.evaluation import feature_extractors, feature_metrics, frechet
+from gaq_export.evaluation.feature_extractors import find_extractor
 
 
 def pictures(channels: int, count: int = 60, size: int = 32) -> torch.Tensor:
@@ -23,7 +23,7 @@ def test_the_digit_network_comes_with_the_package_and_is_the_same_in_any_batch()
     images = pictures(1)
     found = digits(images)
     assert (found.pooled.shape, found.logits.shape, found.spatial.shape) == ((60, 64), (60, 10), (60, 7 * 4 * 4))
-    net = frechet.digit_net(extractors.DIGITS, Path("nothing"), (1, 32, 32))
+    net = frechet.digit_net(feature_extractors.DIGITS, Path("nothing"), (1, 32, 32))
     assert torch.allclose(found.pooled, frechet.features(net, images), atol=1e-5)
     assert torch.allclose(found.logits, net(frechet.pixels(images)), atol=1e-4)
     one = digits(images[57:58])
@@ -49,7 +49,7 @@ def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("scipy")
     if importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed")
-    module = fidelity.library("feature_extractor_inceptionv3")
+    module = feature_metrics.library("feature_extractor_inceptionv3")
     torch.save({}, tmp_path / "empty.pth")
     with monkeypatch.context() as patch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -66,7 +66,7 @@ def test_inception_is_torch_fidelitys_and_its_spatial_features_are_those_of_sfid
     features = found(images)
     assert (features.pooled.shape, features.logits.shape) == ((3, 2048), (3, 1008))
     assert features.spatial.shape == (3, 2023)  # 7 channels of 17 x 17, as in ADM's evaluations
-    module = fidelity.library("feature_extractor_inceptionv3")
+    module = feature_metrics.library("feature_extractor_inceptionv3")
     plain = module.FeatureExtractorInceptionV3("y", ["2048"], feature_extractor_weights_path=str(inception))
     with torch.no_grad():
         assert torch.allclose(plain(images)[0], features.pooled, atol=1e-5)
@@ -78,7 +78,7 @@ def test_inception_is_torch_fidelitys_and_its_spatial_features_are_those_of_sfid
 def test_clean_resizing_is_pillows_with_antialiasing(inception: Path) -> None:
     clean, usual = find_extractor(f"inception-clean={inception}"), find_extractor(f"inception={inception}")
     smooth = torch.from_numpy(np.linspace(0, 255, 48 * 48).reshape(1, 1, 48, 48).astype(np.uint8)).expand(2, 3, -1, -1)
-    resized = extractors._resized_clean(smooth)
+    resized = feature_extractors._resized_clean(smooth)
     assert resized.shape == (2, 3, 299, 299)
     assert int(resized[0, 0, 0, 0]) < 5
     assert int(resized[0, 0, -1, -1]) > 250

@@ -15,11 +15,12 @@ from calib.affine import round_float8
 from calib.fakequant import fake_quantized
 from calib.plan import Grid
 from engines import EngineConfig, EngineError
-from gaq_export import parity, pipeline
+from gaq_export import pipeline
+from gaq_export.deploy import parity
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel
-from gaq_export.profiles import find_profile
-from gaq_export.qdq import insert_qdq
+from gaq_export.graph.profiles import find_profile
+from gaq_export.graph.qdq import insert_qdq
+from gaq_export.models.loader import LoadedModel
 from tests.gaq_export.readback import Graph, layer_errors, session
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gaq_export import frechet
 from gaq_export.errors import GaqError
-from gaq_export.frechet import Moments
+from gaq_export.evaluation import frechet
+from gaq_export.evaluation.frechet import Moments
 
 
 def gaussian(mean: list[float], deviations: list[float], angle: float = 0.0) -> Moments:

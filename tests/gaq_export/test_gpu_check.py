@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from gaq_export.models import LoadedModel
-from gaq_export.schedule import SamplerSpec
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.models.loader import LoadedModel
 from gpu_check import examine, page
 
 SPEC = SamplerSpec(steps=3)

@@ -11,14 +11,14 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from calib.fakequant import fake_quantized
+from gaq_export.deploy.parity import TOLERANCES, Tolerance, compare, sqnr_db
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.half import compute_in
-from gaq_export.models import LoadedModel
-from gaq_export.parity import TOLERANCES, Tolerance, compare, sqnr_db
-from gaq_export.profiles import PROFILES
-from gaq_export.qdq import insert_qdq
-from gaq_export.schedule import SamplerSpec
-from gaq_export.stepgraph import make_step
+from gaq_export.graph.precision import compute_in
+from gaq_export.graph.profiles import PROFILES
+from gaq_export.graph.qdq import insert_qdq
+from gaq_export.graph.step import make_step
+from gaq_export.models.loader import LoadedModel
 from tests.gaq_export.readback import Graph, session
 
 SPEC = SamplerSpec(steps=5)

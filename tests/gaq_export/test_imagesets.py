@@ -9,7 +9,7 @@ import torch
 from engines import EngineFile
 from gaq_export import images, pipeline
 from gaq_export.errors import GaqError
-from gaq_export.imagesets import open_images
+from gaq_export.evaluation.image_sets import open_images
 
 
 def test_shards_and_pngs_of_one_drawing_are_the_same_set(tiny_step_engine: EngineFile, tmp_path: Path) -> None:

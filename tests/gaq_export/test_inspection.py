@@ -8,11 +8,13 @@ import torch
 
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
-from gaq_export import inspection, pipeline, samplers
-from gaq_export.collect import image_seed
+from gaq_export import pipeline
+from gaq_export.deploy.parity import sqnr_db
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.parity import sqnr_db
-from gaq_export.schedule import SamplerSpec, timesteps
+from gaq_export.quantize.trajectories import image_seed
+from gaq_export.report import inspection
 
 
 def few_steps(plan: QuantPlan, about: dict) -> QuantPlan:
@@ -36,8 +38,8 @@ def test_no_fresh_image_has_a_seed_that_calibration_used() -> None:
 
 
 def test_fidelity_is_measured_on_the_float_models_own_trajectories(tiny_model, plan: QuantPlan) -> None:
-    told, plan = [], few_steps(plan, plan.about)
-    found = inspection.fidelity(tiny_model, plan, 5, lambda *step: told.append(step))
+    conditioning, plan = [], few_steps(plan, plan.about)
+    found = inspection.fidelity(tiny_model, plan, 5, lambda *step: conditioning.append(step))
     spec = SamplerSpec.from_json(plan.about["sampler"])
     networks = [fake_quantized(tiny_model.network, plan, activations=rounded) for rounded in (False, True)]
     seen = []
@@ -55,8 +57,8 @@ def test_fidelity_is_measured_on_the_float_models_own_trajectories(tiny_model, p
     assert found.both[:, 4].tolist() == pytest.approx(expected[1], rel=1e-3)
     assert torch.equal(found.t, timesteps(spec, 100))
     assert found.weights.shape == found.both.shape == (spec.steps, 5)
-    assert [done for _, done, _ in told] == list(range(1, 2 * spec.steps + 1))  # groups of four images
-    assert {total for *_, total in told} == {2 * spec.steps}
+    assert [done for _, done, _ in conditioning] == list(range(1, 2 * spec.steps + 1))  # groups of four images
+    assert {total for *_, total in conditioning} == {2 * spec.steps}
 
 
 def test_more_bits_are_closer_to_float(tiny_model, tiny_plan, plan: QuantPlan) -> None:

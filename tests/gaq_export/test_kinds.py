@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, PNDMScheduler, UNet2
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gaq_export.checkpoint import HALF, INDEX, SAFETENSORS, fingerprint
-from gaq_export.denoiser import ClassUNet
 from gaq_export.errors import GaqError
-from gaq_export.models import load_model
+from gaq_export.models.architectures import ClassUNet
+from gaq_export.models.diffusers_folder import HALF, INDEX, SAFETENSORS, fingerprint
+from gaq_export.models.loader import load_model
 
 SMALL = {
     "sample_size": 8,
@@ -68,22 +68,22 @@ MADE: dict[str, tuple[Callable[[], nn.Module], str, dict[str, tuple[int, ...]]]]
 @pytest.fixture(params=MADE)
 def pipe(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, nn.Module, dict[str, tuple[int, ...]]]:
     """A pipeline's folder, where the network lies in it, the network, and the shapes of what it is told."""
-    make, place, told = MADE[request.param]
+    make, place, conditioning = MADE[request.param]
     torch.manual_seed(0)
     network = make().eval()
     network.save_pretrained(tmp_path / "pipe" / place)
     DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "pipe" / "scheduler")
-    return tmp_path / "pipe", tmp_path / "pipe" / place, network, told
+    return tmp_path / "pipe", tmp_path / "pipe" / place, network, conditioning
 
 
 def test_every_kind_of_network_comes_out_of_a_pipelines_folder_as_it_went_in(pipe) -> None:
-    folder, inside, network, told = pipe
+    folder, inside, network, conditioning = pipe
     model = load_model(weights=folder)
     assert type(model.unet) is type(network)
     assert (model.shape, model.fingerprint, model.schedule.clip) == ((1, 8, 8), fingerprint(network), None)
-    assert {name: tuple(row.shape) for name, row in model.told.items()} == told
+    assert {name: tuple(row.shape) for name, row in model.condition_inputs.items()} == conditioning
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
-    rows = {name: row.expand(2, *row.shape[1:]) for name, row in model.told.items()}
+    rows = {name: row.expand(2, *row.shape[1:]) for name, row in model.condition_inputs.items()}
     with torch.no_grad():
         assert model.network(x, t, rows).shape == x.shape
     state = load_file(inside / SAFETENSORS)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gaq_export import latency, pipeline
-from gaq_export.models import LoadedModel
+import engines
+from gaq_export import pipeline
+from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize import latency
 
 LAYERS = ("unet.mid_block.resnets.0.conv1", "unet.mid_block.resnets.0.conv2")
 
@@ -32,7 +34,7 @@ def test_a_budget_of_milliseconds_makes_a_plan(tiny_model: LoadedModel, tmp_path
     plan = pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe="rtn"), folder=tmp_path / "first")
     record = {
         "conditions": {
-            "backend": pipeline.engines.best_backend(),
+            "backend": engines.best_backend(),
             "batch": latency.BATCH,
             "widths": list(chosen.config.mixed.choices),
             "layers": list(plan.layers),

@@ -12,21 +12,21 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gaq_export import ldm
-from gaq_export.catalogue import MODELS, reduced
-from gaq_export.checkpoint import build_network, fingerprint
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel, load_model, random_model
+from gaq_export.models import ldm_checkpoint
+from gaq_export.models.diffusers_folder import build_network, fingerprint
+from gaq_export.models.loader import LoadedModel, load_model, random_model
+from gaq_export.models.registry import MODELS, reduced
 
 
 def small(name: str) -> LoadedModel:
     return random_model(replace(reduced(MODELS[name]), config=dict(reduced(MODELS[name]).config) | {"sample_size": 8}))
 
 
-def as_published(model: LoadedModel, prefix: str = ldm.NETWORK) -> dict[str, Tensor]:
+def as_published(model: LoadedModel, prefix: str = ldm_checkpoint.NETWORK) -> dict[str, Tensor]:
     """Return the weights as latent diffusion's authors name and lay them out."""
     state, heads = {}, {}
-    for name, original in ldm.original_names(model.unet).items():
+    for name, original in ldm_checkpoint.original_names(model.unet).items():
         value = model.unet.state_dict()[name]
         if original.rpartition(".")[0].endswith("qkv"):
             width = model.spec.config["attention_head_dim"]
@@ -39,7 +39,7 @@ def as_published(model: LoadedModel, prefix: str = ldm.NETWORK) -> dict[str, Ten
         whole = torch.cat(parts, 1).flatten(0, 2)
         state[prefix + original] = whole[..., None] if original.endswith("weight") else whole
     if model.spec.name == "imagenet-ldm":
-        state[ldm.TABLE] = model.unet.state_dict()["class_table.weight"]
+        state[ldm_checkpoint.TABLE] = model.unet.state_dict()["class_table.weight"]
     return state
 
 
@@ -63,13 +63,13 @@ def test_a_network_written_as_its_authors_do_loads_and_predicts_the_same_to_the_
     assert torch.allclose(loaded.schedule.alpha_bar, (1 - betas).cumprod(0), rtol=1e-4)
     assert loaded.schedule.clip is None
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 900])
-    told = {} if name == "ldm-bedrooms" else {"class_labels": torch.tensor([7, 1000])}
+    conditioning = {} if name == "ldm-bedrooms" else {"class_labels": torch.tensor([7, 1000])}
     with torch.no_grad():
-        assert torch.equal(loaded.network(x, t, told), model.network(x, t, told))
-    if told:
+        assert torch.equal(loaded.network(x, t, conditioning), model.network(x, t, conditioning))
+    if conditioning:
         rows = model.unet.class_table.weight[[7, 1000]][:, None]
         with torch.no_grad():
-            assert torch.equal(model.network(x, t, told), model.unet(x, t, encoder_hidden_states=rows).sample)
+            assert torch.equal(model.network(x, t, conditioning), model.unet(x, t, encoder_hidden_states=rows).sample)
 
 
 def test_the_map_covers_every_tensor_of_the_published_networks_and_diffusers_reads_it_likewise() -> None:
@@ -77,7 +77,7 @@ def test_the_map_covers_every_tensor_of_the_published_networks_and_diffusers_rea
     for name, count in tensors.items():
         with torch.device("meta"):
             network = build_network(MODELS[name].config, name)
-        names = ldm.original_names(network)
+        names = ldm_checkpoint.original_names(network)
         assert set(names) == set(network.state_dict()) - {"class_table.weight"}
         assert len(set(names.values())) == count
         if name != "ldm-bedrooms":  # whose q, k and v in one diffusers cannot read
@@ -88,7 +88,7 @@ def test_the_map_covers_every_tensor_of_the_published_networks_and_diffusers_rea
 
 def test_the_moving_average_is_what_draws(tmp_path: Path) -> None:
     model, other = small("ldm-bedrooms"), random_model(small("ldm-bedrooms").spec, seed=1)
-    average = {ldm.AVERAGE + k.replace(".", ""): v for k, v in as_published(model, "").items()}
+    average = {ldm_checkpoint.AVERAGE + k.replace(".", ""): v for k, v in as_published(model, "").items()}
     counts = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
     file = write(model, tmp_path / "model.ckpt", as_published(other) | average | counts)
     assert load_model("ldm-bedrooms", file).fingerprint == fingerprint(model.unet)

@@ -8,10 +8,10 @@ import torch
 from calib.calibrate import calibrate
 from calib.fakequant import fake_quantized
 from gaq_export import pipeline
-from gaq_export.collect import collect
-from gaq_export.learning import learn
-from gaq_export.models import LoadedModel
-from gaq_export.schedule import SamplerSpec
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.quantize import learn
+from gaq_export.quantize.trajectories import collect
 
 
 def test_rounds(tiny_model: LoadedModel, tmp_path: Path) -> None:

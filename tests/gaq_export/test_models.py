@@ -12,13 +12,15 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from gaq_export import hub, pipeline, presets
-from gaq_export.catalogue import MODELS, reduced
-from gaq_export.checkpoint import INDEX, PICKLE, SAFETENSORS, build_network, fingerprint
-from gaq_export.denoiser import told_to
+from gaq_export import pipeline
+from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models import load_model, random_model, wrap
-from gaq_export.schedule import NoiseSchedule, SamplerSpec
+from gaq_export.models import hub
+from gaq_export.models.architectures import condition_inputs_of
+from gaq_export.models.diffusers_folder import INDEX, PICKLE, SAFETENSORS, build_network, fingerprint
+from gaq_export.models.loader import load_model, random_model, wrap
+from gaq_export.models.registry import MODELS, reduced
+from gaq_export.quantize import presets
 
 SIZES = {
     "ddpm-mnist": 1_112_801,
@@ -52,7 +54,7 @@ def test_a_known_model_at_reduced_width_has_the_same_kinds_of_blocks(name: str) 
     with torch.device("meta"):
         whole = build_network(row.config, name)
     assert {type(m) for m in model.unet.modules()} == {type(m) for m in whole.modules()}
-    assert model.told.keys() == told_to(whole).keys()
+    assert model.condition_inputs.keys() == condition_inputs_of(whole).keys()
     assert (model.spec.sampler, model.spec.guidance) == (row.sampler, row.guidance)
 
 
@@ -272,7 +274,7 @@ def test_a_hub_out_of_reach_is_one_error_that_names_every_way_out() -> None:
 
 
 def test_a_hub_out_of_reach_is_known_within_seconds() -> None:
-    code = "from gaq_export.models import load_model; load_model('ddpm-church')"
+    code = "from gaq_export.models.loader import load_model; load_model('ddpm-church')"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", code],

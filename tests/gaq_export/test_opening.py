@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gaq_export.onnx_export import export_float
-from gaq_export.opening import open_up
+from gaq_export.graph.export import export_float
+from gaq_export.graph.openvino import open_up
 from tests.gaq_export.readback import session
 
 

@@ -19,14 +19,15 @@ from typer.testing import CliRunner
 
 from calib.plan import load_plan
 from engines import EngineFile
-from gaq_export import packs, pipeline
+from gaq_export import pipeline
 from gaq_export import run as runs
-from gaq_export.cli import app
+from gaq_export.cli.app import app
+from gaq_export.cli.options import find_model
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import Figure
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.options import find_model
+from gaq_export.evaluation.scores import Figure
+from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.run import Run
+from gaq_export.sharing import pack
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -52,11 +53,9 @@ def judged_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory: p
     """A copy of the tiny run, whose last engine was judged."""
     run = Run(folder=shutil.copytree(tiny_run, tmp_path_factory.mktemp("judged") / "run"))
     runs.note(run, "build-engine", engine=os.path.relpath(tiny_step_engine.path, run.folder))
-    conditions = {"images": 9, "features": "digits", "reference": "mnist.npz", "engine_sha256": tiny_step_engine.sha256}
-    figure = Figure(
-        metric="fd", name="Frechet distance", value=3.25, low=3.0, high=3.5, floor=1.0, conditions=conditions
-    )
-    other = replace(figure, value=99.0, conditions={**conditions, "engine_sha256": "of another"})
+    context = {"images": 9, "features": "digits", "reference": "mnist.npz", "engine_sha256": tiny_step_engine.sha256}
+    figure = Figure(metric="fd", name="Frechet distance", value=3.25, low=3.0, high=3.5, floor=1.0, context=context)
+    other = replace(figure, value=99.0, context={**context, "engine_sha256": "of another"})
     rows = {"unet": [figure.to_json()], "other": [other.to_json()]}
     record = {"rows": rows, "steps": {}, "left out": []}
     (run.folder / "evaluation").mkdir()
@@ -68,7 +67,7 @@ def judged_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory: p
 def packed(judged_run: Run, licensed: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack of that run."""
     out = tmp_path_factory.mktemp("packed") / "pack"
-    made = packs.pack(judged_run, out, judged=judged_run.folder / "evaluation", model=licensed)
+    made = pack.write_pack(judged_run, out, judged=judged_run.folder / "evaluation", model=licensed)
     assert (made.folder, made.whole, made.licence) == (out, True, "other")
     return out
 
@@ -85,10 +84,10 @@ def test_a_pack_has_a_card_with_figures_and_terms_and_no_word_of_this_machine(
     assert "| unet | 3.25 [3, 3.5], floor 1 |" in card.text
     assert "as-you-please, as the source model is" in card.text
     assert (packed / "LICENSE.md").read_text() == "Do as you please."
-    names = set(packs.read(packed)["files"]) | {"pack.json", "README.md"}
+    names = set(pack.read_pack(packed)["files"]) | {"pack.json", "README.md"}
     assert names == {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()}
     assert {"onnx/unet.step.reference.onnx", "unet/config.json", "scheduler/scheduler_config.json"} < names
-    here = [str(Path(licensed.source).parents[1]).encode(), str(Path(packs.__file__).parent).encode()]
+    here = [str(Path(licensed.source).parents[1]).encode(), str(Path(pack.__file__).parent).encode()]
     for name in names:
         assert not any(place in (packed / name).read_bytes() for place in here), name
 
@@ -105,7 +104,7 @@ def test_an_engine_built_from_a_pack_alone_draws_the_same_bytes(
     for name in ("000000.png", "000001.png"):
         found, expected = (_pixels(tmp_path / place / name) for place in ("here", "there"))
         assert found == expected
-    again = packs.unpack(elsewhere, Run(folder=run))  # the same, so it is no other
+    again = pack.unpack(elsewhere, Run(folder=run))  # the same, so it is no other
     assert again.about["model"]["source"] == str(elsewhere.resolve())
     model = find_model(None, str(elsewhere))  # what `calibrate --weights` calibrates
     assert (model.spec.name, model.fingerprint) == ("tiny", again.about["model"]["fingerprint"])
@@ -122,9 +121,9 @@ def _pixels(file: Path) -> bytes:
 
 def test_a_model_that_the_hub_has_is_not_packed_again(judged_run: Run, licensed: LoadedModel, tmp_path: Path) -> None:
     model = replace(licensed, source=f"hub:google/tiny@{COMMIT}")
-    made = packs.pack(judged_run, tmp_path / "pack", licence="mit", model=model)
+    made = pack.write_pack(judged_run, tmp_path / "pack", licence="mit", model=model)
     assert (made.whole, made.licence) == (False, "mit")
-    assert packs.float_model(made.folder) == ("tiny", f"hub:google/tiny@{COMMIT}")
+    assert pack.float_model(made.folder) == ("tiny", f"hub:google/tiny@{COMMIT}")
     assert not (made.folder / "unet").exists()
     data = ModelCard.load(made.folder / "README.md").data
     assert (data.base_model, data.base_model_relation, data.license) == ("google/tiny", "quantized", "mit")
@@ -134,26 +133,26 @@ def test_a_model_that_the_hub_has_is_not_packed_again(judged_run: Run, licensed:
 def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, judged_run: Run, tmp_path: Path) -> None:
     run = Run(folder=tmp_path / "run")
     with pytest.raises(GaqError, match=r"nothing is no pack: its pack\.json cannot be read"):
-        packs.unpack(tmp_path / "nothing", run)
+        pack.unpack(tmp_path / "nothing", run)
     broken = shutil.copytree(packed, tmp_path / "broken")
     (broken / "plan.json").write_text("{}")
     with pytest.raises(GaqError, match=r"plan\.json is not what pack\.json says \(sha256\)"):
-        packs.unpack(broken, run)
+        pack.unpack(broken, run)
     (broken / "plan.json").unlink()
     with pytest.raises(GaqError, match=r"has no file plan\.json, of which its pack\.json tells"):
-        packs.unpack(broken, run)
+        pack.unpack(broken, run)
     record = json.loads((broken / "pack.json").read_text())
     (broken / "pack.json").write_text(json.dumps(record | {"files": {"../pack.json": "0" * 64}}))
     with pytest.raises(GaqError, match=r"has no file \.\./pack\.json"):
-        packs.read(broken)
+        pack.read_pack(broken)
     (broken / "pack.json").write_text(json.dumps(record | {"format": 0}))
     with pytest.raises(GaqError, match="is a pack of format 0, this version reads 1"):
-        packs.read(broken)
+        pack.read_pack(broken)
     assert not run.folder.exists()
     with pytest.raises(GaqError, match=r"holds a run with other settings \(model: "):
-        packs.unpack(packed, judged_run)
+        pack.unpack(packed, judged_run)
     with pytest.raises(GaqError, match=r"run is there and has no pack\.json: choose a folder that is new, empty"):
-        packs.pack(judged_run, judged_run.folder)
+        pack.write_pack(judged_run, judged_run.folder)
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -236,7 +235,7 @@ def test_a_pack_goes_to_the_hub_in_private_and_comes_back_whole(
     assert set(hub.files) == {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()}
     line = gaq("pull", "me/digits", "--out", tmp_path / "back")
     assert line == f"{tmp_path / 'back'}; next: gaq-export build-engine --weights {tmp_path / 'back'}"
-    assert packs.read(tmp_path / "back") == packs.read(packed)
+    assert pack.read_pack(tmp_path / "back") == pack.read_pack(packed)
     assert (tmp_path / "back" / "README.md").read_text().endswith("Edited by hand.")
     hub.files["plan.json"] = b"{}"
     refused = CliRunner().invoke(app, ["pull", "me/digits", "--out", str(tmp_path / "altered")])
@@ -254,5 +253,5 @@ def test_a_hub_out_of_reach_is_one_line_either_way(judged_run: Run, tmp_path: Pa
         assert len(result.stderr.splitlines()) == 1
         assert "me/digits" in result.stderr
         assert "the Hugging Face hub" in result.stderr
-    assert packs.read(judged_run.folder / "pack")["source"] == "pack"  # what was packed is not lost
+    assert pack.read_pack(judged_run.folder / "pack")["source"] == "pack"  # what was packed is not lost
     assert not (tmp_path / "back").exists()

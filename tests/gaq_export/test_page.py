@@ -14,10 +14,11 @@ from calib.config import OmegaConfig, QuantConfig
 from calib.diagnose import Agreement, Alignment, Cosines
 from calib.plan import Grid, LayerQuant, QuantPlan, load_plan
 from calib.reconstruct import BlockResult
-from gaq_export import figures, pipeline
-from gaq_export.cli import app
-from gaq_export.inspection import Fidelity, Inspection, LayerRange
-from gaq_export.page import Origin, render
+from gaq_export import pipeline
+from gaq_export.cli.app import app
+from gaq_export.report import charts
+from gaq_export.report.inspection import Fidelity, Inspection, LayerRange
+from gaq_export.report.inspection_page import Origin, render
 from tests.gaq_export.outline import outline
 
 TITLES = [
@@ -168,8 +169,8 @@ def test_the_header_says_what_was_done_and_with_what() -> None:
 
 def test_a_block_where_nearest_was_kept_is_marked() -> None:
     assert "1 kept nearest" in render(small(), measured(), ORIGIN)
-    assert "nearest kept" in figures.losses(small().blocks)
-    assert "nearest kept" not in figures.losses(small().blocks[:1])
+    assert "nearest kept" in charts.losses(small().blocks)
+    assert "nearest kept" not in charts.losses(small().blocks[:1])
 
 
 def test_equal_scores_are_said_to_be_uniform() -> None:

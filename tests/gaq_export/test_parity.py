@@ -11,8 +11,8 @@ from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.parity import TOLERANCES, Parity, Tolerance, compare, perturbed, sqnr_db
+from gaq_export.deploy.parity import TOLERANCES, Parity, Tolerance, compare, perturbed, sqnr_db
+from gaq_export.models.loader import LoadedModel, load_model
 
 TRT = TOLERANCES["trt"]
 

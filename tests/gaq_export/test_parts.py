@@ -14,12 +14,17 @@ from torch import Tensor, nn
 import engines
 from engines import EngineConfig, EngineError
 from engines.files import record_path
-from gaq_export import checkpoint, crew, drawing, frechet, part_engines, parts, pipeline, provenance, samplers, shards
-from gaq_export.building import build_float
+from gaq_export import pipeline
+from gaq_export.deploy import session, submodels
+from gaq_export.deploy.build import build_float
+from gaq_export.deploy.parity import Tolerance
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel, load_model, wrap
-from gaq_export.parity import Tolerance
-from gaq_export.schedule import SamplerSpec
+from gaq_export.images import as_bytes
+from gaq_export.models import diffusers_folder, latent_decoder, provenance
+from gaq_export.models.loader import LoadedModel, load_model, wrap
+from gaq_export.sampling import shards, workers
 
 SIZE = {
     "block_out_channels": (8, 16),
@@ -102,19 +107,19 @@ def test_a_pipelines_decoder_is_found_and_decodes_as_diffusers_does(place: str, 
 
 def test_latents_have_the_shift_and_the_spread_that_the_config_says() -> None:
     further = {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0, 3.0], "latents_std": [0.1, 0.2, 0.3]}
-    decoder = parts.LatentDecoder(autoencoder(AutoencoderKL, **further))
+    decoder = latent_decoder.LatentDecoder(autoencoder(AutoencoderKL, **further))
     torch.testing.assert_close(decoder.scale.flatten(), torch.tensor([0.2, 0.4, 0.6]))
     torch.testing.assert_close(decoder.shift.flatten(), torch.tensor([1.0, 2.0, 3.0]))
-    shifted = parts.LatentDecoder(autoencoder(AutoencoderKL, scaling_factor=0.5, shift_factor=0.25))
+    shifted = latent_decoder.LatentDecoder(autoencoder(AutoencoderKL, scaling_factor=0.5, shift_factor=0.25))
     assert (shifted.scale.item(), shifted.shift.item()) == (2.0, 0.25)
-    plain = parts.LatentDecoder(autoencoder(AutoencoderKL, scaling_factor=0.5))
-    assert checkpoint.fingerprint(plain) != checkpoint.fingerprint(shifted)
+    plain = latent_decoder.LatentDecoder(autoencoder(AutoencoderKL, scaling_factor=0.5))
+    assert diffusers_folder.fingerprint(plain) != diffusers_folder.fingerprint(shifted)
 
 
 def test_a_decoder_that_is_not_as_it_must_be_is_refused(pipelines: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(pipelines["vae"], folder)
-    weights, config = folder / "vae" / checkpoint.SAFETENSORS, folder / "vae" / "config.json"
+    weights, config = folder / "vae" / diffusers_folder.SAFETENSORS, folder / "vae" / "config.json"
     state, fields = load_file(weights), json.loads(config.read_text())
     save_file({name: value for name, value in state.items() if name != "decoder.conv_out.bias"}, weights)
     with pytest.raises(GaqError, match=r"1 tensors missing \[decoder.conv_out.bias\]"):
@@ -131,7 +136,7 @@ def test_a_decoder_that_is_not_as_it_must_be_is_refused(pipelines: dict[str, Pat
         load_model(weights=folder)
     config.write_text(json.dumps(fields))
     with pytest.raises(GaqError, match="takes latents of 3 channels, but the denoiser beside it makes 4"):
-        parts.find_decoder(folder, 4)
+        latent_decoder.find_decoder(folder, 4)
     shutil.copytree(folder / "vae", folder / "vqvae")
     with pytest.raises(GaqError, match="holds both a vae/ and a vqvae/"):
         load_model(weights=folder)
@@ -143,8 +148,8 @@ def test_from_noise_to_pictures_through_two_engines(built: pipeline.Built, tmp_p
     assert built.decoder.parity.passed
     assert built.decoder.file.path.name == "unet-decoder.plan"
     assert built.file.about["decoder"]["engine"] == {"file": "unet-decoder.plan", "sha256": built.decoder.file.sha256}
-    assert built.decoder.file.path in crew.files_of(built.file)
-    assert drawing.image_shape(built.file) == (3, 16, 16)
+    assert built.decoder.file.path in workers.files_of(built.file)
+    assert session.image_shape(built.file) == (3, 16, 16)
     drawn = pipeline.sample(built.file.path, num=5, out=tmp_path / "pngs", compare=True)
     assert drawn.images.shape == (5, 3, 16, 16)
     assert drawn.images.abs().max() <= 1
@@ -154,7 +159,7 @@ def test_from_noise_to_pictures_through_two_engines(built: pipeline.Built, tmp_p
     assert record["decoder_sha256"] == built.decoder.file.sha256
     pipeline.sample_shards(built.file.path, num=5, shard=2, out=tmp_path / "shards")
     streamed = torch.cat([images for images, _ in shards.read_shards(tmp_path / "shards")])
-    assert torch.equal(streamed, frechet.as_bytes(drawn.images))
+    assert torch.equal(streamed, as_bytes(drawn.images))
 
 
 def test_latents_are_not_clamped_on_their_way(built: pipeline.Built, pipelines: dict[str, Path]) -> None:
@@ -164,10 +169,10 @@ def test_latents_are_not_clamped_on_their_way(built: pipeline.Built, pipelines: 
         ends.append(x)
         return x
 
-    with drawing.open_engines(built.file) as engine:
-        draw = drawing.by_engine(engine, built.file, model.schedule, model.shape, SPEC, decode)
+    with session.open_engines(built.file) as engine:
+        draw = session.by_engine(engine, built.file, model.schedule, model.shape, SPEC, decode)
         assert draw((0, 1), lambda: None).abs().max() == 1
-        plain = drawing.by_engine(engine, built.file, model.schedule, model.shape, SPEC)((0, 1), lambda: None)
+        plain = session.by_engine(engine, built.file, model.schedule, model.shape, SPEC)((0, 1), lambda: None)
     assert torch.equal(plain, ends[0])
     assert ends[0].abs().max() > 1
     exact = samplers.run(model.network, (0, 1), model.shape, model.schedule, SPEC)
@@ -199,14 +204,14 @@ def test_codes_are_looked_up_in_the_engine(pipelines: dict[str, Path], tmp_path:
     model = load_model(weights=pipelines["vqvae"])
     assert model.decoder is not None
     settings = EngineConfig(backend="onnxruntime", threads=1)
-    file = part_engines.build_decoder(model.decoder, model.shape, tmp_path / "d.plan", settings)
+    file = submodels.build_decoder(model.decoder, model.shape, tmp_path / "d.plan", settings)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     latents = 3 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    assert part_engines.check_decoder(model.decoder, file, latents).passed
+    assert submodels.check_decoder(model.decoder, file, latents).passed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part_engines, "TOLERANCE", Tolerance(floor_db=300.0, margin_db=-300.0))
+        patch.setattr(submodels, "TOLERANCE", Tolerance(floor_db=300.0, margin_db=-300.0))
         with pytest.raises(GaqError, match=r"engine of the decoder differs from PyTorch: SQNR .* at least 300.0 dB"):
-            part_engines.check_decoder(model.decoder, file, latents)
+            submodels.check_decoder(model.decoder, file, latents)
 
 
 def test_the_same_decoder_is_found_again_or_missed(pipelines: dict[str, Path], tmp_path: Path) -> None:
@@ -240,6 +245,6 @@ def test_tensorrt_rtx_builds_decoders(pipelines: dict[str, Path], tmp_path: Path
     model = load_model(weights=pipelines["vqvae"])
     assert model.decoder is not None
     config = EngineConfig(backend="tensorrt-rtx", batch=(1, 2, 4))
-    file = part_engines.build_decoder(model.decoder, model.shape, tmp_path / "decoder.plan", config)
+    file = submodels.build_decoder(model.decoder, model.shape, tmp_path / "decoder.plan", config)
     assert file.compute == "float32"
     assert file.outputs[0].shape == (None, 3, 16, 16)

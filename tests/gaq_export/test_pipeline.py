@@ -15,10 +15,11 @@ import engines
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
 from engines import EngineConfig, EngineError
-from gaq_export import engine_check, images, pipeline
+from gaq_export import images, pipeline
+from gaq_export.deploy import verify
+from gaq_export.deploy.parity import Tolerance, sqnr_db
+from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.parity import Tolerance, sqnr_db
-from gaq_export.schedule import SamplerSpec, linear_schedule, timesteps
 from tests.gaq_export.readback import session
 
 FEW = SamplerSpec(steps=5)
@@ -116,10 +117,12 @@ def test_an_image_depends_on_its_seed_and_not_on_its_company(tiny_engine, tmp_pa
 
 def test_an_engine_of_steps_draws_what_one_of_the_network_draws(tiny_step_engine, tiny_engine, tmp_path: Path) -> None:
     spec = SamplerSpec(steps=5, eta=0.5)
-    told: list[tuple[str, int, int]] = []
-    drawn = pipeline.sample(tiny_step_engine.path, num=6, out=tmp_path / "step", on_step=lambda *s: told.append(s))
+    conditioning: list[tuple[str, int, int]] = []
+    drawn = pipeline.sample(
+        tiny_step_engine.path, num=6, out=tmp_path / "step", on_step=lambda *s: conditioning.append(s)
+    )
     plain = pipeline.sample(tiny_engine.path, num=6, sampler=spec, out=tmp_path / "eps")
-    assert told == [("engine", i + 1, 10) for i in range(10)]
+    assert conditioning == [("engine", i + 1, 10) for i in range(10)]
     assert json.loads((tmp_path / "step" / "samples.json").read_text())["sampler"] == spec.to_json()
     assert images.psnr(drawn.images, plain.images).min() > 30
     assert images.psnr(drawn.images[:3], drawn.images[3:]).max() < 20
@@ -191,7 +194,7 @@ def test_an_engine_that_fails_its_check_replaces_nothing(
     for name in ("unet.plan", "unet.plan.json"):
         shutil.copy(tiny_engine.path.with_name(name), tmp_path / name)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    monkeypatch.setattr(engine_check, "TOLERANCES", IMPOSSIBLE)
+    monkeypatch.setattr(verify, "TOLERANCES", IMPOSSIBLE)
     config = EngineConfig(backend="openvino", threads=1)
     with pytest.raises(GaqError, match=r"The openvino engine differs .* at least 300.0 dB expected. Nothing was"):
         pipeline.build_engine(folder=tiny_run, out=tmp_path / "unet.plan", config=config, model=tiny_model)
@@ -202,9 +205,9 @@ def test_8_bit_weights_are_said_to_overflow_where_they_do(tiny_run: Path, monkey
     plan = load_plan(tiny_run / "plan.safetensors")
     wide = replace(plan, layers={name: replace(layer, weight_bits=8) for name, layer in plan.layers.items()})
     for overflow, found, words in ((True, wide, "give --wbits 7"), (True, plan, "another"), (False, wide, "another")):
-        monkeypatch.setattr(engine_check, "sums_overflow", lambda overflow=overflow: overflow)
-        assert words in engine_check._advice("openvino", found)
-    assert "another" in engine_check._advice("tensorrt", wide)
+        monkeypatch.setattr(verify, "sums_overflow", lambda overflow=overflow: overflow)
+        assert words in verify._advice("openvino", found)
+    assert "another" in verify._advice("tensorrt", wide)
 
 
 def test_what_cannot_be_asked_of_an_engine_is_an_error(tiny_engine, tiny_run: Path, tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import Grid, QuantPlan
 from calib.ranges import nearest_step
-from gaq_export import parity
+from gaq_export.deploy import parity
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.onnx_export import export_float
-from gaq_export.onnx_files import save_onnx
+from gaq_export.graph.export import export_float
+from gaq_export.graph.files import save_onnx
+from gaq_export.graph.profiles import PROFILES, find_profile
+from gaq_export.graph.qdq import insert_qdq
+from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import calibrate, export_onnx, preset
-from gaq_export.profiles import PROFILES, find_profile
-from gaq_export.qdq import insert_qdq
-from gaq_export.schedule import SamplerSpec
 from tests.gaq_export.readback import WEIGHTED, Graph, layer_errors, run, session
 
 BITS = [(4, 8), (8, 8), (3, 5)]
@@ -103,8 +103,8 @@ def mixed(noisy) -> CalibrationSet:
 def test_a_layer_whose_grid_moves_computes_what_pytorch_does(
     profile: str, moved_plan: QuantPlan, tiny_graph, tiny_model: LoadedModel, mixed: CalibrationSet
 ) -> None:
-    wishes = replace(find_profile(profile), quantize_outputs=False)
-    proto = ir.to_proto(insert_qdq(tiny_graph(), moved_plan, wishes))
+    profile_spec = replace(find_profile(profile), quantize_outputs=False)
+    proto = ir.to_proto(insert_qdq(tiny_graph(), moved_plan, profile_spec))
     onnx.checker.check_model(proto, full_check=True)
     fake = fake_quantized(tiny_model.network, moved_plan)
     fake(mixed.x, mixed.t)  # the layers' hooks take the timesteps from here
@@ -161,7 +161,7 @@ def test_a_moving_grid_rounds_every_input_to_the_code_that_pytorch_rounds_it_to(
         assert torch.equal(codes.double(), expected), n.layer
 
 
-@pytest.mark.parametrize("profile", [name for name, wishes in PROFILES.items() if wishes.unsigned_products])
+@pytest.mark.parametrize("profile", [name for name, profile_spec in PROFILES.items() if profile_spec.unsigned_products])
 def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_unsigned(
     profile: str, tiny_graph, tiny_plan
 ) -> None:
@@ -389,7 +389,7 @@ def test_a_graph_that_cannot_be_written_is_an_error(tiny_graph, tmp_path: Path) 
 
 def test_weights_beyond_one_file_go_beside_it(quantized_graph, noisy, tmp_path: Path, monkeypatch) -> None:
     proto = quantized_graph("trt", 4, 8)
-    monkeypatch.setattr("gaq_export.onnx_files.EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr("gaq_export.graph.files.EXTERNAL_BYTES", 1000)
     path = tmp_path / "unet.onnx"
     save_onnx(ir.from_proto(proto), path)
     (weights,) = tmp_path.glob("unet.onnx.*.data")

@@ -12,10 +12,10 @@ from calib.config import QuantConfig
 from calib.plan import load_plan
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
-from gaq_export.building import Built
-from gaq_export.models import LoadedModel
-from gaq_export.recipes import RECIPES, find_recipe
-from gaq_export.schedule import SamplerSpec
+from gaq_export.deploy.build import Built
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.recipes import RECIPES, find_recipe
 
 
 def form(name: str) -> tuple[object, ...]:

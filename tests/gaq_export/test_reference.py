@@ -1,6 +1,6 @@
 """The exported graph means what fake-quantized PyTorch computes, over the whole bundled network at W4A8.
 
-In float32 two correct implementations drift apart (see gaq_export.parity), so this one is done in float64 throughout,
+In float32 two correct implementations drift apart (see deploy.parity), so this one is done in float64 throughout,
 where a value never lands on the other side of a rounding edge: ONNX's own reference evaluator against PyTorch.
 """
 
@@ -19,12 +19,12 @@ from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
-from gaq_export import building
-from gaq_export.double import in_double
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.onnx_files import save_onnx
-from gaq_export.profiles import PROFILES
-from gaq_export.qdq import insert_qdq
+from gaq_export.deploy import build
+from gaq_export.graph.files import save_onnx
+from gaq_export.graph.float64 import in_double
+from gaq_export.graph.profiles import PROFILES
+from gaq_export.graph.qdq import insert_qdq
+from gaq_export.models.loader import LoadedModel, load_model
 
 
 def test_the_w4a8_reference_graph_of_the_bundled_model_equals_fake_quantized_pytorch(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def _check(model: LoadedModel, config: QuantConfig, t: Tensor, folder: Path) -> 
     data = CalibrationSet(x=x, t=step * num_train // 4, step=step)
     plan = calibrate(model.network, data, config, timesteps=num_train)
     path = folder / "reference.onnx"
-    save_onnx(insert_qdq(building.export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
+    save_onnx(insert_qdq(build.export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
 
     x = torch.randn(len(t), *model.shape, generator=generator, dtype=torch.float64)
     graph = in_double(onnx.load(path))

@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 
 from calib.plan import load_plan, save_plan
 from engines import EngineConfig, EngineFile
-from gaq_export import cli, evaluate, pipeline, report, report_page
+from gaq_export import pipeline
+from gaq_export.cli.app import app
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import Figure
-from gaq_export.models import LoadedModel
+from gaq_export.evaluation import evaluate
+from gaq_export.evaluation.scores import Figure
+from gaq_export.models.loader import LoadedModel
+from gaq_export.report import report, report_page
 from tests.gaq_export import browser
 from tests.gaq_export.outline import outline
 
@@ -38,16 +41,14 @@ TITLES = [
 
 def judged(file: EngineFile, out: Path, sha256: str | None = None) -> Path:
     """Write an evaluation of two engines, one of them this one."""
-    conditions = {"images": 8, "images_sha256": "1" * 64, "seeds": [0, 7], "sampler": file.about["sampler"]}
+    context = {"images": 8, "images_sha256": "1" * 64, "seeds": [0, 7], "sampler": file.about["sampler"]}
     sets = {"features": "eyes", "features_sha256": "2" * 64, "reference": "real", "reference_sha256": "3" * 64}
     sets |= {"reference_images": 16, "floor_images": 8}
 
     def row(engine: str, value: float) -> list[Figure]:
-        own = conditions | {"engine_sha256": engine}
-        distance = Figure(
-            metric="fd", name="distance", value=value, low=1.0, high=3.0, floor=0.5, conditions=own | sets
-        )
-        pair = Figure(metric="psnr", name="PSNR", value=30.0, conditions=own | {"exact_sha256": "4" * 64})
+        own = context | {"engine_sha256": engine}
+        distance = Figure(metric="fd", name="distance", value=value, low=1.0, high=3.0, floor=0.5, context=own | sets)
+        pair = Figure(metric="psnr", name="PSNR", value=30.0, context=own | {"exact_sha256": "4" * 64})
         return [distance, pair]
 
     rows = {"ours": row(sha256 or file.sha256, 2.0), "another": row("5" * 64, 2.5)}
@@ -60,7 +61,7 @@ def page(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("report")
     words = ["report", str(tiny_run), "--engine", str(tiny_step_engine.path), "--images", "3", "--rounds", "2"]
     words += ["--evaluation", str(judged(tiny_step_engine, folder / "judged")), "--out", str(folder / "report.html")]
-    result = CliRunner().invoke(cli.app, words)
+    result = CliRunner().invoke(app, words)
     assert (result.exit_code, result.stdout) == (0, f"{folder / 'report.html'}\n"), result.output
     assert sorted(p.name for p in folder.iterdir()) == ["judged", "report.html"]
     return (folder / "report.html").read_text(encoding="utf-8")

@@ -6,18 +6,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
-from gaq_export import provenance
-from gaq_export.denoiser import EpsilonModel, as_denoiser
+from gaq_export.diffusion.samplers import finish, noise, run, table
+from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.models import wrap
-from gaq_export.samplers import finish, noise, run, table
-from gaq_export.schedule import (
-    NoiseSchedule,
-    SamplerSpec,
-    linear_schedule,
-    schedule_from_scheduler_config,
-    timesteps,
-)
+from gaq_export.models import provenance
+from gaq_export.models.architectures import EpsilonModel, as_denoiser
+from gaq_export.models.loader import wrap
+from gaq_export.models.scheduler_config import schedule_from_scheduler_config
 
 SHAPE = (1, 16, 16)
 SEEDS = [3, 14, 15]

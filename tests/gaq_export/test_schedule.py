@@ -6,18 +6,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from gaq_export import samplers
-from gaq_export.errors import GaqError
-from gaq_export.schedule import (
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import (
     SAMPLER_NAMES,
     SPACINGS,
     NoiseSchedule,
     SamplerSpec,
     linear_schedule,
-    read_scheduler_config,
-    schedule_from_scheduler_config,
     timesteps,
 )
+from gaq_export.errors import GaqError
+from gaq_export.models.scheduler_config import read_scheduler_config, schedule_from_scheduler_config
 
 
 def test_a_linear_schedule_is_the_running_product_of_one_minus_beta() -> None:

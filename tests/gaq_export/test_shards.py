@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from engines import EngineFile
-from gaq_export import frechet, pipeline, shards
+from gaq_export import pipeline
 from gaq_export.errors import GaqError
-from gaq_export.pipeline import Streamed
+from gaq_export.images import as_bytes
+from gaq_export.sampling import shards
+from gaq_export.sampling.batches import Streamed
 
 NUM, SHARD = 14, 3  # five files, the last of two images
 
@@ -43,17 +45,17 @@ def test_shards_hold_the_images_of_their_seeds(tiny_step_engine: EngineFile, alo
     assert [len(images) for images, _ in read] == [3, 3, 3, 3, 2]
     assert torch.cat([seeds for _, seeds in read]).tolist() == list(range(5, 5 + NUM))
     drawn = pipeline.sample(tiny_step_engine.path, num=NUM, seed=5, batch=2, out=tmp_path)
-    assert torch.equal(torch.cat([images for images, _ in read]), frechet.as_bytes(drawn.images))
+    assert torch.equal(torch.cat([images for images, _ in read]), as_bytes(drawn.images))
     assert (alone / "grid.png").is_file()
 
 
 def test_several_workers_draw_the_same_bytes(tiny_step_engine: EngineFile, alone: Path, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    draw(tiny_step_engine, tmp_path, workers=3, on_images=lambda done, total: told.append((done, total)))
+    conditioning: list[tuple[int, int]] = []
+    draw(tiny_step_engine, tmp_path, workers=3, on_images=lambda done, total: conditioning.append((done, total)))
     assert content(tmp_path) == content(alone)
-    assert told[0] == (0, NUM)
-    assert told[-1] == (NUM, NUM)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert conditioning[0] == (0, NUM)
+    assert conditioning[-1] == (NUM, NUM)
+    assert [done for done, _ in conditioning] == sorted(done for done, _ in conditioning)
 
 
 def test_a_drawing_that_is_killed_twice_goes_on_to_the_same_bytes(

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
-from gaq_export import onnx_files, parity, samplers
+from gaq_export.deploy import parity
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.onnx_export import export_float
-from gaq_export.profiles import PROFILES
-from gaq_export.qdq import StepInfo, insert_qdq
-from gaq_export.schedule import SamplerSpec, linear_schedule, timesteps
-from gaq_export.stepgraph import FEEDBACK, make_step
+from gaq_export.graph import files
+from gaq_export.graph.export import export_float
+from gaq_export.graph.profiles import PROFILES
+from gaq_export.graph.qdq import StepInfo, insert_qdq
+from gaq_export.graph.step import FEEDBACK, make_step
+from gaq_export.models.loader import LoadedModel, load_model
 from tests.gaq_export.readback import Graph, session
 
 SEEDS = [0, 1]
@@ -84,8 +86,8 @@ def test_the_layers_of_the_time_embedding_are_gone_and_their_tables_have_a_row_f
 
 def test_weights_that_lie_beside_the_graph_give_the_same_tables(bundled, tmp_path, monkeypatch) -> None:
     model, fresh = bundled
-    monkeypatch.setattr(onnx_files, "EXTERNAL_BYTES", 1000)
-    onnx_files.save_onnx(fresh(), tmp_path / "float.onnx")
+    monkeypatch.setattr(files, "EXTERNAL_BYTES", 1000)
+    files.save_onnx(fresh(), tmp_path / "float.onnx")
     assert len(list(tmp_path.iterdir())) == 2
     tables = []
     for made in (fresh(), ir.load(tmp_path / "float.onnx")):

@@ -3,9 +3,9 @@
 import pytest
 
 import verdicts
-from gaq_export import tables
-from gaq_export.measured import Measured, Table
-from gaq_export.tables import Column
+from gaq_export.comparison import tables
+from gaq_export.comparison.results import Measured, Table
+from gaq_export.comparison.tables import Column
 
 
 def measured(

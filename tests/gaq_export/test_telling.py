@@ -10,14 +10,13 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import engines
-from gaq_export import telling
-from gaq_export.catalogue import MODELS, reduced
-from gaq_export.conditions import LABELS
+from gaq_export.diffusion.conditioning import LABELS
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import read_metadata
-from gaq_export.models import LoadedModel, load_model, random_model, wrap
-from gaq_export.schedule import SamplerSpec
-from gaq_export.telling import Asked
+from gaq_export.models.loader import LoadedModel, load_model, random_model, wrap
+from gaq_export.models.registry import MODELS, reduced
+from gaq_export.sampling.prompts import ConditioningRequest, condition_engine, condition_model
 from tests.gaq_export.test_cli import gaq, refused
 from tests.gaq_export.test_kinds import SMALL
 
@@ -64,44 +63,56 @@ def of(name: str) -> LoadedModel:
 
 def test_a_model_of_classes_is_told_all_of_them_with_the_guidance_of_the_table(labelled: Path) -> None:
     for name, scale in (("imagenet-ldm", 3.0), ("dit-xl-2-256", 1.5)):
-        told = telling.tell(of(name)).conditions
-        assert told is not None
-        assert (len(told.names), told.guidance, int(told.instead[LABELS])) == (1000, scale, 1000)
-    plain = telling.tell(load_model(weights=labelled)).conditions  # of which nobody knows what the last class is
+        conditioning = condition_model(of(name)).conditioning
+        assert conditioning is not None
+        assert (len(conditioning.names), conditioning.guidance, int(conditioning.unconditional[LABELS])) == (
+            1000,
+            scale,
+            1000,
+        )
+    plain = condition_model(load_model(weights=labelled)).conditioning  # of which nobody knows what the last class is
     assert plain is not None
-    assert (plain.names[-1], plain.guidance, plain.instead) == ("10", 1.0, {})
-    model = telling.tell(load_model(weights=labelled), Asked(guidance=2.0))
-    guided = model.conditions
+    assert (plain.names[-1], plain.guidance, plain.unconditional) == ("10", 1.0, {})
+    model = condition_model(load_model(weights=labelled), ConditioningRequest(guidance=2.0))
+    guided = model.conditioning
     assert guided is not None
     assert model.spec.sampler.name == "ddim-clipped"  # guidance makes epsilon large, and the schedule clips x0
-    assert telling.tell(load_model(weights=labelled)).spec.sampler.name == "ddim"
-    assert telling.tell(of("imagenet-ldm")).spec.sampler.name == "ddim"  # whose schedule clips nothing
-    own = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditions=guided)
+    assert condition_model(load_model(weights=labelled)).spec.sampler.name == "ddim"
+    assert condition_model(of("imagenet-ldm")).spec.sampler.name == "ddim"  # whose schedule clips nothing
+    own = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditioning=guided)
     assert own.spec.sampler.name == "ddim-clipped"
-    asked = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditions=guided, sampler=SamplerSpec())
+    asked = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditioning=guided, sampler=SamplerSpec())
     assert asked.spec.sampler.name == "ddim"
-    assert (guided.names[-1], guided.guidance, int(guided.instead[LABELS])) == ("9", 2.0, 10)
+    assert (guided.names[-1], guided.guidance, int(guided.unconditional[LABELS])) == ("9", 2.0, 10)
 
 
 def test_what_a_network_is_not_told_is_refused(labelled: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
-    assert telling.tell(tiny_model) is tiny_model
+    assert condition_model(tiny_model) is tiny_model
     model, text = load_model(weights=labelled), of("sd15")
     for who, asked, words in (
-        (tiny_model, Asked(classes="1", guidance=2.0), "is told nothing: leave out --classes, --guidance"),
-        (model, Asked(prompts=prompts), "is told classes, not texts"),
-        (model, Asked(classes="0-11"), r"Found classes '0-11'; write all, or numbers of 0 to 10, as in 3,7 or 0-9"),
-        (model, Asked(classes="3-1"), "Found classes '3-1'"),
-        (model, Asked(classes="some"), "Found classes 'some'"),
-        (text, Asked(classes="1"), "is told texts, not classes"),
-        (text, Asked(), "draws what a text says: give --prompts FILE"),
-        (text, Asked(prompts=prompts), "has no text_encoder/ beside its network"),
+        (
+            tiny_model,
+            ConditioningRequest(classes="1", guidance=2.0),
+            "is told nothing: leave out --classes, --guidance",
+        ),
+        (model, ConditioningRequest(prompts=prompts), "is told classes, not texts"),
+        (
+            model,
+            ConditioningRequest(classes="0-11"),
+            r"Found classes '0-11'; write all, or numbers of 0 to 10, as in 3,7 or 0-9",
+        ),
+        (model, ConditioningRequest(classes="3-1"), "Found classes '3-1'"),
+        (model, ConditioningRequest(classes="some"), "Found classes 'some'"),
+        (text, ConditioningRequest(classes="1"), "is told texts, not classes"),
+        (text, ConditioningRequest(), "draws what a text says: give --prompts FILE"),
+        (text, ConditioningRequest(prompts=prompts), "has no text_encoder/ beside its network"),
     ):
         with pytest.raises(GaqError, match=words):
-            telling.tell(who, asked)
+            condition_model(who, asked)
     with pytest.raises(GaqError, match="Found a guidance of nan"):
-        Asked(guidance=float("nan"))
+        ConditioningRequest(guidance=float("nan"))
 
 
 def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_path: Path) -> None:
@@ -122,9 +133,9 @@ def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_
     own = Image.open(tmp_path / "own" / "000001-4.png").tobytes()
     assert drawn("same", "--classes", "9,4") == own  # whoever is beside it
     assert drawn("plain", "--guidance", 1) != own  # the scale is an input
-    told = telling.retell(engines.load_engine_file(engine), Asked(guidance=1.0))
-    assert told is not None
-    assert told.feeds((0,)).keys() >= GUIDED
+    conditioning = condition_engine(engines.load_engine_file(engine), ConditioningRequest(guidance=1.0))
+    assert conditioning is not None
+    assert conditioning.feeds((0,)).keys() >= GUIDED
     streamed = gaq(
         "sample", "--engine", engine, "-n", 2, "--shard", 2, "--classes", "9,4", "--out", tmp_path / "s", "-q"
     )
@@ -132,7 +143,7 @@ def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_
     assert json.loads((tmp_path / "s" / "samples.json").read_text())["conditions"]["told"] == ["9", "4"]
 
 
-GUIDED = {"class_labels", "nothing_class_labels", "guidance"}
+GUIDED = {"class_labels", "unconditional_class_labels", "guidance"}
 
 
 def test_an_engine_refuses_what_it_cannot_be_told(engine: Path, tmp_path: Path) -> None:
@@ -144,4 +155,4 @@ def test_an_engine_refuses_what_it_cannot_be_told(engine: Path, tmp_path: Path) 
     file = engines.load_engine_file(engine)
     about = {**file.about, "conditions": {**file.about["conditions"], "guidance": 1.0}}
     with pytest.raises(GaqError, match="has no guidance: calibrate with --guidance 2, and build again"):
-        telling.retell(replace(file, about=about), Asked(guidance=2.0))
+        condition_engine(replace(file, about=about), ConditioningRequest(guidance=2.0))

@@ -16,11 +16,14 @@ from torch import nn
 
 import engines
 from engines import EngineConfig
-from gaq_export import building, drawing, packs, pipeline, texts, triton_repository
+from gaq_export import pipeline
+from gaq_export.deploy import build, session
 from gaq_export.errors import GaqError
 from gaq_export.images import read_metadata
-from gaq_export.models import LoadedModel, load_model
+from gaq_export.models import text_encoder
+from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.run import Run
+from gaq_export.sharing import pack, triton_repository
 from tests.gaq_export.test_cli import gaq
 from tests.gaq_export.test_triton import draw_by_client, serving
 
@@ -105,14 +108,14 @@ def write(tmp_path_factory) -> Callable[[bool], Path]:
 
 def test_one_encoder_gives_its_last_states(write: Callable[[bool], Path]) -> None:
     folder = write(False)
-    rows = texts.encode(folder, PROMPTS)
+    rows = text_encoder.encode(folder, PROMPTS)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     ids = tokenizer(PROMPTS, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")(ids)[0]
     assert list(rows) == ["encoder_hidden_states"]
     torch.testing.assert_close(rows["encoder_hidden_states"], expected, atol=1e-5, rtol=1e-5)
-    empty = texts.nothing(load_model(weights=folder))
+    empty = text_encoder.empty_prompt(load_model(weights=folder))
     torch.testing.assert_close(empty["encoder_hidden_states"], expected[2:3], atol=1e-5, rtol=1e-5)
 
 
@@ -132,7 +135,7 @@ def test_two_encoders_give_what_stable_diffusion_xls_pipeline_tells(write: Calla
     )
     with torch.no_grad():
         states, without, pooled, pooled_without = theirs.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
-    rows, empty = texts.encode(folder, PROMPTS), texts.nothing(folder)
+    rows, empty = text_encoder.encode(folder, PROMPTS), text_encoder.empty_prompt(folder)
     torch.testing.assert_close(rows["encoder_hidden_states"], states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rows["text_embeds"], pooled, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(empty["encoder_hidden_states"], without[:1], atol=1e-5, rtol=1e-5)
@@ -141,8 +144,10 @@ def test_two_encoders_give_what_stable_diffusion_xls_pipeline_tells(write: Calla
     assert empty["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
     assert bool(empty["text_embeds"].any()) is not zeros
     assert {name: row.shape[1:] for name, row in rows.items()} == {
-        name: row.shape[1:] for name, row in load_model(weights=folder).told.items() if name != texts.STATES
-    } | {texts.STATES: (LENGTH, 28)}
+        name: row.shape[1:]
+        for name, row in load_model(weights=folder).condition_inputs.items()
+        if name != text_encoder.STATES
+    } | {text_encoder.STATES: (LENGTH, 28)}
 
 
 @pytest.mark.parametrize("pair", [False, True])
@@ -151,26 +156,26 @@ def test_engines_of_text_encoders_need_neither_the_folder_nor_pytorchs(
 ) -> None:
     model, about = load_model(weights=write(pair)), dict[str, object]()
     settings = replace(SETTINGS, backend="onnxruntime") if pair else SETTINGS
-    parts = building.add_texts(model, tmp_path / "unet.plan", settings, about, check=True)
+    parts = build.add_texts(model, tmp_path / "unet.plan", settings, about, check=True)
     assert [part.file.path.name for part in parts] == ["unet-text.plan", "unet-text-2.plan"][: 1 + pair]
     assert all(part.parity is not None and part.parity.sqnr_db[0] > 60 for part in parts)
     file = replace(parts[0].file, path=tmp_path / "unet.plan", about=about)
-    with drawing.open_texts(file) as found:
+    with session.open_texts(file) as found:
         for prompts in (PROMPTS[:1], [*PROMPTS, "one more"]):  # below the least batch, above the largest
-            rows, expected = texts.encode(found, prompts), texts.encode(model, prompts)
+            rows, expected = text_encoder.encode(found, prompts), text_encoder.encode(model, prompts)
             assert rows.keys() == expected.keys()
             for name, row in rows.items():
                 torch.testing.assert_close(row, expected[name], atol=1e-4, rtol=1e-4)
-        told = texts.told(found, PROMPTS[:2], 3.0)
-    assert (told.names, told.guidance) == (("a cat", "the dog, at night"), 3.0)
-    for name, row in told.instead.items():
-        torch.testing.assert_close(row, texts.nothing(model)[name], atol=1e-4, rtol=1e-4)
+        conditioning = text_encoder.prompt_conditioning(found, PROMPTS[:2], 3.0)
+    assert (conditioning.names, conditioning.guidance) == (("a cat", "the dog, at night"), 3.0)
+    for name, row in conditioning.unconditional.items():
+        torch.testing.assert_close(row, text_encoder.empty_prompt(model)[name], atol=1e-4, rtol=1e-4)
     (tmp_path / "unet-text.plan.tokens.json").write_text("{}")
     for wrong, message in (
         (file, "tokens.json and .* are of different builds"),
         (replace(file, about={}), "has no text encoders beside it"),
     ):
-        with pytest.raises(GaqError, match=message), drawing.open_texts(wrong):
+        with pytest.raises(GaqError, match=message), session.open_texts(wrong):
             pass
 
 
@@ -179,17 +184,17 @@ def test_engines_of_text_encoders_need_neither_the_folder_nor_pytorchs(
 @pytest.mark.parametrize("pair", [False, True])
 def test_tensorrt_rtx_builds_text_encoders(write: Callable[[bool], Path], pair: bool, tmp_path: Path) -> None:
     settings, about = replace(SETTINGS, backend="tensorrt-rtx", threads=None), dict[str, object]()
-    parts = building.add_texts(load_model(weights=write(pair)), tmp_path / "unet.plan", settings, about, check=False)
+    parts = build.add_texts(load_model(weights=write(pair)), tmp_path / "unet.plan", settings, about, check=False)
     assert [part.file.compute for part in parts] == ["float32"] * (1 + pair)
     assert [spec.shape for part in parts for spec in part.file.outputs][:1] == [(None, LENGTH, 16)]
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_said(write: Callable[[bool], Path], caplog) -> None:
-    rows = texts.encode(write(False), ["a" * 30, "a" * 40])[texts.STATES]
+    rows = text_encoder.encode(write(False), ["a" * 30, "a" * 40])[text_encoder.STATES]
     assert torch.equal(rows[0], rows[1])
     assert "is longer than 12 tokens, and is cut" in caplog.text
     with pytest.raises(GaqError, match="No prompts were given"):
-        texts.encode(write(False), [])
+        text_encoder.encode(write(False), [])
 
 
 def test_text_encoders_are_loaded_strictly(write: Callable[[bool], Path], tmp_path: Path, monkeypatch) -> None:
@@ -197,31 +202,31 @@ def test_text_encoders_are_loaded_strictly(write: Callable[[bool], Path], tmp_pa
     shutil.copytree(write(False), folder)
     weights, config = folder / "text_encoder" / "model.safetensors", folder / "text_encoder" / "config.json"
     state, fields = load_file(weights), json.loads(config.read_text())
-    expected = texts.encode(folder, ["a cat"])[texts.STATES]
+    expected = text_encoder.encode(folder, ["a cat"])[text_encoder.STATES]
     old = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in state.items()}
     save_file(old | {"text_model.embeddings.position_ids": torch.arange(LENGTH)[None]}, weights)  # as the hub has them
-    assert torch.equal(texts.encode(folder, ["a cat"])[texts.STATES], expected)
+    assert torch.equal(text_encoder.encode(folder, ["a cat"])[text_encoder.STATES], expected)
     name = next(name for name in state if name.endswith("final_layer_norm.bias"))
     save_file({n: value for n, value in state.items() if n != name}, weights)
     with pytest.raises(GaqError, match=r"1 tensors missing \[.*final_layer_norm.bias\]"):
-        texts.encode(folder, ["a cat"])
+        text_encoder.encode(folder, ["a cat"])
     save_file(state, weights)
     config.write_text(json.dumps(fields | {"architectures": ["T5EncoderModel"]}))
     with pytest.raises(GaqError, match="is a 'T5EncoderModel'; supported are"):
-        texts.encode(folder, ["a cat"])
+        text_encoder.encode(folder, ["a cat"])
     config.write_text(json.dumps(fields | {"hidden_size": 7}))
     with pytest.raises(GaqError, match="transformers cannot build the text encoder in"):
-        texts.encode(folder, ["a cat"])
+        text_encoder.encode(folder, ["a cat"])
     config.write_text(json.dumps(fields))
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(GaqError, match="No tokenizer can be read from"):
-        texts.encode(folder, ["a cat"])
+        text_encoder.encode(folder, ["a cat"])
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(GaqError, match="has no text_encoder/ beside its network"):
-        texts.encode(folder, ["a cat"])
-    monkeypatch.setattr(texts, "installed", lambda: False)
+        text_encoder.encode(folder, ["a cat"])
+    monkeypatch.setattr(text_encoder, "installed", lambda: False)
     with pytest.raises(GaqError, match=r"pip install 'gaq-export\[text\]'"):
-        texts.encode(write(False), ["a cat"])
+        text_encoder.encode(write(False), ["a cat"])
 
 
 def test_commands_take_prompts(write: Callable[[bool], Path], tmp_path: Path) -> None:
@@ -254,7 +259,7 @@ def test_commands_take_prompts(write: Callable[[bool], Path], tmp_path: Path) ->
 def prompted(write: Callable[[bool], Path], tmp_path_factory) -> tuple[LoadedModel, Path]:
     """A model of two text encoders and a decoder that is told prompts, and a folder with its run, engine and images."""
     model, folder = load_model(weights=write(True)), tmp_path_factory.mktemp("prompted")
-    model = replace(model, conditions=texts.told(model, PROMPTS[:2], 2.0))
+    model = replace(model, conditioning=text_encoder.prompt_conditioning(model, PROMPTS[:2], 2.0))
     spec = replace(model.spec.sampler, steps=2)
     pipeline.calibrate(model, pipeline.preset("tiny", wbits=8), folder=folder / "run", sampler=spec)
     config = EngineConfig(backend="onnxruntime", threads=1)
@@ -265,7 +270,7 @@ def prompted(write: Callable[[bool], Path], tmp_path_factory) -> tuple[LoadedMod
 
 def test_a_pack_has_encoders_and_decoder_too(prompted: tuple[LoadedModel, Path], tmp_path: Path) -> None:
     model, folder = prompted
-    packs.pack(Run(folder=folder / "run"), tmp_path / "pack", model=model)
+    pack.write_pack(Run(folder=folder / "run"), tmp_path / "pack", model=model)
     engine, words = tmp_path / "unet.plan", ("--backend", "onnxruntime", "--threads", 1, "-q")
     (tmp_path / "elk.txt").write_text("an elk\n")
     for command in (

@@ -11,38 +11,32 @@ from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from engines import EngineConfig, EngineFile
 from engines.files import record_path
-from gaq_export import (
-    conditions,
-    corrections,
-    evaluate,
-    frechet,
-    inspection,
-    latency,
-    pipeline,
-    quality,
-    report,
-    report_page,
-    telling,
-)
-from gaq_export.collect import collect, image_seed
-from gaq_export.comparison import Comparison, claim
-from gaq_export.conditions import bind
+from gaq_export import pipeline
+from gaq_export.comparison import yardstick
+from gaq_export.comparison.spec import Comparison, claim
+from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.deploy.parity import sqnr_db
+from gaq_export.diffusion.conditioning import bind, class_conditioning
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.extractors import find_extractor
-from gaq_export.learning import learn
-from gaq_export.models import LoadedModel, load_model
-from gaq_export.parity import sqnr_db
-from gaq_export.quality import Yardstick
+from gaq_export.evaluation import evaluate
+from gaq_export.evaluation.feature_extractors import find_extractor
+from gaq_export.images import as_bytes
+from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.quantize import latency, noise_correction
+from gaq_export.quantize.quantize import learn
+from gaq_export.quantize.trajectories import collect, image_seed
+from gaq_export.report import inspection, report, report_page
 from gaq_export.run import Run
-from gaq_export.schedule import SamplerSpec
+from gaq_export.sampling import prompts
 from tests.gaq_export.test_conditions import SPEC, made
 
-TOLD = conditions.classes((0, 4, 7), nothing=10, guidance=3.0)
+CONDITIONING = class_conditioning((0, 4, 7), unconditional=10, guidance=3.0)
 
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return made("classes", TOLD)
+    return made("classes", CONDITIONING)
 
 
 @pytest.fixture(scope="module")
@@ -64,27 +58,27 @@ def built(run: Path, model: LoadedModel) -> EngineFile:
 
 
 def test_the_bundled_model_draws_the_digits_that_it_is_told_quantized_too(tmp_path: Path) -> None:
-    model, spec = telling.tell(load_model("ddpm-mnist-labels")), SamplerSpec(name="ddim-clipped", steps=10)
-    assert model.conditions is not None
-    assert (len(model.conditions.names), model.conditions.guidance) == (10, 3.0)
+    model, spec = prompts.condition_model(load_model("ddpm-mnist-labels")), SamplerSpec(name="ddim-clipped", steps=10)
+    assert model.conditioning is not None
+    assert (len(model.conditioning.names), model.conditioning.guidance) == (10, 3.0)
     pipeline.calibrate(model, pipeline.preset("tiny"), folder=tmp_path / "run", sampler=spec)
     config = EngineConfig(backend="openvino", threads=1, batch=(1, 10, 10))
     file = pipeline.build_engine(folder=tmp_path / "run", out=tmp_path / "unet.plan", config=config).file
     drawn = pipeline.sample(file.path, num=20, compare=True, out=tmp_path / "samples")
     assert drawn.psnr_db is not None
     assert sorted(drawn.psnr_db)[10] > 25
-    read = find_extractor("digits")(frechet.as_bytes(drawn.images)).logits.argmax(1)
+    read = find_extractor("digits")(as_bytes(drawn.images)).logits.argmax(1)
     assert int((read == torch.arange(20) % 10).sum()) >= 18
 
 
 def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: LoadedModel) -> None:
     found = inspection.fidelity(model, plan, 2, lambda what, done, total: None)
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(2)]
-    start = corrections.samplers.noise(seeds, 0, model.shape)
+    start = noise_correction.samplers.noise(seeds, 0, model.shape)
     t = torch.full((2,), int(found.t[0]))
     networks = (model.network, fake_quantized(model.network, plan))
     with torch.no_grad():
-        exact, other = (bind(network, TOLD, seeds)(start, t) for network in networks)
+        exact, other = (bind(network, CONDITIONING, seeds)(start, t) for network in networks)
     wanted = [sqnr_db(a, b) for a, b in zip(exact, other, strict=True)]
     assert found.both[0].tolist() == pytest.approx(wanted, abs=0.01)
     page = pipeline.inspect(folder=run, model=model, images=2).read_text()
@@ -94,7 +88,7 @@ def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: Loaded
 
 def test_a_report_has_pictures_of_what_they_were_told(run: Path, built: EngineFile, model: LoadedModel) -> None:
     found = report.measure(run, run / "report.html", engine=built.path, images=4, rounds=1, model=model)
-    assert float(quality.psnr(found.drawn.quantized, found.drawn.exact).min()) > 10
+    assert float(yardstick.psnr(found.drawn.quantized, found.drawn.exact).min()) > 10
     assert min(found.drawn.steps["float trajectory"]) > 5
     page = report_page.render(found)
     for seed, name in enumerate(("0", "4", "7", "0")):
@@ -106,10 +100,10 @@ def test_a_correction_is_of_the_guided_noise(rule: str, plan: QuantPlan, model: 
     config = replace(plan.config, correction=replace(plan.config.correction, rule=rule, images=5))
     data = collect(model, SPEC, images=6)
 
-    def twice(x: torch.Tensor, t: torch.Tensor, told: dict[str, torch.Tensor]) -> torch.Tensor:
-        return 2 * model.network(x, t, told)  # so is the guided noise, whatever the scale
+    def twice(x: torch.Tensor, t: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+        return 2 * model.network(x, t, conditioning)  # so is the guided noise, whatever the scale
 
-    found = corrections.measure(model, twice, SPEC, data, config)
+    found = noise_correction.measure(model, twice, SPEC, data, config)
     assert [row[0] for row in found.gain] == pytest.approx([0.5] * SPEC.steps, abs=0.01)
 
 
@@ -122,7 +116,7 @@ def test_steps_take_the_bits_that_the_guided_noise_needs(model: LoadedModel, tmp
     assert plan.timesteps is not None
     assert len(plan.timesteps) == SPEC.steps
     assert all(grid.ratio is None or len(grid.ratio) == SPEC.steps for grid in (q.input for q in plan.layers.values()))
-    unguided = replace(model, conditions=replace(TOLD, guidance=1.0))
+    unguided = replace(model, conditioning=replace(CONDITIONING, guidance=1.0))
     other = learn(unguided, collect(unguided, SPEC, images=4), config, SPEC, folder=tmp_path / "other")
     assert other.step_bits is not None
     assert other.step_bits.measured_db != plan.step_bits.measured_db
@@ -140,16 +134,16 @@ def test_evaluate_judges_engines_that_are_told_the_same(built: EngineFile, model
 
 def test_a_comparison_draws_what_it_was_told(plan: QuantPlan, model: LoadedModel, tmp_path: Path) -> None:
     y = Yardstick(model=model, folder=tmp_path, images=3, draw="engine", data=None, classifier=None)
-    quality.prepare(y)
-    assert max(quality.noise_errors(y, model.network)) < 1e-6
-    with quality.quantized(y, plan) as network:
-        assert quality.picture_measures(y, quality.pictures(y, network))["psnr_db"][0] > 10
-        ours, signal = sum(quality.noise_errors(y, network)), sum(quality.facts(y)["signal"])
+    yardstick.prepare(y)
+    assert max(yardstick.noise_errors(y, model.network)) < 1e-6
+    with yardstick.quantized(y, plan) as network:
+        assert yardstick.picture_measures(y, yardstick.pictures(y, network))["psnr_db"][0] > 10
+        ours, signal = sum(yardstick.noise_errors(y, network)), sum(yardstick.facts(y)["signal"])
     assert 0 < ours < 0.1 * signal
     chosen = pipeline.preset("tiny")
     bench = Comparison(yardstick=y, schedule=chosen, rows={}, bits=((4, 8),), seeds=(0,), workers=1)
     claim(bench)
-    other = replace(bench, yardstick=replace(y, model=replace(model, conditions=replace(TOLD, guidance=2.0))))
+    other = replace(bench, yardstick=replace(y, model=replace(model, conditioning=replace(CONDITIONING, guidance=2.0))))
     with pytest.raises(GaqError, match=r"holds results with other settings \(conditions\)"):
         claim(other)
 

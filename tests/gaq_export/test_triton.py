@@ -25,13 +25,14 @@ from typer.testing import CliRunner
 
 import engines
 from engines import Audit, EngineConfig, EngineFile, TensorSpec
-from gaq_export import pipeline, triton_client, triton_repository
-from gaq_export.cli import app
-from gaq_export.conditions import Conditions, classes
+from gaq_export import pipeline
+from gaq_export.cli.app import app
+from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel
-from gaq_export.schedule import SamplerSpec
-from gaq_export.stepgraph import FEEDBACK
+from gaq_export.graph.step import FEEDBACK
+from gaq_export.models.loader import LoadedModel
+from gaq_export.sharing import triton_client, triton_repository
 
 SPEC = SamplerSpec(steps=4, eta=0.5)
 
@@ -76,9 +77,9 @@ def test_the_config_is_one_by_the_servers_schema_and_fits_the_model(schema: Modu
     assert [path.name for path in (folder / "1").iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(folder / "1" / "model.onnx")
     types = {"tensor(float)": schema.TYPE_FP32, "tensor(int64)": schema.TYPE_INT64}
-    for told, has in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
-        assert [tensor.name for tensor in told] == [value.name for value in has]
-        for tensor, value in zip(told, has, strict=True):
+    for condition, has in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [tensor.name for tensor in condition] == [value.name for value in has]
+        for tensor, value in zip(condition, has, strict=True):
             assert isinstance(value.shape[0], str)  # a batch, of which the config does not tell
             inner = list(tensor.reshape.shape) if tensor.HasField("reshape") else list(tensor.dims)
             assert inner == value.shape[1:]
@@ -118,17 +119,17 @@ class _Server(BaseHTTPRequestHandler):
         model, body = self.models[name], self.rfile.read(int(self.headers["Content-Length"]))
         start = int(self.headers["Inference-Header-Content-Length"])
         request, at, feeds = json.loads(body[:start]), start, {}
-        told = {tensor.name: tensor for tensor in model.config.input}
+        condition = {tensor.name: tensor for tensor in model.config.input}
         kinds = {"FP32": np.float32, "INT64": np.int64}
         for tensor in request["inputs"]:
-            own, size = told.pop(tensor["name"]), tensor["parameters"]["binary_data_size"]
+            own, size = condition.pop(tensor["name"]), tensor["parameters"]["binary_data_size"]
             batch, *inner = tensor["shape"]
             assert 1 <= batch <= model.config.max_batch_size
             assert inner == list(own.dims)
             array = np.frombuffer(body[at : at + size], kinds[tensor["datatype"]])
             shape = list(own.reshape.shape) if own.HasField("reshape") else inner
             feeds[tensor["name"]], at = array.reshape(batch, *shape), at + size
-        assert not told
+        assert not condition
         model.batches.append(batch)
         asked = [output["name"] for output in request["outputs"]]
         found = dict(zip(asked, model.session.run(asked, feeds), strict=True))
@@ -233,14 +234,14 @@ def test_a_tensorrt_plan_with_guidance_has_a_config_too(schema: ModuleType) -> N
         TensorSpec(name="class_labels", dtype="int64", shape=(None,)),
         TensorSpec(name="guidance", dtype="float32", shape=(None,)),
     )
-    known = triton_repository._told(classes((1, 3), nothing=9, guidance=2.0), None)
+    known = triton_repository._conditioning_facts(class_conditioning((1, 3), unconditional=9, guidance=2.0), None)
     config = _config(schema, triton_repository.config_text("unet", _file(inputs), known))
     assert (config.backend, config.instance_group[0].kind) == ("tensorrt", schema.ModelInstanceGroup.KIND_GPU)
     values = {name: json.loads(value.string_value) for name, value in config.parameters.items()}
-    assert values == {"classes": [1, 3], "nothing": 9, "guidance": 2.0}
-    rows, nothing = triton_client._rows(None, values, None, Path())
+    assert values == {"classes": [1, 3], "unconditional": 9, "guidance": 2.0}
+    rows, unconditional = triton_client._rows(None, values, None, Path())
     assert rows["class_labels"].tolist() == [[1], [3]]
-    assert nothing["class_labels"].tolist() == [[9]]
+    assert unconditional["class_labels"].tolist() == [[9]]
     assert triton_client.FEEDBACK == FEEDBACK
 
 
@@ -251,9 +252,11 @@ def test_what_a_server_cannot_have_is_one_line(tiny_run: Path, tiny_model: Loade
         with pytest.raises(GaqError, match="tensorrt cannot build here") as caught:
             triton_repository.write(tiny_run, tmp_path / "out", backend="tensorrt", model=tiny_model)
         assert reason in str(caught.value)
-    told = Conditions(names=("a",), rows={"encoder_hidden_states": torch.ones(1, 2, 3)}, instead={})
-    with pytest.raises(GaqError, match=r"is told \['encoder_hidden_states'\], and there are no text encoders"):
-        triton_repository._told(told, None)
+    condition = Conditioning(names=("a",), rows={"encoder_hidden_states": torch.ones(1, 2, 3)}, unconditional={})
+    with pytest.raises(
+        GaqError, match=r"is conditioned on \['encoder_hidden_states'\], and there are no text encoders"
+    ):
+        triton_repository._conditioning_facts(condition, None)
     with pytest.raises(GaqError, match=r"run is there and has no client\.py"):
         triton_repository.write(tiny_run, tiny_run)
     step = (TensorSpec(name="step", dtype="int64", shape=(1,)),)

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+import engines
 from calib.fakequant import fake_quantized
 from calib.plan import StepBits, load_plan, save_plan
 from engines import EngineConfig, open_engine
-from gaq_export import drawing, pipeline, samplers
-from gaq_export.building import Built
+from gaq_export import pipeline
+from gaq_export.deploy import session
+from gaq_export.deploy.build import Built
+from gaq_export.deploy.parity import PERTURBATION, TOLERANCES, perturbed, sqnr_db
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models import LoadedModel
-from gaq_export.parity import PERTURBATION, TOLERANCES, perturbed, sqnr_db
-from gaq_export.schedule import SamplerSpec
+from gaq_export.models.loader import LoadedModel
 
 SPEC = SamplerSpec(steps=5, eta=0.5)
 
@@ -57,7 +60,7 @@ def test_the_engines_together_draw_what_the_plan_says(folder: Path, built: Built
     margin = TOLERANCES["openvino"].margin_db
     assert sqnr_db(expected, drawn) > min(20, sqnr_db(expected, again) - margin)  # as every engine is held to
     assert sqnr_db(expected.roll(1, 0), drawn) < 6  # of other seeds
-    with drawing.open_engines(built.file) as both:
+    with session.open_engines(built.file) as both:
         image = np.ones((1, *tiny_model.shape), np.float32)
         for file, steps in ((built.others[0], (0, 3)), (built.file, (4,))):
             with open_engine(file) as alone:
@@ -88,7 +91,7 @@ def test_engines_of_different_builds_do_not_take_turns(folder: Path, built: Buil
     record["about"]["relay"]["engines"][0]["sha256"] = "0" * 64
     (tmp_path / "unet.plan.json").write_text(json.dumps(record))
     with pytest.raises(GaqError, match=r"are of different builds: run build-engine again"):
-        drawing.open_engines(pipeline.engines.load_engine_file(tmp_path / "unet.plan"))
+        session.open_engines(engines.load_engine_file(tmp_path / "unet.plan"))
 
 
 def test_where_few_bits_are_enough_at_every_step_there_is_one_engine_of_those(

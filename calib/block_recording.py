@@ -1,0 +1,82 @@
+"""Record what goes in and out of each block: inputs from the quantized network, targets from the float one."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from calib import temporal
+from calib.block_replay import Replay
+from calib.blocks import Block, BlockIO
+from calib.data import CalibrationSet
+from calib.errors import CalibError
+
+
+class Recorder:
+    """Follows a calibration block by block; made by `recorder`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: nn.Module,
+        data: CalibrationSet,
+        micro_batch: int,
+        scratch: Path | None,
+        *,
+        reference: bool,
+    ) -> None:
+        self._data, self._micro_batch, self._reference = data, micro_batch, reference
+        self._float = Replay(model, data, micro_batch, scratch and scratch / "float")
+        self._quantized = Replay(network, data, micro_batch, scratch and scratch / "quantized")
+
+    def record(self, block: Block) -> BlockIO:
+        """Pair the block's inputs in the quantized network with its output in the float one (asymmetric).
+
+        If `reference`, its inputs in the float network are recorded too.
+        """
+        if block.module is not None:
+            return temporal.record(block.module, self._data, self._micro_batch)
+        reference = self._float.inputs(block.name)[0] if self._reference else None
+        target = self._float.output(block.name)
+        inputs, batched, spec = self._quantized.inputs(block.name)
+        return BlockIO(inputs=inputs, batched=batched, spec=spec, target=target, reference=reference)
+
+    def finish(self, block: Block) -> None:
+        """Say that the block's weights are in the quantized network and will not change any more."""
+        if block.module is None:
+            self._float.finish(block.name)
+            self._quantized.finish(block.name)
+
+
+@contextmanager
+def recorder(
+    model: nn.Module,
+    network: nn.Module,
+    data: CalibrationSet,
+    micro_batch: int,
+    folder: Path | None = None,
+    *,
+    reference: bool = False,
+) -> Iterator[Recorder]:
+    """Yield a recorder whose large recordings lie in a scratch folder inside `folder`; in memory if that is None.
+
+    With `reference` it records what goes into a block in the float network too.
+
+    Raises:
+        CalibError: the folder cannot be written.
+    """
+    if folder is None:
+        yield Recorder(model, network, data, micro_batch, None, reference=reference)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("scratch-*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder, prefix="scratch-")
+    except OSError as error:
+        raise CalibError(f"Cannot write {folder}: {error.strerror}. Choose a folder you may write to.") from error
+    with scratch as name:
+        yield Recorder(model, network, data, micro_batch, Path(name), reference=reference)

@@ -1,0 +1,160 @@
+"""Run a network up to one block after another, and each block only once.
+
+Calibration wants the inputs of every block in turn, for the same samples. Running the network from its start each
+time costs as many block passes as there are pairs of blocks. A replay keeps what the finished blocks gave the first
+time and returns it in place of their computation, so that the way to the next block costs next to nothing. Outputs
+beyond `budget` bytes are not kept; those blocks are computed again.
+
+Samples always run in the same micro-batches, the last one filled up, so that what is recorded does not depend on
+whether a block was computed or replayed: a killed calibration that continues gets the same bits.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from calib.data import CalibrationSet
+from calib.sample_store import Rows, room
+
+MEMORY_BUDGET, DISK_BUDGET = 1 << 30, 8 << 30  # bytes
+
+
+class _Reached(Exception):
+    """Raised by a hook to leave a forward pass that has shown what was wanted."""
+
+
+class Replay:
+    """A network on `data`, block by block.
+
+    Args:
+        network: called as (x, t); a block's weights must stay as they are once it is finished.
+        data: the samples.
+        micro_batch: samples a forward pass.
+        folder: where large recordings go; None keeps all in memory.
+        budget: bytes of finished blocks' outputs to keep; if None, MEMORY_BUDGET, or on disk DISK_BUDGET but no more
+            than a quarter of what is free.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: CalibrationSet,
+        micro_batch: int,
+        folder: Path | None = None,
+        budget: int | None = None,
+    ) -> None:
+        self._network, self._data, self._size, self._folder = network, data, micro_batch, folder
+        self._budget = _affordable(folder) if budget is None else budget
+        self._finished: dict[str, None] = {}
+        self._kept: dict[str, Rows] = {}
+
+    def finish(self, name: str) -> None:
+        """Say that block `name` will not change any more."""
+        self._finished[name] = None
+
+    def inputs(self, name: str) -> tuple[tuple[Any, ...], tuple[bool, ...], pytree.TreeSpec]:
+        """Return the leaves of block `name`'s (args, kwargs), which of them are rows, and how they make it up."""
+        seen: list[tuple[list[Any], pytree.TreeSpec]] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(pytree.tree_flatten((args, kwargs)))
+            raise _Reached
+
+        store: list[Any] = []
+        batched: tuple[bool, ...] = ()
+        with self._network.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True):
+            for start, rows in self._run():
+                leaves, spec = seen.pop()
+                if not store:
+                    batched = tuple(isinstance(v, Tensor) and v.ndim > 0 and len(v) == self._size for v in leaves)
+                    store = [self._room(v, f"input-{i}") if batched[i] else v for i, v in enumerate(leaves)]
+                for i, leaf in enumerate(leaves):
+                    if batched[i]:
+                        store[i][start : start + rows] = leaf[:rows]
+        return tuple(store), batched, spec
+
+    def output(self, name: str) -> Rows:
+        """Return what block `name` gives (N, ...); it is finished now."""
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            seen.append(out)
+            raise _Reached
+
+        store: Rows | None = None
+        keep = False
+        with self._network.get_submodule(name).register_forward_hook(hook):
+            for start, rows in self._run():
+                out = seen.pop()
+                if store is None:
+                    keep, store = self._afford(out), self._room(out, f"{name}.output")
+                store[start : start + rows] = out[:rows]
+        assert store is not None
+        self.finish(name)
+        if keep:
+            self._kept[name] = store
+        return store
+
+    def _run(self) -> Iterator[tuple[int, int]]:
+        """Run micro-batches until a hook stops each of them, and yield (start, rows that count)."""
+        fresh: dict[str, Rows] = {}
+        with torch.no_grad():
+            for start in range(0, len(self._data), self._size):
+                index = torch.arange(start, start + self._size).clamp(max=len(self._data) - 1)
+                rows = min(self._size, len(self._data) - start)
+                with self._short_cuts(index, start, rows, fresh), suppress(_Reached):
+                    self._network(*self._data.inputs(index))
+                yield start, rows
+        self._kept |= fresh
+
+    @contextmanager
+    def _short_cuts(self, index: Tensor, start: int, rows: int, fresh: dict[str, Rows]) -> Iterator[None]:
+        """Let finished blocks return what they gave before; where that is not kept yet, keep it as it is computed."""
+        modules = [(name, self._network.get_submodule(name)) for name in self._finished]
+        for name, module in modules:
+            module.forward = self._replayed(name, module.forward, index, start, rows, fresh)
+        try:
+            yield
+        finally:
+            for _, module in modules:
+                del module.forward
+
+    def _replayed(
+        self, name: str, compute: Callable[..., Tensor], index: Tensor, start: int, rows: int, fresh: dict[str, Rows]
+    ) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            if name in self._kept:
+                return self._kept[name][index]
+            out = compute(*args, **kwargs).contiguous()  # as it will be replayed: another layout gives other last bits
+            if start == 0 and self._afford(out):
+                fresh[name] = self._room(out, f"{name}.output")
+            if name in fresh:
+                fresh[name][start : start + rows] = out[:rows]
+            return out
+
+        return forward
+
+    def _room(self, value: Tensor, name: str) -> Rows:
+        return room(value, len(self._data), self._folder, name)
+
+    def _afford(self, sample: Tensor) -> bool:
+        """Take the bytes for N rows like `sample` (n, ...) from the budget, if it has them."""
+        size = len(self._data) * math.prod(sample.shape[1:]) * sample.element_size()
+        if size > self._budget:
+            return False
+        self._budget -= size
+        return True
+
+
+def _affordable(folder: Path | None) -> int:
+    if folder is None:
+        return MEMORY_BUDGET
+    folder.mkdir(parents=True, exist_ok=True)
+    return min(DISK_BUDGET, shutil.disk_usage(folder).free // 4)

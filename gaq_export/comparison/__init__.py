@@ -1,0 +1,1 @@
+"""Several recipes and widths side by side on one float model."""

@@ -1,0 +1,1 @@
+"""From a plan to an engine and back to a callable: export, build, verify, open."""

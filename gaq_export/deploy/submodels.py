@@ -1,0 +1,144 @@
+"""Float engines of what stands around a denoiser, by the same backends: checked against PyTorch, named in its record.
+
+    decoder        latents (N, C, h, w) -> images (N, 3, H, W)
+    text encoder   ids (N, L) -> states (N, L, D) [, pooled (N, P)]
+
+They compute in float32 everywhere: they run once an image, and some decoders' numbers are too large for FP16.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+import engines
+from engines import Engine, EngineConfig, EngineFile
+from gaq_export.deploy import parity
+from gaq_export.deploy.parity import Parity, Tolerance
+from gaq_export.errors import GaqError
+from gaq_export.graph.export import export_part
+from gaq_export.graph.files import save_onnx
+from gaq_export.graph.openvino import open_up
+from gaq_export.graph.precision import compute_in
+from gaq_export.graph.profiles import find_profile
+from gaq_export.models.text_encoder import Run, TextEncoder
+
+LATENTS, IMAGES, IDS = "latents", "images", "ids"
+TOLERANCE = Tolerance(floor_db=40.0, margin_db=6.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part's engine, and its parity if it runs here."""
+
+    file: EngineFile
+    parity: Parity | None
+
+
+def decoder_path(out: Path) -> Path:
+    """Return where the decoder of an engine's latents goes: unet-decoder.plan beside unet.plan."""
+    return out.with_name(f"{out.stem}-decoder{out.suffix}")
+
+
+def build_decoder(decoder: nn.Module, latents: tuple[int, ...], out: Path, config: EngineConfig) -> EngineFile:
+    """Build the engine of a decoder.
+
+    Args:
+        decoder: (N, *latents) to (N, C, H, W).
+        latents: their shape, (C, h, w).
+        out: the engine file.
+        config: the denoiser's.
+    """
+    return _build(export_part(decoder, LATENTS, torch.zeros(1, *latents), [IMAGES]), out, config, "decoder")
+
+
+def check_decoder(decoder: nn.Module, file: EngineFile, latents: Tensor) -> Parity:
+    """Compare a decoder's engine with PyTorch on latents that the sampler ended with; raise GaqError below the floor.
+
+    As for quantized networks, the floor is lower where the decoder's own resolution is: a code that is looked up may be
+    another if two are nearly as near.
+    """
+    with engines.open_engine(file) as opened:
+        found = torch.from_numpy(opened({LATENTS: latents.numpy()})[IMAGES])
+    return _checked(decoder, latents, found, file)
+
+
+def text_path(out: Path, index: int) -> Path:
+    """Return where a text encoder goes: unet-text.plan beside unet.plan, unet-text-2.plan for a second."""
+    return out.with_name(f"{out.stem}-text{f'-{index + 1}' if index else ''}{out.suffix}")
+
+
+def build_text(encoder: TextEncoder, out: Path, config: EngineConfig) -> EngineFile:
+    """Build the engine of a text encoder; arguments as for `build_decoder`."""
+    ids = torch.arange(encoder.length)[None] % encoder.embeddings.token_embedding.num_embeddings
+    graph = export_part(encoder, IDS, ids, encoder.outputs)
+    return _build(graph, out, config, "text encoder")
+
+
+def check_text(encoder: TextEncoder, file: EngineFile) -> Parity:
+    """Compare a text encoder's engine with PyTorch on random tokens; raise GaqError below the floor."""
+    count, words = file.batch[0], encoder.embeddings.token_embedding.num_embeddings
+    ids = torch.randint(words, (count, encoder.length), generator=torch.Generator().manual_seed(0))
+    with engines.open_engine(file) as opened:
+        found = run_text(opened, file)(ids)
+    return _checked(_Flat(encoder), ids, _flat(found), file)
+
+
+def run_text(opened: Engine, file: EngineFile) -> Run:
+    """Make an open engine of a text encoder what `texts.encode` takes; the last batch is filled up to its least."""
+
+    def run(ids: Tensor) -> list[Tensor]:
+        parts = []
+        for part in torch.split(ids, file.batch[2]):
+            filled = torch.cat((part, part[-1:].repeat(max(0, file.batch[0] - len(part)), 1)))
+            found = opened({IDS: filled.numpy()})
+            parts.append([torch.from_numpy(found[spec.name])[: len(part)] for spec in file.outputs])
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    return run
+
+
+class _Flat(nn.Module):
+    """A text encoder as one tensor, (N, L D + P), to be compared."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _flat(self.encoder(ids))
+
+
+def _flat(found: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten(1) for tensor in found], dim=1)
+
+
+def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> EngineFile:
+    if find_profile(engines.find_backend(config.backend).profile).opened:
+        open_up(graph)
+    return build_graph(graph, out, replace(config, compute="float32", stripped=False), {"part": part})
+
+
+def build_graph(graph: ir.Model, out: Path, config: EngineConfig, about: dict[str, Any]) -> EngineFile:
+    """Build the engine `out` of a float graph, which is written down only for as long as that takes."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        save_onnx(compute_in(graph, "float32"), Path(folder, "unet.onnx"))
+        return engines.build(Path(folder, "unet.onnx"), out, config, about)
+
+
+def _checked(network: nn.Module, given: Tensor, found: Tensor, file: EngineFile) -> Parity:
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        measured, resolution = parity.closeness(network, layers, (given,), found, TOLERANCE)
+    result = Parity(steps=(0,), sqnr_db=(measured,), resolution_db=(resolution,), tolerance=TOLERANCE)
+    if not result.passed:
+        raise GaqError(
+            f"The {file.backend} engine of the {file.about['part']} differs from PyTorch: SQNR {measured:.1f} dB, at "
+            f"least {result.required_db(0):.1f} dB expected. Nothing was replaced; try another --backend."
+        )
+    return result

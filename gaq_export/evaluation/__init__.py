@@ -1,0 +1,1 @@
+"""How good images and predicted noise are: PSNR, SSIM, LPIPS, Frechet and kernel distances, SQNR."""

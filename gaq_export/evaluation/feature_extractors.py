@@ -1,0 +1,156 @@
+"""Networks whose features tell sets of images apart, by name; named for what they are, never "FID" but for Inception's.
+
+digits             a small classifier of digits, in the package; its features are 64 wide
+resnet56=PATH      a ResNet-56 of akamaster/pytorch_resnet_cifar10, for images like CIFAR-10's
+inception[=PATH]   the network of FID (torch-fidelity's port); downloaded unless there is a path
+inception-clean    the same, images resized as clean-fid does it (Parmar et al. 2022, arXiv 2104.11222)
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaq_export.errors import GaqError
+from gaq_export.evaluation import feature_metrics, frechet
+from gaq_export.evaluation.feature_metrics import Features
+from gaq_export.evaluation.frechet import Classifier
+
+DIGITS = Path(__file__).parent / "weights" / "digits" / "digits.safetensors"
+BATCH = 50
+SPATIAL_CHANNELS = 7  # of the spatial features, as sFID takes them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extractor:
+    """A network that makes features of images.
+
+    Attributes:
+        name: as the user gave it, without the path.
+        distance: what a Frechet distance of its features is called.
+        sha256: of its weights.
+        channels: that its images have; one-channel images are repeated where it wants three.
+        size: height and width that its images have, None if any will do.
+        run: makes features of (N, C, H, W) uint8.
+    """
+
+    name: str
+    distance: str
+    sha256: str
+    channels: int
+    size: int | None
+    run: Callable[[Tensor], Features]
+
+    def __call__(self, images: Tensor) -> Features:
+        """Return the features of images (N, C, H, W) uint8; raise GaqError if they have other channels or sizes."""
+        if images.shape[1] == 1 and self.channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[1] != self.channels:
+            raise GaqError(f"{self.name!r} takes images of {self.channels} channels; these have {images.shape[1]}.")
+        if self.size is not None and images.shape[2:] != (self.size, self.size):
+            raise GaqError(f"{self.name!r} takes images of {self.size}x{self.size}; these are {images.shape[2:]}.")
+        with torch.no_grad():
+            parts = [self.run(part) for part in torch.split(images, BATCH)]
+        return Features(
+            pooled=torch.cat([part.pooled for part in parts]),
+            logits=torch.cat([part.logits for part in parts]),
+            spatial=torch.cat([part.spatial for part in parts]),
+        )
+
+
+def find_extractor(text: str) -> Extractor:
+    """Return the network that "name" or "name=PATH" means.
+
+    Raises:
+        GaqError: there is none of that name, it needs a path, or its weights cannot be had.
+    """
+    name, _, path = text.partition("=")
+    if name not in EXTRACTORS:
+        raise GaqError(f"Unknown features {name!r}. Choose one of {list(EXTRACTORS)}.")
+    return EXTRACTORS[name](name, Path(path).expanduser() if path else None)
+
+
+def _digits(name: str, path: Path | None) -> Extractor:
+    path = path or DIGITS
+    if not path.is_file():
+        raise GaqError(f"{path} is not there; examples/train_digits.py makes such a file.")
+    net = frechet.digit_net(path, path, (1, 32, 32))
+    return _of_classifier(name, "Frechet distance (digits)", path, (1, 32), net, net.convolutions)
+
+
+def _resnet56(name: str, path: Path | None) -> Extractor:
+    if path is None:
+        raise GaqError("There is no ResNet-56 in the package: give its file, as resnet56=PATH.")
+    net = frechet.resnet56(path)
+    return _of_classifier(name, "Frechet distance (ResNet-56)", path, (3, None), net, net.layer3)
+
+
+def _of_classifier(
+    name: str, distance: str, path: Path, takes: tuple[int, int | None], net: Classifier, last: nn.Module
+) -> Extractor:
+    """Make an extractor of a classifier whose convolutions end with `last`; it `takes` (channels, size)."""
+    kept: list[Tensor] = []
+    last.register_forward_hook(lambda _, args, out: kept.append(out[:, :SPATIAL_CHANNELS].flatten(1)))
+
+    def run(images: Tensor) -> Features:
+        kept.clear()
+        pooled = net.features(frechet.pixels(images))
+        return Features(pooled=pooled, logits=net.linear(pooled), spatial=kept[0])
+
+    return Extractor(name=name, distance=distance, sha256=_sha256(path), channels=takes[0], size=takes[1], run=run)
+
+
+def _inception(name: str, path: Path | None) -> Extractor:
+    """Load torch-fidelity's Inception; sFID's features are the first channels of a convolution of its mixed_6."""
+    module = feature_metrics.library("feature_extractor_inceptionv3")
+    if path is not None and not path.is_file():
+        raise GaqError(f"{path} is not there.")
+    try:
+        net = module.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path and str(path)
+        )
+    except Exception as error:  # the download and the loading raise many kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise GaqError(f"Inception's weights cannot be loaded ({reason}): give their file, as {name}=PATH.") from error
+    kept: list[Tensor] = []
+    net.Mixed_6d.branch1x1.conv.register_forward_hook(
+        lambda _, args, out: kept.append(out[:, :SPATIAL_CHANNELS].flatten(1))
+    )
+
+    def run(images: Tensor) -> Features:
+        kept.clear()
+        pooled, logits = net(_resized_clean(images) if name == "inception-clean" else images)
+        return Features(pooled=pooled.float(), logits=logits.float(), spatial=kept[0].float())
+
+    state = b"".join(value.numpy().tobytes() for value in net.state_dict().values())
+    called = "FID (clean resizing)" if name == "inception-clean" else "FID"
+    return Extractor(
+        name=name, distance=called, sha256=hashlib.sha256(state).hexdigest(), channels=3, size=None, run=run
+    )
+
+
+def _resized_clean(images: Tensor) -> Tensor:
+    """Return images (N, 3, 299, 299) uint8, resized with antialiasing by clean-fid."""
+    try:
+        from cleanfid.resize import make_resizer
+    except ImportError as error:
+        raise GaqError(f"clean-fid cannot be loaded ({error}): pip install 'gaq-export[evaluate]'.") from error
+    resize: Any = make_resizer("PIL", False, "bicubic", (299, 299))
+    resized = [torch.from_numpy(resize(image.permute(1, 2, 0).numpy())).permute(2, 0, 1) for image in images]
+    return torch.stack(resized).round().clamp(0, 255).to(torch.uint8)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+EXTRACTORS: Mapping[str, Callable[[str, Path | None], Extractor]] = {
+    "digits": _digits,
+    "resnet56": _resnet56,
+    "inception": _inception,
+    "inception-clean": _inception,
+}

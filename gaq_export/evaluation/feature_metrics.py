@@ -1,0 +1,208 @@
+"""Distances between two sets of images by their features, through torch-fidelity, and how sure they are.
+
+    fd         Frechet distance of the features (Heusel et al. 2017); with Inception's it is FID
+    sfd        the same of spatial features (Nash et al. 2021); with Inception's it is sFID
+    score      exp of the mean divergence of each image's classes from all images' (Salimans et al. 2016)
+    kd         kernel distance, x 1000, cubic kernel, unbiased (Binkowski et al. 2018); with Inception's it is KID
+    precision, recall    shares of one set within the reach of the other's third neighbours (Kynkaanniemi et al. 2019)
+
+torch-fidelity imports torchvision for feature networks that are not used here. Where torchvision does not load (its
+build for CUDA beside a torch for CPUs, say), it gets an empty one for the time of that import.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gaq_export.errors import GaqError
+from gaq_export.evaluation import frechet
+
+SEED, SUBSETS, SUBSET = 2020, 100, 1000  # of kd, as torch-fidelity has them; smaller sets take half of their images
+SPLITS = 10  # of score
+NEIGHBOURS = 3
+METRICS = ("fd", "sfd", "score", "kd", "precision", "recall")
+_ABSENT = ("torchvision", "torchvision.datasets", "torchvision.models", "torchvision.transforms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a network makes of images.
+
+    Attributes:
+        pooled: (N, D) float32.
+        logits: (N, K) float32, scores of classes.
+        spatial: (N, S) float32, features that still know where.
+    """
+
+    pooled: Tensor
+    logits: Tensor
+    spatial: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def take(self, index: Tensor) -> "Features":
+        """Return those of some images."""
+        return Features(pooled=self.pooled[index], logits=self.logits[index], spatial=self.spatial[index])
+
+
+class _Empty(ModuleType):
+    """A module that has a class of any name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return sys.modules.get(f"{self.__name__}.{name}") or type(name, (), {})
+
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """Make `import torchvision` work while this is open."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    else:
+        yield
+        return
+    stand_ins = {name: _Empty(name) for name in (*_ABSENT, "torchvision.transforms.functional")}
+    for module in stand_ins.values():
+        module.__path__ = []
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def library(module: str) -> Any:
+    """Return a module of torch-fidelity; raise GaqError if it is not installed."""
+    with _torchvision():
+        try:
+            return importlib.import_module(f"torch_fidelity.{module}")
+        except ImportError as error:
+            raise GaqError(f"torch-fidelity cannot be loaded ({error}): pip install 'gaq-export[evaluate]'.") from error
+
+
+def measure(
+    metrics: Sequence[str],
+    found: Features,
+    reference: Features,
+    on_metric: Callable[[str], None] = lambda metric: None,
+) -> dict[str, float]:
+    """Return some of METRICS.
+
+    Args:
+        metrics: which.
+        found: of the images that are judged.
+        reference: of those that they should be like.
+        on_metric: told which is next.
+
+    Raises:
+        GaqError: torch-fidelity is not installed.
+    """
+    made = dict[str, float]()
+    for metric in metrics:
+        if metric not in made:
+            on_metric(metric)
+            made |= _MEASURES[metric](found, reference)
+    return {metric: made[metric] for metric in metrics}
+
+
+def _fd(found: Tensor, reference: Tensor) -> float:
+    metric = library("metric_fid")
+    statistics = [metric.fid_features_to_statistics(features.double()) for features in (found, reference)]
+    return float(metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID])
+
+
+def _score(logits: Tensor) -> float:
+    metric = library("metric_isc")
+    result = metric.isc_features_to_metric(logits, min(SPLITS, len(logits)), shuffle=True, rng_seed=SEED)
+    return float(result[metric.KEY_METRIC_ISC_MEAN])
+
+
+def _kd(found: Tensor, reference: Tensor) -> float:
+    metric = library("metric_kid")
+    size = min(SUBSET, max(2, min(len(found), len(reference)) // 2))
+    settings = {"kid_subsets": SUBSETS, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
+    result = metric.kid_features_to_metric(found.double(), reference.double(), **settings)
+    return 1000 * float(result[metric.KEY_METRIC_KID_MEAN])
+
+
+def _precision_recall(found: Features, reference: Features) -> dict[str, float]:
+    """Return both, since either takes the neighbours within the reference, minutes for 60 000 images."""
+    settings = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+    result = library("metric_prc").prc_features_to_metric(found.pooled, reference.pooled, **settings)
+    return {name: float(result[name]) for name in ("precision", "recall")}
+
+
+_MEASURES: Mapping[str, Callable[[Features, Features], dict[str, float]]] = {
+    "fd": lambda found, reference: {"fd": _fd(found.pooled, reference.pooled)},
+    "sfd": lambda found, reference: {"sfd": _fd(found.spatial, reference.spatial)},
+    "score": lambda found, reference: {"score": _score(found.logits)},
+    "kd": lambda found, reference: {"kd": _kd(found.pooled, reference.pooled)},
+    "precision": _precision_recall,
+    "recall": _precision_recall,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A Frechet distance and where it lies with 95 % confidence, as far as other draws of the same images tell."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interval(found: Tensor, reference: Tensor, draws: int, seed: int = 0) -> Interval:
+    """Return the Frechet distance of two sets of features with a bootstrap interval.
+
+    Both sets are drawn again, with replacement, `draws` times. A set that is drawn again is further from everything
+    than the set itself, as that is further than all images there could be; so the interval has the spread of those
+    draws, but lies around the value: where sets of as many images would be, which is what a floor can be held against.
+
+    Args:
+        found: (N, D).
+        reference: (M, D).
+        draws: how many.
+        seed: of the draws.
+    """
+    value = frechet.distance(frechet.moments(found), frechet.moments(reference))
+    generator, again = torch.Generator().manual_seed(seed), []
+    for _ in range(draws):
+        pair = [x[torch.randint(len(x), (len(x),), generator=generator)] for x in (found, reference)]
+        again.append(frechet.distance(*(frechet.moments(x) for x in pair)))
+    low, high = np.quantile(np.array(again) - np.mean(again), (0.025, 0.975))
+    return Interval(value=value, low=max(0.0, value + float(low)), high=value + float(high))
+
+
+def floor(reference: Tensor, size: int, splits: int = 5, seed: int = 0) -> float:
+    """Return the Frechet distance of `size` of the reference's images to its others: the mean over some random splits.
+
+    Args:
+        reference: (M, D) features; M at least twice `size`.
+        size: images that are judged.
+        splits: how many.
+        seed: of the splits.
+    """
+    if len(reference) < 2 * size:
+        raise GaqError(f"A floor at {size} images needs {2 * size}; found {len(reference)}.")
+    generator, found = torch.Generator().manual_seed(seed), list[float]()
+    for _ in range(splits):
+        order = torch.randperm(len(reference), generator=generator)
+        parts = reference[order[:size]], reference[order[size:]]
+        found.append(frechet.distance(*(frechet.moments(part) for part in parts)))
+    values: npt.NDArray[np.float64] = np.array(found)
+    return float(values.mean())

@@ -1,0 +1,173 @@
+"""Sets of images to be judged, wherever they are: shards or PNGs that `sample` wrote, other PNGs, a data set's .npz.
+
+Nothing is held but a part at a time; a set is known by the sha256 of its pixels.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gaq_export.errors import GaqError
+from gaq_export.evaluation import frechet
+from gaq_export.sampling import shards
+
+PART = 256  # images at a time
+Parts = Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images (N, C, H, W) uint8.
+
+    Attributes:
+        name: where they are from, for people.
+        count: N.
+        shape: (C, H, W).
+        parts: yields them in order, (n, C, H, W) each.
+        sha256: of their pixels.
+        made: what `sample` said of them: engine, sampler, seeds; empty for images from elsewhere.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, int, int]
+    parts: Parts
+    sha256: str
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the images, `size` at a time whatever parts they come in: a network's last digits depend on it."""
+        left: list[Tensor] = []
+        for part in self.parts():
+            left.append(part)
+            if sum(map(len, left)) >= size:
+                *whole, rest = torch.split(torch.cat(left), size)
+                whole, left = ([*whole, rest], []) if len(rest) == size else (whole, [rest])
+                yield from whole
+        if left:
+            yield torch.cat(left)
+
+    def take(self, count: int) -> "ImageSet":
+        """Return the first `count` images; raise GaqError if there are fewer."""
+        if count > self.count:
+            raise GaqError(f"{self.name} has {self.count} images; asked for {count}.")
+        if count == self.count:
+            return self
+
+        def parts() -> Iterator[Tensor]:
+            left = count
+            for part in self.parts():
+                if left > 0:
+                    yield part[:left]
+                left -= len(part)
+
+        made = dict(self.made) | ({"num": count} if "num" in self.made else {})
+        return replace(self, count=count, parts=parts, sha256=_digest(parts), made=made)
+
+
+def open_images(path: Path, shape: tuple[int, int, int] | None = None) -> ImageSet:
+    """Open a folder that `sample` wrote, a folder of PNGs, or an .npz.
+
+    Args:
+        path: the folder or file.
+        shape: (C, H, W) that smaller images of an .npz are padded to, with black.
+
+    Raises:
+        GaqError: there are no images, they differ in size, or a part of them is missing.
+    """
+    if path.suffix == ".npz":
+        return _of_array(path, shape)
+    if (path / shards.RECORD).is_file() and "shard" in shards.read_record(path):
+        return _of_shards(path)
+    return _of_pngs(path)
+
+
+def _of_shards(path: Path) -> ImageSet:
+    record = shards.read_record(path)
+
+    def parts() -> Iterator[Tensor]:
+        for images, _ in shards.read_shards(path):
+            yield images
+
+    first = next(parts())
+    made = {**record["conditions"], "seed": record["seed"], "num": record["num"], "batch": record["batch"]}
+    return ImageSet(
+        name=str(path), count=record["num"], shape=_shape(first), parts=parts, sha256=_digest(parts), made=made
+    )
+
+
+def _of_pngs(path: Path) -> ImageSet:
+    made: dict[str, Any] = {}
+    if (path / shards.RECORD).is_file():
+        record = shards.read_record(path)
+        files = [path / image["file"] for image in record["images"]]
+        made = {key: value for key, value in record.items() if key not in ("images", "seconds")}
+        made |= {"seed": record["images"][0]["seed"], "num": len(files)}
+    else:
+        files = sorted(path.glob("*.png"))
+    if not files:
+        raise GaqError(f"{path} holds no images: give a folder that `sample` wrote, a folder of PNGs, or an .npz.")
+
+    def parts() -> Iterator[Tensor]:
+        for start in range(0, len(files), PART):
+            yield _stacked([_read_png(file) for file in files[start : start + PART]], path)
+
+    return ImageSet(
+        name=str(path), count=len(files), shape=_shape(next(parts())), parts=parts, sha256=_digest(parts), made=made
+    )
+
+
+def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:
+    """Open the training images of a data set, since that is what a network learned to draw."""
+    try:
+        with np.load(path, allow_pickle=False) as loaded:
+            name = next(name for name in ("train_images", "images") if name in loaded)
+            array = loaded[name]
+    except (OSError, ValueError, StopIteration) as error:
+        raise GaqError(f"{path} cannot be read as an .npz with `train_images` or `images`: {error}") from error
+    array = array[..., None] if array.ndim == 3 else array
+    height, width, channels = array.shape[1:]
+    if array.dtype != np.uint8 or (shape and (channels != shape[0] or height > shape[1] or width > shape[2])):
+        raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; wanted are uint8 images {shape} (C, H, W).")
+    images = frechet.padded(array, *(shape[1:] if shape else (height, width)))
+
+    def parts() -> Iterator[Tensor]:
+        yield from torch.split(images, PART)
+
+    return ImageSet(name=path.name, count=len(images), shape=_shape(images), parts=parts, sha256=_digest(parts))
+
+
+def _read_png(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as picture:
+            array = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
+    except OSError as error:
+        raise GaqError(f"{path} cannot be read as an image: {error}") from error
+    array = array[..., None] if array.ndim == 2 else array
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _stacked(images: list[Tensor], path: Path) -> Tensor:
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise GaqError(f"{path} holds images of different sizes: {sorted(shapes)[:3]} (C, H, W).")
+    return torch.stack(images)
+
+
+def _shape(images: Tensor) -> tuple[int, int, int]:
+    channels, height, width = images.shape[1:]
+    return channels, height, width
+
+
+def _digest(parts: Parts) -> str:
+    sha = hashlib.sha256(repr(_shape(next(parts()))).encode())
+    for part in parts():
+        sha.update(part.contiguous().numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,145 @@
+"""The architectures of diffusers that can be loaded: how each is called, and which conditioning it takes.
+
+A network of `ARCHITECTURES` becomes an `EpsilonModel`, called as `(x, t)` or `(x, t, cond)`, like any other module.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+from gaq_export.diffusion.denoiser import Condition
+
+ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL is told beside the text's states
+
+
+TOKENS, TIME_IDS = 77, 6  # of CLIP's texts; of a picture's sizes and crop
+
+
+def _unet(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    epsilon: Tensor = network(x, t, class_labels=cond.get("class_labels"), return_dict=False)[0]
+    return epsilon
+
+
+def _conditional_unet(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    added = {name: cond[name] for name in ADDED if name in cond}
+    epsilon: Tensor = network(
+        x,
+        t,
+        encoder_hidden_states=cond["encoder_hidden_states"],
+        class_labels=cond.get("class_labels"),
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+    return epsilon
+
+
+class ClassUNet(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has no annotations
+    """A `UNet2DConditionModel` whose texts are single rows of a table, one for each class.
+
+    That is how latent diffusion draws the classes of ImageNet (Rombach et al. 2022); the last class is nothing.
+
+    Args:
+        classes: rows of the table, nothing included.
+        unet: the fields of `UNet2DConditionModel`.
+    """
+
+    def __init__(self, *, classes: int, **unet: Any) -> None:
+        super().__init__(**unet)
+        self.register_to_config(classes=classes)
+        self.class_table = nn.Embedding(classes, self.config["cross_attention_dim"])
+
+
+def _class_unet(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    row = network.get_submodule("class_table")(cond["class_labels"])[:, None]  # (N,) -> (N, 1, D)
+    return _conditional_unet(network, x, t, {"encoder_hidden_states": row})
+
+
+def _dit(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    epsilon: Tensor = network(x, timestep=t, class_labels=cond["class_labels"], return_dict=False)[0]
+    return epsilon
+
+
+def _labels(count: int | None) -> dict[str, Tensor]:
+    return {} if count is None else {"class_labels": torch.zeros(1, dtype=torch.int64)}
+
+
+def _of_conditional_unet(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    rows = {"encoder_hidden_states": torch.zeros(1, TOKENS, config["cross_attention_dim"])}
+    if config["addition_embed_type"] == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+        rows |= {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, TIME_IDS)}
+    return _labels(config["num_class_embeds"]) | rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How networks of one class of diffusers are called, and what they are told: a row of each, from their config."""
+
+    call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+    condition_inputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+
+
+ARCHITECTURES: Mapping[type[nn.Module], Architecture] = {
+    UNet2DModel: Architecture(call=_unet, condition_inputs=lambda config: _labels(config["num_class_embeds"])),
+    UNet2DConditionModel: Architecture(call=_conditional_unet, condition_inputs=_of_conditional_unet),
+    ClassUNet: Architecture(call=_class_unet, condition_inputs=lambda config: _labels(config["classes"])),
+    DiTTransformer2DModel: Architecture(
+        call=_dit, condition_inputs=lambda config: _labels(config["num_embeds_ada_norm"])
+    ),
+}
+
+
+class EpsilonModel(nn.Module):
+    """Call a network of `ARCHITECTURES` as `(x, t)`, or `(x, t, cond)`, and return the bare tensor.
+
+    A module and not a closure, because the ONNX exporter takes a module; its one child is named `unet`, so every
+    layer's name in the exported graph is `unet.` plus its name here. `cond` has diffusers' names: class_labels,
+    encoder_hidden_states, text_embeds, time_ids.
+    """
+
+    # The exporter writes this path into every graph; pinned, so that moving the class changes no exported byte.
+    __module__ = "gaq_export.denoiser"
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
+        out = ARCHITECTURES[type(self.unet)].call(self.unet, x, t, cond or {})
+        channels = x.shape[1]
+        return out if out.shape[1] == channels else out[:, :channels]  # the others are a learned variance
+
+
+def as_denoiser(unet: nn.Module) -> nn.Module:
+    """Make a network callable as `(x, t)`, or `(x, t, cond)`.
+
+    Args:
+        unet: One of `ARCHITECTURES`, or any module already called that way, which is returned as it is.
+    """
+    return EpsilonModel(unet).train(unet.training) if type(unet) in ARCHITECTURES else unet
+
+
+def condition_inputs_of(unet: nn.Module) -> dict[str, Tensor]:
+    """Return a row, (1, ...), of everything a network of `ARCHITECTURES` is told; nothing for any other module."""
+    known, config = ARCHITECTURES.get(type(unet)), config_of(unet)
+    return known.condition_inputs(config) if known and config else {}
+
+
+def class_rows(unet: nn.Module) -> int | None:
+    """Return how many classes a network of `ARCHITECTURES` has a row for, nothing included; None if it has none."""
+    config = config_of(unet)
+    if "num_embeds_ada_norm" in config:
+        return int(config["num_embeds_ada_norm"]) + 1
+    count = config.get("classes", config.get("num_class_embeds"))
+    return None if count is None else int(count)
+
+
+def config_of(unet: nn.Module) -> Mapping[str, Any]:
+    """Return the architecture of a network as its `config.json` says it; nothing for any other module."""
+    config: Mapping[str, Any] = getattr(unet, "config", {})
+    return config

@@ -1,0 +1,304 @@
+"""Read one diffusers folder: the network, its scheduler config and a fingerprint of its weights.
+
+In: a folder, flat or with `unet/` or `transformer/` and `scheduler/` inside. Out: a float32 network, one of
+`ARCHITECTURES`. The files are read here and not by diffusers' `from_pretrained`, which fills missing weights with noise
+and only logs that it did; here every tensor must be present, expected, of the right shape and finite.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from gaq_export.errors import GaqError
+from gaq_export.models.architectures import ARCHITECTURES, config_of
+
+SAFETENSORS = "diffusion_pytorch_model.safetensors"
+HALF = "diffusion_pytorch_model.fp16.safetensors"
+INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
+PICKLE = "diffusion_pytorch_model.bin"
+FILES = (SAFETENSORS, HALF, INDEX, PICKLE)
+PLACES = (".", "unet", "transformer")  # where a network lies in a folder
+
+_CLASSES = {kind.__name__: kind for kind in ARCHITECTURES}
+# Fields of a config that ask for more than `ARCHITECTURES` tells a network, and what they may say.
+_ONLY: Mapping[type[nn.Module], Mapping[str, tuple[Any, ...]]] = {
+    UNet2DModel: {"class_embed_type": (None,)},
+    UNet2DConditionModel: {
+        "class_embed_type": (None,),
+        "addition_embed_type": (None, "text_time"),
+        "encoder_hid_dim_type": (None,),
+        "encoder_hid_dim": (None,),
+        "time_cond_proj_dim": (None,),
+    },
+}
+
+# Names that attention layers had in checkpoints written before diffusers 0.12, google's among them.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+_log = logging.getLogger(__name__)
+
+
+def network_folder(folder: Path) -> Path:
+    """Return where the network lies in a diffusers folder: the folder itself, its `unet/` or its `transformer/`.
+
+    Raises:
+        GaqError: If there is no such folder, or no place holds a `config.json`.
+    """
+    if not folder.is_dir():
+        raise GaqError(f"There is no model folder {folder}. Give a diffusers folder (config.json, {SAFETENSORS}).")
+    for place in PLACES:
+        if (folder / place / "config.json").is_file():
+            return folder / place
+    raise GaqError(
+        f"The model folder {folder} has no config.json, neither at its top nor in unet/ or transformer/. A diffusers "
+        "folder, as written by save_pretrained, is needed."
+    )
+
+
+def scheduler_file(folder: Path) -> Path | None:
+    """Return the scheduler config in a diffusers folder, or None if it holds none."""
+    for place in (folder, folder / "scheduler"):
+        if (place / "scheduler_config.json").is_file():
+            return place / "scheduler_config.json"
+    return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a network's `config.json`.
+
+    Args:
+        folder: The folder that holds it, see `network_folder`.
+
+    Raises:
+        GaqError: If it is no JSON object, or describes a network that is none of `ARCHITECTURES`.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GaqError(f"The model config {file} cannot be read as JSON: {error}") from error
+    found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+    # The class of diffusion transformers until diffusers 0.29.
+    if isinstance(config, dict) and (found, config.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero"):
+        return config | {"_class_name": "DiTTransformer2DModel"}
+    if not isinstance(config, dict) or found not in _CLASSES:
+        raise GaqError(f"The model config {file} describes a {found!r}; supported are {sorted(_CLASSES)}.")
+    return config
+
+
+def build_network(config: Mapping[str, Any], origin: str) -> nn.Module:
+    """Build a network with random weights drawn from torch's global generator.
+
+    Args:
+        config: The architecture, as in `config.json`.
+        origin: Where the config came from, for messages.
+
+    Raises:
+        GaqError: If diffusers rejects the architecture, or it is one no sampler here can drive.
+    """
+    kind = _CLASSES[config["_class_name"]]
+    known = {name for base in kind.__mro__ for name in inspect.signature(base).parameters}
+    ignored = sorted(k for k, v in config.items() if k not in known and not k.startswith("_") and v)
+    if ignored:
+        _log.warning("%s: this version of diffusers does not know %s; ignored", origin, ignored)
+    try:
+        network = kind(**{k: v for k, v in config.items() if k in known})
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise GaqError(f"diffusers cannot build the architecture in {origin}: {_one_line(error)}") from error
+    _require_drivable(network, origin)
+    return network.eval().float()
+
+
+def _require_drivable(network: nn.Module, origin: str) -> None:
+    """Raise GaqError if a network wants to be told more than `ARCHITECTURES` does, or does not return noise."""
+    config = config_of(network)
+    for field, allowed in (item for kind, only in _ONLY.items() if isinstance(network, kind) for item in only.items()):
+        if config[field] not in allowed:
+            raise GaqError(f"The model in {origin} has {field} {config[field]!r}; supported is only {list(allowed)}.")
+    if not isinstance(config.get("cross_attention_dim", 0), int):
+        raise GaqError(f"The model in {origin} has several widths of texts ({config['cross_attention_dim']}), not one.")
+    taken, given = config["in_channels"], config["out_channels"] or config["in_channels"]
+    if given not in (taken, 2 * taken):
+        raise GaqError(
+            f"The model in {origin} turns {taken} channels into {given}; a network that predicts noise returns as many "
+            "as it takes, or with learned variances twice as many."
+        )
+    if config["sample_size"] is None:
+        raise GaqError(f"The model config in {origin} has no sample_size; add the image size it was trained on.")
+
+
+def load_network(folder: Path, *, allow_pickle: bool = False) -> nn.Module:
+    """Load a network with its weights, as float32 and in evaluation mode.
+
+    Args:
+        folder: The folder that holds `config.json` and the weights, see `network_folder`.
+        allow_pickle: Also take `diffusion_pytorch_model.bin`, read with torch's restricted unpickler.
+
+    Raises:
+        GaqError: If anything about the config or the weights is not as it must be.
+    """
+    config = read_config(folder)
+    # The random weights drawn here are all replaced; the caller's random stream must not notice.
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(config, str(folder / "config.json"))
+    load_weights(network, folder, allow_pickle=allow_pickle)
+    return network
+
+
+def load_weights(
+    network: nn.Module,
+    folder: Path,
+    *,
+    allow_pickle: bool = False,
+    names: tuple[str, str, str, str] = FILES,
+    rename: Callable[[str], str | None] | None = None,
+) -> None:
+    """Give a network its weights out of a folder.
+
+    Args:
+        network: Float32, what the `config.json` beside the weights describes.
+        folder: The folder that holds both.
+        allow_pickle: As for `load_network`.
+        names: What the file is called: safetensors, half as wide, an index of several, a pickle.
+        rename: From a tensor's name there to its name in the network, None for one to be left out; diffusers' if None.
+
+    Raises:
+        GaqError: If there are no weights, they are damaged, or as `fill`.
+    """
+    file, state = _read_weights(folder, allow_pickle, names)
+    renamed = {(rename or _modern_name)(name): value for name, value in state.items()}
+    fill(network, {name: value for name, value in renamed.items() if name is not None}, file)
+
+
+def fill(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Give a network its weights.
+
+    Args:
+        network: Float32.
+        state: All of them, by the names of its own state.
+        file: Where they came from, for messages.
+
+    Raises:
+        GaqError: If a tensor is missing, too many, of another shape or kind, or not finite.
+    """
+    _check(state, network, file)
+    own = network.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():  # one after the other, so that halves are never all held as float32 too
+            own[name].copy_(value)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Hash a network's weights: sha256 over the sorted names, shapes and float32 bytes of its state.
+
+    Args:
+        network: Any module.
+
+    Returns:
+        64 hexadecimal digits, the same for the same weights whatever file they came from.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_weights(
+    folder: Path, allow_pickle: bool, names: tuple[str, str, str, str]
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    whole, half, index, old = (folder / name for name in names)
+    file = half if half.is_file() and not whole.is_file() else whole
+    if not file.is_file() and index.is_file():
+        return index, _read_shards(index)
+    if not file.is_file() and old.is_file():
+        if allow_pickle:
+            return old, tensors(read_pickle(old), old)
+        raise GaqError(
+            f"The weights in {folder} are a pickle ({old.name}), which can run code when read; {whole.name} is needed. "
+            "If you trust the file, convert it once with diffusers: from_pretrained(folder).save_pretrained(folder)."
+        )
+    return file, _read_safetensors(file)
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise GaqError(
+            f"The model folder {file.parent} has no weights beside its config.json; {file.name} is needed."
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise GaqError(f"The weights {file} are damaged ({_one_line(error)}). Copy them again.") from error
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise GaqError(f"The index of weights {index} cannot be read ({_one_line(error)}). Copy it again.") from error
+    state: dict[str, torch.Tensor] = {}
+    for name in sorted(names):
+        state |= _read_safetensors(index.parent / name)
+    return state
+
+
+def read_pickle(file: Path) -> Any:
+    """Read a foreign file with torch's restricted unpickler; raise GaqError if it holds more than plain values."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise GaqError(f"The weights {file} are damaged ({_one_line(error)}). Fetch them again.") from error
+
+
+def tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:
+    """Return what `read_pickle` gave; raise GaqError if it is no table of tensors by name."""
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise GaqError(f"The weights {file} are not a plain table of tensors.")
+    return state
+
+
+def _modern_name(name: str) -> str:
+    return re.sub(
+        r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
+    )
+
+
+def _check(state: Mapping[str, torch.Tensor], network: nn.Module, file: Path) -> None:
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if missing or extra:
+        raise GaqError(
+            f"The weights {file} do not fit the config.json beside them: {len(missing)} tensors missing "
+            f"{_some(missing)}, {len(extra)} unexpected {_some(extra)}."
+        )
+    for name, value in state.items():
+        if value.shape != expected[name]:
+            raise GaqError(
+                f"The tensor {name!r} in {file} has shape {tuple(value.shape)}, but the config.json beside it asks for "
+                f"{tuple(expected[name])}."
+            )
+        if not value.is_floating_point():
+            raise GaqError(f"The tensor {name!r} in {file} is {value.dtype}; floating-point weights are needed.")
+        if not bool(value.isfinite().all()):
+            raise GaqError(f"The tensor {name!r} in {file} holds NaN or infinite values; the checkpoint is damaged.")
+
+
+def _some(names: list[str]) -> str:
+    return "[" + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") + "]"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,121 @@
+"""Fetch a model from the Hugging Face hub, or say at once that it is out of reach.
+
+In: a repository and perhaps a commit. Out: a local folder and the commit it holds: a network's files, or a pipeline's
+with those of its decoder and its texts. A cached commit is used without
+asking the network; otherwise one short request finds out whether the hub answers, because the client's own downloads
+retry for half a minute before giving up.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, snapshot_download
+
+from gaq_export.errors import GaqError
+from gaq_export.models.diffusers_folder import INDEX, PICKLE, PLACES, SAFETENSORS
+
+TIMEOUT_S = 10.0
+PARTS = ("scheduler", "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_WEIGHTS = (SAFETENSORS, "model.safetensors", PICKLE, "pytorch_model.bin")  # the first of a folder's is fetched
+
+
+def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
+    """Return the folder of a hub model, downloading config, scheduler config and weights if need be.
+
+    Args:
+        repo: Repository, "owner/name".
+        revision: Commit to fetch, or None for the newest.
+
+    Returns:
+        The local folder and the full commit hash.
+
+    Raises:
+        GaqError: If the hub is out of reach, or has no such repository or commit.
+    """
+    cached = _cached(repo, revision)
+    if cached is not None and revision is not None:
+        return cached, cached.name
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted(files), etag_timeout=TIMEOUT_S)
+    # The transport library, and with it the class of a network error, changes between versions of the client.
+    except Exception as error:
+        if cached is not None:
+            return cached, cached.name
+        at = f" at commit {revision}" if revision else ""
+        raise GaqError(f"Cannot fetch {repo}{at} from the Hugging Face hub ({_reason(error)}).") from error
+    return Path(folder), Path(folder).name
+
+
+def papers(repo: str, revision: str | None) -> Path | None:
+    """Return a folder with a hub model's card and licences; None if they cannot be had."""
+    patterns = ["README.md", "[Ll][Ii][Cc][Ee][Nn]*", "NOTICE*", "COPYING*"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_S))
+    except Exception:  # as above; it is no reason to do without the rest
+        return None
+
+
+def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
+    """Put a folder's files into a repository, made if there is none, and return its address.
+
+    Args:
+        folder: What to upload.
+        repo: "owner/name", or a name for the user's own.
+        private: Of a repository that is made; one that is there stays as it is.
+        message: Of the commit.
+
+    Raises:
+        GaqError: The hub is out of reach, or does not let this user.
+    """
+    try:
+        api = HfApi()
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
+    except Exception as error:
+        raise GaqError(
+            f"Cannot push to {repo} on the Hugging Face hub ({_reason(error)}). `hf auth login` stores a token that "
+            "may write."
+        ) from error
+    return str(made)
+
+
+def download(repo: str, folder: Path, revision: str | None) -> None:
+    """Fetch all files of a repository into a folder; raise GaqError if they cannot be had."""
+    try:
+        snapshot_download(repo, revision=revision, local_dir=folder, etag_timeout=TIMEOUT_S)
+    except Exception as error:
+        raise GaqError(f"Cannot fetch {repo} from the Hugging Face hub ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def wanted(files: Sequence[str]) -> list[str]:
+    """Return those of a repository's files that are needed: configs, vocabularies, and each folder's weights once.
+
+    >>> wanted(["unet/config.json", "unet/diffusion_pytorch_model.bin", "flax/config.json", "README.md"])
+    ['unet/config.json', 'unet/diffusion_pytorch_model.bin']
+    """
+    chosen = []
+    for place in (*PLACES, *PARTS):
+        inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(place)]
+        names = {PurePosixPath(file).name: file for file in inside}
+        chosen += [file for name, file in names.items() if name.endswith((".json", ".txt"))]
+        if INDEX in names:
+            chosen += [file for name, file in names.items() if "-of-" in name and name.endswith(".safetensors")]
+        chosen += [names[name] for name in _WEIGHTS if name in names][:1]
+    return chosen
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Return the cached folder if it is complete enough to load."""
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    complete = [("config.json", name) for name in (SAFETENSORS, INDEX, PICKLE)]
+    whole = any(all((folder / place / name).is_file() for name in names) for names in complete for place in PLACES)
+    return folder if whole else None

@@ -1,0 +1,131 @@
+"""What stands behind a denoiser that works on latents: the decoder that makes images of them.
+
+In: a diffusers pipeline folder with a `vae/` (AutoencoderKL) or a `vqvae/` (VQModel). Out: a module called with latents
+as the sampler leaves them, (N, C, h, w), that returns images, (N, 3, H, W), about in [-1, 1]. Undoing the latents'
+scale and shift, and looking codes up, are inside; the encoder is left out.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor, nn
+
+from gaq_export.errors import GaqError
+from gaq_export.models import diffusers_folder
+
+PLACES = ("vae", "vqvae")  # inside a pipeline folder
+KINDS: Mapping[str, Callable[..., nn.Module]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+
+
+class LatentDecoder(nn.Module):
+    """The decoding half of an autoencoder of diffusers.
+
+        z = scale * latents + shift
+
+    with 1 / scaling_factor and shift_factor, or latents_std / scaling_factor and latents_mean, as the config says.
+
+    Args:
+        autoencoder: one of `KINDS`; its encoder is taken from it.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        config: Mapping[str, Any] = autoencoder.config  # type: ignore[assignment]
+        self.channels, self.kind = int(config["latent_channels"]), type(autoencoder).__name__
+        scale, shift = (_channels(config.get(name), default) for name, default in _FACTORS)
+        if config.get("shift_factor") is not None:
+            shift = shift + float(config["shift_factor"])
+        # In the state, so that a fingerprint of it says them too.
+        self.register_buffer("scale", scale / float(config["scaling_factor"]))
+        self.register_buffer("shift", shift)
+        autoencoder.encoder, autoencoder.quant_conv = nn.Identity(), nn.Identity()
+        if self.kind == "VQModel":
+            autoencoder.quantize = Nearest(autoencoder.get_parameter("quantize.embedding.weight"))
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return the images of `latents`."""
+        decode: Callable[..., tuple[Tensor, ...]] = self.autoencoder.decode  # type: ignore[assignment]
+        return decode(self.scale * latents + self.shift, return_dict=False)[0]
+
+
+_FACTORS = (("latents_std", 1.0), ("latents_mean", 0.0))
+
+
+class Nearest(nn.Module):
+    """Replace every vector of an image by the nearest of a codebook, as a convolution and a lookup.
+
+    |z - e|^2 is smallest where z e - |e|^2 / 2 is largest.
+
+    Args:
+        codes: (K, C).
+    """
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(codes), codes.shape[1], _weight=codes.detach())
+
+    def forward(self, z: Tensor) -> tuple[Tensor, None, None]:
+        """Return (N, C, h, w) codes for (N, C, h, w), and nothing in the place of VQModel's losses."""
+        codes = self.embedding.weight
+        likeness = nn.functional.conv2d(z, codes[:, :, None, None], -codes.square().sum(1) / 2)  # (N, K, h, w)
+        found: Tensor = self.embedding(likeness.argmax(1))
+        return found.movedim(3, 1), None, None
+
+
+def find_decoder(folder: Path, channels: int, *, allow_pickle: bool = False) -> LatentDecoder | None:
+    """Return the decoder in a pipeline folder, float32, in evaluation mode; None if it holds none.
+
+    Args:
+        folder: The folder, with the denoiser beside.
+        channels: How many the denoiser's latents have.
+        allow_pickle: As for `checkpoint.load_network`.
+
+    Raises:
+        GaqError: There are two, it is of an unknown kind, damaged, or does not fit the denoiser.
+    """
+    found = [folder / place for place in PLACES if (folder / place / "config.json").is_file()]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise GaqError(f"{folder} holds both a {PLACES[0]}/ and a {PLACES[1]}/: remove the one that is not used.")
+    decoder = load_decoder(found[0], allow_pickle=allow_pickle)
+    if decoder.channels != channels:
+        raise GaqError(
+            f"The decoder in {found[0]} takes latents of {decoder.channels} channels, but the denoiser beside it makes "
+            f"{channels}."
+        )
+    return decoder
+
+
+def load_decoder(folder: Path, *, allow_pickle: bool = False) -> LatentDecoder:
+    """Load the decoder of an autoencoder's folder, `config.json` and weights; see `find_decoder`."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise GaqError(f"The decoder's config {file} cannot be read as a JSON object: {error}") from error
+    if kind not in KINDS:
+        raise GaqError(f"The config {file} describes a {kind!r}; decoders of {list(KINDS)} are supported.")
+    known = set(inspect.signature(KINDS[kind].__init__).parameters) - {"self"}
+    try:
+        with torch.random.fork_rng(devices=[]):  # all replaced, and the caller's random stream must not notice
+            autoencoder = KINDS[kind](**{name: value for name, value in config.items() if name in known})
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise GaqError(f"diffusers cannot build the decoder in {file}: {' '.join(str(error).split())}") from error
+    diffusers_folder.load_weights(autoencoder, folder, allow_pickle=allow_pickle)
+    return LatentDecoder(autoencoder)
+
+
+def _channels(values: Any, default: float) -> Tensor:
+    """Return values of channels as (1, C, 1, 1)."""
+    return torch.tensor([default] if values is None else values, dtype=torch.float32).reshape(1, -1, 1, 1)

@@ -1,0 +1,185 @@
+"""The table of known models: what each looks like and how it is drawn, before any weights are loaded.
+
+What a known model looks like is written once, in `weights/<name>/config.json` and `scheduler_config.json`; the weights
+themselves lie beside it only for the bundled models.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gaq_export.diffusion.schedule import SamplerSpec
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+BUNDLED, ORIGINAL, MODULE = "bundled", "original", "module"  # sources that are no hub repository
+_DEPTH, _HEADS, _SIZE = 2, 2, 16  # the most transformers in a block and heads, and the least size, once reduced
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What is known about a model before its weights are loaded.
+
+    Attributes:
+        name: What the user calls it.
+        source: BUNDLED, a hub repository "owner/name", the folder it was read from, ORIGINAL if its weights are
+            published only as the authors' own checkpoint, or MODULE for a module of the caller's.
+        revision: Hub commit, or None for the newest, which the plan then records.
+        sampler: How its images are drawn unless the user says otherwise.
+        config: Architecture, the fields of a diffusers config and its `_class_name`.
+        scheduler: Noise schedule, the fields of a diffusers scheduler config.
+        description: One line for a list of models.
+        guidance: Scale of classifier-free guidance unless the user says otherwise; 1 is none.
+        images: Calibration images of the preset "paper"; each gives one sample a step, with guidance two.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    sampler: SamplerSpec
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    description: str
+    guidance: float = 1.0
+    images: int = 256
+
+
+def _row(
+    name: str, source: str, revision: str | None, sampler: SamplerSpec, description: str, **more: Any
+) -> ModelSpec:
+    def read(file: str) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads((WEIGHTS / name / file).read_text(encoding="utf-8"))
+        return fields
+
+    return ModelSpec(
+        name=name,
+        source=source,
+        revision=revision,
+        sampler=sampler,
+        config=read("config.json"),
+        scheduler=read("scheduler_config.json"),
+        description=description,
+        **more,
+    )
+
+
+# Samplers, guidance and images as in the papers: latent diffusion (Rombach et al. 2022) as TFMQ-DM (arXiv 2311.16503)
+# and GAC (arXiv 2602.01289) draw and calibrate it, Stable Diffusion as PCR (arXiv 2311.06322) does but with DDIM, and
+# diffusion transformers as their authors do (Peebles and Xie 2023).
+MODELS: dict[str, ModelSpec] = {
+    row.name: row
+    for row in (
+        _row("ddpm-mnist", BUNDLED, None, SamplerSpec(steps=50), "MNIST digits, 32x32, 1.1 M parameters, bundled"),
+        _row(
+            "ddpm-mnist-labels",
+            BUNDLED,
+            None,
+            SamplerSpec(name="ddim-clipped", steps=50),
+            "MNIST digits by label, 32x32, 1.1 M parameters, bundled",
+            guidance=3.0,
+        ),
+        _row(
+            "ddpm-cifar10",
+            "google/ddpm-cifar10-32",
+            "267b167dc01f0e4e61923ea244e8b988f84deb80",
+            SamplerSpec(steps=100, spacing="quad"),
+            "CIFAR-10, 32x32, 35.7 M parameters, from the Hugging Face hub",
+        ),
+        _row(
+            "ddpm-church",
+            "google/ddpm-church-256",
+            None,
+            SamplerSpec(steps=100),
+            "LSUN churches, 256x256, 113.7 M parameters, from the Hugging Face hub",
+        ),
+        _row(
+            "ddpm-bedroom",
+            "google/ddpm-bedroom-256",
+            None,
+            SamplerSpec(steps=100),
+            "LSUN bedrooms, 256x256, 113.7 M parameters, from the Hugging Face hub",
+        ),
+        _row(
+            "ldm-celebahq-256",
+            "CompVis/ldm-celebahq-256",
+            None,
+            SamplerSpec(steps=200, spacing="from-1"),
+            "CelebA-HQ, latents 3x64x64, 274.1 M parameters, from the Hugging Face hub",
+        ),
+        _row(
+            "ldm-bedrooms",
+            ORIGINAL,
+            None,
+            SamplerSpec(steps=200, eta=1.0, spacing="from-1"),
+            "LSUN bedrooms (LDM-4), latents 3x64x64, 274.1 M parameters, from its original checkpoint",
+        ),
+        _row(
+            "imagenet-ldm",
+            ORIGINAL,
+            None,
+            SamplerSpec(steps=20, spacing="from-1"),
+            "ImageNet classes (cin256-v2), latents 3x64x64, 401.4 M parameters, from its original checkpoint",
+            guidance=3.0,
+        ),
+        _row(
+            "sd15",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            None,
+            SamplerSpec(steps=50, spacing="from-1"),
+            "Stable Diffusion 1.5, latents 4x64x64, 859.5 M parameters, from the Hugging Face hub",
+            guidance=7.5,
+            images=200,
+        ),
+        _row(
+            "sdxl",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            None,
+            SamplerSpec(steps=50, spacing="from-1"),
+            "Stable Diffusion XL, latents 4x128x128, 2567.5 M parameters, from the Hugging Face hub",
+            guidance=7.5,
+            images=200,
+        ),
+        _row(
+            "dit-xl-2-256",
+            "facebook/DiT-XL-2-256",
+            None,
+            SamplerSpec(name="ddpm", steps=250),
+            "ImageNet classes (DiT-XL/2), latents 4x32x32, 749.8 M parameters, from the Hugging Face hub",
+            guidance=1.5,
+        ),
+    )
+}
+
+
+def reduced(spec: ModelSpec, width: int = 16) -> ModelSpec:
+    """Return a model of the same blocks, levels and inputs that is small enough for tests and trials.
+
+    Args:
+        spec: A row of `MODELS`.
+        width: Channels of its first level, or of one head of a transformer; a multiple of 8.
+    """
+    config = dict(spec.config)
+    levels = len(config.get("block_out_channels", ()))
+    less: dict[str, Any] = {"sample_size": max(_SIZE, 2**levels)}
+    if "block_out_channels" in config:
+        unit = math.gcd(*config["block_out_channels"])
+        channels = [width * c // unit for c in config["block_out_channels"]]
+        less |= {"block_out_channels": channels, "layers_per_block": 1, "norm_num_groups": width // 2}
+        heads = config["attention_head_dim"]
+        if config["_class_name"] == "UNet2DModel":  # where the field is the width of a head
+            less["attention_head_dim"] = heads and width // 2
+        else:
+            less["attention_head_dim"] = (
+                min(heads, _HEADS) if isinstance(heads, int) else [c // width for c in channels]
+            )
+    else:
+        less |= {"num_attention_heads": _HEADS, "attention_head_dim": width, "num_layers": _DEPTH}
+    if "transformer_layers_per_block" in config:
+        less["transformer_layers_per_block"] = [min(n, _DEPTH) for n in config["transformer_layers_per_block"]]
+    if "cross_attention_dim" in config:
+        less["cross_attention_dim"] = 2 * width
+    if "addition_time_embed_dim" in config:
+        less |= {"addition_time_embed_dim": width, "projection_class_embeddings_input_dim": 8 * width}
+    return replace(spec, source=MODULE, config=config | less, description=f"{spec.name} at reduced width")

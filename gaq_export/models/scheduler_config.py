@@ -1,0 +1,79 @@
+"""Read a `scheduler_config.json` of diffusers as a `NoiseSchedule`."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DDPMScheduler
+
+from gaq_export.diffusion.schedule import NoiseSchedule
+from gaq_export.errors import GaqError
+
+
+def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> NoiseSchedule:
+    """Read a noise schedule from a diffusers scheduler config.
+
+    diffusers' own `DDPMScheduler` computes the numbers, so every beta schedule it knows is understood and images
+    agree with its pipelines.
+
+    Args:
+        source: The config as a mapping, its JSON file, or the folder that holds `scheduler_config.json`.
+
+    Raises:
+        GaqError: If the file is missing or unreadable, or the model predicts anything but noise.
+    """
+    config = dict(source) if isinstance(source, Mapping) else read_scheduler_config(Path(source))
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise GaqError(
+            f"The scheduler config says prediction_type {prediction!r}; only models that predict noise ('epsilon') "
+            "are supported."
+        )
+    if config.get("thresholding"):
+        raise GaqError("The scheduler config asks for dynamic thresholding, which is not supported; set it to false.")
+    fields = _fields_of(config.get("_class_name"))
+    if "clip_sample" not in fields:
+        config["clip_sample"] = False
+    own_last = "set_alpha_to_one" in fields and not config.get("set_alpha_to_one", fields["set_alpha_to_one"].default)
+    try:
+        scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in _fields_of(None)})
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise GaqError(f"diffusers cannot make a noise schedule from this scheduler config: {error}") from error
+    clip = float(scheduler.config["clip_sample_range"]) if scheduler.config["clip_sample"] else None
+    alpha_bar = scheduler.alphas_cumprod.double()
+    return NoiseSchedule(
+        alpha_bar=alpha_bar,
+        clip=clip,
+        variance=str(scheduler.config["variance_type"]),
+        last=float(alpha_bar[0]) if own_last else 1.0,
+    )
+
+
+def _fields_of(scheduler: str | None) -> Mapping[str, inspect.Parameter]:
+    """Return the fields that a scheduler of diffusers has; those of `DDPMScheduler` for one it does not know."""
+    kind = getattr(diffusers, scheduler or "", DDPMScheduler)
+    return inspect.signature(kind.__init__).parameters
+
+
+def read_scheduler_config(path: Path) -> dict[str, Any]:
+    """Read a scheduler config as it stands.
+
+    Args:
+        path: The JSON file, or the folder that holds `scheduler_config.json`.
+
+    Raises:
+        GaqError: If it is missing, unreadable or no JSON object.
+    """
+    file = path / "scheduler_config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise GaqError(f"There is no scheduler config at {file}; it says which noise schedule to use.") from error
+    except (OSError, ValueError) as error:
+        raise GaqError(f"The scheduler config {file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise GaqError(f"The scheduler config {file} must be a JSON object, not a {type(config).__name__}.")
+    return config

@@ -1,0 +1,1 @@
+"""Calibration data and settings around `calib`: trajectories, presets, recipes, noise correction, layer times."""

@@ -1,0 +1,1 @@
+"""Pages about a calibration and an engine that open offline."""

@@ -1,0 +1,258 @@
+"""The figures of `inspect`: numbers in, one SVG element out, ready to stand in an HTML page beside others.
+
+The same numbers give the same bytes: ids are salted with the figure's own name (which also keeps two figures on one
+page from sharing any), and no date is written. Matplotlib's defaults are set for the time of drawing only, so neither
+a user's matplotlibrc nor a caller's settings change a figure, and no figure changes them.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from calib.diagnose import Agreement, Alignment, bin_means
+from calib.reconstruct import BlockResult
+from gaq_export.report.inspection import Fidelity, LayerRange
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BINS = 50
+NUMBERED = 10  # a heat map of at most so many steps has its numbers in it
+WIDTH = 7.2  # inches; the page scales it to its column
+ROW = 0.17  # inches of a named row
+BLUE, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#8a8f98", "#22262b"  # Okabe and Ito 2008: told apart by everyone
+_STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # of one width, so a page without the first is fine
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": "#e3e6ea",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "svg.fonttype": "none",
+}
+
+
+def cosines(found: Agreement) -> str:
+    """Draw the two heat maps of per-step gradients, before and after, on one scale centred at 0."""
+    return _svg("cosines", f"Cosine similarity of per-step gradients, {found.block}", 3.5, partial(_cosines, found))
+
+
+def alignment(found: Alignment) -> str:
+    """Draw omega against alignment, one point a bin of samples."""
+    return _svg("alignment", f"Sample weight against alignment, {found.block}", 3.0, partial(_alignment, found))
+
+
+def losses(blocks: Sequence[BlockResult]) -> str:
+    """Draw each block's loss before and after; every block must have both."""
+    height = 0.75 + ROW * len(blocks)
+    return _svg("losses", "Block loss before and after calibration", height, partial(_losses, blocks))
+
+
+def fidelity(found: Fidelity) -> str:
+    """Draw SQNR against the sampling step: the median image, and the span of all of them."""
+    return _svg("fidelity", "SQNR of the noise prediction at each sampling step", 3.1, partial(_fidelity, found))
+
+
+def noise(t: Tensor, series: Mapping[str, Sequence[float]]) -> str:
+    """Draw SQNR against the sampling step, a line for each of two series; `t` (S,) is each step's timestep."""
+    return _svg("noise", "SQNR of the engine's noise prediction at each sampling step", 3.1, partial(_noise, t, series))
+
+
+def sensitivity(errors: Mapping[str, float]) -> str:
+    """Draw the error that each layer makes alone."""
+    height = 0.75 + ROW * len(errors)
+    return _svg("sensitivity", "Error of the predicted noise, layer by layer", height, partial(_sensitivity, errors))
+
+
+def ranges(layers: Sequence[LayerRange]) -> str:
+    """Draw what each layer's weight grid covers, and how far its input's grid reaches."""
+    height = 0.75 + ROW * len(layers)
+    return _svg("ranges", "Weight and activation ranges of each layer", height, partial(_ranges, layers))
+
+
+def _svg(name: str, label: str, height: float, paint: Callable[["Figure"], None]) -> str:
+    """Paint a figure of `height` inches and return it as an SVG element that holds nothing from elsewhere."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: Any = _STYLE | {"svg.hashsalt": name}
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(style)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        paint(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda found: f"{found[0]}{name}-", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).strip()
+
+
+def _cosines(found: Agreement, figure: "Figure") -> None:
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, title, held in ((left, "nearest rounding", found.before), (right, "after calibration", found.after)):
+        image = axes.imshow(held.matrix.numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="none")
+        axes.set_title(title)
+        axes.set_xlabel("sampling step")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        places = _spread(len(found.steps), NUMBERED)
+        axes.set_xticks(places, [str(found.steps[i]) for i in places])
+        axes.set_yticks(places, [str(found.steps[i]) for i in places])
+        if len(found.steps) <= NUMBERED:
+            _number(axes, held.matrix)
+    left.set_ylabel("sampling step")
+    right.tick_params(left=False)
+    figure.colorbar(image, ax=(left, right), shrink=0.85, pad=0.02, label="cosine similarity").outline.set_visible(
+        False
+    )
+
+
+def _number(axes: "Axes", matrix: Tensor) -> None:
+    """Write each cell's value into it, white where the cell is dark."""
+    size = min(8.0, 56 / len(matrix))
+    for i, row in enumerate(matrix.tolist()):
+        for j, value in enumerate(row):
+            ink = "white" if abs(value) > 0.7 else INK
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=size, color=ink)
+
+
+def _alignment(found: Alignment, figure: "Figure") -> None:
+    axes = figure.subplots()
+    weight, inner = bin_means(found.omega, [found.omega * len(found.omega), found.inner], BINS)
+    axes.axhline(0, color=GREY, linewidth=0.6)
+    axes.axvline(1, color=GREY, linewidth=0.6, linestyle=(0, (4, 3)))
+    axes.scatter(weight.numpy(), inner.numpy(), s=18, color=BLUE, linewidths=0)
+    axes.set_xlabel("mean sample weight of the bin, times N (1 is uniform)")
+    axes.set_ylabel("mean inner product with\nthe validation gradient")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.ticklabel_format(axis="x", useOffset=False)
+
+
+def _losses(blocks: Sequence[BlockResult], figure: "Figure") -> None:
+    axes = figure.subplots()
+    rows = range(len(blocks))
+    before, after = [b.loss_before or math.nan for b in blocks], [b.loss_after or math.nan for b in blocks]
+    kept = [i for i in rows if blocks[i].rounding == "nearest"]
+    axes.hlines(rows, after, before, color=GREY, linewidth=1)
+    axes.scatter(before, rows, s=20, facecolors="white", edgecolors=INK, linewidths=0.9, label="nearest", zorder=3)
+    learned = [i for i in rows if i not in kept]
+    axes.scatter([after[i] for i in learned], learned, s=22, color=BLUE, linewidths=0, label="learned", zorder=3)
+    if kept:
+        crosses = [before[i] for i in kept]
+        axes.scatter(crosses, kept, s=26, color=ORANGE, marker="x", linewidths=1.2, label="nearest kept", zorder=4)
+    _log_axis(axes, [*before, *after])
+    axes.set_xlabel("block loss")
+    _name_rows(axes, [b.name for b in blocks])
+    figure.legend(loc="outside upper right", ncols=3)
+
+
+def _fidelity(found: Fidelity, figure: "Figure") -> None:
+    axes = figure.subplots()
+    steps = range(len(found.t))
+    for values, color, dashes, label in (
+        (found.weights, BLUE, "-", "weights rounded"),
+        (found.both, ORANGE, (0, (5, 2)), "weights and activations rounded"),
+    ):
+        values = values.double()
+        axes.fill_between(steps, values.amin(1).numpy(), values.amax(1).numpy(), color=color, alpha=0.15, linewidth=0)
+        middle = torch.quantile(values, 0.5, dim=1).numpy()
+        marker = "o" if len(steps) <= 30 else None
+        axes.plot(steps, middle, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=3, label=label)
+    _name_steps(axes, found.t)
+
+
+def _noise(t: Tensor, series: Mapping[str, Sequence[float]], figure: "Figure") -> None:
+    axes = figure.subplots()
+    for (label, values), color, dashes in zip(series.items(), (BLUE, ORANGE), ("-", (0, (5, 2))), strict=True):
+        marker = "o" if len(t) <= 30 else None
+        axes.plot(values, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=3, label=label)
+    _name_steps(axes, t)
+
+
+def _name_steps(axes: "Axes", t: Tensor) -> None:
+    """Name both axes of decibels at each step, timesteps on top, and the lines."""
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("sampling step, noisiest first")
+    axes.set_ylabel("SQNR, dB")
+    places = _spread(len(t), 11)
+    axes.set_xticks(places)
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(places, [str(int(t[i])) for i in places])
+    top.set_xlabel("training timestep t")
+    axes.legend(loc="best")
+
+
+def _sensitivity(errors: Mapping[str, float], figure: "Figure") -> None:
+    axes = figure.subplots()
+    axes.scatter(list(errors.values()), range(len(errors)), s=18, color=BLUE, linewidths=0)
+    _log_axis(axes, list(errors.values()))
+    axes.set_xlabel("error of the predicted noise with this layer alone quantized, share of its power")
+    _name_rows(axes, list(errors))
+
+
+def _ranges(layers: Sequence[LayerRange], figure: "Figure") -> None:
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = range(len(layers))
+    low, middle, high = zip(*(layer.covered for layer in layers), strict=True)
+    left.axvline(1, color=GREY, linewidth=0.6, linestyle=(0, (4, 3)))
+    left.hlines(rows, low, high, color=BLUE, alpha=0.45, linewidth=2)
+    left.scatter(middle, rows, s=16, color=BLUE, linewidths=0, zorder=3)
+    left.set_xlabel("share of max|w| that the grid covers")
+    left.set_xlim(0, max(1.05, *high))
+    reach = [layer.input_reach for layer in layers]
+    right.scatter(reach, rows, s=18, color=ORANGE, marker="D", linewidths=0)
+    _log_axis(right, reach)
+    right.set_xlabel("largest input that the grid reaches")
+    for axes in (left, right):
+        _name_rows(axes, [layer.name for layer in layers])
+    right.tick_params(labelleft=False)
+
+
+def _log_axis(axes: "Axes", values: Sequence[float]) -> None:
+    """Make x logarithmic with plain numbers: 1, 2, 5, 10 where the values span a few decades at most."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    known = [math.log10(v) for v in values if v > 0]
+    narrow = max(known, default=0) - min(known, default=0) < 2.5
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
+    """Put the first name on top, one a row, with thin lines to follow."""
+    axes.set_yticks(range(len(names)), names, fontsize=6.5, fontfamily=["DejaVu Sans Mono", "monospace"])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="both", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most `most` places out of `count`, evenly spaced from the first."""
+    return list(range(0, count, max(1, -(-count // most))))

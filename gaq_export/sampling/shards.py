@@ -1,0 +1,121 @@
+"""Images in shards: files of as many images each, so that a long drawing can stop, go on, and be shared out.
+
+    OUT/samples.json               what was asked for: engine, sampler, seeds, images a shard
+    OUT/shard-000000.safetensors   images (N, C, H, W) uint8, seeds (N,) int64
+
+A shard is written whole or not at all. Which images are in it, and the arithmetic of each, depend on what was asked for
+and on nothing else; so a drawing that was killed and continued has the same bytes as one that was not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from calib.files import read_safetensors, write_atomically
+from gaq_export.errors import GaqError
+
+RECORD = "samples.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is to be drawn.
+
+    Attributes:
+        num: images in all; image i has seed `seed + i`.
+        seed: of the first.
+        shard: images in a file, but for the last.
+        batch: images drawn at a time.
+        conditions: everything else that the images depend on, JSON values.
+    """
+
+    num: int
+    seed: int
+    shard: int
+    batch: int
+    identity: Mapping[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return -(-self.num // self.shard)
+
+    def seeds(self, index: int) -> tuple[int, ...]:
+        """Return the seeds of one file's images."""
+        first, last = index * self.shard, min((index + 1) * self.shard, self.num)
+        return tuple(range(self.seed + first, self.seed + last))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "num": self.num,
+            "seed": self.seed,
+            "shard": self.shard,
+            "batch": self.batch,
+            "conditions": dict(self.identity),
+        }
+
+
+def claim(out: Path, order: Order) -> None:
+    """Write down what was asked for, or find that it is the same; raise GaqError if `out` holds other images."""
+    path, record = out / RECORD, json.loads(json.dumps(order.to_json()))
+    if not path.exists():
+        write_atomically(path, json.dumps(record, indent=1).encode())
+        return
+    old = read_record(out)
+    changed = [key for key in record if old.get(key) != record[key]]
+    if changed == ["num"] and old["num"] < order.num and old["num"] % order.shard == 0:
+        write_atomically(path, json.dumps(record, indent=1).encode())  # more of the same
+    elif changed:
+        raise GaqError(f"{out} holds other images ({changed[0]} differs). Give --out another folder, or delete it.")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what was asked for in a folder; raise GaqError if it has no such record."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GaqError(f"{folder / RECORD} cannot be read ({error}): this is no folder that `sample` wrote.") from error
+    return record
+
+
+def missing(out: Path, order: Order) -> list[int]:
+    """Return the numbers of the shards that are not there yet."""
+    return [index for index in range(order.shards) if not shard_path(out, index).exists()]
+
+
+def write_shard(out: Path, order: Order, index: int, images: Tensor) -> None:
+    """Write one shard, (N, C, H, W) uint8."""
+    seeds = torch.tensor(order.seeds(index), dtype=torch.int64)
+    write_atomically(shard_path(out, index), save({"images": images.contiguous(), "seeds": seeds}))
+
+
+def shard_path(out: Path, index: int) -> Path:
+    """Return where a shard lies."""
+    return out / f"shard-{index:06d}.safetensors"
+
+
+def read_shards(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images (N, C, H, W) uint8 and seeds (N,) of each shard in order; raise GaqError if one is missing."""
+    record = read_record(folder)
+    for index in range(-(-record["num"] // record["shard"])):
+        path = shard_path(folder, index)
+        if not path.exists():
+            raise GaqError(f"{path} is missing: the same `sample` command draws what is left.")
+        tensors = read_safetensors(path)[1]
+        yield tensors["images"], tensors["seeds"]
+
+
+def digest(folder: Path) -> str:
+    """Return the sha256 of all images and seeds."""
+    sha = hashlib.sha256()
+    for images, seeds in read_shards(folder):
+        sha.update(images.numpy().tobytes() + seeds.numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,1 @@
+"""Packs for the Hugging Face hub, and a Triton model repository."""
