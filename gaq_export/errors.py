@@ -1,18 +1,34 @@
-"""The error `gaq_export` raises for anything a user can cause, and the family the command line prints in one line."""
+"""The error that `gaq_export` raises for anything a user can cause, and the errors that commands print in one line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class GaqError(Exception):
-    """Say what was found, what was expected and what to do, in one line."""
+    """An error that a user can act on: one line that says what was seen, what was expected and what to do."""
+
+
+def unknown(what: str, name: object, choices: Iterable[str], hint: str = "") -> GaqError:
+    """Return, not raise, the error for a name that is in no table.
+
+    Args:
+        what: kind of thing that is named, such as "model".
+        name: what the user wrote.
+        choices: the names that exist, in the order in which to list them.
+        hint: another sentence for the end of the message.
+    """
+    choices = list(choices)
+    sentences = [f"Unknown {what} {name!r}."]
+    sentences += [f"Did you mean {near!r}?" for near in get_close_matches(str(name), choices, n=1)]
+    sentences.append(f"Choose one of {choices}.")
+    return GaqError(" ".join([*sentences, *filter(None, [hint])]))
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """Collect the error classes that a command turns into one line instead of a traceback.
+    """Return the error classes that a command prints in one line instead of a traceback.
 
     A function and not a constant: importing `calib` loads torch, which `--help` must not wait for. Call it when a
     command has already failed.
-
-    Returns:
-        The error class of each room.
     """
     from calib.errors import CalibError
     from engines.errors import EngineError
