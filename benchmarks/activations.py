@@ -102,7 +102,7 @@ def learn(model: LoadedModel, data: CalibrationSet, config: QuantConfig, folder:
     """Calibrate, keeping the blocks in the folder."""
     about = provenance.describe(model, model.spec.sampler)
     blocks = folder / "blocks"
-    return calibrate(model.network, data, config, timesteps=model.schedule.num_train, about=about, folder=blocks)
+    return calibrate(model.network, data, config, timesteps=model.schedule.num_train, provenance=about, folder=blocks)
 
 
 def held_out(model: LoadedModel, images: int) -> list[tuple[Tensor, Tensor, Tensor]]:

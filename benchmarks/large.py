@@ -92,7 +92,7 @@ def plan(place: Place) -> str:
         blocks=(),
         scores=torch.zeros(1),
         config=config,
-        about={},
+        provenance={},
         num_train=model.schedule.num_train,
     )
     save_plan(made, place.file("plan.safetensors"))

@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Print one row a step, in dB."""
     file, plan = engines.load_engine_file(engine), load_plan(run / "plan.safetensors")
-    model = provenance.model_of(plan.about, None, run)
+    model = provenance.model_of(plan.provenance, None, run)
     spec = session.sampler_of(file, None)
     seen: list[tuple[Tensor, Tensor]] = []
     seeds = list(range(10_000, 10_000 + images))
@@ -67,7 +67,8 @@ def main(
                 sqnr_db(model.network(x, t), found),
             ]
             rows.append((step, int(t[0]), *measured))
-    title = f"{plan.about['model']['name']} {file.about['bits']}, {file.backend}, {images} held-out images, SQNR in dB."
+    name = plan.provenance["model"]["name"]
+    title = f"{name} {file.about['bits']}, {file.backend}, {images} held-out images, SQNR in dB."
     columns = list(zip(*rows, strict=True))
     table = [(str(step), str(t), *(f"{v:.1f}" for v in measured)) for step, t, *measured in rows]
     table += [

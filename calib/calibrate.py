@@ -48,7 +48,7 @@ def calibrate(
     config: QuantConfig,
     *,
     timesteps: int,
-    about: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     folder: Path | None = None,
     clock: Clock | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -61,7 +61,7 @@ def calibrate(
         data: what the float network saw at each sampling step.
         config: bits, schedule, sample weights, convention, seed.
         timesteps: number of training timesteps; `t` lies below it.
-        about: copied into the plan.
+        provenance: which model and sampler the plan belongs to; any JSON object, copied into the plan.
         folder: finished blocks are kept here, and taken from here if they belong to the same calibration.
         clock: measures milliseconds, for a budget of those.
         on_progress: told after every iteration and block.
@@ -132,7 +132,7 @@ def calibrate(
         blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
         scores=states[-1].scores if states else _first_scores(job),
         config=config,
-        about=dict(about or {}),
+        provenance=dict(provenance or {}),
         num_train=timesteps,
         timesteps=torch.unique(data.t) if config.activation.per_step or config.activation.narrower else None,
         sensitivity=given.errors,

@@ -110,13 +110,24 @@ class StepBits:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantPlan:
-    """Everything an exporter needs, by module name; `about` says which model and sampler the plan belongs to.
+    """Everything an exporter needs, by module name.
 
-    `num_train` is the number of training timesteps. Where grids have a `ratio`, or activations `step_bits` of each
-    step's own, `timesteps` (S,) int64, rising, says which timesteps its steps have; any other t takes the nearest one's
-    (`calib.ranges.nearest_step`). `correction` is for the steps of the sampler in `about` and no other. `sensitivity`,
-    of mixed precision, is the error of the noise with one layer alone quantized, by layer and weight bits
-    (`calib.mixed`). Layers are those of the network as `surgery` rewrites it.
+    Attributes:
+        layers: the quantized layers, of the network as `surgery` rewrites it.
+        products: the modules whose products inside attention are quantized.
+        float_layers: why each of the others stays float.
+        blocks: how well the rounding of each block fits.
+        scores: (N,) float64, the sample scores after the last block; see `calib.omega`.
+        config: the settings that the plan was calibrated with.
+        provenance: what the caller says about model and sampler, a JSON object that nothing here reads.
+        num_train: number of training timesteps.
+        timesteps: (S,) int64, rising: the timesteps of the sampling steps, where grids have a `ratio` or activations
+            `step_bits`; any other t takes the nearest one's (`calib.ranges.nearest_step`).
+        correction: of the predicted noise, for the steps of the calibrated sampler and no others.
+        sensitivity: error of the predicted noise with one layer alone quantized, by layer and weight bits; only of
+            mixed precision (`calib.mixed`).
+        surgery: how the network is rewritten before it is quantized.
+        step_bits: activation bits of each sampling step, where steps differ.
     """
 
     layers: Mapping[str, LayerQuant]
@@ -125,7 +136,7 @@ class QuantPlan:
     blocks: tuple[BlockResult, ...]
     scores: Tensor
     config: QuantConfig
-    about: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     num_train: int
     timesteps: Tensor | None = None
     correction: Correction | None = None
@@ -174,7 +185,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
     }
     readable = {
         "format": FORMAT,
-        "about": dict(plan.about),
+        "about": dict(plan.provenance),
         "config": configs.to_json(plan.config),
         "num_train": plan.num_train,
         "layers": layers,
@@ -222,7 +233,7 @@ def load_plan(path: Path) -> QuantPlan:
         blocks=tuple(BlockResult(**{**b, "layers": tuple(b["layers"])}) for b in data["blocks"]),
         scores=tensors["omega_scores"],
         config=configs.from_json(data["config"]),
-        about=data["about"],
+        provenance=data["about"],
         num_train=data["num_train"],
         timesteps=tensors.get("timesteps"),
         correction=Correction.from_json(data["correction"]) if data["correction"] else None,

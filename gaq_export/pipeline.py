@@ -124,4 +124,4 @@ def calibrate(
 
 def sampler_of(folder: str | Path = runs.DEFAULT) -> SamplerSpec:
     """Return the sampler that the calibration in the run folder followed; raise CalibError if there is none."""
-    return SamplerSpec.from_json(load_plan(Run(folder=Path(folder)).plan).about["sampler"])
+    return SamplerSpec.from_json(load_plan(Run(folder=Path(folder)).plan).provenance["sampler"])

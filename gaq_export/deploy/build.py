@@ -89,12 +89,12 @@ def build_engine(
         raise GaqError(f"{backend.name} cannot build here: {reason}")
     plan = load_plan(run.plan)
     profile = _profile(backend, numbers, plan)
-    model = provenance.model_of(plan.about, model, run.folder)
-    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
+    model = provenance.model_of(plan.provenance, model, run.folder)
+    spec = sampler or SamplerSpec.from_json(plan.provenance["sampler"])
     turns = _turns(plan, spec, model.schedule.num_train, graph)
     correction = correction_of(plan, spec) if correct else None
     about = {
-        **plan.about,
+        **plan.provenance,
         "sampler": spec.to_json(),
         "graph": graph,
         "bits": _bits(plan, turns),

@@ -74,8 +74,8 @@ def export_onnx(
     run, profile_spec = Run(folder=Path(folder)), find_profile(profile)
     plan = load_plan(run.plan)
     plan = at_bits(plan, abits or plan.config.activation.bits)
-    model = provenance.rewritten(provenance.model_of(plan.about, model, run.folder), plan)
-    spec = sampler or SamplerSpec.from_json(plan.about["sampler"])
+    model = provenance.rewritten(provenance.model_of(plan.provenance, model, run.folder), plan)
+    spec = sampler or SamplerSpec.from_json(plan.provenance["sampler"])
     if graph == "step":
         network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None, rows)
     else:
@@ -110,7 +110,7 @@ def _step(
 
 def correction_of(plan: QuantPlan, spec: SamplerSpec) -> Correction | None:
     """Return the plan's correction of the noise; raise GaqError if it was measured for another sampler."""
-    own = SamplerSpec.from_json(plan.about["sampler"])
+    own = SamplerSpec.from_json(plan.provenance["sampler"])
     if plan.correction is not None and spec != own:
         raise GaqError(
             f"This plan's correction ({plan.correction.rule}) was measured for {own}; asked for {spec}. Calibrate with "

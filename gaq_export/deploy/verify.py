@@ -25,7 +25,7 @@ from gaq_export.run import Run
 def samples(model: LoadedModel, spec: SamplerSpec, plan: QuantPlan, run: Run, config: EngineConfig) -> CalibrationSet:
     """Return samples of the sampler's steps: the calibration's, if they are of the same sampler."""
     count = max(config.batch[0], min(config.batch[2], parity.IMAGES))
-    folder = run.calibration if spec == SamplerSpec.from_json(plan.about["sampler"]) else None
+    folder = run.calibration if spec == SamplerSpec.from_json(plan.provenance["sampler"]) else None
     return collect(model, spec, images=max(2, count), seed=plan.config.seed, folder=folder)
 
 

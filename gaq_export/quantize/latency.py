@@ -111,6 +111,6 @@ def _rounded(network: nn.Module, layers: Sequence[str], bits: int) -> QuantPlan:
         blocks=(),
         scores=torch.zeros(0),
         config=QuantConfig(),
-        about={},
+        provenance={},
         num_train=1,
     )

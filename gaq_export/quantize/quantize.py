@@ -68,7 +68,7 @@ def learn(
             own,
             config,
             timesteps=model.schedule.num_train,
-            about=about,
+            provenance=about,
             folder=place,
             clock=clock,
             on_progress=on_progress,

@@ -40,7 +40,7 @@ def inspect(
     """
     run = Run(folder=Path(folder))
     plan, path = load_plan(run.plan), Path(out or run.page)
-    model = provenance.model_of(plan.about, model, run.folder)
+    model = provenance.model_of(plan.provenance, model, run.folder)
     found, origin = examine(run, plan, model, path, block=block, images=images, on_step=on_step)
     write_atomically(path, inspection_page.render(plan, found, origin).encode())
     return path
@@ -61,7 +61,7 @@ def examine(
     with runs.staging(out) as staged:
         data = collect(
             model,
-            SamplerSpec.from_json(plan.about["sampler"]),
+            SamplerSpec.from_json(plan.provenance["sampler"]),
             images=settings["images"],
             seed=plan.config.seed,
             folder=run.calibration,

@@ -174,7 +174,7 @@ def fidelity(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnProgre
 
     With guidance it is the guided noise that is compared.
     """
-    schedule, spec = provenance.schedule_of(plan.about), SamplerSpec.from_json(plan.about["sampler"])
+    schedule, spec = provenance.schedule_of(plan.provenance), SamplerSpec.from_json(plan.provenance["sampler"])
     networks = [model.network, *(fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True))]
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
     groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]

@@ -42,12 +42,12 @@ def render(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
 
 def title(plan: QuantPlan) -> str:
     """Return the model's name and the bits."""
-    return f"{plan.about['model']['name']}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
+    return f"{plan.provenance['model']['name']}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
 
 
 def warning(plan: QuantPlan) -> str:
     """Return what a reader must know before all else, "" if there is nothing."""
-    return "The weights are random: every figure is about noise." if plan.about["model"]["meaningless"] else ""
+    return "The weights are random: every figure is about noise." if plan.provenance["model"]["meaningless"] else ""
 
 
 def what_was_done(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
@@ -70,7 +70,7 @@ def sections(plan: QuantPlan, found: Inspection) -> tuple[str, ...]:
 
 
 def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]:
-    config, model, sampler = plan.config, plan.about["model"], plan.about["sampler"]
+    config, model, sampler = plan.config, plan.provenance["model"], plan.provenance["sampler"]
     fit, omega = config.reconstruction, config.omega
     eta = f", eta {sampler['eta']:g}" if sampler["eta"] else ""
     patterns = "".join(f", {pattern}" for pattern in config.keep_float)
@@ -92,7 +92,7 @@ def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]
 
 def _conditioning_facts(plan: QuantPlan) -> dict[str, str]:
     """Return what images are told, if they are told anything."""
-    conditioning = plan.about.get("conditions")
+    conditioning = plan.provenance.get("conditions")
     if conditioning is None:
         return {}
     names = conditioning["names"]

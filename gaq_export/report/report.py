@@ -143,7 +143,7 @@ def measure(
     run = Run(folder=folder)
     plan, (_, journal) = load_plan(run.plan), runs.recall(run)
     file = engine_of(run, journal, engine)
-    found, model = evaluation_of(judged, file), provenance.model_of(plan.about, model, folder)
+    found, model = evaluation_of(judged, file), provenance.model_of(plan.provenance, model, folder)
     others = session.others_of(file)
     inside, origin = inspect.examine(run, plan, model, out, block=block, images=images, on_step=on_step)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

@@ -21,7 +21,7 @@ LITTLE = 5000  # bytes of a type, and fewer, are not listed
 
 def render(found: Report) -> str:
     """Return the whole page."""
-    name = f"{found.plan.about['model']['name']}, {found.file.about['bits']}, {found.file.backend}"
+    name = f"{found.plan.provenance['model']['name']}, {found.file.about['bits']}, {found.file.backend}"
     header = html.header(
         "From floating point to an engine",
         name,
@@ -229,7 +229,7 @@ def _again_section(found: Report) -> str:
     lines = [*found.journal, {"step": "report", **made_with()}]
     commands = [line.get("command") or f"# {line['step']}: from Python; its settings are above" for line in lines]
     facts = {
-        "model": f"{found.plan.about['model']['source']}, weights {found.plan.about['model']['fingerprint']}",
+        "model": f"{found.plan.provenance['model']['source']}, weights {found.plan.provenance['model']['fingerprint']}",
         "plan": found.file.about["plan"]["sha256"],
         "engine": found.file.sha256,
         "calibrated with": _versions(found.origin.journal),

@@ -97,12 +97,12 @@ def _use() -> list[str]:
 
 
 def _made(plan: QuantPlan, settings: Mapping[str, Any]) -> list[str]:
-    config, spec = plan.config, SamplerSpec.from_json(plan.about["sampler"])
+    config, spec = plan.config, SamplerSpec.from_json(plan.provenance["sampler"])
     lines = [
         f"sampler: {spec}",
         f"calibration: {settings['images']} images drawn by the float network, seed {config.seed}",
         f"rounding: {config.reconstruction.iterations} iterations a block, samples weighted by {config.omega.rule}",
-        f"weights of the source: sha256 {plan.about['model']['fingerprint']}",
+        f"weights of the source: sha256 {plan.provenance['model']['fingerprint']}",
     ]
     return [f"- {line}" for line in lines]
 

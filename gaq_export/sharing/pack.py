@@ -79,7 +79,7 @@ def write_pack(
         GaqError, CalibError: no plan, another model, one that cannot be loaded again, or a place that is taken.
     """
     plan, (settings, _) = load_plan(run.plan), runs.recall(run)
-    model, out = provenance.model_of(plan.about, model, run.folder), out or run.folder / HERE
+    model, out = provenance.model_of(plan.provenance, model, run.folder), out or run.folder / HERE
     runs.check_replaceable(out, MARK)
     whole = whole or model.source.partition(":")[0] not in ("bundled", "random", "hub")
     if whole and (model.source == "module" or type(model.unet) not in ARCHITECTURES):
@@ -89,7 +89,7 @@ def write_pack(
     terms = _terms(home, model.source) if licence is None else {"license": licence}
     with runs.staging(out) as staged:
         made = staged / HERE
-        save_plan(replace(plan, about=_moved(plan.about, source)), made / run.plan.name)
+        save_plan(replace(plan, provenance=_moved(plan.provenance, source)), made / run.plan.name)
         if model.conditioning is not None:
             model.conditioning.save(made)
         export_onnx(profile, folder=run.folder, model=model, out=made / "onnx" / run.onnx(profile, "step").name)
@@ -146,10 +146,10 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
     """
     record, plan = read_pack(folder), load_plan(folder / run.plan.name)
     source = str(folder.resolve()) if record["source"] == HERE else record["source"]
-    plan = replace(plan, about=_moved(plan.about, source))
+    plan = replace(plan, provenance=_moved(plan.provenance, source))
     settings = record["settings"]
     runs.begin(run, settings | {"model": {**settings["model"], "source": source}})
-    if (conditioning := provenance.conditioning_of(plan.about, folder)) is not None:
+    if (conditioning := provenance.conditioning_of(plan.provenance, folder)) is not None:
         conditioning.save(run.folder)
     with runs.staging(run.plan) as staged:
         save_plan(plan, staged / run.plan.name)

@@ -85,7 +85,7 @@ def write(
         raise GaqError(
             "Steps differ in activation bits in this plan, so they are several engines: it cannot be served."
         )
-    conditioning = provenance.conditioning_of(plan.about, run.folder)
+    conditioning = provenance.conditioning_of(plan.provenance, run.folder)
     config = EngineConfig(backend=backend, batch=(1, min(4, most), most))
     with runs.staging(out) as staged:
         engine, made = staged / "engine" / server.file, staged / "repository"

@@ -150,7 +150,7 @@ def opposed() -> tuple[nn.Module, QuantPlan, BlockResult, BlockIO, Tensor]:
         blocks=(block,),
         scores=torch.zeros(6),
         config=CONFIG,
-        about={},
+        provenance={},
         num_train=100,
     )
     x, target = torch.ones(6, 1), torch.tensor([[5.0], [4.0], [9.0], [9.0], [-5.0], [-2.0]])

@@ -52,7 +52,7 @@ def plan_by_hand() -> QuantPlan:
         blocks=(),
         scores=torch.ones(1),
         config=QuantConfig(),
-        about={},
+        provenance={},
         num_train=50,
         timesteps=torch.tensor([10, 40]),
     )

@@ -49,7 +49,7 @@ def plan_of(bits: int = 4, seed: int = 0, per_step: bool = False) -> QuantPlan:
         ),
         scores=torch.rand(7, generator=generator, dtype=torch.float64),
         config=QuantConfig(weight=WeightConfig(bits=bits), keep_float=("x",)),
-        about={"model": {"name": "tiny"}},
+        provenance={"model": {"name": "tiny"}},
         num_train=100,
         timesteps=torch.tensor([0, 30, 60]) if per_step else None,
     )
@@ -80,7 +80,7 @@ def test_a_plan_read_back_is_the_plan_that_was_saved(bits: int, per_step: bool, 
     for name, layer in plan.layers.items():
         assert same(layer, again.layers[name])
     assert same(plan.products["attention"], again.products["attention"])
-    for field in ("float_layers", "blocks", "scores", "config", "about", "num_train", "timesteps"):
+    for field in ("float_layers", "blocks", "scores", "config", "provenance", "num_train", "timesteps"):
         assert same(getattr(plan, field), getattr(again, field))
 
 

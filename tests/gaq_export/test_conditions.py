@@ -201,7 +201,7 @@ def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
     conditioning = texts(3.0)
     model, run, home = made("text", conditioning), tmp_path / "run", tmp_path / "engine"
     pipeline.calibrate(model, pipeline.preset("tiny", recipe="rtn"), folder=run)
-    assert "rows" not in load_plan(run / "plan.safetensors").about["conditions"]
+    assert "rows" not in load_plan(run / "plan.safetensors").provenance["conditions"]
     settings = EngineConfig(backend="openvino", threads=1)
     home.mkdir()
     file = pipeline.build_engine(folder=run, out=home / "unet.plan", config=settings, model=model).file

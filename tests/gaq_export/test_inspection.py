@@ -19,7 +19,7 @@ from gaq_export.report import inspection
 
 def few_steps(plan: QuantPlan, about: dict) -> QuantPlan:
     """Return the plan as if made for a sampler of five noisy steps, its model and schedule as in `about`."""
-    return dataclasses.replace(plan, about={**about, "sampler": SamplerSpec(steps=5, eta=1.0).to_json()})
+    return dataclasses.replace(plan, provenance={**about, "sampler": SamplerSpec(steps=5, eta=1.0).to_json()})
 
 
 def ignore(what: str, done: int, total: int) -> None:
@@ -38,9 +38,9 @@ def test_no_fresh_image_has_a_seed_that_calibration_used() -> None:
 
 
 def test_fidelity_is_measured_on_the_float_models_own_trajectories(tiny_model, plan: QuantPlan) -> None:
-    conditioning, plan = [], few_steps(plan, plan.about)
+    conditioning, plan = [], few_steps(plan, plan.provenance)
     found = inspection.fidelity(tiny_model, plan, 5, lambda *step: conditioning.append(step))
-    spec = SamplerSpec.from_json(plan.about["sampler"])
+    spec = SamplerSpec.from_json(plan.provenance["sampler"])
     networks = [fake_quantized(tiny_model.network, plan, activations=rounded) for rounded in (False, True)]
     seen = []
     samplers.run(
@@ -63,7 +63,9 @@ def test_fidelity_is_measured_on_the_float_models_own_trajectories(tiny_model, p
 
 def test_more_bits_are_closer_to_float(tiny_model, tiny_plan, plan: QuantPlan) -> None:
     def decibels(wbits: int, abits: int) -> torch.Tensor:
-        return inspection.fidelity(tiny_model, few_steps(tiny_plan(wbits, abits), plan.about), 1, ignore).both.median()
+        return inspection.fidelity(
+            tiny_model, few_steps(tiny_plan(wbits, abits), plan.provenance), 1, ignore
+        ).both.median()
 
     assert decibels(8, 8) > decibels(2, 8) + 10
 

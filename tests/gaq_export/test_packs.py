@@ -105,9 +105,9 @@ def test_an_engine_built_from_a_pack_alone_draws_the_same_bytes(
         found, expected = (_pixels(tmp_path / place / name) for place in ("here", "there"))
         assert found == expected
     again = pack.unpack(elsewhere, Run(folder=run))  # the same, so it is no other
-    assert again.about["model"]["source"] == str(elsewhere.resolve())
+    assert again.provenance["model"]["source"] == str(elsewhere.resolve())
     model = find_model(None, str(elsewhere))  # what `calibrate --weights` calibrates
-    assert (model.spec.name, model.fingerprint) == ("tiny", again.about["model"]["fingerprint"])
+    assert (model.spec.name, model.fingerprint) == ("tiny", again.provenance["model"]["fingerprint"])
     plan = load_plan(elsewhere / "plan.safetensors")
     assert torch.equal(again.scores, plan.scores)
 

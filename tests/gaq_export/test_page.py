@@ -67,7 +67,7 @@ def small(**changes: object) -> QuantPlan:
         blocks=blocks,
         scores=torch.arange(6.0),
         config=QuantConfig(keep_float=(NASTY,)),
-        about=about,
+        provenance=about,
     )
     return dataclasses.replace(plan, **changes)
 
