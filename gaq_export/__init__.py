@@ -1,10 +1,21 @@
-"""Quantize a diffusion U-Net, emit QDQ ONNX, build an engine, run the sampling loop.
+"""Quantize a diffusion model, emit Q/DQ ONNX, build a low-bit engine and draw with it.
 
-Importing this package loads nothing heavy. It only makes sure that the two rooms it is built on, `calib` and
-`engines`, are the folders installed beside it: their names are short enough for a stray file in the current folder
-to take their place, and the error that follows would then point anywhere but at the cause.
+Everything that a user needs is here, and is loaded when it is first used, so that importing this package loads nothing
+heavy:
+
+    import gaq_export as gaq
+
+    model = gaq.load_model("ddpm-mnist")
+    plan = gaq.calibrate(model, gaq.preset("fast"))
+    engine = gaq.build_engine()
+    images = gaq.sample().images
+
+Importing also makes sure that `calib` and `engines`, the two packages that this one is built on, are those installed
+beside it. Their names are short enough for a stray file in the current folder to take their place, and the error that
+follows would then point anywhere but at the cause.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,31 +23,120 @@ from typing import TYPE_CHECKING, Any
 from gaq_export._version import __version__
 
 if TYPE_CHECKING:
+    from calib.errors import CalibError
+    from calib.plan import QuantPlan, load_plan
+    from calib.progress import Progress
+    from engines import EngineConfig
+    from engines.errors import EngineError
+    from engines.files import EngineFile
+    from gaq_export.deploy.build import Built, build_engine
+    from gaq_export.deploy.onnx_artifact import export_onnx
+    from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
+    from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, linear_schedule
+    from gaq_export.errors import GaqError
+    from gaq_export.evaluation.evaluate import Evaluation, evaluate_engines, evaluate_sets
+    from gaq_export.models.loader import LoadedModel, load_model, wrap
+    from gaq_export.models.registry import MODELS
+    from gaq_export.models.text_encoder import prompt_conditioning
+    from gaq_export.pipeline import calibrate
+    from gaq_export.quantize.presets import Preset, preset
+    from gaq_export.quantize.recipes import RECIPES
+    from gaq_export.report.inspect import inspect
+    from gaq_export.sampling.batches import Sampled, Streamed
     from gaq_export.sampling.diffusers_unet import EngineUNet
+    from gaq_export.sampling.sample import sample, sample_shards
 
-__all__ = ["EngineUNet", "__version__"]
+# Which module has which names. No name may be that of a sub-package: importing it would hide the function.
+_NAMES = {
+    "calib.errors": ("CalibError",),
+    "calib.plan": ("QuantPlan", "load_plan"),
+    "calib.progress": ("Progress",),
+    "engines": ("EngineConfig",),
+    "engines.errors": ("EngineError",),
+    "engines.files": ("EngineFile",),
+    "gaq_export.deploy.build": ("Built", "build_engine"),
+    "gaq_export.deploy.onnx_artifact": ("export_onnx",),
+    "gaq_export.diffusion.conditioning": ("Conditioning", "class_conditioning"),
+    "gaq_export.diffusion.schedule": ("NoiseSchedule", "SamplerSpec", "linear_schedule"),
+    "gaq_export.errors": ("GaqError",),
+    "gaq_export.evaluation.evaluate": ("Evaluation", "evaluate_engines", "evaluate_sets"),
+    "gaq_export.models.loader": ("LoadedModel", "load_model", "wrap"),
+    "gaq_export.models.registry": ("MODELS",),
+    "gaq_export.models.text_encoder": ("prompt_conditioning",),
+    "gaq_export.pipeline": ("calibrate",),
+    "gaq_export.quantize.presets": ("Preset", "preset"),
+    "gaq_export.quantize.recipes": ("RECIPES",),
+    "gaq_export.report.inspect": ("inspect",),
+    "gaq_export.sampling.batches": ("Sampled", "Streamed"),
+    "gaq_export.sampling.diffusers_unet": ("EngineUNet",),
+    "gaq_export.sampling.sample": ("sample", "sample_shards"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "MODELS",
+    "RECIPES",
+    "Built",
+    "CalibError",
+    "Conditioning",
+    "EngineConfig",
+    "EngineError",
+    "EngineFile",
+    "EngineUNet",
+    "Evaluation",
+    "GaqError",
+    "LoadedModel",
+    "NoiseSchedule",
+    "Preset",
+    "Progress",
+    "QuantPlan",
+    "Sampled",
+    "SamplerSpec",
+    "Streamed",
+    "__version__",
+    "build_engine",
+    "calibrate",
+    "class_conditioning",
+    "evaluate_engines",
+    "evaluate_sets",
+    "export_onnx",
+    "inspect",
+    "linear_schedule",
+    "load_model",
+    "load_plan",
+    "preset",
+    "prompt_conditioning",
+    "sample",
+    "sample_shards",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gaq_export.sampling.diffusers_unet import EngineUNet
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # so that this function is asked once for each name
+    return value
 
-    return EngineUNet
+
+def __dir__() -> list[str]:
+    return __all__
 
 
-def _check_rooms() -> None:
-    beside = Path(__file__).resolve().parent.parent
-    for room in ("calib", "engines"):
-        spec = find_spec(room)
-        expected = beside / room / "__init__.py"
-        found = spec.origin if spec is not None else None
-        if found is None or Path(found).resolve() != expected:
+def _check_packages() -> None:
+    """Raise ImportError if Python finds another `calib` or `engines` than those installed beside this package."""
+    parent = Path(__file__).resolve().parent.parent
+    for package in ("calib", "engines"):
+        spec = find_spec(package)
+        expected = parent / package / "__init__.py"
+        actual = spec.origin if spec is not None else None
+        if actual is None or Path(actual).resolve() != expected:
             raise ImportError(
-                f"gaq_export needs its own package {room!r} at {expected}, but Python finds {found or 'none'}. "
-                f"Rename or move the other {room!r}, run from another folder, or install gaq-export in a virtual "
-                "environment of its own."
+                f"gaq_export needs its own package {package!r} at {expected}, but Python finds {actual or 'none'}. "
+                f"Rename or move the other {package!r}, run from another folder, or install gaq-export in a separate "
+                "virtual environment."
             )
 
 
-_check_rooms()
+_check_packages()

@@ -1,9 +1,15 @@
-"""What a user meets first: the help, the version, and the guard at the door."""
+"""What a user meets first: the help, the version, the names in `gaq_export`, and the check of its two packages."""
 
+import ast
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 import gaq_export
 
@@ -49,6 +55,43 @@ def test_help_loads_nothing_heavy() -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     done = _python("-c", "import sys, gaq_export, gaq_export.errors; print(*sys.modules)")
     assert {name.partition(".")[0] for name in done.stdout.split()} & HEAVY == set()
+
+
+def _imports_for_type_checkers() -> dict[str, str]:
+    """Return the module of each name that `gaq_export/__init__.py` imports under TYPE_CHECKING."""
+    tree = ast.parse(Path(gaq_export.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    return {
+        alias.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+
+
+def test_the_names_are_the_same_at_run_time_and_for_type_checkers() -> None:
+    names = gaq_export.__all__  # sorted: the linter sees to that
+    assert len(names) == len(set(names))
+    assert set(names) == {"__version__", *gaq_export._MODULE_OF}
+    assert _imports_for_type_checkers() == gaq_export._MODULE_OF
+    assert dir(gaq_export) == sorted(names)
+
+
+def test_no_name_hides_a_sub_package() -> None:
+    assert {module.name for module in pkgutil.iter_modules(gaq_export.__path__)} & set(gaq_export.__all__) == set()
+
+
+@pytest.mark.parametrize("name", sorted(gaq_export._MODULE_OF))
+def test_every_name_is_there_and_says_what_it_is(name: str) -> None:
+    value = getattr(gaq_export, name)
+    if isinstance(value, Mapping):
+        assert value
+    else:
+        assert value.__module__.partition(".")[0] in ("gaq_export", "calib", "engines")
+        assert inspect.getdoc(value)
+        assert not value.__doc__.startswith(f"{value.__name__}(")  # what a dataclass without a docstring gets
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'calibrat'"):
+        gaq_export.calibrat  # noqa: B018
 
 
 def test_version_and_changelog_agree() -> None:
