@@ -22,9 +22,9 @@ from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, save_plan
+from calib.sqnr import sqnr_db
 from engines import EngineConfig, EngineFile
 from gaq_export.deploy import step_loop
-from gaq_export.deploy.parity import sqnr_db
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.evaluation.timing import take_turns

@@ -20,7 +20,7 @@ from activations import learn
 from calib.config import CORRECTIONS, QuantConfig
 from calib.correction import Correction
 from calib.fakequant import fake_quantized
-from gaq_export.deploy.parity import sqnr_db
+from calib.sqnr import sqnr_db
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.images import psnr

@@ -16,8 +16,8 @@ from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator
 
+from calib.sqnr import sqnr_db
 from engines.graph import read_onnx, weight_layers
-from gaq_export.deploy.parity import sqnr_db
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 MakeRunner = Callable[[bytes, Feeds], Any]  # a Polygraphy runner of an ONNX file for inputs of these shapes

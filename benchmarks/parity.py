@@ -17,8 +17,9 @@ from torch import Tensor
 import engines
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
+from calib.sqnr import sqnr_db
 from gaq_export.deploy import session
-from gaq_export.deploy.parity import PERTURBATION, perturbed, sqnr_db
+from gaq_export.deploy.parity import PERTURBATION, perturbed
 from gaq_export.diffusion import samplers
 from gaq_export.models import provenance
 from gaq_export.report.markdown import markdown_table, publish

@@ -16,7 +16,7 @@ import typer
 
 from activations import held_out, learn
 from calib.fakequant import fake_quantized
-from gaq_export.deploy.parity import sqnr_db
+from calib.sqnr import sqnr_db
 from gaq_export.graph.export import export_float
 from gaq_export.graph.step import make_step
 from gaq_export.models.loader import load_model

@@ -6,7 +6,6 @@ ratio     the fewest bits with SNR^Q_b(t) > SNR^F(t), or the most if none suffic
 window    the most in a window of the sampling steps, the fewest outside it (PCR's relaxing, arXiv 2311.06322)
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, StepBits
+from calib.sqnr import ratio_db
 
 IMAGES = 8  # whose predicted noise is compared at each step
 
@@ -47,7 +47,7 @@ def by_ratio(
             network, row = around(fake_quantized(model, at_bits(plan, bits))), []
             for sample, epsilon in zip(samples, exact, strict=True):
                 error = (network(*sample.inputs()).double() - epsilon).square().sum()
-                row.append(10 * math.log10(float(epsilon.square().sum() / error.clamp(min=1e-300))))
+                row.append(ratio_db(float(epsilon.square().sum()), float(error)))
             measured[bits] = tuple(row)
     return StepBits(
         bits=fewest(required_db, measured),

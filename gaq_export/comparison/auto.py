@@ -8,9 +8,9 @@ from pathlib import Path
 
 from calib.plan import QuantPlan
 from gaq_export import run as runs
+from gaq_export.evaluation import noise_sqnr
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.presets import Preset
-from gaq_export.report.inspection import fidelity
 from gaq_export.run import Run
 
 CANDIDATES = ("rtn", "adaround", "qdrop", "tfmq")
@@ -52,7 +52,7 @@ def choose(
                 shutil.copy(Run(folder=first).times, Run(folder=places[name]).times)
         plan = calibrate(chosen, folder=places[name])
         seconds = time.perf_counter() - started
-        values = fidelity(model, plan, IMAGES, on_step).both.mean(1)
+        values = noise_sqnr.of_plan(model, plan, IMAGES, on_step).both.mean(1)
         tried.append(
             Tried(recipe=name, mean_db=float(values.mean()), worst_db=float(values.min()), seconds=round(seconds, 1))
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calib.sqnr import ratio_db
 from gaq_export.comparison import runner, yardstick
 from gaq_export.comparison.spec import Comparison
 
@@ -24,7 +25,7 @@ class Measured:
         fd_real: Frechet distance to real images, None without data.
         fd_float: Frechet distance to images of the float model.
         seconds: of the calibration, images already collected.
-        peak_mib: largest resident memory of the process until the plan was there.
+        peak_mib: largest resident memory of the process until the plan was there, None where the system has no count.
         spread: standard deviation of the sample weights over the training set, times their number.
         blocks: loss of each reconstructed block with its final rounding, over training samples.
         megabytes: of all weights.
@@ -40,7 +41,7 @@ class Measured:
     fd_real: float | None
     fd_float: float | None
     seconds: float
-    peak_mib: float
+    peak_mib: float | None
     spread: float
     blocks: Mapping[str, float]
     megabytes: float | None = None
@@ -69,10 +70,10 @@ def table_at(bench: Comparison, wbits: int, abits: int) -> Table:
 def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str, Any]) -> Measured:
     weights = found.get("weights_error", [math.nan])
     return Measured(
-        steps_db=tuple(map(_db, signal, at["error"])),
-        pooled_db=_db(sum(signal), sum(at["error"])),
+        steps_db=tuple(map(ratio_db, signal, at["error"])),
+        pooled_db=ratio_db(sum(signal), sum(at["error"])),
         error=sum(at["error"]),
-        weights_db=statistics.fmean(map(_db, signal, weights)),
+        weights_db=statistics.fmean(map(ratio_db, signal, weights)),
         weights_error=sum(weights),
         psnr_db=statistics.median(at["psnr_db"]) if "psnr_db" in at else None,
         fd_real=at.get("fd_real"),
@@ -84,7 +85,3 @@ def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str
         megabytes=at["bytes"] / 1e6 if "bytes" in at else None,
         giga_bit_operations=at["bit_operations"] / 1e9 if "bit_operations" in at else None,
     )
-
-
-def _db(signal: float, error: float) -> float:
-    return 10 * math.log10(signal / error)

@@ -8,7 +8,6 @@ every process has one thread. The same command continues where an earlier one st
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from gaq_export.comparison.spec import Cell, Comparison, claim, collected, versi
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.quantize import learn
+from gaq_export.run import peak_memory_mib
 
 SHOWN = 8  # images that are kept to be looked at
 PREPARE = "prepare"  # the job before all cells
@@ -160,24 +160,22 @@ class Clock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._started = path, time.process_time()
-        self._before = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "peak_mib": 0.0}
+        self._path = path
+        self._started = time.process_time()
+        self._before: dict[str, Any] = (
+            json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "peak_mib": None}
+        )
 
-    def read(self) -> dict[str, float]:
-        """Return seconds in all processes together, and the largest peak in MiB."""
+    def read(self) -> dict[str, float | None]:
+        """Return seconds in all processes together, and the largest peak in MiB, None where the system has none."""
         seconds = self._before["seconds"] + time.process_time() - self._started
-        return {"seconds": seconds, "peak_mib": max(self._before["peak_mib"], peak_mib())}
+        peaks = [peak for peak in (self._before["peak_mib"], peak_memory_mib()) if peak is not None]
+        return {"seconds": seconds, "peak_mib": max(peaks, default=None)}
 
     def on_progress(self, progress: Progress) -> None:
         """Write down what a finished block has cost so far."""
         if progress.result is not None and not progress.resumed:
             write_atomically(self._path, json.dumps(self.read()).encode())
-
-
-def peak_mib() -> float:
-    """Return the largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def omega_spread(plan: QuantPlan) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import engines
 from calib import config as configs
 from calib.config import BITS, QuantConfig
 from calib.data import CalibrationSet
@@ -159,6 +160,6 @@ def version() -> str:
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return engines.sha256_of(path)
     except OSError as error:
         raise GaqError(f"Cannot read {path}: {error.strerror}.") from error

@@ -31,11 +31,11 @@ from calib.surgery import operate
 from engines import EngineConfig
 from gaq_export.deploy import session
 from gaq_export.deploy.step_loop import engine_denoiser
-from gaq_export.diffusion import samplers
 from gaq_export.diffusion.conditioning import ConditionalNetwork, bind
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet
 from gaq_export.evaluation.frechet import Classifier, Moments
+from gaq_export.evaluation.noise_sqnr import Trajectory, record, squared_errors
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
 from gaq_export.graph.profiles import find_profile
@@ -83,7 +83,7 @@ def prepare(y: Yardstick) -> None:
     """Work out and keep everything the cells share, unless that was done before."""
     if _facts(y).exists():
         return
-    facts: dict[str, Any] = {"signal": _held_out(y)["epsilon"].double().square().flatten(1).sum(1).tolist()}
+    facts: dict[str, Any] = {"signal": _held_out(y).epsilon.double().square().flatten(1).sum(1).tolist()}
     if y.draw == "engine":
         save_onnx(export_float(y.model.network, y.model.shape, y.model.condition_inputs), _float_graph(y))
     if y.images:
@@ -103,18 +103,14 @@ def facts(y: Yardstick) -> dict[str, Any]:
 
 def noise_errors(y: Yardstick, network: ConditionalNetwork, correction: Correction | None = None) -> list[float]:
     """Return the squared error of the predicted noise at each sampling step, summed over the held-out images."""
-    held, errors = _held_out(y), []
     starts = range(0, HELD_OUT, BATCH)
     bound = [bind(network, y.model.conditioning, HELD_OUT_SEEDS[i : i + BATCH], apart=True) for i in starts]
-    with torch.no_grad():
-        for step, (x, t, expected) in enumerate(zip(held["x"], held["t"], held["epsilon"], strict=True)):
-            parts = zip(bound, x.split(BATCH), t.split(BATCH), strict=True)
-            found = torch.cat([denoise(some, times) for denoise, some, times in parts]).double()
-            if correction is not None:
-                gain, bias = (torch.tensor(rows[step])[:, None, None] for rows in (correction.gain, correction.bias))
-                found = gain * (found - bias)
-            errors.append(float((found - expected.double()).square().sum()))
-    return errors
+
+    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+        parts = zip(bound, torch.split(x, BATCH), torch.split(t, BATCH), strict=True)
+        return torch.cat([part(some, times) for part, some, times in parts])
+
+    return squared_errors(_held_out(y), denoise, correction)
 
 
 @contextmanager
@@ -184,21 +180,16 @@ def _float_graph(y: Yardstick) -> Path:
     return y.folder / "float.onnx"
 
 
-def _held_out(y: Yardstick) -> dict[str, Tensor]:
-    """Return `x` and `epsilon` (S, N, C, H, W) and `t` (S, N) of the float model's trajectories."""
+def _held_out(y: Yardstick) -> Trajectory:
+    """Return the float model's trajectories of the held-out images."""
     path = y.folder / "held-out.safetensors"
     if path.is_file():
-        return read_safetensors(path)[1]
-    model, seen = y.model, list[tuple[Tensor, Tensor]]()
+        return Trajectory(**read_safetensors(path)[1])
+    model = y.model
     network = bind(model.network, model.conditioning, HELD_OUT_SEEDS, apart=True)
-    samplers.run(
-        network, HELD_OUT_SEEDS, model.shape, model.schedule, model.spec.sampler, lambda _, x, t: seen.append((x, t))
-    )
-    with torch.no_grad():
-        epsilon = torch.stack([network(x, t) for x, t in seen])
-    held = {"x": torch.stack([x for x, _ in seen]), "t": torch.stack([t for _, t in seen]), "epsilon": epsilon}
-    write_atomically(path, save(held))
-    return held
+    trajectory = record(network, HELD_OUT_SEEDS, model.shape, model.schedule, model.spec.sampler)
+    write_atomically(path, save({"x": trajectory.x, "t": trajectory.t, "epsilon": trajectory.epsilon}))
+    return trajectory
 
 
 def _float_images(y: Yardstick) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.data import CalibrationSet
+from calib.sqnr import EQUAL_DB, sqnr_db
 
 IMAGES = 4  # of each checked step
 PERTURBATION = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}  # of the input of every layer, relative
@@ -68,16 +69,6 @@ class Parity:
     def required_db(self, i: int) -> float:
         """Return what is asked of the checked step number `i`."""
         return self.tolerance.required_db(self.resolution_db[i])
-
-
-def sqnr_db(reference: Tensor, other: Tensor) -> float:
-    """Return 10 log10(|reference|^2 / |reference - other|^2), at most 200.
-
-    >>> round(sqnr_db(torch.ones(4), torch.full((4,), 0.9)), 3)
-    20.0
-    """
-    signal, noise = reference.double().square().sum(), (reference.double() - other.double()).square().sum()
-    return float((10 * torch.log10(signal / noise.clamp(min=1e-300))).clamp(max=200.0))
 
 
 def compare(
@@ -144,7 +135,7 @@ def closeness(
         seed: of the perturbations.
     """
     expected = reference(*args)
-    measured, lowest = sqnr_db(expected, found), 200.0
+    measured, lowest = sqnr_db(expected, found), EQUAL_DB
     for draw in range(DRAWS):
         with perturbed(reference, layers, PERTURBATION[compute], seed=DRAWS * seed + draw):
             lowest = min(lowest, sqnr_db(expected, reference(*args)))

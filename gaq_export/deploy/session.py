@@ -1,6 +1,5 @@
 """Who draws, and with which sampler: an engine of whole steps, an engine of the network alone, or the float network."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -158,7 +157,7 @@ def _tokens(file: EngineFile, named: Mapping[str, str]) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise GaqError(f"Cannot read {path}: {error.strerror}. Run build-engine again.") from error
-    if hashlib.sha256(content).hexdigest() != named["sha256"]:
+    if engines.sha256_of(path) != named["sha256"]:
         raise GaqError(f"{path} and {file.path} are of different builds: run build-engine again.")
     return content.decode()
 

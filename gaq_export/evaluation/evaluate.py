@@ -15,7 +15,7 @@ from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import scores
+from gaq_export.evaluation import noise_sqnr, scores
 from gaq_export.evaluation.feature_extractors import Extractor
 from gaq_export.evaluation.image_sets import ImageSet, open_images
 from gaq_export.evaluation.scores import Figure, OnStep
@@ -132,7 +132,7 @@ def evaluate_engines(
         rows[name] = [*judge(drawn, on_step=on_step), *scores.compare_pairs(drawn, same)]
         seeds = range(seed, seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
         with session.open_engines(file) as engine:
-            steps[name] = scores.compare_steps(
+            steps[name] = noise_sqnr.along_both(
                 session.noise_for(engine, file, model.schedule, seeds),
                 bind(model.network, model.conditioning, seeds),
                 model.schedule,

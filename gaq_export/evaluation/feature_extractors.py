@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import engines
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import feature_metrics, frechet
 from gaq_export.evaluation.feature_metrics import Features
@@ -101,7 +102,9 @@ def _of_classifier(
         pooled = net.features(frechet.pixels(images))
         return Features(pooled=pooled, logits=net.linear(pooled), spatial=kept[0])
 
-    return Extractor(name=name, distance=distance, sha256=_sha256(path), channels=takes[0], size=takes[1], run=run)
+    return Extractor(
+        name=name, distance=distance, sha256=engines.sha256_of(path), channels=takes[0], size=takes[1], run=run
+    )
 
 
 def _inception(name: str, path: Path | None) -> Extractor:
@@ -142,10 +145,6 @@ def _resized_clean(images: Tensor) -> Tensor:
     resize: Any = make_resizer("PIL", False, "bicubic", (299, 299))
     resized = [torch.from_numpy(resize(image.permute(1, 2, 0).numpy())).permute(2, 0, 1) for image in images]
     return torch.stack(resized).round().clamp(0, 255).to(torch.uint8)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 EXTRACTORS: Mapping[str, Callable[[str, Path | None], Extractor]] = {

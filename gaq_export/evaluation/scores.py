@@ -20,10 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from calib.files import read_safetensors, write_atomically
-from gaq_export.deploy.parity import sqnr_db
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.denoiser import Denoiser
-from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec
+from calib.sqnr import EQUAL_DB
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import feature_metrics, frechet
 from gaq_export.evaluation.feature_extractors import BATCH, Extractor
@@ -35,7 +32,6 @@ OnStep = Callable[[str, int, int], None]
 
 DRAWS = {False: 200, True: 20}  # of a bootstrap, by whether features are wider than
 WIDE = 256
-EQUAL_DB = 200.0  # of two images that are the same
 PAIRS = ("psnr", "psnr_low", "ssim", "lpips")
 OWN = ("images_sha256", "engine_sha256", "bits", "backend")  # conditions that a row is about, and differ
 SHOWN = {
@@ -56,7 +52,7 @@ class Figure:
     """One number.
 
     Attributes:
-        metric: one of `fidelity.METRICS`, or of a pair.
+        metric: one of `feature_metrics.METRICS`, or of a pair.
         name: what to call it.
         value: the number.
         low: of a 95 % interval, None if it has none.
@@ -180,39 +176,6 @@ def compare_pairs(found: ImageSet, exact: ImageSet) -> list[Figure]:
     if lpips:
         values["lpips"] = float(np.mean(lpips))
     return [Figure(metric=m, name=SHOWN[m], value=value, context=context) for m, value in values.items()]
-
-
-def compare_steps(
-    network: Denoiser,
-    exact: Denoiser,
-    schedule: NoiseSchedule,
-    shape: tuple[int, int, int],
-    spec: SamplerSpec,
-    seeds: Sequence[int],
-) -> dict[str, list[float]]:
-    """Return the SQNR of the predicted noise at each step, in dB, along both networks' trajectories.
-
-    Args:
-        network: the quantized network, or an engine.
-        exact: the float network.
-        schedule: the noise schedule.
-        shape: (C, H, W).
-        spec: the sampler.
-        seeds: of the trajectories.
-    """
-    found: dict[str, list[float]] = {}
-    for name, leader, other in (("float trajectory", exact, network), ("quantized trajectory", network, exact)):
-        rows: list[float] = []
-
-        def both(x: Tensor, t: Tensor, /, leader: Denoiser = leader, other: Denoiser = other) -> Tensor:
-            epsilon, second = leader(x, t), other(x, t)
-            pair = (epsilon, second) if leader is exact else (second, epsilon)
-            rows.append(sqnr_db(*pair))  # noqa: B023
-            return epsilon
-
-        samplers.run(both, seeds, shape, schedule, spec)
-        found[name] = rows
-    return found
 
 
 def groups(rows: Mapping[str, Sequence[Figure]]) -> list[dict[str, list[Figure]]]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from calib.diagnose import Agreement, Alignment, bin_means
 from calib.reconstruct import BlockResult
-from gaq_export.report.inspection import Fidelity, LayerRange
+from gaq_export.evaluation.noise_sqnr import NoiseSqnr
+from gaq_export.report.inspection import LayerRange
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,14 +68,15 @@ def losses(blocks: Sequence[BlockResult]) -> str:
     return _svg("losses", "Block loss before and after calibration", height, partial(_losses, blocks))
 
 
-def fidelity(found: Fidelity) -> str:
+def plan_sqnr(found: NoiseSqnr) -> str:
     """Draw SQNR against the sampling step: the median image, and the span of all of them."""
-    return _svg("fidelity", "SQNR of the noise prediction at each sampling step", 3.1, partial(_fidelity, found))
+    return _svg("plan-sqnr", "SQNR of the noise prediction at each sampling step", 3.1, partial(_plan_sqnr, found))
 
 
-def noise(t: Tensor, series: Mapping[str, Sequence[float]]) -> str:
+def engine_sqnr(t: Tensor, series: Mapping[str, Sequence[float]]) -> str:
     """Draw SQNR against the sampling step, a line for each of two series; `t` (S,) is each step's timestep."""
-    return _svg("noise", "SQNR of the engine's noise prediction at each sampling step", 3.1, partial(_noise, t, series))
+    label = "SQNR of the engine's noise prediction at each sampling step"
+    return _svg("engine-sqnr", label, 3.1, partial(_engine_sqnr, t, series))
 
 
 def sensitivity(errors: Mapping[str, float]) -> str:
@@ -168,7 +170,7 @@ def _losses(blocks: Sequence[BlockResult], figure: "Figure") -> None:
     figure.legend(loc="outside upper right", ncols=3)
 
 
-def _fidelity(found: Fidelity, figure: "Figure") -> None:
+def _plan_sqnr(found: NoiseSqnr, figure: "Figure") -> None:
     axes = figure.subplots()
     steps = range(len(found.t))
     for values, color, dashes, label in (
@@ -183,7 +185,7 @@ def _fidelity(found: Fidelity, figure: "Figure") -> None:
     _name_steps(axes, found.t)
 
 
-def _noise(t: Tensor, series: Mapping[str, Sequence[float]], figure: "Figure") -> None:
+def _engine_sqnr(t: Tensor, series: Mapping[str, Sequence[float]], figure: "Figure") -> None:
     axes = figure.subplots()
     for (label, values), color, dashes in zip(series.items(), (BLUE, ORANGE), ("-", (0, (5, 2))), strict=True):
         marker = "o" if len(t) <= 30 else None

@@ -5,7 +5,7 @@ module chooses the samples and adds what needs a sampler: how far the quantized 
 float one's, step by step, on trajectories that calibration did not see.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,32 +22,16 @@ from calib.diagnose import Agreement, Alignment
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
-from gaq_export.deploy.parity import sqnr_db
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.conditioning import bind
-from gaq_export.diffusion.denoiser import Denoiser
-from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
+from gaq_export.evaluation import noise_sqnr
+from gaq_export.evaluation.noise_sqnr import NoiseSqnr
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
-from gaq_export.quantize.trajectories import GROUP, image_seed
 
 FEW = 4  # samples a step where every block, or layer, is looked at
 SENSED = 5  # steps at which every layer is looked at
 PRODUCTS = "attention products"
 OnProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """SQNR in dB of the quantized network's noise prediction against float: (S, N), S steps, N images.
-
-    `weights` has float activations, `both` has them rounded too; `t` (S,) is the timestep of each step.
-    """
-
-    t: Tensor
-    weights: Tensor
-    both: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +66,7 @@ class Inspection:
     overview: tuple[Agreement, ...]
     agreement: Agreement | None
     alignment: Alignment | None
-    fidelity: Fidelity
+    noise: NoiseSqnr
     sensitivity: Mapping[str, float]
     ranges: tuple[LayerRange, ...]
 
@@ -104,7 +88,7 @@ def examine(
         plan: made from it.
         data: the samples it was calibrated with, all of them.
         block: which one to look into; the one with the largest loss at nearest rounding if None.
-        images: fresh trajectories for `Fidelity`.
+        images: fresh trajectories on which the predicted noise is compared.
         scratch: folder for recordings too large for memory.
         on_step: told what is at work, how much of it is done, of how much.
 
@@ -135,7 +119,7 @@ def examine(
         overview=tuple(overview),
         agreement=agreement,
         alignment=alignment,
-        fidelity=fidelity(model, plan, images, on_step),
+        noise=noise_sqnr.of_plan(model, plan, images, on_step),
         sensitivity=sensitivity(model, plan, data, on_step),
         ranges=layer_ranges(model, plan),
     )
@@ -167,35 +151,6 @@ def _look_into(
         alignment = diagnose.alignment(model.network, plan, block, train, held_out)
         report_step(3)
     return agreement, alignment
-
-
-def fidelity(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnProgress) -> Fidelity:
-    """Draw `images` fresh trajectories with the float model and run the quantized network beside it at every step.
-
-    With guidance it is the guided noise that is compared.
-    """
-    schedule, spec = provenance.schedule_of(plan.provenance), SamplerSpec.from_json(plan.provenance["sampler"])
-    networks = [model.network, *(fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True))]
-    seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
-    groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]
-    rows: list[list[list[float]]] = []  # network call, network, image
-
-    def beside(group: Sequence[int]) -> Denoiser:
-        exact, *others = (bind(network, model.conditioning, group) for network in networks)
-
-        def denoise(x: Tensor, t: Tensor, /) -> Tensor:
-            expected = exact(x, t)
-            rows.append([[sqnr_db(e, o) for e, o in zip(expected, net(x, t), strict=True)] for net in others])
-            on_step("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
-            return expected
-
-        return denoise
-
-    for group in groups:
-        samplers.run(beside(group), group, model.shape, schedule, spec)
-    parts = [torch.tensor(rows[i * spec.steps : (i + 1) * spec.steps]) for i in range(len(groups))]
-    weights, both = torch.cat(parts, 2).unbind(1)  # (S, 2, N) -> 2 x (S, N)
-    return Fidelity(t=timesteps(spec, schedule.num_train), weights=weights, both=both)
 
 
 def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_step: OnProgress) -> dict[str, float]:

@@ -19,8 +19,9 @@ from calib.diagnose import Agreement, Alignment, bin_means, spearman
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
 from gaq_export._version import __version__
+from gaq_export.evaluation.noise_sqnr import NoiseSqnr
 from gaq_export.report import charts, html
-from gaq_export.report.inspection import Fidelity, Inspection, LayerRange
+from gaq_export.report.inspection import Inspection, LayerRange
 
 LISTED = 12  # things told, of more the last
 
@@ -63,7 +64,7 @@ def sections(plan: QuantPlan, found: Inspection) -> tuple[str, ...]:
         _agreement_section(plan, found),
         _alignment_section(found),
         _losses_section(plan.blocks),
-        _fidelity_section(found.fidelity),
+        _noise_section(found.noise),
         _sensitivity_section(found.sensitivity),
         _ranges_section(found.ranges),
     )
@@ -207,7 +208,7 @@ def _losses_section(blocks: Sequence[BlockResult]) -> str:
     return html.section(title, html.text(text), html.figure(charts.losses(measured), numbers))
 
 
-def _fidelity_section(found: Fidelity) -> str:
+def _noise_section(found: NoiseSqnr) -> str:
     text = (
         "The quantized network runs beside the float one along trajectories that the float one draws; at each sampling "
         "step, the power of the float noise prediction over that of the difference. Higher is closer: 20 dB is a "
@@ -221,7 +222,7 @@ def _fidelity_section(found: Fidelity) -> str:
         f"steps: {float(weights.median()):.1f} dB with rounded weights, {float(both.median()):.1f} dB with rounded "
         f"activations too; lowest {float(both[worst]):.1f} dB, at step {worst} (t = {int(found.t[worst])})."
     )
-    section = html.figure(charts.fidelity(found), numbers)
+    section = html.figure(charts.plan_sqnr(found), numbers)
     return html.section("How close is the predicted noise?", html.text(text), section)
 
 

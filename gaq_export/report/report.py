@@ -4,7 +4,6 @@ In: a run folder, the engine built from it, and what `evaluate` found, if it was
 `report_page` writes down. What can be measured here in a minute is measured again; the rest is read.
 """
 
-import hashlib
 import os
 import statistics
 import tempfile
@@ -31,7 +30,7 @@ from gaq_export.diffusion.conditioning import bind
 from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import scores
+from gaq_export.evaluation import noise_sqnr
 from gaq_export.evaluation.evaluate import DEFAULT, RECORD, Evaluation, read_evaluation
 from gaq_export.evaluation.timing import take_turns
 from gaq_export.models import provenance
@@ -176,7 +175,7 @@ def engine_of(run: Run, journal: Sequence[Mapping[str, Any]], asked: Path | None
     if path is None:
         raise GaqError(f"{run.folder} tells of no engine: run `gaq-export build-engine --run {run.folder}` first.")
     file = engines.load_engine_file(path)
-    if file.about.get("plan", {}).get("sha256") != hashlib.sha256(run.plan.read_bytes()).hexdigest():
+    if file.about.get("plan", {}).get("sha256") != engines.sha256_of(run.plan):
         raise GaqError(f"{file.path} was not built from the plan in {run.folder}: build it again, or give --engine.")
     return file
 
@@ -227,7 +226,7 @@ def _draw(
     )
     together = range(max(file.batch[0], min(images, file.batch[2])))
     exactly = bind(model.network, model.conditioning, together)
-    steps = scores.compare_steps(noise_for(together), exactly, model.schedule, model.shape, spec, together)
+    steps = noise_sqnr.along_both(noise_for(together), exactly, model.schedule, model.shape, spec, together)
     captions = () if model.conditioning is None else tuple(map(model.conditioning.name_of, seeds))
     return Drawn(seeds=seeds, captions=captions, quantized=pictures, exact=exact, steps=steps)
 

@@ -137,7 +137,7 @@ def _noise_section(found: Report) -> str:
     series = {f"along the {name}": values for name, values in found.drawn.steps.items()}
     numbers = f"Mean over {len(t)} steps {means}."
     return html.section(
-        "Does it predict the same noise?", html.text(text), html.figure(charts.noise(t, series), numbers)
+        "Does it predict the same noise?", html.text(text), html.figure(charts.engine_sqnr(t, series), numbers)
     )
 
 

@@ -14,7 +14,6 @@ pinned on the hub, the pack says where it is; otherwise it holds it, whole, so t
 says.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+import engines
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
 from gaq_export import run as runs
@@ -105,7 +105,7 @@ def write_pack(
             "format": FORMAT,
             "source": source,
             "settings": settings | {"model": {**settings["model"], "source": source}},
-            "files": {name: _sha256(made / name) for name in sorted(_files(made)) if name != CARD},
+            "files": {name: engines.sha256_of(made / name) for name in sorted(_files(made)) if name != CARD},
         }
         write_atomically(made / MARK, json.dumps(record, indent=1).encode())
         size = sum((made / name).stat().st_size for name in _files(made))
@@ -133,7 +133,7 @@ def read_pack(folder: Path) -> dict[str, Any]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
             raise GaqError(f"{folder} has no file {name}, of which its {MARK} tells: fetch it again.")
-        if _sha256(folder / path) != sha256:
+        if engines.sha256_of(folder / path) != sha256:
             raise GaqError(f"{folder / path} is not what {MARK} says (sha256): fetch it again, or pack the run again.")
     return record
 
@@ -233,8 +233,3 @@ def _terms(home: Path | None, source: str) -> dict[str, str]:
 
 def _files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

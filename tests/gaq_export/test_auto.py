@@ -8,8 +8,8 @@ import pytest
 from calib.plan import load_plan
 from gaq_export.comparison import auto
 from gaq_export.comparison.auto import Tried, explain
+from gaq_export.evaluation import noise_sqnr
 from gaq_export.models.loader import LoadedModel
-from gaq_export.report.inspection import fidelity
 from tests.gaq_export.test_cli import gaq
 
 
@@ -27,7 +27,7 @@ def test_the_best_is_kept_and_the_others_are_there(
     plan = load_plan(tmp_path / "run" / "plan.safetensors")
     assert plan.config == load_plan(tmp_path / "run" / "auto" / best / "plan.safetensors").config
     values = {
-        name: fidelity(
+        name: noise_sqnr.of_plan(
             tiny_model, load_plan(tmp_path / "run" / "auto" / name / "plan.safetensors"), 2, lambda *conditioning: None
         ).both.mean()
         for name in tried

@@ -17,10 +17,11 @@ from calib.calibrate import calibrate
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
+from calib.sqnr import sqnr_db
 from engines import EngineConfig
 from gaq_export import pipeline
 from gaq_export.deploy import step_loop
-from gaq_export.deploy.parity import TOLERANCES, compare, sqnr_db
+from gaq_export.deploy.parity import TOLERANCES, compare
 from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.conditioning import Conditioning, bind, class_conditioning

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
 from gaq_export.cli.app import app
-from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import evaluate, feature_extractors, feature_metrics, frechet, scores
@@ -106,23 +105,6 @@ def test_figures_that_depend_on_other_things_refuse_to_stand_in_one_table() -> N
         odd = {**rows, "c": row(**{"images": 9, name: value})}
         with pytest.raises(GaqError, match=f"'a' and 'c' cannot stand in one table: {name} is"):
             scores.table(odd)
-
-
-def test_steps_are_compared_where_either_network_comes_by(tiny_model: LoadedModel) -> None:
-    spec, visited = SamplerSpec(steps=4), []
-
-    def worse(x: Tensor, t: Tensor, /) -> Tensor:
-        visited.append(x)
-        return 1.1 * tiny_model.network(x, t)
-
-    with torch.no_grad():
-        found = scores.compare_steps(worse, tiny_model.network, tiny_model.schedule, tiny_model.shape, spec, range(2))
-    assert found.keys() == {"float trajectory", "quantized trajectory"}
-    assert all(row == pytest.approx([20.0] * 4, abs=1e-3) for row in found.values())
-    drawn: list[Tensor] = []
-    for network in (tiny_model.network, lambda x, t: 1.1 * tiny_model.network(x, t)):
-        samplers.run(network, range(2), tiny_model.shape, tiny_model.schedule, spec, lambda s, x, t: drawn.append(x))
-    assert all(torch.equal(a, b) for a, b in zip(visited, drawn, strict=True))
 
 
 def test_engines_are_drawn_with_and_judged_beside_the_float_network(

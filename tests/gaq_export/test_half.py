@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from calib.fakequant import fake_quantized
-from gaq_export.deploy.parity import TOLERANCES, Tolerance, compare, sqnr_db
+from calib.sqnr import sqnr_db
+from gaq_export.deploy.parity import TOLERANCES, Tolerance, compare
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.graph.precision import compute_in

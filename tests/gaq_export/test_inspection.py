@@ -8,11 +8,12 @@ import torch
 
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
+from calib.sqnr import sqnr_db
 from gaq_export import pipeline
-from gaq_export.deploy.parity import sqnr_db
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
+from gaq_export.evaluation import noise_sqnr
 from gaq_export.quantize.trajectories import image_seed
 from gaq_export.report import inspection
 
@@ -37,9 +38,9 @@ def test_no_fresh_image_has_a_seed_that_calibration_used() -> None:
     assert fresh & {image_seed(0, i) for i in range(64)} == set()
 
 
-def test_fidelity_is_measured_on_the_float_models_own_trajectories(tiny_model, plan: QuantPlan) -> None:
+def test_noise_is_compared_on_the_float_models_own_trajectories(tiny_model, plan: QuantPlan) -> None:
     conditioning, plan = [], few_steps(plan, plan.provenance)
-    found = inspection.fidelity(tiny_model, plan, 5, lambda *step: conditioning.append(step))
+    found = noise_sqnr.of_plan(tiny_model, plan, 5, lambda *step: conditioning.append(step))
     spec = SamplerSpec.from_json(plan.provenance["sampler"])
     networks = [fake_quantized(tiny_model.network, plan, activations=rounded) for rounded in (False, True)]
     seen = []
@@ -63,7 +64,7 @@ def test_fidelity_is_measured_on_the_float_models_own_trajectories(tiny_model, p
 
 def test_more_bits_are_closer_to_float(tiny_model, tiny_plan, plan: QuantPlan) -> None:
     def decibels(wbits: int, abits: int) -> torch.Tensor:
-        return inspection.fidelity(
+        return noise_sqnr.of_plan(
             tiny_model, few_steps(tiny_plan(wbits, abits), plan.provenance), 1, ignore
         ).both.median()
 

@@ -16,8 +16,9 @@ from calib.plan import Grid, LayerQuant, QuantPlan, load_plan
 from calib.reconstruct import BlockResult
 from gaq_export import pipeline
 from gaq_export.cli.app import app
+from gaq_export.evaluation.noise_sqnr import NoiseSqnr
 from gaq_export.report import charts
-from gaq_export.report.inspection import Fidelity, Inspection, LayerRange
+from gaq_export.report.inspection import Inspection, LayerRange
 from gaq_export.report.inspection_page import Origin, render
 from tests.gaq_export.outline import outline
 
@@ -84,7 +85,7 @@ def measured(**changes: object) -> Inspection:
         overview=(seen,),
         agreement=seen,
         alignment=Alignment(block=NASTY, validation=2, omega=torch.softmax(torch.arange(6.0), 0), inner=torch.ones(6)),
-        fidelity=Fidelity(t=torch.tensor([66, 33, 0]), weights=decibels + 5, both=decibels),
+        noise=NoiseSqnr(t=torch.tensor([66, 33, 0]), weights=decibels + 5, both=decibels),
         sensitivity={"first": 2e-3, NASTY: 5e-4},
         ranges=(span, span),
     )
@@ -130,7 +131,7 @@ def test_every_id_is_used_once_and_every_reference_leads_to_one(page: str) -> No
         "cosines",
         "alignment",
         "losses",
-        "fidelity",
+        "plan",
         "sensitivity",
         "ranges",
     }

@@ -11,7 +11,8 @@ from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
-from gaq_export.deploy.parity import TOLERANCES, Parity, Tolerance, compare, perturbed, sqnr_db
+from calib.sqnr import sqnr_db
+from gaq_export.deploy.parity import TOLERANCES, Parity, Tolerance, compare, perturbed
 from gaq_export.models.loader import LoadedModel, load_model
 
 TRT = TOLERANCES["trt"]

@@ -14,10 +14,11 @@ import torch
 import engines
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
+from calib.sqnr import sqnr_db
 from engines import EngineConfig, EngineError
 from gaq_export import images, pipeline
 from gaq_export.deploy import verify
-from gaq_export.deploy.parity import Tolerance, sqnr_db
+from gaq_export.deploy.parity import Tolerance
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
 from tests.gaq_export.readback import session

@@ -9,24 +9,24 @@ import torch
 
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
+from calib.sqnr import sqnr_db
 from engines import EngineConfig, EngineFile
 from engines.files import record_path
 from gaq_export import pipeline
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import Comparison, claim
 from gaq_export.comparison.yardstick import Yardstick
-from gaq_export.deploy.parity import sqnr_db
 from gaq_export.diffusion.conditioning import bind, class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import evaluate
+from gaq_export.evaluation import evaluate, noise_sqnr
 from gaq_export.evaluation.feature_extractors import find_extractor
 from gaq_export.images import as_bytes
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize import latency, noise_correction
 from gaq_export.quantize.quantize import learn
 from gaq_export.quantize.trajectories import collect, image_seed
-from gaq_export.report import inspection, report, report_page
+from gaq_export.report import report, report_page
 from gaq_export.run import Run
 from gaq_export.sampling import prompts
 from tests.gaq_export.test_conditions import SPEC, made
@@ -72,7 +72,7 @@ def test_the_bundled_model_draws_the_digits_that_it_is_told_quantized_too(tmp_pa
 
 
 def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: LoadedModel) -> None:
-    found = inspection.fidelity(model, plan, 2, lambda what, done, total: None)
+    found = noise_sqnr.of_plan(model, plan, 2, lambda what, done, total: None)
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(2)]
     start = noise_correction.samplers.noise(seeds, 0, model.shape)
     t = torch.full((2,), int(found.t[0]))

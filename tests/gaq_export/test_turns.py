@@ -13,11 +13,12 @@ import torch
 import engines
 from calib.fakequant import fake_quantized
 from calib.plan import StepBits, load_plan, save_plan
+from calib.sqnr import sqnr_db
 from engines import EngineConfig, open_engine
 from gaq_export import pipeline
 from gaq_export.deploy import session
 from gaq_export.deploy.build import Built
-from gaq_export.deploy.parity import PERTURBATION, TOLERANCES, perturbed, sqnr_db
+from gaq_export.deploy.parity import PERTURBATION, TOLERANCES, perturbed
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError

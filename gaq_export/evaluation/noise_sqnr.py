@@ -1,0 +1,181 @@
+"""How close is the predicted noise? Two denoisers on the same inputs, compared at every step of a sampler.
+
+In: the float denoiser, quantized ones, a sampler and seeds. Out: SQNR in dB, or squared errors, one value a step.
+
+One of the denoisers leads: its predictions drive the sampler, and the others see what it sees. Along a trajectory led
+by the float network, the errors of earlier steps do not add up, so that each step is judged for itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.correction import Correction
+from calib.fakequant import fake_quantized
+from calib.plan import QuantPlan
+from calib.sqnr import sqnr_db
+from gaq_export.diffusion import samplers
+from gaq_export.diffusion.conditioning import bind
+from gaq_export.diffusion.denoiser import Denoiser
+from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
+from gaq_export.models import provenance
+from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.trajectories import GROUP, image_seed
+
+OnProgress = Callable[[str, int, int], None]
+Visit = Callable[[Tensor, Tensor, Tensor], None]  # called with x, t and the leader's predicted noise
+FLOAT, QUANTIZED = "float trajectory", "quantized trajectory"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectory:
+    """What a denoiser saw and predicted at each of S steps, for N images.
+
+    Attributes:
+        x: noisy images, (S, N, C, H, W).
+        t: timesteps, (S, N) int64.
+        epsilon: predicted noise, (S, N, C, H, W).
+    """
+
+    x: Tensor
+    t: Tensor
+    epsilon: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NoiseSqnr:
+    """SQNR in dB of a plan's predicted noise against the float network's, for S steps and N images.
+
+    Attributes:
+        t: timestep of each step, (S,).
+        weights: with float activations, (S, N).
+        both: with quantized activations too, (S, N).
+    """
+
+    t: Tensor
+    weights: Tensor
+    both: Tensor
+
+
+def follow(
+    leader: Denoiser,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    schedule: NoiseSchedule,
+    spec: SamplerSpec,
+    visit: Visit,
+) -> None:
+    """Run a sampler, and call `visit` with what the leader saw and predicted at each step.
+
+    Args:
+        leader: the denoiser whose predictions the sampler takes.
+        seeds: one per image.
+        shape: (C, H, W).
+        schedule: the noise schedule.
+        spec: the sampler.
+        visit: called with `x` and `epsilon` (N, C, H, W) and `t` (N,).
+    """
+
+    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
+        epsilon = leader(x, t)
+        visit(x, t, epsilon)
+        return epsilon
+
+    samplers.run(denoise, seeds, shape, schedule, spec)
+
+
+def record(
+    leader: Denoiser, seeds: Sequence[int], shape: tuple[int, int, int], schedule: NoiseSchedule, spec: SamplerSpec
+) -> Trajectory:
+    """Return the whole trajectory of a denoiser; arguments as for `follow`."""
+    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    follow(leader, seeds, shape, schedule, spec, lambda *step: steps.append(step))
+    x, t, epsilon = (torch.stack(part) for part in zip(*steps, strict=True))  # S x (N, ...) -> (S, N, ...)
+    return Trajectory(x=x, t=t, epsilon=epsilon)
+
+
+def squared_errors(trajectory: Trajectory, denoiser: Denoiser, correction: Correction | None = None) -> list[float]:
+    """Return |epsilon_hat - epsilon|^2 at each step, summed over all images of a recorded trajectory.
+
+    Args:
+        trajectory: of the float denoiser.
+        denoiser: predicts epsilon_hat.
+        correction: of its noise, applied before the comparison as the sampler would.
+    """
+    errors = []
+    with torch.no_grad():
+        for step, (x, t, exact) in enumerate(zip(trajectory.x, trajectory.t, trajectory.epsilon, strict=True)):
+            predicted = denoiser(x, t).double()
+            if correction is not None:
+                # (C,) -> (C, 1, 1), so that it spreads over (N, C, H, W)
+                gain, bias = (torch.tensor(rows[step])[:, None, None] for rows in (correction.gain, correction.bias))
+                predicted = gain * (predicted - bias)
+            errors.append(float((predicted - exact.double()).square().sum()))
+    return errors
+
+
+def along_both(
+    quantized: Denoiser,
+    exact: Denoiser,
+    schedule: NoiseSchedule,
+    shape: tuple[int, int, int],
+    spec: SamplerSpec,
+    seeds: Sequence[int],
+) -> dict[str, list[float]]:
+    """Return the SQNR in dB at each step, over all images together, along the trajectories of both denoisers.
+
+    Args:
+        quantized: a quantized network, or an engine.
+        exact: the float network.
+        schedule: the noise schedule.
+        shape: (C, H, W).
+        spec: the sampler.
+        seeds: one per image.
+
+    Returns:
+        A value per step by the trajectory's name, FLOAT or QUANTIZED.
+    """
+    rows: dict[str, list[float]] = {FLOAT: [], QUANTIZED: []}
+
+    def visit_float(x: Tensor, t: Tensor, epsilon: Tensor) -> None:
+        rows[FLOAT].append(sqnr_db(epsilon, quantized(x, t)))
+
+    def visit_quantized(x: Tensor, t: Tensor, epsilon: Tensor) -> None:
+        rows[QUANTIZED].append(sqnr_db(exact(x, t), epsilon))  # the float network is the signal whoever leads
+
+    follow(exact, seeds, shape, schedule, spec, visit_float)
+    follow(quantized, seeds, shape, schedule, spec, visit_quantized)
+    return rows
+
+
+def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_progress: OnProgress) -> NoiseSqnr:
+    """Compare a plan with its float model, image by image, on trajectories that calibration did not see.
+
+    The float network leads. With guidance it is the guided noise that is compared.
+
+    Args:
+        model: the float model.
+        plan: made from it.
+        images: trajectories to draw.
+        on_progress: called with what is being done, and the steps done and in all.
+    """
+    schedule = provenance.schedule_of(plan.provenance)
+    spec = SamplerSpec.from_json(plan.provenance["sampler"])
+    quantized = [fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True)]
+    seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
+    groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]
+    rows: list[list[list[float]]] = []  # one entry a network call: 2 networks x images of the group
+
+    for group in groups:
+        exact, *others = (bind(network, model.conditioning, group) for network in (model.network, *quantized))
+
+        def visit(x: Tensor, t: Tensor, epsilon: Tensor, others: Sequence[Denoiser] = others) -> None:
+            rows.append([[sqnr_db(e, o) for e, o in zip(epsilon, net(x, t), strict=True)] for net in others])
+            on_progress("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
+
+        follow(exact, group, model.shape, schedule, spec, visit)
+    parts = [torch.tensor(rows[i * spec.steps : (i + 1) * spec.steps]) for i in range(len(groups))]  # (S, 2, n) each
+    weights, both = torch.cat(parts, 2).unbind(1)  # (S, 2, N) -> 2 x (S, N)
+    return NoiseSqnr(t=timesteps(spec, schedule.num_train), weights=weights, both=both)
