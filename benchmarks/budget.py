@@ -2,8 +2,8 @@
 
     python benchmarks/budget.py --folder bench-budget --out docs/results/budget-ddpm-mnist.md
 
-The budgets lie between the fastest width and float, as `calib.mixed` has measured them. Each is calibrated (in the tiny
-preset: rounding does not change time), built, and timed, a step of a batch, all engines in turn.
+The budgets lie between the fastest width and float, as `calib.mixed_precision` has measured them. Each is calibrated
+(in the tiny preset: rounding does not change time), built, and timed, a step of a batch, all engines in turn.
 """
 
 import shutil

@@ -29,9 +29,10 @@ from calib.calibrate import calibrate
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.layers import float_reasons, trace
+from calib.float_layers import float_reasons
 from calib.plan import Grid, LayerQuant, QuantPlan, load_plan, save_plan
 from calib.progress import Progress
+from calib.trace import trace
 from engines import EngineConfig
 from gaq_export.deploy import parity
 from gaq_export.deploy.step_loop import step_denoiser

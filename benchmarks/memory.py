@@ -19,8 +19,8 @@ import typer
 from calib.calibrate import calibrate, weight_samples
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
-from calib.layers import trace
 from calib.progress import Progress
+from calib.trace import trace
 from gaq_export.diffusion.schedule import timesteps
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize.presets import preset

@@ -5,7 +5,8 @@ r"""What are bits of each layer's own, or of each step's own, worth beside as ma
     python benchmarks/mixed.py --of steps --bits W4A8 --data mnist.npz --folder bench-steps \
         --out docs/results/mixed-steps-ddpm-mnist.md
 
-Weights: every layer gets 4 or 8 bits, or stays float, so that their mean is the width of the table (`calib.mixed`).
+Weights: every layer gets 4 or 8 bits, or stays float, so that their mean is the width of the table
+(`calib.mixed_precision`).
 Steps: every sampling step gets 4 bits or the activation width of the table (`calib.step_bits`).
 """
 

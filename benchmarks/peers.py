@@ -17,7 +17,7 @@ import torch
 from onnxruntime import quantization
 from torch import Tensor, nn
 
-from calib.silence import quiet
+from calib.silence import silenced
 from gaq_export.graph.export import module_of
 from gaq_export.graph.qdq import WEIGHTED
 
@@ -77,7 +77,7 @@ def onnxruntime_static(order: Order) -> Denoise:
     """ONNX Runtime's own `quantize_static`: QDQ, per-channel signed weights, unsigned activations."""
     ready, out = order.folder / "prepared.onnx", order.folder / "static.onnx"
     kinds = {4: quantization.QuantType.QInt4, 8: quantization.QuantType.QInt8}
-    with quiet("root"):
+    with silenced("root"):
         quantization.shape_inference.quant_pre_process(str(order.graph), str(ready), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(ready),

@@ -22,7 +22,8 @@ import typer
 
 import peers
 from calib.files import write_atomically
-from calib.layers import float_reasons, trace
+from calib.float_layers import float_reasons
+from calib.trace import trace
 from engines import EngineConfig, open_engine
 from gaq_export.comparison import yardstick as measures
 from gaq_export.comparison.yardstick import Yardstick

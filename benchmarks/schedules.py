@@ -17,12 +17,13 @@ import typer
 from torch import nn
 
 from calib import adaround, affine, gptq, omega, reconstruct
-from calib.block_recording import recorder
+from calib.block_recording import open_recorder
 from calib.blocks import Block, BlockIO, find_blocks
 from calib.calibrate import weight_samples
 from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
-from calib.layers import float_reasons, trace
+from calib.float_layers import float_reasons
 from calib.reconstruct import LayerWeight
+from calib.trace import trace
 from gaq_export.models.loader import load_model
 from gaq_export.quantize.presets import preset
 from gaq_export.quantize.trajectories import collect
@@ -68,7 +69,7 @@ def main(
     order, _ = find_blocks(found, [layer.name for layer in found.layers if layer.name not in reasons])
     rounded = copy.deepcopy(network)
     rows: list[tuple[str, ...]] = []
-    with recorder(network, rounded, subset.data, config.micro_batch) as recording:
+    with open_recorder(network, rounded, subset.data, config.micro_batch) as recording:
         for block in order:
             module = network.get_submodule(block.name)
             scales = {name: affine.search_weight_scale(_weight(network, name), BITS) for name in block.layers}
@@ -119,7 +120,7 @@ def _fitted(
     start = gptq.STARTS[config.start](module, layers, io, generator)
     scores = omega.initial_scores(weighting, len(io), generator)
     loss = reconstruct.per_sample_loss(module, layers)
-    logits = reconstruct.fit(loss, start, io, scores, weighting, config, generator, lambda done: None)
+    logits = reconstruct.fit_rounding(loss, start, io, scores, weighting, config, generator, lambda done: None)
     return [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
 
 

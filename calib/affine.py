@@ -54,7 +54,7 @@ def round_log2(x: Tensor, scale: float, bits: int) -> Tensor:
     return scale * torch.exp2(-torch.round(-torch.log2(x / scale)).clamp(0, 2**bits - 1))
 
 
-def round_through(x: Tensor) -> Tensor:
+def round_straight_through(x: Tensor) -> Tensor:
     """Round to whole numbers, with the derivative of doing nothing."""
     return x + (torch.round(x) - x).detach()
 
@@ -79,11 +79,11 @@ def search_weight_scale(weight: Tensor, bits: int, norm: float = 2.4, candidates
         (C,) float32, all positive (1 for a channel of zeros).
     """
     flat = weight.detach().flatten(1).float()  # (C, ...) -> (C, K)
-    widest = flat.abs().amax(1) / integer_range(bits)[1]
-    widest = torch.where(widest > 0, widest, torch.ones_like(widest))
-    best, best_error = widest, torch.full_like(widest, torch.inf)
+    running_max = flat.abs().amax(1) / integer_range(bits)[1]
+    running_max = torch.where(running_max > 0, running_max, torch.ones_like(running_max))
+    best, best_error = running_max, torch.full_like(running_max, torch.inf)
     for i in range(candidates):
-        scale = widest * (1 - 0.01 * i)
+        scale = running_max * (1 - 0.01 * i)
         error = (flat - fake_quantize(flat, scale[:, None], bits)).abs().pow(norm).mean(1)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)

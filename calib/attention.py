@@ -22,7 +22,7 @@ from calib.errors import CalibError
 OPERANDS = ("query", "key", "value", "probability")
 
 
-class Intercept(TorchFunctionMode):
+class AttentionIntercept(TorchFunctionMode):
     """While active, `scaled_dot_product_attention` is `attention`."""
 
     def __init__(self, attention: Callable[..., Tensor]) -> None:
@@ -35,7 +35,7 @@ class Intercept(TorchFunctionMode):
         return call(*args, **(kwargs or {}))
 
 
-def intercept(module: nn.Module, each: Callable[[str, Tensor], Tensor]) -> list[RemovableHandle]:
+def intercept_attention(module: nn.Module, each: Callable[[str, Tensor], Tensor]) -> list[RemovableHandle]:
     """Make `module` compute its attention with every operand replaced by each(one of OPERANDS, operand).
 
     That goes for modules inside it too, but for those that are intercepted themselves. Removing the handles undoes it.
@@ -44,7 +44,7 @@ def intercept(module: nn.Module, each: Callable[[str, Tensor], Tensor]) -> list[
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         running.append(ExitStack())
-        running[-1].enter_context(Intercept(partial(attend, each)))
+        running[-1].enter_context(AttentionIntercept(partial(attend, each)))
 
     def leave(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
         running.pop().close()

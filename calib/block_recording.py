@@ -52,7 +52,7 @@ class Recorder:
 
 
 @contextmanager
-def recorder(
+def open_recorder(
     model: nn.Module,
     network: nn.Module,
     data: CalibrationSet,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calib.data import CalibrationSet
-from calib.sample_store import Rows, room
+from calib.sample_store import Samples, allocate
 
 MEMORY_BUDGET, DISK_BUDGET = 1 << 30, 8 << 30  # bytes
 
@@ -53,7 +53,7 @@ class Replay:
         self._network, self._data, self._size, self._folder = network, data, micro_batch, folder
         self._budget = _affordable(folder) if budget is None else budget
         self._finished: dict[str, None] = {}
-        self._kept: dict[str, Rows] = {}
+        self._kept: dict[str, Samples] = {}
 
     def finish(self, name: str) -> None:
         """Say that block `name` will not change any more."""
@@ -80,7 +80,7 @@ class Replay:
                         store[i][start : start + rows] = leaf[:rows]
         return tuple(store), batched, spec
 
-    def output(self, name: str) -> Rows:
+    def output(self, name: str) -> Samples:
         """Return what block `name` gives (N, ...); it is finished now."""
         seen: list[Tensor] = []
 
@@ -88,7 +88,7 @@ class Replay:
             seen.append(out)
             raise _Reached
 
-        store: Rows | None = None
+        store: Samples | None = None
         keep = False
         with self._network.get_submodule(name).register_forward_hook(hook):
             for start, rows in self._run():
@@ -104,7 +104,7 @@ class Replay:
 
     def _run(self) -> Iterator[tuple[int, int]]:
         """Run micro-batches until a hook stops each of them, and yield (start, rows that count)."""
-        fresh: dict[str, Rows] = {}
+        fresh: dict[str, Samples] = {}
         with torch.no_grad():
             for start in range(0, len(self._data), self._size):
                 index = torch.arange(start, start + self._size).clamp(max=len(self._data) - 1)
@@ -115,7 +115,7 @@ class Replay:
         self._kept |= fresh
 
     @contextmanager
-    def _short_cuts(self, index: Tensor, start: int, rows: int, fresh: dict[str, Rows]) -> Iterator[None]:
+    def _short_cuts(self, index: Tensor, start: int, rows: int, fresh: dict[str, Samples]) -> Iterator[None]:
         """Let finished blocks return what they gave before; where that is not kept yet, keep it as it is computed."""
         modules = [(name, self._network.get_submodule(name)) for name in self._finished]
         for name, module in modules:
@@ -127,7 +127,7 @@ class Replay:
                 del module.forward
 
     def _replayed(
-        self, name: str, compute: Callable[..., Tensor], index: Tensor, start: int, rows: int, fresh: dict[str, Rows]
+        self, name: str, compute: Callable[..., Tensor], index: Tensor, start: int, rows: int, fresh: dict[str, Samples]
     ) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             if name in self._kept:
@@ -141,8 +141,8 @@ class Replay:
 
         return forward
 
-    def _room(self, value: Tensor, name: str) -> Rows:
-        return room(value, len(self._data), self._folder, name)
+    def _room(self, value: Tensor, name: str) -> Samples:
+        return allocate(value, len(self._data), self._folder, name)
 
     def _afford(self, sample: Tensor) -> bool:
         """Take the bytes for N rows like `sample` (n, ...) from the budget, if it has them."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calib.layers import Trace
-from calib.sample_store import Rows
+from calib.sample_store import Samples
+from calib.trace import Trace
 
 MAX_LAYERS, IN_TRANSFORMER = 6, 11
 
@@ -58,7 +58,7 @@ class BlockIO:
     inputs: tuple[Any, ...]
     batched: tuple[bool, ...]
     spec: pytree.TreeSpec
-    target: Rows
+    target: Samples
     reference: tuple[Any, ...] | None = None
     only: Tensor | None = None
 

@@ -18,28 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import affine, blocks, checkpoint, dynamic, mixed, omega, power_law, ranges, temporal
+from calib import affine, block_state, blocks, mixed_precision, omega, power_law, ranges, step_scales, temporal
 from calib import config as configs
 from calib.attention import OPERANDS
-from calib.block_fit import Job, calibrate_block
-from calib.block_recording import recorder
+from calib.block_calibration import Calibration, calibrate_block
+from calib.block_recording import open_recorder
+from calib.block_state import BlockState
 from calib.blocks import Block
-from calib.checkpoint import BlockState
 from calib.config import QuantConfig
 from calib.cost import FLOAT_BITS
 from calib.data import CalibrationSet, Split, split
 from calib.errors import CalibError
 from calib.fakequant import round_input
-from calib.layers import Trace, float_reasons, quantized_products, readers, require_batch_first, trace
-from calib.mixed import Assignment, Clock
+from calib.float_layers import float_reasons, quantized_products, require_batch_first
+from calib.mixed_precision import BitAssignment, Clock
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
-from calib.progress import Meter, Progress, block_costs
+from calib.progress import Progress, ProgressMeter, expected_times
 from calib.ranges import Reach
 from calib.reconstruct import BlockResult
-from calib.seeds import stream
+from calib.seeds import generator_for
 from calib.selection import select
-from calib.shared_copy import hold, twin
-from calib.surgery import operate, plan_surgery
+from calib.shared_copy import copy_sharing_tensors, replace_weight_by_codes
+from calib.surgery import apply_surgery, plan_surgery
+from calib.trace import Trace, group_by_input, trace
 
 
 def calibrate(
@@ -71,7 +72,7 @@ def calibrate(
     """
     shape = tuple(data.x.shape[1:])
     surgery = plan_surgery(model, data, config.surgery)
-    model = operate(model, surgery)
+    model = apply_surgery(model, surgery)
     found = trace(model, shape, timesteps, data.cond)
     reasons = float_reasons(found, config.convention, config.keep_float)
     quantized = [layer.name for layer in found.layers if layer.name not in reasons]
@@ -87,8 +88,8 @@ def calibrate(
     order, loose = _cut(model, found, quantized, data, config)
     w = config.weight
     scales = {n: affine.search_weight_scale(_weight(model, n), bits[n], w.norm, w.candidates) for n in quantized}
-    network = twin(model)
-    job = Job(
+    network = copy_sharing_tensors(model)
+    calibration = Calibration(
         model=model,
         network=network,
         scales=scales,
@@ -97,40 +98,43 @@ def calibrate(
         config=config,
         key=_key(model, data, config, order, bits),
         folder=folder if order else None,
-        meter=Meter(block_costs(model, order, data, config), on_progress),
+        meter=ProgressMeter(expected_times(model, order, data, config), on_progress),
     )
     codes = {n: affine.quantize_weight(_weight(model, n), scales[n], bits[n]) for n in loose}
     _put(network, codes, scales)
-    states = _calibrate_blocks(job, order)
+    states = _calibrate_blocks(calibration, order)
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
-    together = readers(found, quantized)
+    together = group_by_input(found, quantized)
     grids = _share(together, {name: grid for state in states for name, grid in state.grids.items()})
     if config.activation.sizes != "ranges":
-        grids = dynamic.step_grids(network, together, data, config.activation, timesteps, config.seed)
-    seen = _reaches(job, quantized, products, data)
+        grids = step_scales.learn_step_grids(network, together, data, config.activation, timesteps, config.seed)
+    seen = _reaches(calibration, quantized, products, data)
     tailed = frozenset[str]()
     if config.activation.logarithmic:
-        tailed = power_law.heavy_tailed(network, products, data, stream(config.seed, "tails"))
+        tailed = power_law.find_heavy_tails(network, products, data, generator_for(config.seed, "tails"))
     return QuantPlan(
         layers={
             n: _layer(
                 codes[n],
                 scales[n],
                 bits[n],
-                grids.get(n) or ranges.grids(seen[n, "input"], config.activation),
+                grids.get(n) or ranges.make_grids(seen[n, "input"], config.activation),
                 seen[n, "output"],
             )
             for n in quantized
         },
         products={
             n: ProductQuant(
-                **{o: ranges.operand_grid(seen[n, o], o, config.activation.bits, log2=n in tailed) for o in OPERANDS}
+                **{
+                    o: ranges.make_operand_grid(seen[n, o], o, config.activation.bits, log2=n in tailed)
+                    for o in OPERANDS
+                }
             )
             for n in products
         },
         float_layers=reasons,
         blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
-        scores=states[-1].scores if states else _first_scores(job),
+        scores=states[-1].scores if states else _first_scores(calibration),
         config=config,
         provenance=dict(provenance or {}),
         num_train=timesteps,
@@ -148,17 +152,17 @@ def _bits(
     timesteps: int,
     clock: Clock | None,
     on_progress: Callable[[Progress], None],
-) -> Assignment:
+) -> BitAssignment:
     """Return the weight bits of each layer: the same for all, or the best within the budget."""
     if not config.mixed.budget:
-        return Assignment(bits=dict.fromkeys(layers, config.weight.bits), errors=None)
+        return BitAssignment(bits=dict.fromkeys(layers, config.weight.bits), errors=None)
 
     def report_step(done: int, total: int) -> None:
         on_progress(
             Progress(stage="bits", name=f"bits, layer {done}/{total}", index=0, total=0, fraction=0.0, seconds={})
         )
 
-    return mixed.assign(model, data, layers, config, timesteps, clock, report_step)
+    return mixed_precision.assign_bits(model, data, layers, config, timesteps, clock, report_step)
 
 
 def _cut(
@@ -179,36 +183,43 @@ def _cut(
 def weight_samples(data: CalibrationSet, config: QuantConfig, model: nn.Module) -> Split:
     """Return the samples that calibrate weights, the validation samples set aside; `model` is the float network."""
     return split(
-        select(data, config, model), config.omega.validation, config.omega.groups, stream(config.seed, "split")
+        select(data, config, model), config.omega.validation, config.omega.groups, generator_for(config.seed, "split")
     )
 
 
-def _calibrate_blocks(job: Job, order: Sequence[Block]) -> list[BlockState]:
+def _calibrate_blocks(calibration: Calibration, order: Sequence[Block]) -> list[BlockState]:
     """Calibrate the blocks in order, or take them from the folder."""
     states: list[BlockState] = []
-    scores = _first_scores(job)
-    reference = job.config.reconstruction.wants_reference
-    with recorder(
-        job.model, job.network, job.subset.data, job.config.micro_batch, job.folder, reference=reference
+    scores = _first_scores(calibration)
+    reference = calibration.config.reconstruction.wants_reference
+    with open_recorder(
+        calibration.model,
+        calibration.network,
+        calibration.subset.data,
+        calibration.config.micro_batch,
+        calibration.folder,
+        reference=reference,
     ) as recording:
         for i, block in enumerate(order):
-            state = checkpoint.load_block(job.folder, i, job.key) if job.folder else None
+            state = block_state.load_block_state(calibration.folder, i, calibration.key) if calibration.folder else None
             resumed = state is not None
             if state is None:
-                with job.meter.phase("record"):
+                with calibration.meter.phase("record"):
                     io = recording.record(block)
-                tick = job.meter.block(i, block.name, job.config.reconstruction.passes)
-                state = calibrate_block(job, block, io, scores, tick)
-                if job.folder:
-                    checkpoint.save_block(job.folder, i, job.key, state)
-            _put(job.network, state.codes, job.scales)
-            if job.config.reconstruction.activations == "qdrop":  # what follows is fitted to rounded activations too
+                tick = calibration.meter.block(i, block.name, calibration.config.reconstruction.passes)
+                state = calibrate_block(calibration, block, io, scores, tick)
+                if calibration.folder:
+                    block_state.save_block_state(calibration.folder, i, calibration.key, state)
+            _put(calibration.network, state.codes, calibration.scales)
+            if (
+                calibration.config.reconstruction.activations == "qdrop"
+            ):  # what follows is fitted to rounded activations too
                 for name, grid in state.grids.items():
-                    round_input(job.network.get_submodule(name), name, grid)
+                    round_input(calibration.network.get_submodule(name), name, grid)
             recording.finish(block)
             scores = state.scores
             states.append(state)
-            job.meter.finished(i, state.result, resumed)
+            calibration.meter.finished(i, state.result, resumed)
     return states
 
 
@@ -222,18 +233,20 @@ def _share(together: Sequence[tuple[str, ...]], learned: Mapping[str, Grid]) -> 
 
 
 def _reaches(
-    job: Job, layers: Sequence[str], products: Sequence[str], data: CalibrationSet
+    calibration: Calibration, layers: Sequence[str], products: Sequence[str], data: CalibrationSet
 ) -> dict[tuple[str, str], tuple[Reach, ...]]:
     """Return what `ranges.observe` sees of the network once its weights are quantized."""
-    activation = job.config.activation
-    batches = ranges.draw(data, activation, stream(job.config.seed, "ranges"))
-    with job.meter.phase("ranges"):
-        tick = job.meter.ranges(len(batches))
-        return ranges.observe(job.network, layers, products, data, batches, activation, tick)
+    activation = calibration.config.activation
+    batches = ranges.draw_batches(data, activation, generator_for(calibration.config.seed, "ranges"))
+    with calibration.meter.phase("ranges"):
+        tick = calibration.meter.ranges(len(batches))
+        return ranges.observe(calibration.network, layers, products, data, batches, activation, tick)
 
 
-def _first_scores(job: Job) -> Tensor:
-    return omega.initial_scores(job.config.omega, len(job.subset.train), stream(job.config.seed, "scores"))
+def _first_scores(calibration: Calibration) -> Tensor:
+    return omega.initial_scores(
+        calibration.config.omega, len(calibration.subset.train), generator_for(calibration.config.seed, "scores")
+    )
 
 
 def _untouched(name: str) -> BlockResult:
@@ -242,7 +255,7 @@ def _untouched(name: str) -> BlockResult:
 
 def _put(network: nn.Module, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
     for name, integer in codes.items():
-        hold(network.get_submodule(name), integer, scales[name])
+        replace_weight_by_codes(network.get_submodule(name), integer, scales[name])
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
@@ -263,7 +276,7 @@ def _layer(
         weight_bits=bits,
         input=inputs[0],
         narrower=tuple(inputs[1:]),
-        output_scale=ranges.scale_of(max(max(reach) for reach in outputs), 8),
+        output_scale=ranges.symmetric_scale(max(max(reach) for reach in outputs), 8),
     )
 
 

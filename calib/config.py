@@ -99,7 +99,7 @@ class SurgeryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedConfig:
-    """Weight bits of each layer's own, within a budget, by calib.mixed; a budget of 0 gives all layers the same."""
+    """Weight bits chosen layer by layer within a budget (`calib.mixed_precision`); budget 0: the same for all."""
 
     budget: float = 0.0
     unit: str = "bits"  # of a weight, on average; "MB" of all weights; "Gbit-ops" an image and step; or "ms" a step
@@ -143,7 +143,7 @@ class QuantConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     mixed: MixedConfig = field(default_factory=MixedConfig)
     surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
-    convention: str = "deploy"  # which layers stay float: see calib.layers.CONVENTIONS
+    convention: str = "deploy"  # which layers stay float: see calib.float_layers.CONVENTIONS
     keep_float: tuple[str, ...] = ()  # shell patterns of further layer names
     rounds: int = 1  # calibrations; those after the first on what the network quantized by the one before draws
     weight_steps: int = 20  # as many samples as this many sampling steps have calibrate weights

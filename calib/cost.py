@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.data import NO_CONDITION, example
+from calib.data import NO_CONDITION, example_inputs
 from calib.plan import QuantPlan
 
 FLOAT_BITS = 32
@@ -36,7 +36,7 @@ def layer_macs(
     handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
     try:
         with torch.no_grad():
-            model(*example(1, shape, timesteps // 2, cond))
+            model(*example_inputs(1, shape, timesteps // 2, cond))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,9 @@ from calib.errors import CalibError
 NO_CONDITION: Mapping[str, Tensor] = {}
 
 
-def example(count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NO_CONDITION) -> tuple[Any, ...]:
+def example_inputs(
+    count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NO_CONDITION
+) -> tuple[Any, ...]:
     """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first row of what it is told."""
     condition = {name: tensor[:1].repeat_interleave(count, 0) for name, tensor in cond.items()}
     x, times = torch.zeros(count, *shape), torch.full((count,), t)

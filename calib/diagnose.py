@@ -24,9 +24,9 @@ from calib import affine, gptq
 from calib.blocks import Block, BlockIO
 from calib.data import NO_CONDITION
 from calib.errors import CalibError
-from calib.layers import trace
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult, LayerWeight, block_loss, layer_weights, per_sample_loss
+from calib.trace import trace
 
 CHUNK = 16  # samples differentiated at a time
 
@@ -73,7 +73,7 @@ class Alignment:
     inner: Tensor
 
 
-def inspectable(
+def inspectable_blocks(
     model: nn.Module, plan: QuantPlan, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NO_CONDITION
 ) -> list[BlockResult]:
     """Return the plan's blocks that can be looked at alone: called once a forward pass, with plain tensors."""
@@ -81,7 +81,7 @@ def inspectable(
     return [b for b in plan.blocks if b.name in calls and calls[b.name].plain and calls[b.name].count == 1]
 
 
-def choose(candidates: Sequence[BlockResult], name: str | None) -> BlockResult | None:
+def choose_block(candidates: Sequence[BlockResult], name: str | None) -> BlockResult | None:
     """Return the block called `name`; by default the one with the largest loss at nearest rounding, or the first.
 
     Raises:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from calib.affine import fake_quantize, per_channel, round_float8, round_log2
-from calib.attention import OPERANDS, intercept
+from calib.attention import OPERANDS, intercept_attention
 from calib.errors import CalibError
 from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.ranges import nearest_step
-from calib.shared_copy import hold, twin
-from calib.surgery import operate
+from calib.shared_copy import copy_sharing_tensors, replace_weight_by_codes
+from calib.surgery import apply_surgery
 
 
 def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = True, float8: bool = False) -> nn.Module:
@@ -34,7 +34,7 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
     Raises:
         CalibError: a layer of the plan is not in the model, or has another shape there.
     """
-    result = twin(operate(model, plan.surgery))
+    result = copy_sharing_tensors(apply_surgery(model, plan.surgery))
     step: list[Tensor] = []  # of the call at hand: (N,), which of the plan's steps each sample takes its ranges from
     if activations and plan.timesteps is not None:
         result.register_forward_pre_hook(_step_finder(plan.timesteps, step))
@@ -48,13 +48,13 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
                 "this plan belongs to another model."
             )
         codes = layer.codes.float().to(torch.float8_e4m3fn) if float8 else layer.codes
-        hold(modules[name], codes, layer.weight_scale)
+        replace_weight_by_codes(modules[name], codes, layer.weight_scale)
         if activations:
-            _before(modules[name], _layer_rounding(name, layer, plan, step, float8=float8))
+            _before(modules[name], _layer_rounder(name, layer, plan, step, float8=float8))
     if activations:
         for name, product in plan.products.items():
-            rounded = {operand: rounding(name, getattr(product, operand), step, float8=float8) for operand in OPERANDS}
-            intercept(modules[name], _on_operands(rounded))
+            rounded = {operand: rounder(name, getattr(product, operand), step, float8=float8) for operand in OPERANDS}
+            intercept_attention(modules[name], _on_operands(rounded))
     return result
 
 
@@ -70,20 +70,20 @@ def round_input(
         step: filled, before each call of the network, with (N,), which of the grid's steps each sample belongs to.
         float8: to E4M3 numbers in place of integers.
     """
-    return _before(module, rounding(name, grid, step, float8=float8))
+    return _before(module, rounder(name, grid, step, float8=float8))
 
 
 def _before(module: nn.Module, rounded: Callable[[Tensor], Tensor]) -> RemovableHandle:
     return module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
 
 
-def _layer_rounding(
+def _layer_rounder(
     name: str, layer: LayerQuant, plan: QuantPlan, step: Sequence[Tensor], *, float8: bool
 ) -> Callable[[Tensor], Tensor]:
     """Return what rounds a layer's input, at each step to as many bits as the plan gives it."""
     if plan.step_bits is None:
-        return rounding(name, layer.input, step, float8=float8)
-    by_width = {grid.bits: rounding(name, grid, step) for grid in (layer.input, *layer.narrower)}
+        return rounder(name, layer.input, step, float8=float8)
+    by_width = {grid.bits: rounder(name, grid, step) for grid in (layer.input, *layer.narrower)}
     bits = torch.tensor(plan.step_bits.bits)
 
     def rounded(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
     return hook
 
 
-def rounding(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> Callable[[Tensor], Tensor]:
+def rounder(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> Callable[[Tensor], Tensor]:
     """Return what rounds an activation of module `name` to its grid; for the rest see `round_input`."""
     if grid.log2:
         return partial(round_log2, scale=grid.scale, bits=grid.bits)

@@ -19,7 +19,7 @@ from calib.affine import dequantize_weight, integer_range, per_channel
 from calib.blocks import BlockIO
 from calib.config import QuantConfig
 from calib.reconstruct import LayerWeight
-from calib.seeds import stream
+from calib.seeds import generator_for
 
 SAMPLES = 64  # of a recording, for the second moments
 CHUNK = 8  # samples at once while they are summed
@@ -32,10 +32,10 @@ def first_logits(
     config: QuantConfig, name: str, block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO
 ) -> list[Tensor]:
     """Return the rounding logits that block `name` starts from, by the config's rule and seed."""
-    return STARTS[config.reconstruction.start](block, layers, io, stream(config.seed, name, "start"))
+    return STARTS[config.reconstruction.start](block, layers, io, generator_for(config.seed, name, "start"))
 
 
-def start_logits(
+def gptq_logits(
     block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO, generator: torch.Generator
 ) -> list[Tensor]:
     """Return rounding logits that lean towards GPTQ's decision, in the order of `layers`, which is call order.
@@ -138,4 +138,4 @@ def _float_start(
     return [adaround.initial_logits(w.weight, w.scale) for w in layers]
 
 
-STARTS = {"float": _float_start, "gptq": start_logits}
+STARTS = {"float": _float_start, "gptq": gptq_logits}

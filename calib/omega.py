@@ -56,7 +56,7 @@ def initial_scores(config: OmegaConfig, samples: int, generator: torch.Generator
     return torch.full((samples,), 1 / config.batch, dtype=torch.float64)
 
 
-def weights_of(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor:
+def sample_weights(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor:
     """Return the weights (n,) float32 of the mini-batch `index`.
 
     With `softmax` "batch" they are softmax(s / tau) over the mini-batch and sum to 1; with "set" the softmax runs over
@@ -73,7 +73,7 @@ def score_gradient(omega: Tensor, gradient: Tensor, config: OmegaConfig, samples
     return omega * (gradient - share * (omega * gradient).sum()) / config.temperature
 
 
-def align(
+def align_scores(
     loss: PerSample,
     logits: Sequence[Tensor],
     train: BlockIO,
@@ -118,7 +118,7 @@ def align(
             drawn = [_draw(members[k], config.validation_batch, generator) for k in order]
             tasks = [_mean(losses, validation.take(task)) for task in drawn]
             now = scores.index_copy(0, index, own.detach())
-            omega = weights_of(now, index, config)
+            omega = sample_weights(now, index, config)
             gradient = rule(jacobian, config.inner_step / size, point, tasks, omega)
             own.grad = score_gradient(omega, gradient, config, len(scores)).to(own.dtype)
             optimiser.step()

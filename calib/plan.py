@@ -125,7 +125,7 @@ class QuantPlan:
             `step_bits`; any other t takes the nearest one's (`calib.ranges.nearest_step`).
         correction: of the predicted noise, for the steps of the calibrated sampler and no others.
         sensitivity: error of the predicted noise with one layer alone quantized, by layer and weight bits; only of
-            mixed precision (`calib.mixed`).
+            mixed precision (`calib.mixed_precision`).
         surgery: how the network is rewritten before it is quantized.
         step_bits: activation bits of each sampling step, where steps differ.
     """

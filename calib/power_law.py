@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from calib.attention import intercept
+from calib.attention import intercept_attention
 from calib.data import CalibrationSet
 
 VALUES = 4096  # of each product, from each of
@@ -37,7 +37,7 @@ def log_likelihood_ratio(values: Tensor) -> float:
     return float((power - (rate.log() - rate * (x - least))).mean())
 
 
-def heavy_tailed(
+def find_heavy_tails(
     network: nn.Module, products: Sequence[str], data: CalibrationSet, generator: torch.Generator
 ) -> frozenset[str]:
     """Return those modules whose attention's probabilities follow a power law.
@@ -56,7 +56,9 @@ def heavy_tailed(
             seen[name].append(flat[torch.randint(len(flat), (VALUES,), generator=generator)])
         return value
 
-    handles = [handle for name in products for handle in intercept(network.get_submodule(name), partial(keep, name))]
+    handles = [
+        handle for name in products for handle in intercept_attention(network.get_submodule(name), partial(keep, name))
+    ]
     try:
         order = torch.randperm(len(data), generator=generator)[: BATCHES * BATCH]
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import nn
 from calib.blocks import Block
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
-from calib.ranges import draw
+from calib.ranges import draw_batches
 from calib.reconstruct import BlockResult
 
 BACKWARD = 4.0  # a training iteration, in forward passes of its mini-batch
@@ -50,7 +50,7 @@ class Cost:
         return self.prepare + self.iterate
 
 
-def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet, config: QuantConfig) -> list[Cost]:
+def expected_times(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet, config: QuantConfig) -> list[Cost]:
     """Return what each block, then the ranges, should cost, from one timed forward pass of each block.
 
     Args:
@@ -71,7 +71,7 @@ def block_costs(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet,
         meta = (JACOBIAN * o.batch + o.meta_steps * step) * per_sample if o.rule in META else 0.0
         recording = 2 * weight_samples * per_sample
         costs.append(Cost(prepare=recording + meta, iterate=fitting + recording))
-    observed = sum(len(index) for _, index in draw(data, config.activation, torch.Generator()))
+    observed = sum(len(index) for _, index in draw_batches(data, config.activation, torch.Generator()))
     costs.append(Cost(prepare=0.0, iterate=observed * whole / len(inputs[0])))
     return costs
 
@@ -103,7 +103,7 @@ def _forward_seconds(
     return whole, spent
 
 
-class Meter:
+class ProgressMeter:
     """Turn finished iterations into a share of all the work expected, and report it; keep the time of each phase."""
 
     def __init__(self, costs: Sequence[Cost], report: Callable[[Progress], None]) -> None:

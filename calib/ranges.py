@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from calib.affine import integer_range
-from calib.attention import intercept
+from calib.attention import intercept_attention
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
 from calib.plan import Grid
 
-WORTH = 0.1  # by how much a grid must become finer before 0 moves from its middle, which costs an engine a little
+# By how much a grid must become finer before 0 moves from its middle, which costs an engine a little.
+WORTHWHILE_GAIN = 0.1
 
 Reach = tuple[float, float]  # how far values lie below and above 0
 
@@ -36,12 +37,12 @@ def ema(average: float | None, value: float, momentum: float) -> float:
     return value if average is None else momentum * average + (1 - momentum) * value
 
 
-def widest(so_far: float | None, value: float, momentum: float) -> float:
+def running_max(so_far: float | None, value: float, momentum: float) -> float:
     """Return the larger of the two."""
     return value if so_far is None else max(so_far, value)
 
 
-RULES: dict[str, Callable[[float | None, float, float], float]] = {"ema": ema, "minmax": widest}
+RULES: dict[str, Callable[[float | None, float, float], float]] = {"ema": ema, "minmax": running_max}
 
 
 def nearest_step(timesteps: Tensor, t: Tensor) -> Tensor:
@@ -53,12 +54,12 @@ def nearest_step(timesteps: Tensor, t: Tensor) -> Tensor:
     return (t[:, None] - timesteps).abs().argmin(1)  # (N, S) -> (N,)
 
 
-def scale_of(magnitude: float, bits: int) -> float:
+def symmetric_scale(magnitude: float, bits: int) -> float:
     """Return the scale whose largest code stands for `magnitude`, rounded to float32."""
     return float(torch.tensor(max(magnitude, 1e-8) / integer_range(bits)[1], dtype=torch.float32))
 
 
-def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
+def make_grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
     """Return the grid for how far values reach, at each sampling step or (one reach) at all of them.
 
     Args:
@@ -67,9 +68,9 @@ def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
         symmetric: 0 stays in the middle, or else only where moving it would not make the grid finer by WORTH.
     """
     low, high = integer_range(bits)
-    middle = [scale_of(max(reach), bits) for reach in reaches]
-    moved = [short(max(sum(reach), 1e-8) / (high - low)) for reach in reaches]
-    if symmetric or sum(moved) > (1 - WORTH) * sum(middle):
+    middle = [symmetric_scale(max(reach), bits) for reach in reaches]
+    moved = [round_to_16_bits(max(sum(reach), 1e-8) / (high - low)) for reach in reaches]
+    if symmetric or sum(moved) > (1 - WORTHWHILE_GAIN) * sum(middle):
         scales, zero = middle, tuple(0 for _ in reaches)
     else:
         scales = moved
@@ -81,27 +82,29 @@ def grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
     return Grid(scale=widest_scale, bits=bits, zero=zero, ratio=ratio)
 
 
-def grids(reaches: Sequence[Reach], config: ActivationConfig) -> tuple[Grid, ...]:
+def make_grids(reaches: Sequence[Reach], config: ActivationConfig) -> tuple[Grid, ...]:
     """Return the grids of all widths that the config has, the widest first."""
-    return tuple(grid(reaches, bits, symmetric=config.symmetric) for bits in (config.bits, *config.narrower))
+    return tuple(make_grid(reaches, bits, symmetric=config.symmetric) for bits in (config.bits, *config.narrower))
 
 
-def operand_grid(reaches: Sequence[Reach], operand: str, bits: int, *, log2: bool = False) -> Grid:
+def make_operand_grid(reaches: Sequence[Reach], operand: str, bits: int, *, log2: bool = False) -> Grid:
     """Return the grid of an operand inside attention; probabilities have 8 bits, from 0 up, or are powers of two."""
     if operand == "probability" and log2:
         return Grid(scale=1.0, bits=bits, log2=True)
     if operand == "probability":
-        return grid([(0.0, above) for _, above in reaches], 8, symmetric=False)
-    return grid(reaches, bits, symmetric=True)
+        return make_grid([(0.0, above) for _, above in reaches], 8, symmetric=False)
+    return make_grid(reaches, bits, symmetric=True)
 
 
-def short(scale: float) -> float:
+def round_to_16_bits(scale: float) -> float:
     """Round to 16 bits, so that its product with any code is exact in float32."""
     mantissa, exponent = math.frexp(scale)
     return math.ldexp(round(math.ldexp(mantissa, 16)), exponent - 16)
 
 
-def draw(data: CalibrationSet, config: ActivationConfig, generator: torch.Generator) -> list[tuple[int, Tensor]]:
+def draw_batches(
+    data: CalibrationSet, config: ActivationConfig, generator: torch.Generator
+) -> list[tuple[int, Tensor]]:
     """Return the batches to observe: the number of the step that each counts for, and its samples' indices.
 
     Without `per_step` all of them count for number 0; with it number k is the k-th smallest timestep in `data`.
@@ -126,7 +129,7 @@ def observe(
     config: ActivationConfig,
     on_batch: Callable[[int], None],
 ) -> dict[tuple[str, str], tuple[Reach, ...]]:
-    """Run the weight-quantized `model` on the batches of `draw` and return how far values reach.
+    """Run the weight-quantized `model` on the batches of `draw_batches` and return how far values reach.
 
     Those of ("name", "input") and ("name", "output") of each layer, and of the four `calib.attention.OPERANDS` of each
     module in `products`; one for each step, or one for all. What is met several times in a forward pass counts with
@@ -151,7 +154,7 @@ def observe(
 
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
     for name in products:
-        handles += intercept(model.get_submodule(name), partial(note, name))
+        handles += intercept_attention(model.get_submodule(name), partial(note, name))
     try:
         for done, (k, index) in enumerate(batches, 1):
             seen.clear()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from calib import adaround, affine
 from calib.blocks import Block, BlockIO
 from calib.config import OmegaConfig, ReconstructionConfig
-from calib.omega import PerSample, weights_of
+from calib.omega import PerSample, sample_weights
 
-JUDGED = 256  # samples, evenly spread over the steps, that nearest and learned rounding are compared on
+COMPARED_SAMPLES = 256  # samples, evenly spread over the steps, that nearest and learned rounding are compared on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,9 @@ def per_sample_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> PerSampl
     return loss
 
 
-def fine_loss(block: nn.Module, reference: nn.Module, layers: Sequence[LayerWeight], weight: float) -> PerSample:
+def fine_grained_loss(
+    block: nn.Module, reference: nn.Module, layers: Sequence[LayerWeight], weight: float
+) -> PerSample:
     """Return the block's loss plus `weight` times those of its layers, the last one left out (EDA-DM, FBR).
 
     A layer's loss compares what it gives in the block with what it gives in the float block, on float inputs; the
@@ -116,7 +118,7 @@ def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
-def fit(
+def fit_rounding(
     loss: PerSample,
     logits: Sequence[Tensor],
     io: BlockIO,
@@ -149,7 +151,7 @@ def fit(
         optimiser.param_groups[1]["lr"] = config.activation_learning_rate * falling
         index = torch.randperm(len(io), generator=generator)[: config.batch]
         taken = io.take(index).mixed(share, generator)
-        objective = (weights_of(scores, index, omega) * loss(values, taken)).sum()
+        objective = (sample_weights(scores, index, omega) * loss(values, taken)).sum()
         sharpness = adaround.beta(i, config.iterations, config.warmup, config.beta_start, config.beta_end)
         if sharpness is not None:
             objective = objective + config.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
@@ -160,7 +162,7 @@ def fit(
     return [v.detach() for v in values]
 
 
-def decide(
+def harden(
     block: nn.Module,
     name: str,
     names: tuple[str, ...],
@@ -171,7 +173,7 @@ def decide(
     """Harden the rounding, keep nearest rounding where that has the lower loss; return codes and the result."""
     nearest = [affine.quantize_weight(w.weight, w.scale, w.bits) for w in layers]
     learned = [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
-    some = io.part(torch.linspace(0, len(io) - 1, min(len(io), JUDGED)).round().long())
+    some = io.part(torch.linspace(0, len(io) - 1, min(len(io), COMPARED_SAMPLES)).round().long())
     before, after = (mean_loss(block, layers, codes, some) for codes in (nearest, learned))
     keep = after <= before
     result = BlockResult(

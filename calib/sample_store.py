@@ -13,7 +13,7 @@ from torch import Tensor
 FILE_BYTES = 64 << 20  # smaller recordings stay in memory
 
 
-class FileRows:
+class FileSamples:
     """N samples of one shape in a file; reads like a tensor indexed along its first axis."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -34,13 +34,13 @@ class FileRows:
         return torch.from_file(file, shared=True, size=math.prod(self._shape), dtype=self._dtype).reshape(self._shape)
 
 
-Rows = Tensor | FileRows
+Samples = Tensor | FileSamples
 
 
-def room(value: Tensor, total: int, folder: Path | None, name: str) -> Rows:
+def allocate(value: Tensor, total: int, folder: Path | None, name: str) -> Samples:
     """Return storage for `total` samples like those in `value` (n, ...): in memory, or in `folder` if it is large."""
     shape = (total, *value.shape[1:])
     if folder is None or math.prod(shape) * value.element_size() <= FILE_BYTES:
         return torch.empty(shape, dtype=value.dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    return FileRows(folder / name, shape, value.dtype)
+    return FileSamples(folder / name, shape, value.dtype)

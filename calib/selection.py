@@ -16,7 +16,7 @@ from torch.nn import functional
 from calib.config import QuantConfig, SelectionConfig
 from calib.data import CalibrationSet, thin_steps
 from calib.errors import CalibError
-from calib.seeds import stream
+from calib.seeds import generator_for
 
 Shares = Callable[[CalibrationSet, SelectionConfig, nn.Module], Tensor]
 
@@ -34,14 +34,14 @@ def select(data: CalibrationSet, config: QuantConfig, model: nn.Module) -> Calib
         return uniform
     steps, position = torch.unique(data.step, return_inverse=True)
     shares = RULES[config.selection.rule](data, config.selection, model)
-    counts = allot(shares, len(uniform), torch.bincount(position))
-    drawn = stream(config.seed, "selection")
+    counts = apportion(shares, len(uniform), torch.bincount(position))
+    drawn = generator_for(config.seed, "selection")
     members = [(position == k).nonzero()[:, 0] for k in range(len(steps))]
     chosen = [m[torch.randperm(len(m), generator=drawn)[:n]] for m, n in zip(members, counts.tolist(), strict=True)]
     return data.take(torch.cat(chosen).sort().values)
 
 
-def allot(shares: Tensor, total: int, most: Tensor) -> Tensor:
+def apportion(shares: Tensor, total: int, most: Tensor) -> Tensor:
     """Return whole numbers (S,) in proportion to `shares` (S,) that add up to `total`, none above `most` (S,).
 
     What a step cannot take goes to the others in proportion; fractions are rounded so that the largest are rounded up.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calib.affine import dequantize_weight
 
 
-def twin(model: nn.Module) -> nn.Module:
+def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """Return a copy of `model` whose tensors are the model's own; to give one of its layers others, replace them.
 
     Its parameters take no gradients.
@@ -22,7 +22,7 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo | {id(b): b.detach() for b in model.buffers()})
 
 
-def hold(layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+def replace_weight_by_codes(layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
     """Replace the weight of `layer`, in place, by `codes` (C, ...) on grids `scale` (C,), and not a copy of them.
 
     Args:

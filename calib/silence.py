@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet(logger: str) -> Iterator[None]:
+def silenced(logger: str) -> Iterator[None]:
     """Keep all warnings, and whatever `logger` says below an error, from the user."""
     chosen = logging.getLogger(logger)
     level = chosen.level

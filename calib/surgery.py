@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from calib.config import SurgeryConfig
 from calib.data import CalibrationSet
-from calib.shared_copy import twin
+from calib.shared_copy import copy_sharing_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,14 @@ class ScaledConvolution(nn.Module):
         return out
 
 
-def operate(model: nn.Module, surgery: Surgery) -> nn.Module:
+def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
     """Return the rewritten network, which shares what it has in common with `model`; that itself if nothing is to do.
 
     `model` is never changed. What is rewritten already stays as it is.
     """
     if not surgery.splits and not surgery.factors:
         return model
-    result = twin(model)
+    result = copy_sharing_tensors(model)
     for name, channels in surgery.splits.items():
         _replace(result, name, partial(SplitConvolution, channels=channels))
     for name, factors in surgery.factors.items():
@@ -83,12 +83,14 @@ def plan_surgery(model: nn.Module, data: CalibrationSet, config: SurgeryConfig) 
         data: what it saw at each sampling step.
         config: which rewrites are wanted.
     """
-    splits = concatenated(model, data) if config.split else {}
-    factors = channel_factors(operate(model, Surgery(splits=splits)), data, config) if config.scale_channels else {}
+    splits = find_concatenations(model, data) if config.split else {}
+    factors = (
+        channel_factors(apply_surgery(model, Surgery(splits=splits)), data, config) if config.scale_channels else {}
+    )
     return Surgery(splits=splits, factors=factors)
 
 
-def concatenated(model: nn.Module, data: CalibrationSet) -> dict[str, int]:
+def find_concatenations(model: nn.Module, data: CalibrationSet) -> dict[str, int]:
     """Return the convolutions that read a concatenation of two images, and the channels of the first."""
     joined: dict[int, tuple[Tensor, int]] = {}
     found: dict[str, int] = {}

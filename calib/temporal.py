@@ -23,10 +23,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calib.blocks import Block, BlockIO
-from calib.data import NO_CONDITION, CalibrationSet, example
+from calib.data import NO_CONDITION, CalibrationSet, example_inputs
 from calib.errors import CalibError
-from calib.layers import PROBE_BATCH, Trace
-from calib.silence import quiet
+from calib.silence import silenced
+from calib.trace import PROBE_BATCH, Trace
 
 NAME = "(temporal)"  # not an identifier, so not a module's name
 
@@ -60,7 +60,7 @@ def find_block(
     if not wanted:
         return []
     try:
-        whole = _export(model, example(PROBE_BATCH, shape, 0, cond))
+        whole = _export(model, example_inputs(PROBE_BATCH, shape, 0, cond))
         last, names = _outputs(whole, by_step, wanted)
         if not last:
             return []
@@ -87,7 +87,7 @@ def record(module: nn.Module, data: CalibrationSet, micro_batch: int) -> BlockIO
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     """Return the network as a graph without in-place operations, whose batch is free."""
     sizes = pytree.tree_map(lambda _: {0: torch.export.Dim.DYNAMIC}, inputs)
-    with quiet("torch"), redirect_stderr(io.StringIO()), torch.no_grad():  # where it prints the graph when it fails
+    with silenced("torch"), redirect_stderr(io.StringIO()), torch.no_grad():  # where it prints the graph when it fails
         program = torch.export.export(model, inputs, dynamic_shapes=sizes)
         whole = program.run_decompositions({}).module()
     assert isinstance(whole, fx.GraphModule)

@@ -27,7 +27,7 @@ from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan
 from calib.progress import Progress
-from calib.surgery import operate
+from calib.surgery import apply_surgery
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import Cell, Comparison, claim, collected, version
 from gaq_export.errors import GaqError
@@ -137,7 +137,7 @@ def _measure(bench: Comparison, cell: Cell) -> None:
             if bench.weights_alone:
                 weights = fake_quantized(model.network, plan, activations=False)
                 found["weights_error"] = yardstick.noise_errors(y, weights)
-        network = operate(model.network, plan.surgery)
+        network = apply_surgery(model.network, plan.surgery)
         macs = cost.layer_macs(network, model.shape, model.schedule.num_train, model.condition_inputs)
         measured: dict[str, Any] = {
             "bytes": cost.weight_bytes(network, plan),

@@ -27,7 +27,7 @@ from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.files import read_safetensors, write_atomically
 from calib.plan import QuantPlan
-from calib.surgery import operate
+from calib.surgery import apply_surgery
 from engines import EngineConfig
 from gaq_export.deploy import session
 from gaq_export.deploy.step_loop import engine_denoiser
@@ -122,7 +122,7 @@ def quantized(y: Yardstick, plan: QuantPlan) -> Iterator[ConditionalNetwork]:
     if y.draw != "engine" or plan.step_bits is not None:
         yield fake_quantized(y.model.network, plan)
         return
-    network = operate(y.model.network, plan.surgery)
+    network = apply_surgery(y.model.network, plan.surgery)
     known = network is y.model.network
     graph = ir.load(_float_graph(y)) if known else export_float(network, y.model.shape, y.model.condition_inputs)
     graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))

@@ -18,8 +18,8 @@ from onnxscript import opset21 as op
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calib.data import NO_CONDITION, example
-from calib.silence import quiet
+from calib.data import NO_CONDITION, example_inputs
+from calib.silence import silenced
 from gaq_export.errors import GaqError
 
 OPSET = 21
@@ -40,7 +40,7 @@ def export_float(
     Raises:
         GaqError: torch cannot export it, or the batch did not stay dynamic.
     """
-    inputs = example(EXAMPLE_BATCH, shape, 0, {name: condition[name] for name in sorted(condition)})
+    inputs = example_inputs(EXAMPLE_BATCH, shape, 0, {name: condition[name] for name in sorted(condition)})
     # Without the last, a mapping before it is taken for keywords.
     return _export(network, (*inputs, {}), inputs, ["x", "t", *sorted(condition)], ["eps"])
 
@@ -79,7 +79,7 @@ def _export(
     # The graph takes any batch; the bound is where diffusers' up-sampling branches, at which torch would trace again.
     batch = torch.export.Dim("batch", max=63)
     try:
-        with quiet("torch.onnx"):  # notes about absent optional packages
+        with silenced("torch.onnx"):  # notes about absent optional packages
             program = torch.onnx.export(
                 network,
                 args,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calib.plan import QuantPlan
-from calib.surgery import operate
+from calib.surgery import apply_surgery
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec
 from gaq_export.errors import GaqError
@@ -109,5 +109,5 @@ def model_of(about: Mapping[str, Any], model: LoadedModel | None, folder: Path) 
 
 def rewritten(model: LoadedModel, plan: QuantPlan) -> LoadedModel:
     """Return the model with its network as the plan's layers name it; the one it has if the plan rewrites nothing."""
-    network = operate(model.network, plan.surgery)
+    network = apply_surgery(model.network, plan.surgery)
     return model if network is model.network else replace(model, unet=network)

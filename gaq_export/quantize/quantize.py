@@ -17,10 +17,10 @@ from calib.calibrate import calibrate
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.mixed import Clock
+from calib.mixed_precision import Clock
 from calib.plan import QuantPlan, StepBits
 from calib.progress import Progress
-from calib.progressive import Progressive
+from calib.quantized_trajectory import ObservingNetwork
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.conditioning import Guided, bind
 from gaq_export.diffusion.schedule import SamplerSpec
@@ -85,7 +85,7 @@ def _finish(
     if config.activation.narrower:
         plan = replace(plan, step_bits=_step_bits(model, plan, data))
     if config.activation.trajectory == "quantized":
-        network = Progressive(model.network, plan)
+        network = ObservingNetwork(model.network, plan)
         seeds = [image_seed(config.seed, i) for i in range(_images(model, data))]
         bound = bind(network, model.conditioning, seeds)
         samplers.run(bound, seeds, model.shape, model.schedule, spec, lambda step, x, t: on_step(step + 1, spec.steps))

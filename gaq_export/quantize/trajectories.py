@@ -17,7 +17,7 @@ from torch import Tensor
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
-from calib.seeds import derive
+from calib.seeds import derive_seed
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.conditioning import GUIDANCE, UNCONDITIONAL, Conditioning, bind
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
@@ -29,7 +29,7 @@ GROUP = 4
 
 def image_seed(seed: int, image: int, purpose: str = "calibration") -> int:
     """Return the seed of image number `image`, another for each purpose; far from the small seeds users sample with."""
-    return derive(purpose, seed, image)
+    return derive_seed(purpose, seed, image)
 
 
 def collect(

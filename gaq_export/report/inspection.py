@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calib import diagnose
 from calib.affine import integer_range
-from calib.block_recording import recorder
+from calib.block_recording import open_recorder
 from calib.blocks import Block
 from calib.calibrate import weight_samples
 from calib.data import CalibrationSet, Split
@@ -99,12 +99,14 @@ def examine(
         raise GaqError(f"Found {images} images to measure with; ask for 1 or more.")
     model = provenance.rewritten(model, plan)
     float_network, network = model.network, fake_quantized(model.network, plan, activations=False)
-    blocks = diagnose.inspectable(float_network, plan, model.shape, model.schedule.num_train, model.condition_inputs)
-    chosen = diagnose.choose(blocks, block)
+    blocks = diagnose.inspectable_blocks(
+        float_network, plan, model.shape, model.schedule.num_train, model.condition_inputs
+    )
+    chosen = diagnose.choose_block(blocks, block)
     subset = weight_samples(data, plan.config, model.network)
     few = _some_of_each_step(subset.data.take(subset.train), FEW)
     overview = []
-    with recorder(float_network, network, few, plan.config.micro_batch) as recording:
+    with open_recorder(float_network, network, few, plan.config.micro_batch) as recording:
         for i, b in enumerate(blocks):
             place = Block(name=b.name, layers=b.layers)
             overview.append(diagnose.agreement(float_network, plan, b, recording.record(place), few.step))
@@ -140,7 +142,7 @@ def _look_into(
     def report_step(done: int) -> None:
         on_step(f"looking into {block.name}", done, 3 if weighted else 2)
 
-    with recorder(model.network, network, subset.data, plan.config.micro_batch, scratch) as recording:
+    with open_recorder(model.network, network, subset.data, plan.config.micro_batch, scratch) as recording:
         io = recording.record(Block(name=block.name, layers=block.layers))
         train, held_out = io.part(subset.train), io.part(subset.validation)
         report_step(1)

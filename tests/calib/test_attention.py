@@ -5,13 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calib.attention import OPERANDS, intercept
+from calib.attention import OPERANDS, intercept_attention
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
-from calib.layers import float_reasons, quantized_products, trace
+from calib.float_layers import float_reasons, quantized_products
+from calib.trace import trace
 
 
 class Attention(nn.Module):
@@ -46,7 +47,7 @@ def test_in_pieces_it_is_what_pytorch_computes_at_once(options: dict[str, object
 
     x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
     expected = module(x)
-    handles = intercept(module, note)
+    handles = intercept_attention(module, note)
     assert torch.allclose(module(x), expected, atol=1e-6)
     assert tuple(seen) == ("query", "key", "probability", "value")
     assert torch.allclose(seen["probability"].sum(-1), torch.ones(2, 3, 5))
@@ -60,7 +61,7 @@ def test_in_pieces_it_is_what_pytorch_computes_at_once(options: dict[str, object
 
 def test_a_module_that_fails_leaves_attention_as_it_was() -> None:
     module = Attention()
-    intercept(module, lambda name, operand: operand.zero_())
+    intercept_attention(module, lambda name, operand: operand.zero_())
     with pytest.raises(TypeError):
         module(None)
     x = torch.ones(1, 1, 2, 2)
@@ -75,7 +76,7 @@ def test_attention_with_a_mask_stays_float_and_says_so(options: dict[str, object
     assert reasons["attention"] == "attention with a mask or other options"
     assert quantized_products(found, "tfmq", reasons) == []
     module = Attention(**options)
-    intercept(module, lambda name, operand: operand)
+    intercept_attention(module, lambda name, operand: operand)
     with pytest.raises(CalibError, match="mask or other options"):
         module(torch.ones(1, 1, 6, 6))
 

@@ -10,7 +10,7 @@ from calib.config import ActivationConfig, OmegaConfig, QuantConfig, Reconstruct
 from calib.cost import layer_macs
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.layers import trace
+from calib.trace import trace
 from gaq_export.models.architectures import EpsilonModel
 
 STEPS = torch.arange(4).repeat_interleave(4)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from calib import adaround, affine, diagnose
-from calib.block_recording import recorder
+from calib.block_recording import open_recorder
 from calib.blocks import Block, BlockIO
 from calib.calibrate import calibrate, weight_samples
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
@@ -55,7 +55,7 @@ def recorded(network: nn.Module, plan: QuantPlan) -> Callable[[str], tuple[Block
 
     def record(name: str) -> tuple[BlockResult, BlockIO, BlockIO]:
         block = next(b for b in plan.blocks if b.name == name)
-        with recorder(network, quantized, subset.data, 4) as recording:
+        with open_recorder(network, quantized, subset.data, 4) as recording:
             io = recording.record(Block(name=name, layers=block.layers))
         return block, io.part(subset.train), io.part(subset.validation)
 
@@ -216,15 +216,15 @@ def test_scores_of_other_samples_are_refused(network, plan, recorded) -> None:
 
 
 def test_the_block_with_the_largest_loss_is_chosen_unless_one_is_named(network, plan) -> None:
-    blocks = diagnose.inspectable(network, plan, (1, 16, 16), 100)
+    blocks = diagnose.inspectable_blocks(network, plan, (1, 16, 16), 100)
     assert blocks == list(plan.blocks)
-    assert diagnose.choose(blocks, None).loss_before == max(b.loss_before for b in blocks)
-    assert diagnose.choose(blocks, ATTENTION).name == ATTENTION
+    assert diagnose.choose_block(blocks, None).loss_before == max(b.loss_before for b in blocks)
+    assert diagnose.choose_block(blocks, ATTENTION).name == ATTENTION
     with pytest.raises(CalibError, match=f"No block is called 'mid_block.attention'; .* The nearest is '{ATTENTION}'"):
-        diagnose.choose(blocks, "mid_block.attention")
+        diagnose.choose_block(blocks, "mid_block.attention")
     unmeasured = [dataclasses.replace(b, loss_before=None, loss_after=None) for b in blocks]
-    assert diagnose.choose(unmeasured, None) == unmeasured[0]
-    assert diagnose.choose([], None) is None
+    assert diagnose.choose_block(unmeasured, None) == unmeasured[0]
+    assert diagnose.choose_block([], None) is None
 
 
 def test_a_layer_called_twice_is_no_block_to_look_at(make_foreign) -> None:
@@ -232,5 +232,5 @@ def test_a_layer_called_twice_is_no_block_to_look_at(make_foreign) -> None:
     step = torch.arange(6).repeat_interleave(4)
     data = CalibrationSet(x=noise().x[:, :, :8, :8], t=95 - 18 * step, step=step)
     plan = calibrate(network, data, CONFIG, timesteps=100)
-    assert [b.name for b in diagnose.inspectable(network, plan, (1, 8, 8), 100)] == ["down", "gate", "mlp"]
+    assert [b.name for b in diagnose.inspectable_blocks(network, plan, (1, 8, 8), 100)] == ["down", "gate", "mlp"]
     assert "shared" in {b.name for b in plan.blocks}

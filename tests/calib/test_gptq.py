@@ -83,7 +83,7 @@ def test_a_blocks_layers_lean_towards_gptq_and_those_that_cannot_start_at_the_fl
         LayerWeight(key=f"{n}.weight", weight=m.weight.detach(), scale=search_weight_scale(m.weight, 4), bits=4)
         for n, m in block.named_children()
     ]
-    logits = gptq.start_logits(block, layers, io, torch.Generator().manual_seed(0))
+    logits = gptq.gptq_logits(block, layers, io, torch.Generator().manual_seed(0))
     plain = [adaround.initial_logits(w.weight, w.scale) for w in layers]
     assert torch.equal(logits[1], plain[1])
     columns = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)

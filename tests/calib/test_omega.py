@@ -9,7 +9,7 @@ from torch import Tensor
 from calib import omega
 from calib.blocks import BlockIO
 from calib.config import OmegaConfig
-from calib.omega import align, initial_scores, score_gradient, weights_of
+from calib.omega import align_scores, initial_scores, sample_weights, score_gradient
 
 N, P, K = 7, 5, 3
 Problem = tuple[Tensor, Tensor, list[Tensor], Tensor]
@@ -101,7 +101,7 @@ def test_the_score_gradient_is_the_jacobian_of_the_softmax(softmax: str) -> None
         weights = torch.softmax(scores[index] / 0.5, 0)
     else:
         weights = torch.softmax(scores / 0.5, 0)[index] * 9 / 3
-    assert torch.allclose(weights_of(scores, index, config).double(), weights, atol=1e-6)
+    assert torch.allclose(sample_weights(scores, index, config).double(), weights, atol=1e-6)
     expected = torch.autograd.grad((weights * gradient).sum(), scores)[0][index]
     assert torch.allclose(score_gradient(weights.detach(), gradient, config, 9), expected)
 
@@ -111,7 +111,7 @@ def test_the_score_gradient_is_the_jacobian_of_the_softmax(softmax: str) -> None
 def test_equal_scores_weigh_every_sample_alike(rule: str, softmax: str) -> None:
     config = OmegaConfig(rule=rule, softmax=softmax)
     scores = initial_scores(config, 8, torch.Generator())
-    assert weights_of(scores, torch.tensor([3, 1, 7, 0]), config).tolist() == pytest.approx([0.25] * 4)
+    assert sample_weights(scores, torch.tensor([3, 1, 7, 0]), config).tolist() == pytest.approx([0.25] * 4)
 
 
 def pull(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
@@ -155,7 +155,7 @@ def aligned(loss: Callable[[Sequence[Tensor], BlockIO], Tensor], train: BlockIO,
     start = initial_scores(settings, len(train), torch.Generator().manual_seed(5))
     held_out = recording(torch.full((10, 1), 1.0))
     generator = torch.Generator().manual_seed(0)
-    return align(loss, [torch.zeros(1)], train, held_out, torch.arange(10) % 2, start, settings, generator)
+    return align_scores(loss, [torch.zeros(1)], train, held_out, torch.arange(10) % 2, start, settings, generator)
 
 
 @pytest.mark.parametrize("rule", ["uniform", "random"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calib import power_law, ranges
 from calib.affine import round_log2
-from calib.attention import intercept
+from calib.attention import intercept_attention
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
@@ -79,7 +79,7 @@ def test_a_plan_has_powers_of_two_where_the_tail_is_heavy_and_nowhere_else() -> 
     plan = calibrate(network, data, config, timesteps=2)
     chosen = {name: product.probability.log2 for name, product in plan.products.items()}
     assert chosen == {"flat": False, "sharp": True}
-    assert plan.products["sharp"].probability == ranges.operand_grid([(0.0, 1.0)], "probability", 4, log2=True)
+    assert plan.products["sharp"].probability == ranges.make_operand_grid([(0.0, 1.0)], "probability", 4, log2=True)
     seen: list[Tensor] = []
     fake = fake_quantized(network, plan)
 
@@ -88,7 +88,7 @@ def test_a_plan_has_powers_of_two_where_the_tail_is_heavy_and_nowhere_else() -> 
             seen.append(value)
         return value
 
-    intercept(network.sharp, note)
+    intercept_attention(network.sharp, note)
     network(data.x, data.t)
     without = dataclasses.replace(plan, products={"flat": plan.products["flat"]})
     assert not torch.equal(fake(data.x, data.t), fake_quantized(network, without)(data.x, data.t))

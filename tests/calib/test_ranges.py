@@ -10,7 +10,7 @@ from calib.affine import fake_quantize
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
 from calib.plan import Grid
-from calib.ranges import Reach, draw, ema, grid, nearest_step, observe, scale_of
+from calib.ranges import Reach, draw_batches, ema, make_grid, nearest_step, observe, symmetric_scale
 
 
 class _Twice(nn.Module):
@@ -34,7 +34,7 @@ def _observe(
     data: CalibrationSet, config: ActivationConfig, seed: int = 5
 ) -> tuple[tuple[Reach, ...], tuple[Reach, ...]]:
     """Return how far the layer's input reaches below and above 0, and its output."""
-    batches = draw(data, config, torch.Generator().manual_seed(seed))
+    batches = draw_batches(data, config, torch.Generator().manual_seed(seed))
     seen = observe(_Twice(), ["layer"], [], data, batches, config, lambda done: None)
     return seen["layer", "input"], seen["layer", "output"]
 
@@ -68,7 +68,7 @@ def test_each_step_has_an_average_of_its_own_batches_alone() -> None:
 @pytest.mark.parametrize(("batches", "a_step"), [(None, 3), (9, 3), (4, 2), (5, 2), (1, 1)])
 def test_batches_are_split_evenly_over_the_steps_and_none_goes_without(batches: int | None, a_step: int) -> None:
     data = _values(*[1.0] * 10, t=(0,) * 5 + (3,) * 5)
-    drawn = draw(data, ActivationConfig(batch=2, batches=batches, per_step=True), torch.Generator())
+    drawn = draw_batches(data, ActivationConfig(batch=2, batches=batches, per_step=True), torch.Generator())
     assert [k for k, _ in drawn] == [0] * a_step + [1] * a_step
     for k, index in drawn:
         assert (data.t[index] == (0, 3)[k]).all()
@@ -81,30 +81,30 @@ def test_a_timestep_without_a_range_takes_the_nearest_ones() -> None:
 
 
 def test_the_scale_puts_the_largest_code_on_the_magnitude() -> None:
-    assert scale_of(12.7, 8) == pytest.approx(0.1)
-    assert scale_of(7.0, 4) == 1.0
+    assert symmetric_scale(12.7, 8) == pytest.approx(0.1)
+    assert symmetric_scale(7.0, 4) == 1.0
 
 
 def test_a_layer_that_only_sees_zeros_still_has_a_positive_scale() -> None:
-    assert scale_of(0.0, 8) > 0
+    assert symmetric_scale(0.0, 8) > 0
 
 
 def test_a_grid_for_values_on_one_side_of_0_has_its_zero_at_the_end_and_half_the_step() -> None:
-    assert grid([(0.0, 25.5)], 8, symmetric=True) == Grid(scale=scale_of(25.5, 8), bits=8)
-    moved = grid([(0.0, 25.5)], 8, symmetric=False)
+    assert make_grid([(0.0, 25.5)], 8, symmetric=True) == Grid(scale=symmetric_scale(25.5, 8), bits=8)
+    moved = make_grid([(0.0, 25.5)], 8, symmetric=False)
     assert moved == Grid(scale=pytest.approx(0.1, rel=1e-4), bits=8, zero=(-128,))
-    assert grid([(2.0, 1.0)], 2, symmetric=False) == Grid(scale=1.0, bits=2, zero=(0,))
+    assert make_grid([(2.0, 1.0)], 2, symmetric=False) == Grid(scale=1.0, bits=2, zero=(0,))
 
 
 def test_zero_stays_in_the_middle_where_moving_it_would_gain_little() -> None:
-    assert grid([(0.9, 1.0)], 8, symmetric=False) == grid([(0.9, 1.0)], 8, symmetric=True)
+    assert make_grid([(0.9, 1.0)], 8, symmetric=False) == make_grid([(0.9, 1.0)], 8, symmetric=True)
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e4), st.integers(3, 8))
 def test_a_moved_grid_holds_0_exactly_and_reaches_both_ends_to_within_a_step(
     below: float, above: float, bits: int
 ) -> None:
-    found = grid([(below, above)], bits, symmetric=False)
+    found = make_grid([(below, above)], bits, symmetric=False)
     scale, shift = torch.tensor(found.scale), torch.tensor(found.scale) * torch.tensor(found.zero)
     assert shift.double() == torch.tensor(found.scale, dtype=torch.float64) * found.zero[0]
     values = torch.tensor([0.0, -below, above])
@@ -114,6 +114,6 @@ def test_a_moved_grid_holds_0_exactly_and_reaches_both_ends_to_within_a_step(
 
 
 def test_with_steps_the_widest_one_has_ratio_1_and_each_its_own_zero() -> None:
-    found = grid([(0.0, 25.5), (1.0, 50.0)], 8, symmetric=False)
+    found = make_grid([(0.0, 25.5), (1.0, 50.0)], 8, symmetric=False)
     assert found.ratio == (pytest.approx(0.5, rel=1e-3), 1.0)
     assert found.zero == (-128, -123)

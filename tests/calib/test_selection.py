@@ -10,7 +10,7 @@ from calib.calibrate import weight_samples
 from calib.config import QuantConfig, SelectionConfig
 from calib.data import CalibrationSet
 from calib.errors import CalibError
-from calib.selection import allot, density, gaussian, select, step_features
+from calib.selection import apportion, density, gaussian, select, step_features
 
 STEPS, IMAGES = 10, 6
 
@@ -107,4 +107,4 @@ def test_density_counts_the_steps_that_are_alike_and_variety_those_that_are_not(
     ],
 )
 def test_allotting(shares: list[float], total: int, most: list[int], expected: list[int]) -> None:
-    assert allot(torch.tensor(shares), total, torch.tensor(most)).tolist() == expected
+    assert apportion(torch.tensor(shares), total, torch.tensor(most)).tolist() == expected

@@ -11,8 +11,8 @@ from torch.nn import functional
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig, WeightConfig
 from calib.data import CalibrationSet
-from calib.layers import readers, trace
 from calib.plan import QuantPlan
+from calib.trace import group_by_input, trace
 from gaq_export.models.architectures import EpsilonModel
 
 STEP = torch.arange(3).repeat_interleave(4)
@@ -97,7 +97,7 @@ class Foreign(nn.Module):
 def test_they_share_it_even_where_each_is_a_block_of_its_own(rule: str) -> None:
     torch.manual_seed(0)
     network = Foreign().eval()
-    assert readers(trace(network, (4, 8, 8), 100), ["attention.q", "attention.k", "attention.v"]) == [
+    assert group_by_input(trace(network, (4, 8, 8), 100), ["attention.q", "attention.k", "attention.v"]) == [
         ("attention.q", "attention.k"),
         ("attention.v",),
     ]

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from calib.blocks import find_blocks
 from calib.errors import CalibError
-from calib.layers import float_reasons, trace
+from calib.float_layers import float_reasons
+from calib.trace import trace
 from gaq_export.models.architectures import EpsilonModel, condition_inputs_of
 
 

@@ -11,7 +11,7 @@ from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig, Surgery
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan, save_plan
-from calib.surgery import Surgery, channel_factors, concatenated, operate, plan_surgery
+from calib.surgery import Surgery, apply_surgery, channel_factors, find_concatenations, plan_surgery
 
 
 class _Net(nn.Module):
@@ -53,7 +53,7 @@ def _config(surgery: SurgeryConfig) -> QuantConfig:
 
 
 def test_a_convolution_of_a_concatenation_is_found(net: nn.Module) -> None:
-    assert concatenated(net, _data()) == {"shortcut": 4}
+    assert find_concatenations(net, _data()) == {"shortcut": 4}
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_a_convolution_of_a_concatenation_is_found(net: nn.Module) -> None:
 )
 def test_rewriting_changes_nothing_that_is_computed(net: nn.Module, surgery: Surgery) -> None:
     data, before = _data(), {name: value.clone() for name, value in net.state_dict().items()}
-    rewritten = operate(net, surgery)
+    rewritten = apply_surgery(net, surgery)
     with torch.no_grad():
         assert torch.allclose(rewritten(data.x, data.t), net(data.x, data.t), rtol=1e-4, atol=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert operate(rewritten, surgery).state_dict().keys() == rewritten.state_dict().keys()
-    assert operate(net, Surgery()) is net
+    assert apply_surgery(rewritten, surgery).state_dict().keys() == rewritten.state_dict().keys()
+    assert apply_surgery(net, Surgery()) is net
 
 
 def test_the_factors_are_the_papers(net: nn.Module) -> None:

@@ -13,10 +13,11 @@ from calib.config import ActivationConfig, OmegaConfig, QuantConfig, Reconstruct
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
-from calib.layers import float_reasons, trace
+from calib.float_layers import float_reasons
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
 from calib.temporal import NAME, find_block
+from calib.trace import trace
 from gaq_export.models.architectures import EpsilonModel
 
 STEPS = torch.arange(6).repeat_interleave(4)

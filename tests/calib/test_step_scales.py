@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calib import dynamic
+from calib import step_scales
 from calib.affine import fake_quantize
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
@@ -40,7 +40,7 @@ def _error(values: Tensor, sizes: Tensor, bits: int = 4) -> float:
     return float(((values - rounded).square().mean(1) / values.square().mean(1)).mean())
 
 
-@pytest.mark.parametrize("rule", [dynamic.network, dynamic.groups])
+@pytest.mark.parametrize("rule", [step_scales.scales_by_network, step_scales.scales_by_groups])
 def test_learned_sizes_come_near_the_best_and_beat_the_ranges(rule: Callable[..., Tensor]) -> None:
     values, t = _values()
     found = rule(values, t, 4, torch.Generator().manual_seed(1))
@@ -50,23 +50,23 @@ def test_learned_sizes_come_near_the_best_and_beat_the_ranges(rule: Callable[...
 
 def test_groups_are_few_and_the_network_is_smooth() -> None:
     values, t = _values()
-    sizes = dynamic.groups(values, t, 4, torch.Generator())
-    assert len(sizes.unique()) <= dynamic.GROUPS
-    smooth = dynamic.network(values, t, 4, torch.Generator().manual_seed(1))
+    sizes = step_scales.scales_by_groups(values, t, 4, torch.Generator())
+    assert len(sizes.unique()) <= step_scales.GROUPS
+    smooth = step_scales.scales_by_network(values, t, 4, torch.Generator().manual_seed(1))
     assert bool((smooth.diff() > 0).all())
 
 
 def test_uncertain_steps_are_learned_from_first_and_none_is_forgotten() -> None:
     entropy, used = torch.linspace(0.0, 2.0, STEPS), torch.zeros(STEPS)
-    first = dynamic.most_uncertain(entropy, used)
+    first = step_scales.most_uncertain(entropy, used)
     assert sorted(first.tolist()) == list(range(STEPS // 2, STEPS))
-    for _ in range(dynamic.ITERATIONS):
-        used[dynamic.most_uncertain(entropy, used)] += 1
-    assert used.sum() == dynamic.ITERATIONS * STEPS // 2
+    for _ in range(step_scales.ITERATIONS):
+        used[step_scales.most_uncertain(entropy, used)] += 1
+    assert used.sum() == step_scales.ITERATIONS * STEPS // 2
     assert bool((used.diff() >= 0).all())
-    assert used[0] > dynamic.ITERATIONS / 5
+    assert used[0] > step_scales.ITERATIONS / 5
     # where all are used equally often beside what their entropy is worth, as the penalty says
-    assert float(used[-1] - used[0]) == pytest.approx(2.0 / dynamic.RISK, abs=2)
+    assert float(used[-1] - used[0]) == pytest.approx(2.0 / step_scales.RISK, abs=2)
 
 
 class _Net(nn.Module):

@@ -8,8 +8,9 @@ from torch import Tensor
 from calib.block_replay import Replay
 from calib.blocks import BlockIO, find_blocks
 from calib.data import CalibrationSet
-from calib.layers import float_reasons, trace
-from calib.sample_store import FileRows, room
+from calib.float_layers import float_reasons
+from calib.sample_store import FileSamples, allocate
+from calib.trace import trace
 from gaq_export.models.architectures import EpsilonModel
 
 
@@ -24,7 +25,7 @@ def block_names(network: EpsilonModel) -> list[str]:
     return [b.name for b in find_blocks(found, {layer.name for layer in found.layers} - reasons.keys())[0]]
 
 
-def everything(rows: Tensor | FileRows) -> Tensor:
+def everything(rows: Tensor | FileSamples) -> Tensor:
     return rows[torch.arange(len(rows))]
 
 
@@ -86,7 +87,7 @@ def test_large_recordings_lie_in_files_and_read_the_same(tiny_unet: UNet2DModel,
     monkeypatch.setattr("calib.sample_store.FILE_BYTES", 1000)
     network, data, name = EpsilonModel(tiny_unet), samples(5), "unet.down_blocks.0.resnets.0"
     filed = Replay(network, data, 4, tmp_path).output(name)
-    assert isinstance(filed, FileRows)
+    assert isinstance(filed, FileSamples)
     assert (tmp_path / f"{name}.output").stat().st_size >= everything(filed).numel() * 4
     assert torch.equal(everything(filed), Replay(network, data, 4).output(name))
 
@@ -94,7 +95,7 @@ def test_large_recordings_lie_in_files_and_read_the_same(tiny_unet: UNet2DModel,
 def test_rows_written_in_parts_are_read_back_in_any_order(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("calib.sample_store.FILE_BYTES", 0)
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
-    rows = room(values[:1], 7, tmp_path, "rows")
+    rows = allocate(values[:1], 7, tmp_path, "rows")
     rows[0:4] = values[:4]
     rows[4:7] = values[4:]
     index = torch.tensor([6, 0, 0, 3])

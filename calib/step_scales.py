@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.affine import integer_range, round_through
+from calib.affine import integer_range, round_straight_through
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
 from calib.plan import Grid
-from calib.seeds import stream
+from calib.seeds import generator_for
 
 VALUES, IMAGES = 8192, 16  # of a layer at each step, from as many images; fewer would not show how far values reach
 ITERATIONS, RATE = 150, 0.03
@@ -32,9 +32,9 @@ GROUPS, ENTROPY = 8, 0.01  # of `groups`
 SHARE, RISK = 0.5, 0.05  # of `groups`: steps an iteration learns from; a use of a step, beside its entropy
 
 
-def step_grids(
+def learn_step_grids(
     model: nn.Module,
-    readers: Sequence[tuple[str, ...]],
+    layer_groups: Sequence[tuple[str, ...]],
     data: CalibrationSet,
     config: ActivationConfig,
     num_train: int,
@@ -44,22 +44,22 @@ def step_grids(
 
     Args:
         model: its weights quantized.
-        readers: the layers' names, those that read the same tensor and so share its grids together.
+        layer_groups: the layers' names, those that read the same tensor and so share its grids together.
         data: what the float network saw.
         config: bits, and which rule.
         num_train: number of training timesteps.
         seed: of everything drawn.
     """
     t = torch.unique(data.t)
-    seen = sample_values(model, [first for first, *_ in readers], data, seed)
+    seen = sample_values(model, [first for first, *_ in layer_groups], data, seed)
 
     def grid(name: str, bits: int) -> Grid:
-        sizes = RULES[config.sizes](seen[name], t / num_train, bits, stream(seed, name, "sizes"))
+        sizes = RULES[config.sizes](seen[name], t / num_train, bits, generator_for(seed, name, "sizes"))
         most = float(sizes.max())
         return Grid(scale=most, bits=bits, zero=(0,) * len(t), ratio=tuple((sizes / torch.tensor(most)).tolist()))
 
     found: dict[str, tuple[Grid, ...]] = {}
-    for names in readers:
+    for names in layer_groups:
         found |= dict.fromkeys(names, tuple(grid(names[0], bits) for bits in (config.bits, *config.narrower)))
     return found
 
@@ -68,7 +68,7 @@ def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet,
     """Return VALUES values of every layer's input at every step, by rising timestep, (S, VALUES)."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     seen: dict[str, Tensor] = {}
-    drawn = stream(seed, "values")
+    drawn = generator_for(seed, "values")
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -92,7 +92,7 @@ def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet,
     return {name: torch.stack(values) for name, values in found.items()}
 
 
-def network(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+def scales_by_network(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:
     """Return s(t) (S,) by a perceptron.
 
     Args:
@@ -114,8 +114,8 @@ def network(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) ->
     return sizes().detach()
 
 
-def groups(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:
-    """Return s(t) (S,), at most GROUPS different ones; arguments as for `network`."""
+def scales_by_groups(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+    """Return s(t) (S,), at most GROUPS different ones; arguments as for `scales_by_network`."""
     start = _first_size(values, bits).log()
     logs = torch.quantile(start, torch.linspace(0.05, 0.95, GROUPS)).requires_grad_()
     scores = (-(start[:, None] - logs.detach()).abs()).clone().requires_grad_()
@@ -155,7 +155,7 @@ def _first_size(values: Tensor, bits: int) -> Tensor:
 
 def _rounded(values: Tensor, size: Tensor, bits: int) -> Tensor:
     low, high = integer_range(bits)
-    return round_through(values / size).clamp(low, high) * size
+    return round_straight_through(values / size).clamp(low, high) * size
 
 
 def _error(values: Tensor, rounded: Tensor) -> Tensor:
@@ -170,4 +170,7 @@ def _descend(parameters: Sequence[Tensor], objective: Callable[[], Tensor]) -> N
         optimiser.step()
 
 
-RULES: Mapping[str, Callable[[Tensor, Tensor, int, torch.Generator], Tensor]] = {"network": network, "groups": groups}
+RULES: Mapping[str, Callable[[Tensor, Tensor, int, torch.Generator], Tensor]] = {
+    "network": scales_by_network,
+    "groups": scales_by_groups,
+}

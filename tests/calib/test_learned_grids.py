@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from calib import reconstruct
-from calib.activations import Learned, first_grids, learnable_round, rounding
-from calib.block_recording import recorder
+from calib.block_recording import open_recorder
 from calib.blocks import Block, BlockIO
 from calib.calibrate import calibrate
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
+from calib.learned_grids import LearnedGrid, initial_grids, learnable_round, rounded_inputs
 from calib.plan import Grid, QuantPlan, save_plan
 from calib.progress import Progress
 
@@ -85,7 +85,7 @@ def recorded(net: nn.Module) -> Callable[[str], BlockIO]:
     other = _Net().eval()
 
     def record(name: str) -> BlockIO:
-        with recorder(other, net, _data(), 8, reference=True) as recording:
+        with open_recorder(other, net, _data(), 8, reference=True) as recording:
             return recording.record(Block(name=name, layers=()))
 
     return record
@@ -108,9 +108,9 @@ def test_the_gradients_are_those_of_lsq(x: float, value: float, slope: float, st
 
 
 def test_half_of_what_a_layer_reads_is_left_float() -> None:
-    layer, learned = nn.Identity(), Learned(layers=("",), start=BITS3, step=torch.tensor(0.5))
+    layer, learned = nn.Identity(), LearnedGrid(layers=("",), start=BITS3, step=torch.tensor(0.5))
     x = 0.1 + torch.zeros(10_000)
-    with rounding(layer, [learned], 0.5, torch.Generator().manual_seed(0)):
+    with rounded_inputs(layer, [learned], 0.5, torch.Generator().manual_seed(0)):
         out = layer(x)
     assert 0.48 < float((out == x).float().mean()) < 0.52
     assert set(out.unique().tolist()) == {0.0, float(x[0])}
@@ -120,7 +120,7 @@ def test_half_of_what_a_layer_reads_is_left_float() -> None:
 def test_layers_that_read_the_same_tensor_share_a_grid_over_the_range_seen(net: nn.Module, recorded) -> None:
     io = recorded("second")
     activation = ActivationConfig(bits=8, rule="minmax", symmetric=True, batch=8)
-    learned = first_grids(net.second, ["a", "b", "out"], io, activation, torch.Generator())
+    learned = initial_grids(net.second, ["a", "b", "out"], io, activation, torch.Generator())
     assert [grid.layers for grid in learned] == [("a", "b"), ("out",)]
     assert learned[0].grid.scale == pytest.approx(float(io.inputs[0].abs().max()) / 127, rel=1e-6)
 
@@ -141,7 +141,7 @@ def test_the_fine_loss_adds_those_of_the_layers_but_the_last(net: nn.Module, rec
     layers = reconstruct.layer_weights(net.second, block, scales, dict.fromkeys(names, 4))
     logits = [torch.zeros_like(w.weight) for w in layers]
     plain = reconstruct.per_sample_loss(net.second, layers)(logits, io)
-    found = reconstruct.fine_loss(net.second, float_block, layers, 0.5)(logits, io)
+    found = reconstruct.fine_grained_loss(net.second, float_block, layers, 0.5)(logits, io)
     x, f = io.inputs[0], io.reference[0]
     expected = plain
     for i, name in enumerate("ab"):

@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calib import activations, affine, gptq, omega, reconstruct
-from calib.activations import Learned
+from calib import affine, gptq, learned_grids, omega, reconstruct
+from calib.block_state import BlockState
 from calib.blocks import Block, BlockIO
-from calib.checkpoint import BlockState
 from calib.config import QuantConfig
 from calib.data import Split
-from calib.progress import Meter
+from calib.learned_grids import LearnedGrid
+from calib.progress import ProgressMeter
 from calib.reconstruct import LayerWeight
-from calib.seeds import stream
+from calib.seeds import generator_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Calibration:
     """What the calibration of every block needs: the float `model`, and the `network` that is quantized in place."""
 
     model: nn.Module
@@ -30,75 +30,80 @@ class Job:
     config: QuantConfig
     key: str
     folder: Path | None
-    meter: Meter
+    meter: ProgressMeter
 
 
 def calibrate_block(
-    job: Job, block: Block, io: BlockIO, scores: Tensor, on_iteration: Callable[[int], None]
+    calibration: Calibration, block: Block, io: BlockIO, scores: Tensor, on_iteration: Callable[[int], None]
 ) -> BlockState:
     """Align, reconstruct and harden one block.
 
     Each part draws from a stream of its own, so that rules of omega are compared on the same mini-batches.
     """
-    config, meter, r = job.config, job.meter, job.config.reconstruction
-    module = job.network.get_submodule(block.name) if block.module is None else block.module
-    layers = reconstruct.layer_weights(module, block, job.scales, job.bits)
-    train, validation = io.part(job.subset.train), io.part(job.subset.validation)
+    config, meter, r = calibration.config, calibration.meter, calibration.config.reconstruction
+    module = calibration.network.get_submodule(block.name) if block.module is None else block.module
+    layers = reconstruct.layer_weights(module, block, calibration.scales, calibration.bits)
+    train, validation = io.part(calibration.subset.train), io.part(calibration.subset.validation)
     with meter.phase("start"):
         logits = gptq.first_logits(config, block.name, module, layers, train)
     loss = reconstruct.per_sample_loss(module, layers)
     if train.reference is not None and r.fine:
-        loss = reconstruct.fine_loss(module, job.model.get_submodule(block.name), layers, r.fine)
-    learned = _first_grids(job, block, module, train) if r.activations == "qdrop" else []
+        loss = reconstruct.fine_grained_loss(module, calibration.model.get_submodule(block.name), layers, r.fine)
+    learned = _first_grids(calibration, block, module, train) if r.activations == "qdrop" else []
     with meter.phase("meta"):
-        drawn = stream(config.seed, block.name, "meta")
-        scores = omega.align(loss, logits, train, validation, job.subset.group, scores, config.omega, drawn)
-    with meter.phase("fit"), activations.rounding(module, learned, r.drop, stream(config.seed, block.name, "drop")):
-        drawn, steps = stream(config.seed, block.name, "fit"), [grid.step for grid in learned]
-        logits = reconstruct.fit(loss, logits, train, scores, config.omega, r, drawn, on_iteration, steps)
-    with meter.phase("decide"), activations.rounding(module, learned):
-        codes, result = reconstruct.decide(module, block.name, block.layers, layers, logits, train)
+        drawn = generator_for(config.seed, block.name, "meta")
+        scores = omega.align_scores(
+            loss, logits, train, validation, calibration.subset.group, scores, config.omega, drawn
+        )
+    with (
+        meter.phase("fit"),
+        learned_grids.rounded_inputs(module, learned, r.drop, generator_for(config.seed, block.name, "drop")),
+    ):
+        drawn, steps = generator_for(config.seed, block.name, "fit"), [grid.step for grid in learned]
+        logits = reconstruct.fit_rounding(loss, logits, train, scores, config.omega, r, drawn, on_iteration, steps)
+    with meter.phase("decide"), learned_grids.rounded_inputs(module, learned):
+        codes, result = reconstruct.harden(module, block.name, block.layers, layers, logits, train)
     if r.activations == "lsq":
         with meter.phase("activations"):
-            learned = _grids_after(job, block, module, layers, codes, train, on_iteration)
+            learned = _grids_after(calibration, block, module, layers, codes, train, on_iteration)
     grids = {name: grid.grid for grid in learned for name in block.layers if block.inner(name) in grid.layers}
     return BlockState(codes=dict(zip(block.layers, codes, strict=True)), grids=grids, scores=scores, result=result)
 
 
-def _first_grids(job: Job, block: Block, module: nn.Module, io: BlockIO) -> list[Learned]:
+def _first_grids(calibration: Calibration, block: Block, module: nn.Module, io: BlockIO) -> list[LearnedGrid]:
     """Return the grids that a block's layers start from; none for a part that the network does not have as a module."""
     if block.module is not None:
         return []
     inner = [block.inner(name) for name in block.layers]
-    drawn = stream(job.config.seed, block.name, "activations")
-    return activations.first_grids(module, inner, io, job.config.activation, drawn)
+    drawn = generator_for(calibration.config.seed, block.name, "activations")
+    return learned_grids.initial_grids(module, inner, io, calibration.config.activation, drawn)
 
 
 def _grids_after(
-    job: Job,
+    calibration: Calibration,
     block: Block,
     module: nn.Module,
     layers: Sequence[LayerWeight],
     codes: Sequence[Tensor],
     io: BlockIO,
     on_iteration: Callable[[int], None],
-) -> list[Learned]:
+) -> list[LearnedGrid]:
     """Learn the block's activation grids with its weights rounded, on inputs of the float network (Q-Diffusion)."""
     if io.reference is None:
         return []
-    config, r = job.config, job.config.reconstruction
+    config, r = calibration.config, calibration.config.reconstruction
     io = replace(io, inputs=io.reference)
-    learned = _first_grids(job, block, module, io)
+    learned = _first_grids(calibration, block, module, io)
     fixed = [affine.dequantize_weight(c, w.scale) for c, w in zip(codes, layers, strict=True)]
-    with activations.rounding(module, learned):
-        reconstruct.fit(
+    with learned_grids.rounded_inputs(module, learned):
+        reconstruct.fit_rounding(
             lambda _, part: reconstruct.block_loss(module, layers, fixed, part),
             [],
             io,
             torch.zeros(len(io), dtype=torch.float64),
             config.omega,
             replace(r, iterations=r.activation_iterations),
-            stream(config.seed, block.name, "lsq"),
+            generator_for(config.seed, block.name, "lsq"),
             lambda done: on_iteration(r.iterations + done),
             [grid.step for grid in learned],
         )

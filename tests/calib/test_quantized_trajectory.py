@@ -13,7 +13,7 @@ from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
-from calib.progressive import Progressive
+from calib.quantized_trajectory import ObservingNetwork
 
 
 def _config() -> QuantConfig:
@@ -41,7 +41,7 @@ def tiny_unet_module(tiny_unet):
 
 
 def test_following_the_sampler_by_hand_gives_the_same_grids(tiny_unet_module, plan: QuantPlan) -> None:
-    network, visited = Progressive(tiny_unet_module, plan), (95, 55, 15)
+    network, visited = ObservingNetwork(tiny_unet_module, plan), (95, 55, 15)
     weights_only = fake_quantized(tiny_unet_module, plan, activations=False)
     x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(5))
     reaches: list[dict[tuple[str, str], ranges.Reach]] = []
@@ -50,7 +50,7 @@ def test_following_the_sampler_by_hand_gives_the_same_grids(tiny_unet_module, pl
         out = network(x, times)
         seen = _reaches(weights_only, plan, x, times)
         reaches.append(seen)
-        grids = {name: ranges.grid([seen[name, "input"]], 4, symmetric=False) for name in plan.layers}
+        grids = {name: ranges.make_grid([seen[name, "input"]], 4, symmetric=False) for name in plan.layers}
         alone = dataclasses.replace(
             plan,
             timesteps=None,
@@ -58,7 +58,10 @@ def test_following_the_sampler_by_hand_gives_the_same_grids(tiny_unet_module, pl
             products={
                 n: dataclasses.replace(
                     p,
-                    **{o: ranges.operand_grid([seen[n, o]], o, 4) for o in ("query", "key", "value", "probability")},
+                    **{
+                        o: ranges.make_operand_grid([seen[n, o]], o, 4)
+                        for o in ("query", "key", "value", "probability")
+                    },
                 )
                 for n, p in plan.products.items()
             },
@@ -71,7 +74,7 @@ def test_following_the_sampler_by_hand_gives_the_same_grids(tiny_unet_module, pl
     assert found.timesteps.tolist() == sorted(visited)
     for name, layer in found.layers.items():
         steps = [seen[name, "input"] for seen in reversed(reaches)]  # by rising timestep
-        assert layer.input == ranges.grid(steps, 4, symmetric=False)
+        assert layer.input == ranges.make_grid(steps, 4, symmetric=False)
         assert torch.equal(layer.codes, plan.layers[name].codes)
     with torch.no_grad():  # and the plan can be used
         assert torch.isfinite(fake_quantized(tiny_unet_module, found)(x, torch.full((8,), 95))).all()

@@ -15,7 +15,7 @@ from calib.config import ActivationConfig, MixedConfig, OmegaConfig, QuantConfig
 from calib.cost import bit_operations, layer_macs, weight_bytes
 from calib.data import CalibrationSet
 from calib.errors import CalibError
-from calib.mixed import sensitivities, solve
+from calib.mixed_precision import sensitivities, solve
 from calib.plan import load_plan, save_plan
 
 

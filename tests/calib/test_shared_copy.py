@@ -14,7 +14,7 @@ from calib.config import ActivationConfig, OmegaConfig, QuantConfig, Reconstruct
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import save_plan
-from calib.shared_copy import hold, twin
+from calib.shared_copy import copy_sharing_tensors, replace_weight_by_codes
 
 CONFIG = QuantConfig(
     activation=ActivationConfig(batch=4),
@@ -46,8 +46,8 @@ def test_a_plan_has_the_bytes_that_a_copied_network_gives(
     make_foreign: Callable[[], nn.Module], data: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = story.calibrate(make_foreign(), data, CONFIG, timesteps=100)
-    monkeypatch.setattr(story, "twin", copy.deepcopy)
-    monkeypatch.setattr(story, "hold", write)
+    monkeypatch.setattr(story, "copy_sharing_tensors", copy.deepcopy)
+    monkeypatch.setattr(story, "replace_weight_by_codes", write)
     copied = story.calibrate(make_foreign(), data, CONFIG, timesteps=100)
     for name, plan in (("held", held), ("copied", copied)):
         save_plan(plan, tmp_path / f"{name}.safetensors")
@@ -88,8 +88,8 @@ def test_the_float_network_keeps_its_type_its_weights_and_no_gradients(
 def test_a_held_weight_is_codes_times_scale_also_in_a_copy(kind: torch.dtype) -> None:
     layer = nn.Sequential(nn.Linear(3, 2))
     codes, scale = torch.tensor([[1, -2, 3], [4, 5, -6]]).to(kind), torch.tensor([0.5, 0.25])
-    other = twin(layer)
-    hold(other[0], codes, scale)
+    other = copy_sharing_tensors(layer)
+    replace_weight_by_codes(other[0], codes, scale)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     weight = torch.tensor([[0.5, -1.0, 1.5], [1.0, 1.25, -1.5]])
     expected = nn.functional.linear(x, weight, layer[0].bias)

@@ -32,14 +32,14 @@ Clock = Callable[[nn.Module, Sequence[str], Sequence[int]], Mapping[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assignment:
+class BitAssignment:
     """Weight bits by layer name, FLOAT_BITS where it stays float; each layer's error at each width, if measured."""
 
     bits: Mapping[str, int]
     errors: Mapping[str, Mapping[int, float]] | None
 
 
-def assign(
+def assign_bits(
     model: nn.Module,
     data: CalibrationSet,
     layers: Sequence[str],
@@ -47,7 +47,7 @@ def assign(
     timesteps: int,
     clock: Clock | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> Assignment:
+) -> BitAssignment:
     """Return the best weight bits for `layers` within the config's budget.
 
     Args:
@@ -72,7 +72,7 @@ def assign(
     else:
         costs, budget = _costs(model, layers, macs, config)
     errors = sensitivities(model, _few(data, config.mixed), layers, config, on_layer)
-    return Assignment(bits=solve(errors, costs, budget, config.mixed.unit), errors=errors)
+    return BitAssignment(bits=solve(errors, costs, budget, config.mixed.unit), errors=errors)
 
 
 def sensitivities(
@@ -92,7 +92,7 @@ def sensitivities(
     exact = _predict(model, data, config.micro_batch)
     found: dict[str, dict[int, float]] = {}
     for done, name in enumerate(layers, 1):
-        grid = ranges.grid(seen[name, "input"], activation.bits, symmetric=activation.symmetric)
+        grid = ranges.make_grid(seen[name, "input"], activation.bits, symmetric=activation.symmetric)
         layer, found[name] = model.get_submodule(name), {}
         for bits in config.mixed.choices:
             if bits == FLOAT_BITS:

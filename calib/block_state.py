@@ -23,7 +23,7 @@ class BlockState:
     result: BlockResult
 
 
-def save_block(folder: Path, index: int, key: str, state: BlockState) -> None:
+def save_block_state(folder: Path, index: int, key: str, state: BlockState) -> None:
     """Write block number `index`; `key` identifies the calibration it belongs to."""
     tensors = {f"codes.{name}": codes.contiguous() for name, codes in state.codes.items()} | {"scores": state.scores}
     grids = {name: asdict(grid) for name, grid in state.grids.items()}
@@ -31,7 +31,7 @@ def save_block(folder: Path, index: int, key: str, state: BlockState) -> None:
     write_atomically(folder / f"{index:03d}.safetensors", save(tensors, header))
 
 
-def load_block(folder: Path, index: int, key: str) -> BlockState | None:
+def load_block_state(folder: Path, index: int, key: str) -> BlockState | None:
     """Return block number `index`, or None if it is absent, unreadable or of another calibration."""
     path = folder / f"{index:03d}.safetensors"
     if not path.is_file():

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from calib import ranges
-from calib.attention import OPERANDS, intercept
+from calib.attention import OPERANDS, intercept_attention
 from calib.config import ActivationConfig
 from calib.data import NO_CONDITION, CalibrationSet
-from calib.fakequant import fake_quantized, round_input, rounding
+from calib.fakequant import fake_quantized, round_input, rounder
 from calib.plan import ProductQuant, QuantPlan
 from calib.ranges import Reach
 from calib.step_bits import at_bits
 
 
-class Progressive:
+class ObservingNetwork:
     """A network to sample with that finds its own grids as it goes; `plan` has them once all steps are taken.
 
     Args:
@@ -69,7 +69,7 @@ class Progressive:
         for name, layer in plan.layers.items():
             handles.append(round_input(self._network.get_submodule(name), name, layer.input))
         for name, product in plan.products.items():
-            handles += intercept(self._network.get_submodule(name), partial(_operand, name, product))
+            handles += intercept_attention(self._network.get_submodule(name), partial(_operand, name, product))
         try:
             out: Tensor = self._network(*data.inputs())
         finally:
@@ -79,21 +79,21 @@ class Progressive:
 
 
 def _operand(name: str, product: ProductQuant, operand: str, x: Tensor) -> Tensor:
-    return rounding(name, getattr(product, operand))(x)
+    return rounder(name, getattr(product, operand))(x)
 
 
 def _with_grids(
     plan: QuantPlan, reaches: Mapping[tuple[str, str], Sequence[Reach]], config: ActivationConfig
 ) -> QuantPlan:
     """Return the plan with grids over `reaches`, one for each of its steps."""
-    found = {name: ranges.grids(reaches[name, "input"], config) for name in plan.layers}
+    found = {name: ranges.make_grids(reaches[name, "input"], config) for name in plan.layers}
     layers = {
         name: replace(layer, input=found[name][0], narrower=found[name][1:]) for name, layer in plan.layers.items()
     }
     products = {
         name: ProductQuant(
             **{
-                o: ranges.operand_grid(reaches[name, o], o, config.bits, log2=product.probability.log2)
+                o: ranges.make_operand_grid(reaches[name, o], o, config.bits, log2=product.probability.log2)
                 for o in OPERANDS
             }
         )

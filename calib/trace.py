@@ -9,7 +9,6 @@ directly).
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from calib.attention import Intercept, is_plain
-from calib.data import NO_CONDITION, example
+from calib.attention import AttentionIntercept, is_plain
+from calib.data import NO_CONDITION, example_inputs
 from calib.errors import CalibError
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -85,7 +84,7 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mappin
         CalibError: the output is not one tensor of the input's shape.
     """
     generator = torch.Generator().manual_seed(0)
-    like, t, *condition = example(PROBE_BATCH, shape, timesteps // 2, cond)
+    like, t, *condition = example_inputs(PROBE_BATCH, shape, timesteps // 2, cond)
     x, other_x = (_probe(like, k, generator) for k in range(2))
     rows, other_rows = (
         [{name: _probe(value, k, generator) for name, value in one.items()} for one in condition] for k in range(2)
@@ -157,7 +156,7 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], 
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        with torch.no_grad(), Intercept(attention):
+        with torch.no_grad(), AttentionIntercept(attention):
             out = model(*inputs)
     finally:
         for handle in handles:
@@ -174,7 +173,7 @@ def _digest(x: Tensor) -> bytes:
     return sha.digest()
 
 
-def readers(found: Trace, names: Iterable[str]) -> list[tuple[str, ...]]:
+def group_by_input(found: Trace, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Group layers that read the same tensor, as q, k and v of one attention do; both orders are those of the calls.
 
     A layer that is called several times is alone.
@@ -185,84 +184,3 @@ def readers(found: Trace, names: Iterable[str]) -> list[tuple[str, ...]]:
         call = found.calls[name]
         groups.setdefault(call.digest if call.count == 1 else name, []).append(name)
     return [tuple(group) for group in groups.values()]
-
-
-def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return layer name -> why it stays float; layers not in it are quantized.
-
-    Where the convention quantizes the products inside attention, the modules that keep them float are in it too.
-
-    Args:
-        found: what `trace` saw.
-        convention: a key of CONVENTIONS.
-        keep_float: shell patterns of further layer names.
-
-    Raises:
-        CalibError: unknown convention, a pattern that matches no layer, or nothing left to quantize.
-    """
-    if convention not in CONVENTIONS:
-        raise CalibError(f"Unknown convention {convention!r}. Choose one of {sorted(CONVENTIONS)}.")
-    reasons: dict[str, str] = {}
-    for layer in found.layers:
-        if layer.calls == 0:
-            reasons[layer.name] = "its weight is used without calling it as a module"
-        elif not layer.quantizable:
-            reasons[layer.name] = f"{layer.kind} has no quantized form here"
-    usable = tuple(layer for layer in found.layers if layer.name not in reasons)
-    reasons |= CONVENTIONS[convention](usable)
-    names = [layer.name for layer in found.layers]
-    if convention in WITH_PRODUCTS:
-        names += found.attentions
-        reasons |= {n: "attention with a mask or other options" for n, able in found.attentions.items() if not able}
-    for pattern in keep_float:
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            raise CalibError(f"--keep-float {pattern!r} matches no layer; names look like {usable[0].name!r}.")
-        reasons |= dict.fromkeys(matches, f"asked for by {pattern!r}")
-    if all(layer.name in reasons for layer in found.layers):
-        raise CalibError(f"Nothing left to quantize: all {len(found.layers)} layers stay float.")
-    return reasons
-
-
-def quantized_products(found: Trace, convention: str, reasons: Mapping[str, str]) -> list[str]:
-    """Return the modules whose products inside attention are quantized; `reasons` is what `float_reasons` gave."""
-    return [name for name in found.attentions if convention in WITH_PRODUCTS and name not in reasons]
-
-
-def require_batch_first(found: Trace, names: Iterable[str]) -> None:
-    """Raise CalibError if the first axis of a named layer's input is not the batch: it could not tell the steps."""
-    for name in names:
-        if not found.calls[name].plain:
-            raise CalibError(
-                f"Layer {name!r} is called with an input whose first axis is not the batch, so it cannot have a range "
-                f"for each step: give up per-step ranges, or keep the layer float with --keep-float {name!r}."
-            )
-
-
-def _deploy(layers: tuple[Layer, ...]) -> dict[str, str]:
-    """Keep the first and last layer and whatever depends on the step alone; quantize the rest."""
-    reasons = {layer.name: "depends on the step alone (temporal table)" for layer in layers if layer.by_step}
-    return _ends(layers) | reasons
-
-
-def _tfmq(layers: tuple[Layer, ...]) -> dict[str, str]:
-    """Keep what TFMQ-DM keeps: first embedding layer, first and last convolution, shortcuts, down-sampling."""
-    first_embedding = next((layer.name for layer in layers if layer.by_step), None)
-    reasons = _ends(layers)
-    if first_embedding:
-        reasons[first_embedding] = "first time-embedding layer (TFMQ-DM)"
-    for layer in layers:
-        if any(word in layer.name for word in ("shortcut", "skip")):
-            reasons[layer.name] = "shortcut (TFMQ-DM)"
-        elif "downsample" in layer.name:
-            reasons[layer.name] = "down-sampling (TFMQ-DM)"
-    return reasons
-
-
-def _ends(layers: tuple[Layer, ...]) -> dict[str, str]:
-    spatial = [layer.name for layer in layers if layer.depends_on_x]
-    return {spatial[0]: "first layer", spatial[-1]: "last layer"} if spatial else {}
-
-
-CONVENTIONS: dict[str, Callable[[tuple[Layer, ...]], dict[str, str]]] = {"deploy": _deploy, "tfmq": _tfmq}
-WITH_PRODUCTS = ("tfmq",)  # the conventions that quantize the products inside attention

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calib import ranges
-from calib.affine import integer_range, round_through
+from calib.affine import integer_range, round_straight_through
 from calib.blocks import BlockIO
 from calib.config import ActivationConfig
 from calib.plan import Grid
@@ -27,7 +27,7 @@ from calib.ranges import Reach
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learned:
+class LearnedGrid:
     """The grid of one activation inside a block: `layers` read it, by their names there; `step` () is learned."""
 
     layers: tuple[str, ...]
@@ -38,12 +38,12 @@ class Learned:
     def grid(self) -> Grid:
         """The grid as learned so far."""
         step = max(float(self.step.detach()), 1e-8)
-        return replace(self.start, scale=ranges.short(step) if any(self.start.zero) else step)
+        return replace(self.start, scale=ranges.round_to_16_bits(step) if any(self.start.zero) else step)
 
 
-def first_grids(
+def initial_grids(
     block: nn.Module, layers: Sequence[str], io: BlockIO, config: ActivationConfig, generator: torch.Generator
-) -> list[Learned]:
+) -> list[LearnedGrid]:
     """Return the grids to start from, by the ranges that the block's layers see of its recorded inputs.
 
     Args:
@@ -76,9 +76,11 @@ def first_grids(
     finally:
         for handle in handles:
             handle.remove()
-    grids = {names: ranges.grid([reach], config.bits, symmetric=config.symmetric) for names, reach in reaches.items()}
+    grids = {
+        names: ranges.make_grid([reach], config.bits, symmetric=config.symmetric) for names, reach in reaches.items()
+    }
     return [
-        Learned(layers=names, start=grid, step=torch.tensor(grid.scale, requires_grad=True))
+        LearnedGrid(layers=names, start=grid, step=torch.tensor(grid.scale, requires_grad=True))
         for names, grid in grids.items()
     ]
 
@@ -92,12 +94,12 @@ def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
 
 
 @contextmanager
-def rounding(
-    block: nn.Module, learned: Sequence[Learned], drop: float = 0.0, generator: torch.Generator | None = None
+def rounded_inputs(
+    block: nn.Module, learned: Sequence[LearnedGrid], drop: float = 0.0, generator: torch.Generator | None = None
 ) -> Iterator[None]:
     """Round what the block's layers read while this is open, each element left float with probability `drop`."""
 
-    def hook(grid: Learned) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(grid: LearnedGrid) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         return lambda module, args: (_dropped(args[0], grid, drop, generator), *args[1:])
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(g)) for g in learned for name in g.layers]
@@ -108,7 +110,7 @@ def rounding(
             handle.remove()
 
 
-def _dropped(x: Tensor, grid: Learned, drop: float, generator: torch.Generator | None) -> Tensor:
+def _dropped(x: Tensor, grid: LearnedGrid, drop: float, generator: torch.Generator | None) -> Tensor:
     rounded = learnable_round(x, grid.step, grid.start)
     if drop == 0:
         return rounded
@@ -118,5 +120,5 @@ def _dropped(x: Tensor, grid: Learned, drop: float, generator: torch.Generator |
 def learnable_round(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """Round `x` to `grid` with another `step` (), differentiable in both."""
     low, high = integer_range(grid.bits)
-    codes = round_through(x / step + grid.zero[0]).clamp(low, high)
+    codes = round_straight_through(x / step + grid.zero[0]).clamp(low, high)
     return (codes - grid.zero[0]) * step

@@ -1,0 +1,88 @@
+"""Which layers and attentions are quantized, and why the others stay float."""
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from calib.errors import CalibError
+from calib.trace import Layer, Trace
+
+
+def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return layer name -> why it stays float; layers not in it are quantized.
+
+    Where the convention quantizes the products inside attention, the modules that keep them float are in it too.
+
+    Args:
+        found: what `trace` saw.
+        convention: a key of CONVENTIONS.
+        keep_float: shell patterns of further layer names.
+
+    Raises:
+        CalibError: unknown convention, a pattern that matches no layer, or nothing left to quantize.
+    """
+    if convention not in CONVENTIONS:
+        raise CalibError(f"Unknown convention {convention!r}. Choose one of {sorted(CONVENTIONS)}.")
+    reasons: dict[str, str] = {}
+    for layer in found.layers:
+        if layer.calls == 0:
+            reasons[layer.name] = "its weight is used without calling it as a module"
+        elif not layer.quantizable:
+            reasons[layer.name] = f"{layer.kind} has no quantized form here"
+    usable = tuple(layer for layer in found.layers if layer.name not in reasons)
+    reasons |= CONVENTIONS[convention](usable)
+    names = [layer.name for layer in found.layers]
+    if convention in WITH_PRODUCTS:
+        names += found.attentions
+        reasons |= {n: "attention with a mask or other options" for n, able in found.attentions.items() if not able}
+    for pattern in keep_float:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise CalibError(f"--keep-float {pattern!r} matches no layer; names look like {usable[0].name!r}.")
+        reasons |= dict.fromkeys(matches, f"asked for by {pattern!r}")
+    if all(layer.name in reasons for layer in found.layers):
+        raise CalibError(f"Nothing left to quantize: all {len(found.layers)} layers stay float.")
+    return reasons
+
+
+def quantized_products(found: Trace, convention: str, reasons: Mapping[str, str]) -> list[str]:
+    """Return the modules whose products inside attention are quantized; `reasons` is what `float_reasons` gave."""
+    return [name for name in found.attentions if convention in WITH_PRODUCTS and name not in reasons]
+
+
+def require_batch_first(found: Trace, names: Iterable[str]) -> None:
+    """Raise CalibError if the first axis of a named layer's input is not the batch: it could not tell the steps."""
+    for name in names:
+        if not found.calls[name].plain:
+            raise CalibError(
+                f"Layer {name!r} is called with an input whose first axis is not the batch, so it cannot have a range "
+                f"for each step: give up per-step ranges, or keep the layer float with --keep-float {name!r}."
+            )
+
+
+def _deploy(layers: tuple[Layer, ...]) -> dict[str, str]:
+    """Keep the first and last layer and whatever depends on the step alone; quantize the rest."""
+    reasons = {layer.name: "depends on the step alone (temporal table)" for layer in layers if layer.by_step}
+    return _ends(layers) | reasons
+
+
+def _tfmq(layers: tuple[Layer, ...]) -> dict[str, str]:
+    """Keep what TFMQ-DM keeps: first embedding layer, first and last convolution, shortcuts, down-sampling."""
+    first_embedding = next((layer.name for layer in layers if layer.by_step), None)
+    reasons = _ends(layers)
+    if first_embedding:
+        reasons[first_embedding] = "first time-embedding layer (TFMQ-DM)"
+    for layer in layers:
+        if any(word in layer.name for word in ("shortcut", "skip")):
+            reasons[layer.name] = "shortcut (TFMQ-DM)"
+        elif "downsample" in layer.name:
+            reasons[layer.name] = "down-sampling (TFMQ-DM)"
+    return reasons
+
+
+def _ends(layers: tuple[Layer, ...]) -> dict[str, str]:
+    spatial = [layer.name for layer in layers if layer.depends_on_x]
+    return {spatial[0]: "first layer", spatial[-1]: "last layer"} if spatial else {}
+
+
+CONVENTIONS: dict[str, Callable[[tuple[Layer, ...]], dict[str, str]]] = {"deploy": _deploy, "tfmq": _tfmq}
+WITH_PRODUCTS = ("tfmq",)  # the conventions that quantize the products inside attention
