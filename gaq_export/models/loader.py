@@ -21,8 +21,9 @@ from gaq_export.errors import GaqError
 from gaq_export.models import diffusers_folder, hub, ldm_checkpoint
 from gaq_export.models.architectures import as_denoiser, condition_inputs_of, config_of
 from gaq_export.models.latent_decoder import find_decoder
-from gaq_export.models.registry import BUNDLED, MODELS, MODULE, ORIGINAL, WEIGHTS, ModelSpec
+from gaq_export.models.registry import MODELS, WEIGHTS, ModelSpec
 from gaq_export.models.scheduler_config import read_scheduler_config, schedule_from_scheduler_config
+from gaq_export.models.source import BUNDLED, MODULE, ORIGINAL, SourceKind, WeightSource
 
 __all__ = ["MODELS", "LoadedModel", "ModelSpec", "load_model", "random_model", "wrap"]
 
@@ -37,8 +38,7 @@ class LoadedModel:
         spec: Name, sampler and architecture.
         unet: The network as it was loaded, float32, in evaluation mode, on the CPU.
         schedule: The noise schedule it was trained with.
-        source: What to pass as `load_model`'s `weights` to get the same network: "bundled", "random" (or
-            "random:SEED"), "hub:OWNER/NAME@COMMIT", or the absolute path of a folder or checkpoint.
+        source: What to pass as `load_model`'s `weights` to get the same network; a path is absolute.
         fingerprint: sha256 of the weights, see `checkpoint.fingerprint`.
         meaningless: True if the weights are random, so that images show nothing.
         conditioning: What it is told to draw; None if it is told nothing.
@@ -48,7 +48,7 @@ class LoadedModel:
     spec: ModelSpec
     unet: nn.Module
     schedule: NoiseSchedule
-    source: str
+    source: WeightSource
     fingerprint: str
     meaningless: bool
     conditioning: Conditioning | None = None
@@ -73,9 +73,7 @@ class LoadedModel:
         return int(self.spec.config["in_channels"]), int(height), int(width)
 
 
-def load_model(
-    name: str | None = None, weights: str | Path | None = None, revision: str | None = None, seed: int = 0
-) -> LoadedModel:
+def load_model(name: str | None = None, weights: str | Path | WeightSource | None = None) -> LoadedModel:
     """Load a model by name, from a folder, or with random weights.
 
     Without `weights`, a name is looked for in the folder that GAQ_EXPORT_MODELS names (one sub-folder per model),
@@ -85,33 +83,36 @@ def load_model(
         name: A key of `MODELS`. With a folder it is only what to call the model (the folder's name if None), and
             lends its sampler if it is a known one; the folder's own config decides the structure.
         weights: A diffusers folder; an original checkpoint (`ldm_checkpoint`), or a folder with its `model.ckpt`;
-            "random" for seeded random weights; or the `source` of an earlier `LoadedModel`.
-        revision: Hub commit to use in place of the table's.
-        seed: Seed of random weights.
+            "random" or "random:SEED" for random weights; "hub:OWNER/NAME" or "hub:OWNER/NAME@COMMIT"; or the
+            `source` of an earlier `LoadedModel`.
 
     Raises:
         GaqError: If the model is unknown, out of reach, damaged or of a kind that is not supported.
     """
-    choice = None if weights is None else str(weights)
-    if choice == BUNDLED:
+    if weights is None:
+        return _by_name(_known(name))
+    source = weights if isinstance(weights, WeightSource) else WeightSource.parse(str(weights))
+    if source.kind is SourceKind.BUNDLED:
         return _bundled(_known(name))
-    if choice is not None and choice.partition(":")[0] == "random":
-        return _random(_known(name), choice, seed)
-    if choice is not None and choice.startswith("hub:"):
-        repo, _, commit = choice.removeprefix("hub:").partition("@")
-        return _from_hub(name or repo.rpartition("/")[2], repo, revision or commit or None)
-    if weights is not None:
-        path = Path(weights).expanduser().resolve()
-        original = path if path.suffix in (".ckpt", ".safetensors") else path / ldm_checkpoint.FILE
-        if original.is_file():
-            return _from_original(original, name, str(path))
-        return _from_folder(path, name or path.name, str(path))
-    spec = _known(name)
+    if source.kind is SourceKind.RANDOM:
+        return random_model(_known(name), source.seed)
+    if source.kind is SourceKind.HUB:
+        return _from_hub(name or source.repository.rpartition("/")[2], source)
+    # No other kind can be loaded, so that its word can only be the name of a folder.
+    path = Path(str(source)).expanduser().resolve()
+    original = path if path.suffix in (".ckpt", ".safetensors") else path / ldm_checkpoint.FILE
+    if original.is_file():
+        return _from_original(original, name, path)
+    return _from_folder(path, name or path.name, WeightSource.at(path))
+
+
+def _by_name(spec: ModelSpec) -> LoadedModel:
+    """Load a known model from where its weights are on this machine or, failing that, from where they are published."""
     local = _models_folder(spec.name)
     if local is not None and (local / ldm_checkpoint.FILE).is_file():
-        return _from_original(local / ldm_checkpoint.FILE, spec.name, str(local))
+        return _from_original(local / ldm_checkpoint.FILE, spec.name, local)
     if local is not None:
-        return _from_folder(local, spec.name, str(local))
+        return _from_folder(local, spec.name, WeightSource.at(local))
     if spec.source == BUNDLED:
         return _bundled(spec)
     if spec.source == ORIGINAL:
@@ -119,7 +120,7 @@ def load_model(
             f"The weights of {spec.name!r} are published only as their authors' checkpoint "
             f"({ldm_checkpoint.FILE}): give that file with --weights, or try the tool with --weights random."
         )
-    return _from_hub(spec.name, spec.source, revision or spec.revision)
+    return _from_hub(spec.name, spec.source)
 
 
 def wrap(
@@ -147,7 +148,6 @@ def wrap(
     spec = ModelSpec(
         name=name,
         source=MODULE,
-        revision=None,
         sampler=sampler or under_guidance(SamplerSpec(), schedule, conditioning.guidance if conditioning else 1.0),
         config={"in_channels": channels, "sample_size": (height, width)},
         scheduler={},
@@ -195,13 +195,6 @@ def _bundled(spec: ModelSpec) -> LoadedModel:
     return _from_folder(WEIGHTS / spec.name, spec.name, BUNDLED)
 
 
-def _random(spec: ModelSpec, choice: str, seed: int) -> LoadedModel:
-    _, _, given = choice.partition(":")
-    if given and not given.isdecimal():
-        raise GaqError(f"The seed in --weights {choice} must be a whole number, as in random:7.")
-    return random_model(spec, int(given) if given else seed)
-
-
 def random_model(spec: ModelSpec, seed: int = 0) -> LoadedModel:
     """Build a model with random weights.
 
@@ -212,45 +205,52 @@ def random_model(spec: ModelSpec, seed: int = 0) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = diffusers_folder.build_network(spec.config, f"the table, model {spec.name!r}")
-    found_again = f"random:{seed}" if seed else "random"
     return LoadedModel(
         spec=spec,
         unet=unet,
         schedule=schedule_from_scheduler_config(spec.scheduler),
-        source=MODULE if spec.source == MODULE else found_again,
+        source=MODULE if spec.source == MODULE else WeightSource.random(seed),
         fingerprint=diffusers_folder.fingerprint(unet),
         meaningless=True,
     )
 
 
-def _from_hub(name: str, repo: str, revision: str | None) -> LoadedModel:
+def _from_hub(name: str, source: WeightSource) -> LoadedModel:
     try:
-        folder, commit = hub.fetch(repo, revision)
+        folder, commit = hub.fetch(source.repository, source.commit)
     except GaqError as error:
         bundled = [row.name for row in MODELS.values() if row.source == BUNDLED]
         raise GaqError(
             f"{error} Give a local diffusers folder with --weights, set {MODELS_VARIABLE} to a folder with a "
             f"sub-folder {name!r}, try the tool with --weights random, or use a bundled model: {bundled}."
         ) from error
-    return _from_folder(folder, name, f"hub:{repo}@{commit}", allow_pickle=True)
+    return _from_folder(folder, name, WeightSource.hub(source.repository, commit), allow_pickle=True)
 
 
-def _from_folder(folder: Path, name: str, source: str, *, allow_pickle: bool = False) -> LoadedModel:
+def _from_folder(folder: Path, name: str, source: WeightSource, *, allow_pickle: bool = False) -> LoadedModel:
     unet = diffusers_folder.load_network(diffusers_folder.network_folder(folder), allow_pickle=allow_pickle)
     return _loaded(unet, folder, name, source, allow_pickle=allow_pickle)
 
 
-def _from_original(file: Path, name: str | None, source: str) -> LoadedModel:
-    """Load an original checkpoint, as the architecture of a known model or of a `config.json` beside it."""
+def _from_original(file: Path, name: str | None, path: Path) -> LoadedModel:
+    """Load an original checkpoint, as the architecture of a known model or of a `config.json` beside it.
+
+    Args:
+        file: The checkpoint.
+        name: What to call the model; after the file if None.
+        path: What was asked to be loaded, the checkpoint or its folder.
+    """
     beside = (file.parent / "config.json").is_file()
     config = diffusers_folder.read_config(file.parent) if beside else _known(name).config
     with torch.random.fork_rng(devices=[]):
         unet = diffusers_folder.build_network(config, f"the model {name or file.stem!r}")
     diffusers_folder.fill(unet, ldm_checkpoint.read(file, unet), file)
-    return _loaded(unet, file.parent, name or file.stem, source)
+    return _loaded(unet, file.parent, name or file.stem, WeightSource.at(path))
 
 
-def _loaded(unet: nn.Module, folder: Path, name: str, source: str, *, allow_pickle: bool = False) -> LoadedModel:
+def _loaded(
+    unet: nn.Module, folder: Path, name: str, source: WeightSource, *, allow_pickle: bool = False
+) -> LoadedModel:
     """Return a network with its weights as a model; `folder` may say how it was trained, or the row of its name."""
     row, fields = MODELS.get(name), config_of(unet)
     config = {"_class_name": type(unet).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
@@ -261,7 +261,6 @@ def _loaded(unet: nn.Module, folder: Path, name: str, source: str, *, allow_pick
         spec = ModelSpec(
             name=name,
             source=source,
-            revision=None,
             sampler=SamplerSpec(),
             config=config,
             scheduler=scheduler,

@@ -16,6 +16,7 @@ from gaq_export.errors import GaqError
 from gaq_export.models.architectures import class_rows
 from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.models.source import MODULE
 
 
 def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
     return further | {
         "model": {
             "name": model.spec.name,
-            "source": model.source,
+            "source": str(model.source),
             "fingerprint": model.fingerprint,
             "shape": list(model.shape),
             "classes": class_rows(model.unet),
@@ -48,7 +49,7 @@ def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
 def describe_decoder(model: LoadedModel) -> dict[str, Any]:
     """Return where a model's decoder was found, and the sha256 of its weights."""
     assert model.decoder is not None
-    return {"source": model.source, "fingerprint": fingerprint(model.decoder)}
+    return {"source": str(model.source), "fingerprint": fingerprint(model.decoder)}
 
 
 def schedule_of(about: Mapping[str, Any]) -> NoiseSchedule:
@@ -89,7 +90,7 @@ def model_of(about: Mapping[str, Any], model: LoadedModel | None, folder: Path) 
     """
     wanted = about["model"]
     if model is None:
-        if wanted["source"] == "module":
+        if wanted["source"] == str(MODULE):
             raise GaqError(f"{wanted['name']!r} is a module of your own: call this from Python with model=wrap(...).")
         model = load_model(wanted["name"], wanted["source"])
     if model.fingerprint != wanted["fingerprint"]:

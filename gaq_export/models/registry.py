@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.models.source import BUNDLED, MODULE, ORIGINAL, WeightSource
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-BUNDLED, ORIGINAL, MODULE = "bundled", "original", "module"  # sources that are no hub repository
 _DEPTH, _HEADS, _SIZE = 2, 2, 16  # the most transformers in a block and heads, and the least size, once reduced
 
 
@@ -24,9 +24,7 @@ class ModelSpec:
 
     Attributes:
         name: What the user calls it.
-        source: BUNDLED, a hub repository "owner/name", the folder it was read from, ORIGINAL if its weights are
-            published only as the authors' own checkpoint, or MODULE for a module of the caller's.
-        revision: Hub commit, or None for the newest, which the plan then records.
+        source: Where its weights are; of a hub repository without a commit, the newest is taken and recorded.
         sampler: How its images are drawn unless the user says otherwise.
         config: Architecture, the fields of a diffusers config and its `_class_name`.
         scheduler: Noise schedule, the fields of a diffusers scheduler config.
@@ -36,8 +34,7 @@ class ModelSpec:
     """
 
     name: str
-    source: str
-    revision: str | None
+    source: WeightSource
     sampler: SamplerSpec
     config: Mapping[str, Any]
     scheduler: Mapping[str, Any]
@@ -46,9 +43,7 @@ class ModelSpec:
     images: int = 256
 
 
-def _row(
-    name: str, source: str, revision: str | None, sampler: SamplerSpec, description: str, **more: Any
-) -> ModelSpec:
+def _row(name: str, source: WeightSource, sampler: SamplerSpec, description: str, **more: Any) -> ModelSpec:
     def read(file: str) -> dict[str, Any]:
         fields: dict[str, Any] = json.loads((WEIGHTS / name / file).read_text(encoding="utf-8"))
         return fields
@@ -56,7 +51,6 @@ def _row(
     return ModelSpec(
         name=name,
         source=source,
-        revision=revision,
         sampler=sampler,
         config=read("config.json"),
         scheduler=read("scheduler_config.json"),
@@ -71,62 +65,54 @@ def _row(
 MODELS: dict[str, ModelSpec] = {
     row.name: row
     for row in (
-        _row("ddpm-mnist", BUNDLED, None, SamplerSpec(steps=50), "MNIST digits, 32x32, 1.1 M parameters, bundled"),
+        _row("ddpm-mnist", BUNDLED, SamplerSpec(steps=50), "MNIST digits, 32x32, 1.1 M parameters, bundled"),
         _row(
             "ddpm-mnist-labels",
             BUNDLED,
-            None,
             SamplerSpec(name="ddim-clipped", steps=50),
             "MNIST digits by label, 32x32, 1.1 M parameters, bundled",
             guidance=3.0,
         ),
         _row(
             "ddpm-cifar10",
-            "google/ddpm-cifar10-32",
-            "267b167dc01f0e4e61923ea244e8b988f84deb80",
+            WeightSource.hub("google/ddpm-cifar10-32", "267b167dc01f0e4e61923ea244e8b988f84deb80"),
             SamplerSpec(steps=100, spacing="quad"),
             "CIFAR-10, 32x32, 35.7 M parameters, from the Hugging Face hub",
         ),
         _row(
             "ddpm-church",
-            "google/ddpm-church-256",
-            None,
+            WeightSource.hub("google/ddpm-church-256"),
             SamplerSpec(steps=100),
             "LSUN churches, 256x256, 113.7 M parameters, from the Hugging Face hub",
         ),
         _row(
             "ddpm-bedroom",
-            "google/ddpm-bedroom-256",
-            None,
+            WeightSource.hub("google/ddpm-bedroom-256"),
             SamplerSpec(steps=100),
             "LSUN bedrooms, 256x256, 113.7 M parameters, from the Hugging Face hub",
         ),
         _row(
             "ldm-celebahq-256",
-            "CompVis/ldm-celebahq-256",
-            None,
+            WeightSource.hub("CompVis/ldm-celebahq-256"),
             SamplerSpec(steps=200, spacing="from-1"),
             "CelebA-HQ, latents 3x64x64, 274.1 M parameters, from the Hugging Face hub",
         ),
         _row(
             "ldm-bedrooms",
             ORIGINAL,
-            None,
             SamplerSpec(steps=200, eta=1.0, spacing="from-1"),
             "LSUN bedrooms (LDM-4), latents 3x64x64, 274.1 M parameters, from its original checkpoint",
         ),
         _row(
             "imagenet-ldm",
             ORIGINAL,
-            None,
             SamplerSpec(steps=20, spacing="from-1"),
             "ImageNet classes (cin256-v2), latents 3x64x64, 401.4 M parameters, from its original checkpoint",
             guidance=3.0,
         ),
         _row(
             "sd15",
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            None,
+            WeightSource.hub("stable-diffusion-v1-5/stable-diffusion-v1-5"),
             SamplerSpec(steps=50, spacing="from-1"),
             "Stable Diffusion 1.5, latents 4x64x64, 859.5 M parameters, from the Hugging Face hub",
             guidance=7.5,
@@ -134,8 +120,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         _row(
             "sdxl",
-            "stabilityai/stable-diffusion-xl-base-1.0",
-            None,
+            WeightSource.hub("stabilityai/stable-diffusion-xl-base-1.0"),
             SamplerSpec(steps=50, spacing="from-1"),
             "Stable Diffusion XL, latents 4x128x128, 2567.5 M parameters, from the Hugging Face hub",
             guidance=7.5,
@@ -143,8 +128,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         _row(
             "dit-xl-2-256",
-            "facebook/DiT-XL-2-256",
-            None,
+            WeightSource.hub("facebook/DiT-XL-2-256"),
             SamplerSpec(name="ddpm", steps=250),
             "ImageNet classes (DiT-XL/2), latents 4x32x32, 749.8 M parameters, from the Hugging Face hub",
             guidance=1.5,

@@ -25,6 +25,7 @@ from gaq_export.errors import GaqError
 from gaq_export.models import diffusers_folder, hub
 from gaq_export.models.architectures import ADDED
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.source import SourceKind, WeightSource
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -176,19 +177,17 @@ def installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def folder_of(source: str) -> Path | None:
-    """Return the pipeline folder that a `LoadedModel.source` names, None if it names none."""
-    if source.startswith("hub:"):
-        repo, _, commit = source.removeprefix("hub:").partition("@")
-        return hub.fetch(repo, commit or None)[0]
-    path = Path(source)
-    return path if path.is_dir() else None
+def folder_of(source: WeightSource) -> Path | None:
+    """Return the pipeline folder that weights come from, None if they come from none."""
+    if source.kind is SourceKind.HUB:
+        return hub.fetch(source.repository, source.commit)[0]
+    return source.path if source.path is not None and source.path.is_dir() else None
 
 
 def of(model: LoadedModel) -> Texts | None:
     """Return what turns prompts into what a model is told, None if there is nothing in its folder."""
     folder = folder_of(model.source)
-    return None if folder is None else load(folder, allow_pickle=model.source.startswith("hub:"))
+    return None if folder is None else load(folder, allow_pickle=model.source.kind is SourceKind.HUB)
 
 
 def _find(where: Texts | LoadedModel | Path | str) -> Texts:

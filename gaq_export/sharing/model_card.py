@@ -12,6 +12,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.evaluation.evaluate import Evaluation
 from gaq_export.evaluation.scores import Figure, table
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.source import SourceKind
 from gaq_export.report.markdown import markdown_table
 
 WHAT = {  # files of a pack by how their names begin
@@ -48,7 +49,7 @@ def render(
         files: names in the pack.
     """
     bits = f"W{_some({layer.weight_bits for layer in plan.layers.values()})}A{_some(widths(plan))}"
-    repo = model.source.removeprefix("hub:").partition("@")[0] if model.source.startswith("hub:") else None
+    repo = model.source.repository or None
     data = ModelCardData(
         base_model=repo,
         base_model_relation="quantized" if repo else None,
@@ -76,8 +77,12 @@ def render(
 
 
 def _about(plan: QuantPlan, model: LoadedModel, bits: str) -> list[str]:
-    held = {"random": "random weights", "bundled": "the model of that name in gaq-export"}
-    source = held.get(model.source.partition(":")[0], model.source if model.source.startswith("hub:") else "a folder")
+    words = {
+        SourceKind.RANDOM: "random weights",
+        SourceKind.BUNDLED: "the model of that name in gaq-export",
+        SourceKind.HUB: str(model.source),
+    }
+    source = words.get(model.source.kind, "a folder")
     lines = [
         f"{model.spec.name} (from {source}), quantized to {bits} by gaq-export {__version__}: {len(plan.layers)} "
         f"layers have integer weights and inputs, {len(plan.float_layers)} stay float; `plan.json` names them."

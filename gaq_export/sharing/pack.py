@@ -34,13 +34,14 @@ from gaq_export.evaluation.evaluate import DEFAULT, RECORD, Evaluation
 from gaq_export.models import hub, provenance, text_encoder
 from gaq_export.models.architectures import ARCHITECTURES
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.source import BUNDLED, MODULE, PACK, SourceKind, WeightSource
 from gaq_export.report import report
 from gaq_export.run import Run
 from gaq_export.sharing import model_card
 
 FORMAT = 1
 MARK, CARD = "pack.json", "README.md"
-HERE = "pack"  # source of a plan whose float model is in the pack itself
+FOLDER = "pack"  # inside the run folder
 PAPERS = ("license", "licence", "copying", "notice")  # how the names of such files begin
 
 
@@ -79,16 +80,16 @@ def write_pack(
         GaqError, CalibError: no plan, another model, one that cannot be loaded again, or a place that is taken.
     """
     plan, (settings, _) = load_plan(run.plan), runs.recall(run)
-    model, out = provenance.model_of(plan.provenance, model, run.folder), out or run.folder / HERE
+    model, out = provenance.model_of(plan.provenance, model, run.folder), out or run.folder / FOLDER
     runs.check_replaceable(out, MARK)
-    whole = whole or model.source.partition(":")[0] not in ("bundled", "random", "hub")
-    if whole and (model.source == "module" or type(model.unet) not in ARCHITECTURES):
+    whole = whole or not model.source.public
+    if whole and (model.source == MODULE or type(model.unet) not in ARCHITECTURES):
         raise GaqError(f"{model.spec.name!r} is a module of your own, which nobody else could load: it is not packed.")
-    found, source = _evaluation(run, judged), HERE if whole else model.source
+    found, source = _evaluation(run, judged), str(PACK if whole else model.source)
     home = _home(model.source)
     terms = _terms(home, model.source) if licence is None else {"license": licence}
     with runs.staging(out) as staged:
-        made = staged / HERE
+        made = staged / FOLDER
         save_plan(replace(plan, provenance=_moved(plan.provenance, source)), made / run.plan.name)
         if model.conditioning is not None:
             model.conditioning.save(made)
@@ -145,7 +146,7 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
         GaqError, CalibError: it is no whole pack, or the run folder holds another calibration.
     """
     record, plan = read_pack(folder), load_plan(folder / run.plan.name)
-    source = str(folder.resolve()) if record["source"] == HERE else record["source"]
+    source = str(folder.resolve()) if record["source"] == str(PACK) else record["source"]
     plan = replace(plan, provenance=_moved(plan.provenance, source))
     settings = record["settings"]
     runs.begin(run, settings | {"model": {**settings["model"], "source": source}})
@@ -164,7 +165,7 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
 def float_model(folder: Path) -> tuple[str, str]:
     """Return name and source of a pack's float model, as `load_model` takes them."""
     record = read_pack(folder)
-    source = str(folder.resolve()) if record["source"] == HERE else str(record["source"])
+    source = str(folder.resolve()) if record["source"] == str(PACK) else str(record["source"])
     return str(record["settings"]["model"]["name"]), source
 
 
@@ -204,13 +205,12 @@ def _evaluation(run: Run, judged: Path | None) -> Evaluation | None:
     return replace(found, rows=own)
 
 
-def _home(source: str) -> Path | None:
+def _home(source: WeightSource) -> Path | None:
     """Return the folder with the source model's card and licences, None if there is none to be had."""
-    if source.startswith("hub:"):
-        repo, _, commit = source.removeprefix("hub:").partition("@")
-        return hub.papers(repo, commit or None)
-    path = Path(source)
-    return path if path.is_dir() else path.parent if path.is_file() else None
+    if source.kind is SourceKind.HUB:
+        return hub.papers(source.repository, source.commit)
+    path = source.path
+    return path if path is None or path.is_dir() else path.parent if path.is_file() else None
 
 
 def _papers(home: Path | None) -> list[Path]:
@@ -219,9 +219,9 @@ def _papers(home: Path | None) -> list[Path]:
     return [file for file in files if file.is_file() and file.name.lower().startswith(PAPERS)]
 
 
-def _terms(home: Path | None, source: str) -> dict[str, str]:
+def _terms(home: Path | None, source: WeightSource) -> dict[str, str]:
     """Return the licence as the source model's card names it; {} if it says nothing."""
-    if source == "bundled":
+    if source == BUNDLED:
         return {"license": "apache-2.0"}
     path = home / CARD if home is not None else None
     if path is None or not path.is_file():

@@ -26,6 +26,7 @@ from gaq_export.cli.options import find_model
 from gaq_export.errors import GaqError
 from gaq_export.evaluation.scores import Figure
 from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.models.source import WeightSource
 from gaq_export.run import Run
 from gaq_export.sharing import pack
 
@@ -87,7 +88,7 @@ def test_a_pack_has_a_card_with_figures_and_terms_and_no_word_of_this_machine(
     names = set(pack.read_pack(packed)["files"]) | {"pack.json", "README.md"}
     assert names == {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()}
     assert {"onnx/unet.step.reference.onnx", "unet/config.json", "scheduler/scheduler_config.json"} < names
-    here = [str(Path(licensed.source).parents[1]).encode(), str(Path(pack.__file__).parent).encode()]
+    here = [str(Path(str(licensed.source)).parents[1]).encode(), str(Path(pack.__file__).parent).encode()]
     for name in names:
         assert not any(place in (packed / name).read_bytes() for place in here), name
 
@@ -120,7 +121,7 @@ def _pixels(file: Path) -> bytes:
 
 
 def test_a_model_that_the_hub_has_is_not_packed_again(judged_run: Run, licensed: LoadedModel, tmp_path: Path) -> None:
-    model = replace(licensed, source=f"hub:google/tiny@{COMMIT}")
+    model = replace(licensed, source=WeightSource.hub("google/tiny", COMMIT))
     made = pack.write_pack(judged_run, tmp_path / "pack", licence="mit", model=model)
     assert (made.whole, made.licence) == (False, "mit")
     assert pack.float_model(made.folder) == ("tiny", f"hub:google/tiny@{COMMIT}")

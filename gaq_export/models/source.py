@@ -1,0 +1,103 @@
+"""Where a network's weights can be got again, as one short text that plans, engines and packs record.
+
+    bundled               beside the program, under the model's name
+    random, random:7      drawn with seed 0, or 7
+    hub:OWNER/NAME@COMMIT the Hugging Face hub; without "@COMMIT" the newest commit
+    module                a module of the caller's, which only the caller has
+    original              the authors' own checkpoint, which the user has to fetch
+    pack                  the folder that holds the record itself
+    anything else         the path of a folder or a checkpoint
+
+In: such a text, as the user or a record gives it. Out: a `WeightSource`, whose `str` is that text again. Records hold
+the text and not the fields, so that a person can pass what a plan says to `--weights`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from gaq_export.errors import GaqError
+
+
+class SourceKind(StrEnum):
+    """How the weights are got; but for PATH, the first word of the text."""
+
+    BUNDLED = "bundled"
+    RANDOM = "random"
+    HUB = "hub"
+    MODULE = "module"
+    ORIGINAL = "original"
+    PACK = "pack"
+    PATH = "path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """Where weights can be got again; made by `parse`, `random`, `hub`, `at`, or one of the constants below.
+
+    Attributes:
+        kind: How to get them.
+        seed: Of RANDOM weights.
+        repository: Of HUB, "owner/name".
+        commit: Of HUB; None for the newest.
+        path: Of PATH, a folder or a checkpoint.
+    """
+
+    kind: SourceKind
+    seed: int = 0
+    repository: str = ""
+    commit: str | None = None
+    path: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what `str` of a source gives.
+
+        Raises:
+            GaqError: If the seed of random weights is no whole number.
+        """
+        word, colon, rest = text.partition(":")
+        if word == SourceKind.RANDOM:
+            if rest and not rest.isdecimal():
+                raise GaqError(f"The seed in --weights {text} must be a whole number, as in random:7.")
+            return cls.random(int(rest or 0))
+        if word == SourceKind.HUB and colon:
+            repository, _, commit = rest.partition("@")
+            return cls.hub(repository, commit or None)
+        return cls(kind=SourceKind(text)) if text in _BARE else cls.at(Path(text))
+
+    @classmethod
+    def random(cls, seed: int) -> Self:
+        """Return the source of weights drawn with `seed`."""
+        return cls(kind=SourceKind.RANDOM, seed=seed)
+
+    @classmethod
+    def hub(cls, repository: str, commit: str | None = None) -> Self:
+        """Return a repository "owner/name" of the Hugging Face hub at a commit, or its newest."""
+        return cls(kind=SourceKind.HUB, repository=repository, commit=commit)
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """Return the source of weights in a folder or a checkpoint."""
+        return cls(kind=SourceKind.PATH, path=path)
+
+    def __str__(self) -> str:
+        match self.kind:
+            case SourceKind.RANDOM:
+                return f"random:{self.seed}" if self.seed else "random"
+            case SourceKind.HUB:
+                return f"hub:{self.repository}@{self.commit}" if self.commit else f"hub:{self.repository}"
+            case SourceKind.PATH:
+                return str(self.path)
+            case _:
+                return self.kind.value
+
+    @property
+    def public(self) -> bool:
+        """Whether anyone can get the weights from this alone, without a file of the user's."""
+        return self.kind in (SourceKind.BUNDLED, SourceKind.RANDOM, SourceKind.HUB)
+
+
+_BARE = (SourceKind.BUNDLED, SourceKind.MODULE, SourceKind.ORIGINAL, SourceKind.PACK)
+BUNDLED, MODULE, ORIGINAL, PACK = (WeightSource(kind=kind) for kind in _BARE)
