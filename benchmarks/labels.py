@@ -19,7 +19,7 @@ from torch import Tensor
 from command import command_line, one_line_errors
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
-from gaq_export.cli.options import SamplerName, changed
+from gaq_export.cli.options import SamplerName, replace_options
 from gaq_export.deploy.build import build_float
 from gaq_export.evaluation import frechet
 from gaq_export.evaluation.feature_extractors import Extractor, find_extractor
@@ -54,7 +54,7 @@ def main(
         assert conditioned.conditioning is not None
         config = EngineConfig(backend="openvino", threads=1)
         chosen = pipeline.preset(schedule, wbits=wbits, abits=abits)
-        spec = changed(conditioned.spec.sampler, steps=steps, name=sampler) or conditioned.spec.sampler
+        spec = replace_options(conditioned.spec.sampler, steps=steps, name=sampler)
         pipeline.calibrate(conditioned, chosen, folder=folder / "run", sampler=spec)
         bits = f"W{wbits}A{abits}"
         files = {

@@ -1,105 +1,122 @@
-"""The commands that calibrate: one model with one recipe, or with several side by side."""
+"""The commands that calibrate, with one recipe or several side by side, and those that list the names."""
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gaq_export.cli import terminal
 from gaq_export.cli.options import (
+    DEFAULT_RUN,
     Classes,
+    Convention,
+    CorrectionRule,
     Eta,
     Guidance,
+    Iterations,
+    ModelArgument,
+    ModelName,
+    OmegaRule,
+    PresetName,
     Prompts,
     Quiet,
     RunFolder,
     SamplerName,
     Spacing,
     Steps,
+    WeightBits,
     Weights,
-    changed,
     find_model,
     one_line_errors,
+    replace_options,
 )
+from gaq_export.cli.progress import Display
 
 if TYPE_CHECKING:
     from calib.plan import QuantPlan
     from gaq_export.quantize.presets import Preset
 
+_QUANTIZATION = "Quantization"
+
 
 def calibrate(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A name from `gaq-export models`.")] = None,
+    model: ModelName = None,
     weights: Weights = None,
     classes: Classes = None,
     prompts: Prompts = None,
     guidance: Guidance = None,
-    wbits: Annotated[int, typer.Option(help="Weight bits, 2 to 8.")] = 4,
+    wbits: WeightBits = 4,
     abits: Annotated[
-        str, typer.Option(help="Activation bits, 2 to 8; of several, as 4,8, each sampling step takes what it needs.")
+        str,
+        typer.Option(
+            help="Bits of an activation, 2 to 8. Of several, as in 4,8, each sampling step gets what it needs.",
+            rich_help_panel=_QUANTIZATION,
+        ),
     ] = "8",
-    preset: Annotated[
-        str, typer.Option(envvar="GAQ_EXPORT_PRESET", help="tiny (smoke test), fast (minutes) or paper (as published).")
-    ] = "fast",
+    preset: PresetName = "fast",
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A published method, see `gaq-export recipes`, or auto: several, of which the best is kept. Options "
-            "beside it take precedence."
+            help="A published method, see `gaq-export recipes`; or auto: try several and keep the best. Other options "
+            "take precedence over a recipe's.",
+            rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
-    omega: Annotated[
-        str | None,
-        typer.Option(
-            help="Sample weights: gac (gradient alignment; default), gac-exact, fish, mse, random or uniform (none)."
-        ),
-    ] = None,
-    convention: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers that stay float: deploy (first, last, time embedding; default) or tfmq (the papers')."
-        ),
-    ] = None,
-    correct: Annotated[
-        str | None, typer.Option(help="What the sampler corrects of the noise: none (the default), ptqd or tac.")
-    ] = None,
+    omega: OmegaRule = None,
+    convention: Convention = None,
+    correct: CorrectionRule = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Bits of each layer's own: 4, 8 or float, the best within 5bits (on average), 2.5MB, 300Gbit-ops or "
-            "12ms (a step of 4 images, measured here)."
+            help="Choose each layer's weight bits (4, 8 or float), the best that fit: 5bits (on average), 2.5MB, "
+            "300Gbit-ops or 12ms (for a step of 4 images, measured here).",
+            rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
-    keep_float: Annotated[list[str] | None, typer.Option(help="Pattern of further layers to keep float.")] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pattern of names of further layers to keep float; may be repeated.", rich_help_panel=_QUANTIZATION
+        ),
+    ] = None,
     per_step_ranges: Annotated[
         bool | None,
-        typer.Option("--per-step-ranges/--shared-ranges", help="Activation grids of each sampling step's own or not."),
+        typer.Option(
+            "--per-step-ranges/--shared-ranges",
+            help="Activation grids for each sampling step, or one for all steps.",
+            rich_help_panel=_QUANTIZATION,
+        ),
     ] = None,
     symmetric: Annotated[
         bool | None,
         typer.Option(
-            "--symmetric/--moved", help="0 in the middle of every activation grid: coarser, fewer GPU kernels."
+            "--symmetric/--moved",
+            help="Activation grids with 0 in the middle (coarser, fewer GPU kernels), or moved to the values.",
+            rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Trajectories to collect, instead of the preset's.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Iterations a block, instead of the preset's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random in the calibration.")] = 0,
-    run: RunFolder = Path("gaq-run"),
+    images: Annotated[
+        int | None,
+        typer.Option(help="Trajectories to collect, in place of the preset's.", rich_help_panel=_QUANTIZATION),
+    ] = None,
+    iterations: Iterations = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of everything random in the calibration.", rich_help_panel=_QUANTIZATION)
+    ] = 0,
+    run: RunFolder = DEFAULT_RUN,
     quiet: Quiet = False,
 ) -> None:
-    """Learn integer weights and activation scales; a killed run continues where it was."""
+    """Learn integer weights and activation scales. A calibration that was stopped continues where it was."""
     with one_line_errors():
-        from dataclasses import replace
-
         from gaq_export import pipeline
         from gaq_export.comparison import auto
         from gaq_export.quantize import presets
 
-        def chosen(recipe: str | None) -> "Preset":
-            made = pipeline.preset(
+        def settings(recipe: str | None) -> "Preset":
+            made = presets.preset(
                 preset,
                 wbits=wbits,
                 abits=presets.parse_widths(abits),
@@ -113,89 +130,120 @@ def calibrate(
                 symmetric=symmetric,
                 seed=seed,
             )
-            fitting = made.config.reconstruction
-            if iterations is not None:
-                fitting = replace(fitting, iterations=iterations)
-            made = replace(made, config=replace(made.config, reconstruction=fitting))
-            return presets.of_images(made, images, loaded.spec.images)
+            return presets.of_images(_with_iterations(made, iterations), images, loaded.spec.images)
 
-        loaded = find_model(model, weights, classes, prompts, guidance)
-        with terminal.Bars(quiet) as bars:
-            learn = partial(
+        with Display(quiet) as display:
+            display.stage("loading the model")
+            loaded = find_model(model, weights, classes, prompts, guidance)
+            calibrate_with = partial(
                 pipeline.calibrate,
                 loaded,
-                on_collect=bars.collect,
-                on_progress=bars.calibrate,
-                on_correct=bars.correct,
+                on_collect=display.collect,
+                on_progress=display.calibrate,
+                on_correct=display.correct,
             )
+            best = recipe
             if recipe == "auto":
-                tried = auto.choose(loaded, {name: chosen(name) for name in auto.CANDIDATES}, run, learn, bars.inspect)
+                candidates = {name: settings(name) for name in auto.CANDIDATES}
+                tried = auto.choose(loaded, candidates, run, calibrate_with, display.measure)
                 typer.echo(auto.explain(tried))
-            plan = learn(chosen(tried[0].recipe if recipe == "auto" else recipe), folder=run)
-        counts = f"{len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float"
-        own = plan.step_bits and f"{_counted(plan.step_bits.bits)} steps"
-        widths = f"W{wbits}" if budget is None else f"mixed ({_counted(_weight_bits(plan))}) "
-        widths += f"A{abits}" if own is None else f"A{abits.replace(',', '/')} ({own})"
-        typer.echo(f"{widths}: {counts} -> {run}/plan.safetensors")
+                best = tried[0].recipe
+            plan = calibrate_with(settings(best), folder=run)
+        typer.echo(f"{_bits_of(plan, wbits, abits, mixed=budget is not None)} -> {run}/plan.safetensors")
         if not quiet:
-            typer.echo("next: gaq-export build-engine" + ("" if run == Path("gaq-run") else f" --run {run}"))
+            typer.echo("next: gaq-export build-engine" + ("" if run == DEFAULT_RUN else f" --run {run}"))
 
 
 def compare(
-    model: Annotated[str | None, typer.Argument(help="A name from `gaq-export models`.")] = None,
+    model: ModelArgument = None,
     weights: Weights = None,
     classes: Classes = None,
     prompts: Prompts = None,
     guidance: Guidance = None,
     recipes: Annotated[
-        str, typer.Option(help="Names with commas between them, see `gaq-export recipes`; all if empty.")
+        str,
+        typer.Option(
+            help="Recipes with commas between them, see `gaq-export recipes`; by default all.",
+            rich_help_panel=_QUANTIZATION,
+        ),
     ] = "",
-    wbits: Annotated[int, typer.Option(help="Weight bits, 2 to 8.")] = 4,
-    abits: Annotated[int, typer.Option(help="Activation bits, 2 to 8.")] = 8,
-    bits: Annotated[str, typer.Option(help="Several settings, as W8A8,W4A8, in place of the two above.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Calibrations of each recipe.")] = 1,
-    preset: Annotated[str, typer.Option(envvar="GAQ_EXPORT_PRESET", help="tiny, fast or paper.")] = "fast",
-    iterations: Annotated[int | None, typer.Option(help="Iterations a block, instead of the preset's.")] = None,
+    wbits: WeightBits = 4,
+    abits: Annotated[int, typer.Option(help="Bits of an activation, 2 to 8.", rich_help_panel=_QUANTIZATION)] = 8,
+    bits: Annotated[
+        str,
+        typer.Option(
+            help="Several settings, as in W8A8,W4A8, in place of --wbits and --abits.", rich_help_panel=_QUANTIZATION
+        ),
+    ] = "",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Calibrations with each recipe.", rich_help_panel=_QUANTIZATION)
+    ] = 1,
+    preset: PresetName = "fast",
+    iterations: Iterations = None,
     calibration_images: Annotated[
-        int | None, typer.Option(help="Trajectories to calibrate with, instead of the preset's.")
+        int | None,
+        typer.Option(help="Trajectories to collect, in place of the preset's.", rich_help_panel=_QUANTIZATION),
     ] = None,
-    images: Annotated[int, typer.Option(min=0, help="Images that each network draws; 0 leaves them out.")] = 64,
+    images: Annotated[int, typer.Option(min=0, help="Images that each network draws; 0 for none.")] = 64,
     data: Annotated[Path | None, typer.Option(help=".npz of real images, for Frechet distances.")] = None,
-    features: Annotated[Path | None, typer.Option(help="ResNet-56 checkpoint, for three-channel images.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Checkpoint of a ResNet-56 that makes the features of three-channel images.")
+    ] = None,
     sampler: SamplerName = None,
     steps: Steps = None,
     spacing: Spacing = None,
     eta: Eta = None,
-    folder: Annotated[Path, typer.Option(help="Keeps results, so that it can continue.")] = Path("gaq-compare"),
-    out: Annotated[Path | None, typer.Option(help="Folder for the pages; --folder if not given.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Calibrations beside each other, one thread each.")] = 1,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Write the pages from what is there.")] = False,
+    folder: Annotated[Path, typer.Option(help="Folder of results, so that the command can continue.")] = Path(
+        "gaq-compare"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages; by default --folder.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Calibrations at a time, one thread each.")] = 1,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the pages from the results that exist.")
+    ] = False,
     job: Annotated[str | None, typer.Option(hidden=True)] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Calibrate with several recipes and judge them side by side; finished ones are kept."""
+    """Calibrate with several recipes and compare the results. Finished calibrations are kept."""
     with one_line_errors():
-        from gaq_export.comparison import pages as comparing
+        from gaq_export.comparison import pages as comparison_pages
         from gaq_export.comparison import runner, spec
         from gaq_export.quantize.recipes import RECIPES
 
-        loaded = find_model(model, weights, classes, prompts, guidance)
-        bench = comparing.comparison(
-            loaded,
-            recipes.split(",") if recipes else list(RECIPES),
-            spec.schedule(preset, iterations, calibration_images),
-            bits=spec.parse_bits(bits or f"W{wbits}A{abits}"),
-            seeds=seeds,
-            folder=folder,
-            images=images,
-            sampler=changed(loaded.spec.sampler, name=sampler, steps=steps, spacing=spacing, eta=eta),
-            data=data,
-            features=features,
-            workers=workers,
-        )
-        name = f"compare-{loaded.spec.name}"
-        pages = comparing.Pages(html=(out or folder) / f"{name}.html", markdown=(out or folder) / f"{name}.md")
-        command = comparing.command_line(sys.argv[1:])
-        runner.execute(bench, job, report_only, lambda: comparing.write_pages(bench, command, pages), typer.echo)
+        with Display(quiet) as display:
+            display.stage("loading the model")
+            loaded = find_model(model, weights, classes, prompts, guidance)
+            bench = comparison_pages.comparison(
+                loaded,
+                recipes.split(",") if recipes else list(RECIPES),
+                spec.schedule(preset, iterations, calibration_images),
+                bits=spec.parse_bits(bits or f"W{wbits}A{abits}"),
+                seeds=seeds,
+                folder=folder,
+                images=images,
+                sampler=replace_options(loaded.spec.sampler, name=sampler, steps=steps, spacing=spacing, eta=eta),
+                data=data,
+                features=features,
+                workers=workers,
+            )
+            name = f"compare-{loaded.spec.name}"
+            pages = comparison_pages.Pages(
+                html=(out or folder) / f"{name}.html", markdown=(out or folder) / f"{name}.md"
+            )
+            command = comparison_pages.command_line(sys.argv[1:])
+            # Each calibration is a process that this one starts, after one that prepares what all of them need.
+            jobs = 1 if job or report_only else 1 + len(runner.missing(bench))
+            finished = 0
+            display.measure(job or "calibrations", finished, jobs)
+
+            def say(line: str) -> None:
+                nonlocal finished
+                finished += 1
+                if not quiet:
+                    typer.echo(line)
+                display.measure("calibrations", finished, jobs)
+
+            runner.execute(bench, job, report_only, lambda: comparison_pages.write_pages(bench, command, pages), say)
         if not job:
             typer.echo(f"-> {pages.html}")
 
@@ -211,10 +259,35 @@ def recipes() -> None:
         typer.echo(f"{'auto':14} the best of {', '.join(auto.CANDIDATES)} by the noise they predict")
 
 
-def _weight_bits(plan: "QuantPlan") -> list[int]:
-    return [layer.weight_bits for layer in plan.layers.values()]
+def models() -> None:
+    """List the models known by name."""
+    with one_line_errors():
+        from gaq_export.models.registry import MODELS
+
+        width = max(map(len, MODELS))
+        for spec in MODELS.values():
+            typer.echo(f"{spec.name:{width}}  {spec.description}")
 
 
-def _counted(widths: Sequence[int]) -> str:
-    """Say how many have which bits."""
+def _with_iterations(preset: "Preset", iterations: int | None) -> "Preset":
+    """Return the preset with another number of iterations for each block, unless that is None."""
+    from dataclasses import replace
+
+    if iterations is None:
+        return preset
+    reconstruction = replace(preset.config.reconstruction, iterations=iterations)
+    return replace(preset, config=replace(preset.config, reconstruction=reconstruction))
+
+
+def _bits_of(plan: "QuantPlan", wbits: int, abits: str, *, mixed: bool) -> str:
+    """Return what a finished plan is, as "W4A8: 39 layers quantized, 12 stay float"."""
+    weights = f"mixed ({_count(layer.weight_bits for layer in plan.layers.values())}) " if mixed else f"W{wbits}"
+    activations = f"A{abits}"
+    if plan.step_bits is not None:
+        activations = f"A{abits.replace(',', '/')} ({_count(plan.step_bits.bits)} steps)"
+    return f"{weights}{activations}: {len(plan.layers)} layers quantized, {len(plan.float_layers)} stay float"
+
+
+def _count(widths: Iterable[int]) -> str:
+    """Return how many have which number of bits, as "3 x 4 bits, 1 x 8 bits"."""
     return ", ".join(f"{count} x {bits} bits" for bits, count in sorted(Counter(widths).items()))

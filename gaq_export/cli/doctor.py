@@ -1,35 +1,56 @@
-"""What this machine can do with the engines, and what it would need to do more."""
+"""The command that says what this machine can do with the backends, and what it would need to do more."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import engines
-from engines.machine import Machine, look
+import typer
+
+from gaq_export.cli import terminal
+from gaq_export.cli.options import one_line_errors
+
+if TYPE_CHECKING:
+    from engines.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkup:
-    """What was found.
+class Diagnosis:
+    """What a machine has, and what that allows.
 
     Attributes:
         machine: processor, GPUs, packages.
         backends: by name, why it cannot build and why it cannot run here, and what would help; None where it can.
-        best: the backend that `build-engine` takes by itself; None if there is none.
+        best: the backend that `build-engine` takes by default; None if no backend can both build and run.
     """
 
-    machine: Machine
+    machine: "Machine"
     backends: Mapping[str, tuple[str | None, str | None]]
     best: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        backends = {name: {"cannot_build": b, "cannot_run": r} for name, (b, r) in self.backends.items()}
+        backends = {name: {"cannot_build": build, "cannot_run": run} for name, (build, run) in self.backends.items()}
         return {"machine": asdict(self.machine), "backends": backends, "best": self.best}
 
 
-def checkup() -> Checkup:
+def diagnose() -> Diagnosis:
     """Look at this machine."""
+    import engines
+    from engines.machine import look
+
     backends = {name: (backend.can_build(), backend.can_run()) for name, backend in engines.BACKENDS.items()}
     best = next((name for name, problems in backends.items() if problems == (None, None)), None)
-    return Checkup(machine=look(), backends=backends, best=best)
+    return Diagnosis(machine=look(), backends=backends, best=best)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say what is installed, which backends can build and run here, and what the others lack."""
+    with one_line_errors():
+        diagnosis = diagnose()
+        if as_json:
+            typer.echo(json.dumps(diagnosis.to_json(), indent=1))
+        else:
+            terminal.print_diagnosis(diagnosis)

@@ -1,4 +1,4 @@
-"""The commands that judge: engines or images by figures, and a run by one page with everything in it."""
+"""The commands that measure: engines or images by scores, a calibration or a whole run by one HTML page."""
 
 import os
 from pathlib import Path
@@ -7,42 +7,66 @@ from typing import Annotated
 import typer
 
 from gaq_export.cli import terminal
-from gaq_export.cli.options import Quiet, one_line_errors
+from gaq_export.cli.choices import EXTRACTORS
+from gaq_export.cli.options import (
+    DEFAULT_RUN,
+    Block,
+    EvaluationFolder,
+    Quiet,
+    Ray,
+    RunArgument,
+    Workers,
+    one_line_errors,
+)
+from gaq_export.cli.progress import Display
 
 
 def evaluate(
-    found: Annotated[Path | None, typer.Argument(help="Images to judge: a folder of `sample`, PNGs, or .npz.")] = None,
-    reference: Annotated[Path | None, typer.Argument(help="What they should be like, likewise.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Images to evaluate: a folder that `sample` wrote, a folder of PNG files, or an .npz file."
+        ),
+    ] = None,
+    reference: Annotated[Path | None, typer.Argument(help="Images to compare them with, likewise.")] = None,
     engine: Annotated[
-        list[Path] | None, typer.Option(help="Engine to draw with and judge instead; several stand side by side.")
+        list[Path] | None,
+        typer.Option(help="Engine to draw with and evaluate instead; may be repeated, to compare several."),
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=2, help="Images to draw with each engine.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     data: Annotated[
-        Path | None, typer.Option(help=".npz of real images to judge by; the float network's from other noise if none.")
+        Path | None,
+        typer.Option(
+            help=".npz of real images to compare with; by default images of the float network from other noise."
+        ),
     ] = None,
     features: Annotated[
-        str, typer.Option(help="digits[=PATH], resnet56=PATH, inception[=PATH] or inception-clean[=PATH].")
+        str, typer.Option(help=f"Network that makes the features: {EXTRACTORS}, with =PATH for its weights file.")
     ] = "inception",
-    workers: Annotated[int | None, typer.Option(help="Processes that draw; as many as cores by default.")] = None,
-    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that draws instead, or local.")] = None,
+    workers: Workers = None,
+    ray: Ray = None,
     out: Annotated[Path, typer.Option(help="Folder for images, features and evaluation.json.")] = Path("evaluation"),
     quiet: Quiet = False,
 ) -> None:
-    """Judge images as a whole, and against the float network's from the same noise, with floors and intervals."""
+    """Score sets of images, and each image against the float network's from the same noise.
+
+    Scores come with confidence intervals, and with the score that two sets of the same kind have by chance.
+    """
     with one_line_errors():
         from gaq_export.errors import GaqError
-        from gaq_export.evaluation import evaluate as judging
+        from gaq_export.evaluation import evaluate as evaluation
         from gaq_export.evaluation.feature_extractors import find_extractor
 
-        if bool(engine) == bool(found and reference):
+        if bool(engine) == bool(images and reference):
             raise GaqError("Give two sets of images, or one or more --engine.")
         extractor = find_extractor(features)
-        with terminal.Bars(quiet) as bars:
-            if found and reference:
-                result = judging.evaluate_sets(found, reference, extractor, out=out, on_step=bars.inspect)
+        with Display(quiet) as display:
+            display.stage("reading images" if images else "building the float engine")
+            if images and reference:
+                result = evaluation.evaluate_sets(images, reference, extractor, out=out, on_step=display.measure)
             else:
-                result = judging.evaluate_engines(
+                result = evaluation.evaluate_engines(
                     engine or [],
                     extractor,
                     num=num,
@@ -51,43 +75,63 @@ def evaluate(
                     data=data,
                     workers=workers or os.cpu_count() or 1,
                     ray=ray,
-                    on_step=bars.inspect,
+                    on_step=display.measure,
                 )
         if not quiet:
             terminal.print_evaluation(result)
         typer.echo(result.path)
 
 
-def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished calibration.")] = Path("gaq-run"),
-    engine: Annotated[Path | None, typer.Option(help="Engine of that calibration; the last one built if none.")] = None,
-    judged: Annotated[
-        Path | None,
-        typer.Option("--evaluation", help="Folder that `evaluate` wrote; evaluation, if it is about this engine."),
-    ] = None,
-    images: Annotated[int, typer.Option(help="Pictures shown, and images on which the noise is compared.")] = 8,
-    rounds: Annotated[int, typer.Option(min=0, help="Whole loops timed, in turn with float; 0 for no timing.")] = 3,
-    block: Annotated[str | None, typer.Option(help="Block to look into, as for `inspect`.")] = None,
-    out: Annotated[Path | None, typer.Option(help="HTML file; report.html in the run folder by default.")] = None,
+def inspect(
+    run: RunArgument = DEFAULT_RUN,
+    block: Block = None,
+    images: Annotated[int, typer.Option(help="Fresh images on which the predicted noise is compared.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="HTML file; by default inspect.html in the run folder.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page on an engine: its pictures, noise, size, arithmetic, speed, and what is inside its plan."""
+    """Write one HTML page about a calibration: its gradients, losses, noise and ranges."""
+    with one_line_errors():
+        from gaq_export import pipeline
+
+        with Display(quiet) as display:
+            display.stage("loading the model")
+            path = pipeline.inspect(folder=run, out=out, block=block, images=images, on_step=display.measure)
+        typer.echo(path)
+
+
+def report(
+    run: RunArgument = DEFAULT_RUN,
+    engine: Annotated[
+        Path | None, typer.Option(help="Engine of that calibration; by default the last one built.")
+    ] = None,
+    evaluation: EvaluationFolder = None,
+    images: Annotated[int, typer.Option(help="Images shown, and images on which the noise is compared.")] = 8,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="How often the whole loop is timed, in turn with the float one; 0 for never.")
+    ] = 3,
+    block: Block = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file; by default report.html in the run folder.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page about an engine: images, noise, size, arithmetic, speed, and what is inside its plan."""
     with one_line_errors():
         from calib.files import write_atomically
-        from gaq_export.report import report, report_page
+        from gaq_export.report import report as reports
+        from gaq_export.report import report_page
         from gaq_export.run import Run
 
         path = out or Run(folder=run).report
-        with terminal.Bars(quiet) as bars:
-            found = report.measure(
+        with Display(quiet) as display:
+            display.stage("loading the model")
+            measured = reports.measure(
                 run,
                 path,
                 engine=engine,
-                judged=judged,
+                judged=evaluation,
                 block=block,
                 images=images,
                 rounds=rounds,
-                on_step=bars.inspect,
+                on_step=display.measure,
             )
-        write_atomically(path, report_page.render(found).encode())
+        write_atomically(path, report_page.render(measured).encode())
         typer.echo(path)

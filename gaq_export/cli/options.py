@@ -1,4 +1,4 @@
-"""What the commands share: their options, and how what a user can cause ends in one line."""
+"""The options that commands share, each written once, and how an error that a user can cause ends in one line."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,37 +7,117 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from calib.config import BITS, CORRECTIONS, OMEGA_RULES
+from gaq_export.cli.choices import CONVENTIONS, GRAPHS, SAMPLERS, SPACINGS, either
+from gaq_export.graph.profiles import PROFILES
+from gaq_export.quantize.presets import PRESETS
+
 if TYPE_CHECKING:
     from gaq_export.diffusion.schedule import SamplerSpec
     from gaq_export.models.loader import LoadedModel
 
-RunFolder = Annotated[Path, typer.Option("--run", help="Folder that keeps the calibration, so that it can continue.")]
+DEFAULT_RUN = Path("gaq-run")
+
+_WIDTHS = f"{BITS[0]} to {BITS[-1]}"
+_MODEL = "Model and what it draws"
+_QUANTIZATION = "Quantization"
+_SAMPLER = "Sampler"
+_DRAWING = "Drawing"
+
+
+def _option(help_text: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, **settings)
+
+
+# Where things are.
+RunFolder = Annotated[Path, _option("Run folder: the calibration's files, so that it can continue.", "--run")]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder of a finished calibration.")]
+EvaluationFolder = Annotated[
+    Path | None,
+    _option("Folder that `evaluate` wrote. By default ./evaluation, if it is about this engine.", "--evaluation"),
+]
+Quiet = Annotated[bool, _option("Print only the result.", "--quiet", "-q")]
+
+# Which model, and what it draws.
+ModelName = Annotated[str | None, _option("Name of a model, see `gaq-export models`.", "--model", "-m", panel=_MODEL)]
+ModelArgument = Annotated[str | None, typer.Argument(help="Name of a model, see `gaq-export models`.")]
 Weights = Annotated[
     str | None,
-    typer.Option(
-        help="Local diffusers folder or pack, or 'random' (meaningless pictures, for trying build and speed)."
+    _option(
+        "Folder in diffusers' layout, or a pack; or 'random', for trying size and speed (the images are meaningless).",
+        panel=_MODEL,
     ),
 ]
 Classes = Annotated[
-    str | None, typer.Option(help="Classes to draw, as 3,7 or 0-9, or all; the image of seed s is of number s mod K.")
+    str | None,
+    _option("Classes to draw: 3,7 or 0-9 or all. Of K classes the image of seed s gets number s mod K.", panel=_MODEL),
 ]
-Prompts = Annotated[Path | None, typer.Option(help="File of prompts, one a line; likewise.")]
-Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
+Prompts = Annotated[
+    Path | None, _option("Text file of prompts to draw, one a line, taken in turn like classes.", panel=_MODEL)
+]
+Guidance = Annotated[float | None, _option("Scale of classifier-free guidance; 1 for none.", panel=_MODEL)]
+
+# How to quantize.
+WeightBits = Annotated[int, _option(f"Bits of a weight, {_WIDTHS}.", panel=_QUANTIZATION)]
+PresetName = Annotated[
+    str,
+    _option(
+        f"How long to calibrate: {'; '.join(f'{name} ({make().description})' for name, make in PRESETS.items())}.",
+        panel=_QUANTIZATION,
+        envvar="GAQ_EXPORT_PRESET",
+    ),
+]
+OmegaRule = Annotated[
+    str | None,
+    _option(
+        f"How calibration samples are weighted: {either(OMEGA_RULES)}. By default gac, gradient alignment.",
+        panel=_QUANTIZATION,
+    ),
+]
+Convention = Annotated[
+    str | None,
+    _option(
+        f"Which layers stay float: {CONVENTIONS}. By default deploy: the first and last layer and the time embedding. "
+        "tfmq follows the papers.",
+        panel=_QUANTIZATION,
+    ),
+]
+CorrectionRule = Annotated[
+    str | None,
+    _option(
+        f"Which error of the predicted noise the sampler corrects: {either(CORRECTIONS)}. By default none.",
+        panel=_QUANTIZATION,
+    ),
+]
+Iterations = Annotated[int | None, _option("Iterations for each block, in place of the preset's.", panel=_QUANTIZATION)]
+
+# How to sample.
+Steps = Annotated[int | None, _option("Number of sampling steps.", panel=_SAMPLER)]
+SamplerName = Annotated[str | None, _option(f"{SAMPLERS}.", panel=_SAMPLER)]
+Spacing = Annotated[str | None, _option(f"How the steps are spread over the timesteps: {SPACINGS}.", panel=_SAMPLER)]
+Eta = Annotated[float | None, _option("Noise that DDIM adds in each step, 0 to 1.", panel=_SAMPLER)]
+Workers = Annotated[
+    int | None,
+    _option("Processes that draw, one thread each; by default as many as there are cores.", panel=_DRAWING),
+]
+Ray = Annotated[str | None, _option("Address of a Ray cluster whose workers draw instead, or local.", panel=_DRAWING)]
+
+# What to build.
 GraphKind = Annotated[
-    str, typer.Option(help="step (whole denoising steps of one sampler) or eps (the network alone, for any sampler).")
+    str,
+    _option(f"{GRAPHS}: a whole denoising step of one sampler, or the network alone, for any sampler."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Sampling steps, instead of the calibration's or the engine's.")]
-SamplerName = Annotated[
-    str | None, typer.Option(help="ddim, ddim-clipped, ddpm or dpmpp-2m, instead of the calibration's.")
+Profile = Annotated[str, _option(f"Form of the Q/DQ nodes in the ONNX file: {either(PROFILES)}.")]
+
+# What to show.
+Block = Annotated[
+    str | None, _option("Block to look into. By default the one that loses most when its weights are rounded.")
 ]
-Spacing = Annotated[str | None, typer.Option(help="uniform, quad or beta, instead of the calibration's.")]
-Eta = Annotated[float | None, typer.Option(help="Noise that DDIM adds, 0 to 1.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line and exit code 2; let everything else show its traceback."""
+    """Turn an error that a user can cause into one line and exit code 2; let everything else show its traceback."""
     from gaq_export.errors import user_errors
 
     try:
@@ -50,12 +130,12 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def changed(own: "SamplerSpec", **asked: object) -> "SamplerSpec | None":
-    """Return `own` with what was asked for put in, None if that is nothing."""
+def replace_options(sampler: "SamplerSpec", **options: object) -> "SamplerSpec":
+    """Return the sampler with those of its fields replaced whose option is not None."""
     from dataclasses import replace
 
-    options: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    return replace(own, **options) if options else None
+    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return replace(sampler, **fields)
 
 
 def find_model(
@@ -65,9 +145,21 @@ def find_model(
     prompts: Path | None = None,
     guidance: float | None = None,
 ) -> "LoadedModel":
-    """Return the model by name or folder, told what to draw, and say so if its weights mean nothing."""
-    from gaq_export import pipeline
+    """Return the model of a name, folder or pack, with its conditioning, and warn of random weights.
+
+    Args:
+        model: `--model`.
+        weights: `--weights`.
+        classes: `--classes`.
+        prompts: `--prompts`.
+        guidance: `--guidance`.
+
+    Raises:
+        GaqError: neither a name nor weights, an unknown name, weights that cannot be read, or a conditioning that the
+            network does not take.
+    """
     from gaq_export.errors import GaqError
+    from gaq_export.models.loader import load_model
     from gaq_export.sampling.prompts import ConditioningRequest, condition_model
 
     if model is None and weights is None:
@@ -77,12 +169,12 @@ def find_model(
 
         name, weights = pack.float_model(Path(weights))
         model = model or name
-    found = pipeline.load_model(model, weights)
-    warn_if_meaningless(found.meaningless)
-    return condition_model(found, ConditioningRequest(classes=classes, prompts=prompts, guidance=guidance))
+    loaded = load_model(model, weights)
+    warn_if_meaningless(loaded.meaningless)
+    return condition_model(loaded, ConditioningRequest(classes=classes, prompts=prompts, guidance=guidance))
 
 
 def warn_if_meaningless(meaningless: bool) -> None:
-    """Say that pictures will mean nothing, if they will."""
+    """Write a note to stderr if the weights are random."""
     if meaningless:
         typer.echo("note: random weights, so the pictures are meaningless", err=True)

@@ -1,54 +1,67 @@
-"""The commands that hand an engine on: as a folder, by way of the Hugging Face hub, to a Triton Inference Server."""
+"""The commands that hand an engine on: as a folder, through the Hugging Face hub, or to a Triton Inference Server."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gaq_export.cli.options import Eta, SamplerName, Spacing, Steps, changed, one_line_errors
+from gaq_export.cli.choices import SERVERS
+from gaq_export.cli.options import (
+    DEFAULT_RUN,
+    Eta,
+    EvaluationFolder,
+    Profile,
+    RunArgument,
+    SamplerName,
+    Spacing,
+    Steps,
+    one_line_errors,
+    replace_options,
+)
 
-RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished calibration.")]
 Licence = Annotated[
-    str | None, typer.Option("--license", help="Of the source model, as the hub names it; what its card says if none.")
+    str | None,
+    typer.Option("--license", help="Licence of the source model, as the hub names it; by default what its card says."),
 ]
-Judged = Annotated[
-    Path | None,
-    typer.Option("--evaluation", help="Folder that `evaluate` wrote; evaluation, if it is about the engine."),
+WithModel = Annotated[
+    bool, typer.Option("--whole", help="Include the float model even if it can be fetched from where it came from.")
 ]
-Whole = Annotated[bool, typer.Option("--whole", help="With the float model, even where it can be found again.")]
 
 
 def pack(
-    run: RunArgument = Path("gaq-run"),
-    out: Annotated[Path | None, typer.Option(help="The folder; pack in the run folder by default.")] = None,
-    whole: Whole = False,
+    run: RunArgument = DEFAULT_RUN,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default pack in the run folder.")] = None,
+    whole: WithModel = False,
     licence: Licence = None,
-    evaluation: Judged = None,
-    profile: Annotated[str, typer.Option(help="Of the ONNX file, as for `export`.")] = "reference",
+    evaluation: EvaluationFolder = None,
+    profile: Profile = "reference",
 ) -> None:
-    """Write one folder to share: plan, ONNX, model card, licences, and the float model if it is nowhere else."""
+    """Write one folder to share: plan, ONNX, model card, licences, and the float model if it cannot be fetched."""
     with one_line_errors():
         from gaq_export.run import Run
         from gaq_export.sharing.pack import write_pack
 
-        made = write_pack(Run(folder=run), out, whole=whole, licence=licence, judged=evaluation, profile=profile)
-        if made.licence is None:
+        packed = write_pack(Run(folder=run), out, whole=whole, licence=licence, judged=evaluation, profile=profile)
+        if packed.licence is None:
             typer.echo(
-                "note: the source model's licence was not found; say it with --license before you share", err=True
+                "note: the source model's licence is not known; name it with --license before you share the pack",
+                err=True,
             )
-        inside = "with the float model" if made.whole else "the float model is fetched again when it is needed"
-        typer.echo(f"{made.folder} ({made.size_bytes / 1e6:.1f} MB, {inside})")
+        model = "with the float model" if packed.whole else "the float model is fetched again when it is needed"
+        typer.echo(f"{packed.folder} ({packed.size_bytes / 1e6:.1f} MB, {model})")
 
 
 def push(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished calibration, or a pack.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of a finished calibration, or a pack.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub, OWNER/NAME.")],
-    public: Annotated[bool, typer.Option("--public", help="A new repository is for all; private otherwise.")] = False,
-    whole: Whole = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; by default it is private.")
+    ] = False,
+    whole: WithModel = False,
     licence: Licence = None,
-    evaluation: Judged = None,
+    evaluation: EvaluationFolder = None,
 ) -> None:
-    """Put a pack on the Hugging Face hub; a run is packed first. New repositories are private."""
+    """Upload a pack to the Hugging Face hub. A run folder is packed first."""
     with one_line_errors():
         from gaq_export.models import hub
         from gaq_export.run import Run
@@ -64,17 +77,17 @@ def push(
 
 def pull(
     repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub, OWNER/NAME.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pack; the repository's name by default.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag; the newest by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pack; by default the repository's name.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag; by default the newest.")] = None,
 ) -> None:
-    """Fetch a pack from the Hugging Face hub and check that it is whole."""
+    """Download a pack from the Hugging Face hub and check that it is complete."""
     with one_line_errors():
         from gaq_export import run as runs
         from gaq_export.models import hub
         from gaq_export.sharing.pack import MARK, read_pack
 
         folder = out or Path(repo.rpartition("/")[2])
-        if not (folder / ".cache").is_dir():  # where the client keeps what it had when it was stopped
+        if not (folder / ".cache").is_dir():  # where the hub's client keeps an unfinished download
             runs.check_replaceable(folder, MARK)
         hub.download(repo, folder, revision)
         read_pack(folder)
@@ -85,19 +98,19 @@ def triton(
     run: RunArgument,
     out: Annotated[Path, typer.Argument(help="Folder for the server's model repository and its client.")],
     backend: Annotated[
-        str, typer.Option(help="onnxruntime, onnxruntime-cuda, or tensorrt, which builds on the server's GPU.")
+        str, typer.Option(help=f"{SERVERS}. tensorrt builds the engine on the server's GPU when it starts.")
     ] = "onnxruntime",
-    most: Annotated[int, typer.Option("--batch", min=1, help="Images that the server may put together.")] = 16,
+    largest: Annotated[int, typer.Option("--batch", min=1, help="Images that the server may batch together.")] = 16,
     steps: Steps = None,
     sampler: SamplerName = None,
     spacing: Spacing = None,
     eta: Eta = None,
 ) -> None:
-    """Write a model repository for a Triton Inference Server, and the client that runs the loop."""
+    """Write a model repository for a Triton Inference Server, and a client that runs the denoising loop."""
     with one_line_errors():
         from gaq_export import pipeline
         from gaq_export.sharing import triton_repository
 
-        spec = changed(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
-        made = triton_repository.write(run, out, backend=backend, most=most, sampler=spec)
-        typer.echo(f"{made}; next: tritonserver --model-repository {made / 'models'}")
+        spec = replace_options(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
+        folder = triton_repository.write(run, out, backend=backend, most=largest, sampler=spec)
+        typer.echo(f"{folder}; next: tritonserver --model-repository {folder / 'models'}")

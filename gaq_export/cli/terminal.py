@@ -1,14 +1,12 @@
-"""What a command shows on a terminal: progress with the time left, and an engine's audit as a table.
+"""The tables that commands print: an engine's audit, an evaluation, what a machine can do.
 
 rich is loaded when something is shown, so that `--help` need not wait for it.
 """
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from calib.progress import Progress as Done
-    from gaq_export.cli.doctor import Checkup
+    from gaq_export.cli.doctor import Diagnosis
     from gaq_export.evaluation.evaluate import Evaluation
     from gaq_export.pipeline import Built
 
@@ -79,12 +77,12 @@ def print_evaluation(found: "Evaluation") -> None:
         console.print(f"left out: {what}", highlight=False)
 
 
-def print_checkup(found: "Checkup") -> None:
-    """Print what a machine can do, and what each gap needs."""
+def print_diagnosis(diagnosis: "Diagnosis") -> None:
+    """Print what a machine can do, and what each backend lacks."""
     from rich.console import Console
     from rich.table import Table
 
-    console, machine = Console(), found.machine
+    console, machine = Console(), diagnosis.machine
     features = "unknown" if machine.features is None else ", ".join(machine.features) or "none that matter"
     console.print(f"processor: {machine.processor}; {features}", highlight=False)
     for gpu in machine.gpus:
@@ -97,86 +95,8 @@ def print_checkup(found: "Checkup") -> None:
     installed = ", ".join(f"{name} {number}" for name, number in machine.packages.items() if number)
     console.print(f"installed: {installed}", highlight=False)
     table = Table("backend", "builds", "runs", "what is missing")
-    for name, (build, run) in found.backends.items():
-        marks = ["no" if problem else "yes" for problem in (build, run)]
-        table.add_row(name, *marks, "; ".join(dict.fromkeys(filter(None, (build, run)))))
+    for name, problems in diagnosis.backends.items():
+        yes_or_no = ["no" if problem else "yes" for problem in problems]
+        table.add_row(name, *yes_or_no, "; ".join(dict.fromkeys(filter(None, problems))))
     console.print(table)
-    console.print(f"build-engine takes: {found.best or 'nothing, see above'}", highlight=False)
-
-
-class Bars:
-    """Progress on a terminal: a bar with the time left; finished blocks as lines. Silent if quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
-        self._tasks: dict[str, Any] = {}
-        self._first: dict[str, tuple[float, float]] = {}
-
-    def __enter__(self) -> "Bars":
-        if self._bar.console.is_interactive:  # elsewhere the bar would only leave an empty line
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar.console.is_interactive:
-            self._bar.stop()
-
-    def _show(self, stage: str, text: str, fraction: float) -> None:
-        """Move the bar; the time left follows from the work done since this process began."""
-        if stage not in self._tasks:
-            for finished in self._tasks.values():
-                self._bar.update(finished, visible=False)
-            self._tasks[stage] = self._bar.add_task(text, total=1.0, left="")
-            self._first[stage] = (time.perf_counter(), fraction)
-        started, offset = self._first[stage]
-        done, elapsed = fraction - offset, time.perf_counter() - started
-        left = f"{_duration(elapsed * (1 - fraction) / done)} left" if done > 0 else ""
-        self._bar.update(self._tasks[stage], completed=fraction, description=text, left=left)
-
-    def collect(self, done: int, total: int) -> None:
-        """Show how many network calls of the float sampler are done."""
-        self._show("collect", f"collecting {done}/{total}", done / total)
-
-    def calibrate(self, progress: "Done") -> None:
-        """Show the block at work, and a line for each finished one."""
-        result = progress.result
-        if progress.resumed:
-            self._first["calibrate"] = (time.perf_counter(), progress.fraction)
-        if result is not None and not self._bar.disable:
-            how = " (kept from before)" if progress.resumed else ""
-            self._bar.console.print(
-                f"{progress.index + 1:3}/{progress.total} {result.name}: loss {result.loss_before:.3g} -> "
-                f"{result.loss_after:.3g}{how}",
-                highlight=False,
-            )
-        number = f"{progress.index + 1}/{progress.total} " if progress.stage == "block" else ""
-        self._show("calibrate", f"{number}{progress.name}", progress.fraction)
-
-    def correct(self, done: int, total: int) -> None:
-        """Show how many steps' corrections are measured."""
-        self._show("correct", f"following the sampler, step {done}/{total}", done / total)
-
-    def sample(self, who: str, done: int, total: int) -> None:
-        """Show how many network calls are done."""
-        self._show(who, f"drawing ({who}) {done}/{total}", done / total)
-
-    def images(self, done: int, total: int) -> None:
-        """Show how many images are drawn, and how many a second."""
-        started, offset = self._first.get("images", (time.perf_counter(), done / total))
-        seconds = time.perf_counter() - started
-        rate = f", {(done - offset * total) / seconds:.2f} images/s" if seconds > 0 and done > offset * total else ""
-        self._show("images", f"drawing {done}/{total}{rate}", done / total)
-
-    def inspect(self, what: str, done: int, total: int) -> None:
-        """Show what is being measured and how much of it is done."""
-        self._show(what, f"{what} {done}/{total}", done / total)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    console.print(f"build-engine takes: {diagnosis.best or 'nothing, see above'}", highlight=False)

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import engines
 from calib.plan import load_plan
 from engines.nvinfer import no_gpu
-from gaq_export.cli import terminal
 from gaq_export.cli.app import app
+from gaq_export.cli.progress import Display
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def test_random_weights_are_said_to_be_meaningless(tmp_path: Path, monkeypatch: 
     def stop(self: object, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(terminal.Bars, "collect", stop)
+    monkeypatch.setattr(Display, "collect", stop)
     result = gaq("calibrate", "--model", "ddpm-mnist", "--weights", "random", "--run", tmp_path / "run")
     assert "note: random weights, so the pictures are meaningless" in result.stderr
 
@@ -349,7 +349,7 @@ def test_an_interrupted_calibration_says_that_it_will_continue(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(terminal.Bars, "calibrate", stop)
+        patch.setattr(Display, "calibrate", stop)
         result = gaq(*words)
     assert result.exit_code == 130
     assert result.stderr == "interrupted; the same command continues where it was\n"

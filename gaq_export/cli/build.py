@@ -1,0 +1,123 @@
+"""The commands that turn a plan into something to run: an engine, or the ONNX graph alone."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gaq_export.cli import terminal
+from gaq_export.cli.choices import BACKENDS, COMPUTE, NUMBERS
+from gaq_export.cli.options import (
+    DEFAULT_RUN,
+    Eta,
+    GraphKind,
+    Profile,
+    Quiet,
+    RunFolder,
+    SamplerName,
+    Spacing,
+    Steps,
+    one_line_errors,
+    replace_options,
+)
+from gaq_export.cli.progress import Display
+
+
+def build_engine(
+    run: RunFolder = DEFAULT_RUN,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="A pack, see `gaq-export pack`: its plan is put in the run folder, and built."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{BACKENDS}; by default the best of those that work here, see `gaq-export doctor`. onnxruntime-cuda "
+            "has no INT8 convolutions: it rounds as the others do and computes in FP16."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The engine file; its record is written beside it.")] = Path("unet.plan"),
+    batch: Annotated[str, typer.Option(help="Smallest, best and largest batch.")] = "1,4,16",
+    graph: GraphKind = "step",
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU generation such as sm89, may be repeated (tensorrt-rtx only); by default portable."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (openvino, onnxruntime).")] = None,
+    compute: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Arithmetic of everything that is not quantized: {COMPUTE}. By default float16 with TensorRT, "
+            "float32 elsewhere."
+        ),
+    ] = None,
+    numbers: Annotated[
+        str,
+        typer.Option(help=f"What to quantize to: {NUMBERS}. fp8 is E4M3, for TensorRT on sm89 and later."),
+    ] = "int8",
+    correction: Annotated[
+        bool,
+        typer.Option("--correction/--no-correction", help="Whether to apply the plan's noise correction, if any."),
+    ] = True,
+    strip_weights: Annotated[
+        bool,
+        typer.Option(
+            "--strip-weights",
+            help="Leave the weights in an ONNX file beside the engine (TensorRT; building it needs a GPU).",
+        ),
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Emit the quantized graph, build an engine from it, audit its layers and check it against PyTorch."""
+    with one_line_errors():
+        import engines
+        from gaq_export import pipeline
+        from gaq_export.errors import GaqError
+
+        try:
+            smallest, best, largest = (int(n) for n in batch.split(","))
+        except ValueError:
+            raise GaqError(f"--batch {batch!r}: give three numbers, such as 1,4,16.") from None
+        config = engines.EngineConfig(
+            backend=backend or engines.best_backend(),
+            batch=(smallest, best, largest),
+            targets=tuple(target or ()),
+            threads=threads,
+            compute=compute,
+            stripped=strip_weights,
+        )
+        if weights is not None:
+            from gaq_export.run import Run
+            from gaq_export.sharing import pack
+
+            pack.unpack(weights, Run(folder=run))
+        spec = replace_options(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
+        with Display(quiet) as display:
+            display.stage(f"building with {config.backend}")
+            built = pipeline.build_engine(
+                folder=run, out=out, config=config, graph=graph, sampler=spec, numbers=numbers, correct=correction
+            )
+        if not quiet:
+            terminal.print_audit(built)
+        typer.echo(
+            f"{config.backend} engine -> {out} ({out.stat().st_size / 1e6:.1f} MB, {built.file.build_seconds:.1f} s)"
+        )
+        if not quiet and built.not_run is None:
+            typer.echo(f"next: gaq-export sample --engine {out}")
+
+
+def export(
+    run: RunFolder = DEFAULT_RUN,
+    profile: Profile = "reference",
+    graph: GraphKind = "step",
+    out: Annotated[Path | None, typer.Option(help="ONNX file; by default in the run folder.")] = None,
+) -> None:
+    """Write the quantized ONNX graph alone, for other tools."""
+    with one_line_errors():
+        from gaq_export import pipeline
+
+        typer.echo(pipeline.export_onnx(profile, graph=graph, folder=run, out=out).path)
