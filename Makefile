@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 RTX_STAMP := $(VENV)/.rtx-tried
+DOCS_STAMP := $(VENV)/.docs-installed
 RTX := 1.7.1.116
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(addprefix --find-links ,$(WHEELS))
 
-.PHONY: demo test lint rtx gpu-check gpu-check-here kernels clean
+.PHONY: demo test lint docs rtx gpu-check gpu-check-here kernels clean
 
 demo: $(STAMP)
 	@mkdir -p demo
@@ -24,6 +25,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "The site: $(CURDIR)/site/index.html"
 
 rtx: $(STAMP)
 	$(PIP) tensorrt_rtx_cu13_bindings==$(RTX) tensorrt_rtx_cu13_libs==$(RTX)
@@ -52,7 +57,7 @@ kernels:
 	sed -i 's/^\.version .*/.version 7.0/' engines/philox.ptx
 
 clean:
-	rm -rf $(VENV) .venv-gpu demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu demo dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -60,6 +65,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps clean-fid torch-fidelity
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 # The wheels are several hundred megabytes and not to be had everywhere; without them the rtx tests skip.

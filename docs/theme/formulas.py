@@ -1,4 +1,4 @@
-"""Formulas in pages: a fence named `math`, in LaTeX as GitHub shows it, becomes MathML, which browsers draw themselves."""
+"""Formulas in pages: a fence named `math`, in LaTeX as GitHub shows it, becomes MathML, which browsers draw."""
 
 from typing import Any
 

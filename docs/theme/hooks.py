@@ -1,4 +1,4 @@
-"""What the site has beyond the pages in `docs/`: the README and its companions, and every source file that a page names.
+"""What the site has beyond the pages in `docs/`: the README and its companions, and every source file they link to.
 
 The pages link to sources by relative paths, as they stand in the repository, so that a link works on GitHub and in an
 editor. The site has no repository behind it: each such file becomes a page, and a link whose text is a name in that
@@ -17,19 +17,23 @@ ROOT = Path(__file__).resolve().parents[2]
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 TO_ROOT = {page: source for source, page in FROM_ROOT.items()}
 LANGUAGES = {".py": "python", ".toml": "toml", ".cu": "cuda", ".json": "json", ".txt": "text", "": "make"}
-LINK = re.compile(r"(?P<before>\[(?P<text>[^\]]*)\]\(|\bsrc=\")(?P<target>[^)\"#\s]+)(?P<anchor>#[^)\"\s]*)?")
+LINK = re.compile(r"(?P<before>\[[^\]]*\]\()(?P<target>[^)#\s]+)")
 FAR = re.compile(r"[a-z]+:|/")
+NAMED = re.compile(r'(href="[^"]*source/(?P<path>[^"]+\.py)\.html)("><code>(?P<name>[\w.]+)</code>)')
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages made of files outside `docs/`."""
     for source, page in FROM_ROOT.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+        front = "---\nhide: [navigation]\n---\n\n" if page == "index.md" else ""
+        files.append(File.generated(config, page, content=front + (ROOT / source).read_text(encoding="utf-8")))
     sources: set[str] = set()
     for file in files.documentation_pages():
         for link in LINK.finditer(file.content_string):
             path = _in_repository(file.src_uri, link["target"])
-            if path is not None and not path.startswith("docs/") and path not in FROM_ROOT:
+            if path is None or path.startswith("docs/") or path in FROM_ROOT:
+                continue
+            if (ROOT / path).is_file():  # of what is missing, MkDocs complains by itself
                 sources.add(path)
     for path in sorted(sources):
         files.append(File.generated(config, _page_of(path), content=_listing(path)))
@@ -45,10 +49,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if path is None or (path.startswith("docs/") and here not in TO_ROOT):
             return link[0]
         target = path.removeprefix("docs/") if path.startswith("docs/") else FROM_ROOT.get(path, _page_of(path))
-        anchor = link["anchor"] or (_line_anchor(path, link["text"] or "") if path.endswith(".py") else "")
-        return link["before"] + posixpath.relpath(target, posixpath.dirname(here) or ".") + anchor
+        return link["before"] + posixpath.relpath(target, posixpath.dirname(here) or ".")
 
     return markdown if here.startswith("source/") else LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Lead links to source files to the line that defines what they name; MkDocs checks no such anchors, hence here."""
+
+    def at_line(link: re.Match[str]) -> str:
+        line = _definitions(link["path"]).get(link["name"].split(".")[-1])
+        return link[0] if line is None else f"{link[1]}#__codelineno-0-{line}{link[3]}"
+
+    return NAMED.sub(at_line, html)
 
 
 def _in_repository(page: str, target: str) -> str | None:
@@ -69,13 +82,6 @@ def _listing(path: str) -> str:
     fence = f'```{{ .{LANGUAGES[file.suffix]} linenums="1" }}'
     text = file.read_text(encoding="utf-8").replace("```", "`\u200b``")
     return f"---\nsearch:\n  exclude: true\nhide: [navigation, toc]\n---\n\n# {path}\n\n{fence}\n{text}\n```\n"
-
-
-def _line_anchor(path: str, text: str) -> str:
-    """Return the anchor of the line that defines the last name in a link's text; "" if none does."""
-    names = re.findall(r"\w+", text)
-    lines = _definitions(path)
-    return f"#__codelineno-0-{lines[names[-1]]}" if names and names[-1] in lines else ""
 
 
 def _definitions(path: str) -> dict[str, int]:
