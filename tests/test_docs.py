@@ -22,6 +22,7 @@ PAGES = sorted(
 # Pages that say where things are in the code; the others use code marks for options and files as well.
 NAMING = [p for p in PAGES if p.startswith(("docs/guide/", "docs/architecture", "docs/method"))]
 FOREIGN = {"UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "GAQ_EXPORT_MODELS", "GAQ_EXPORT_PRESET"}
+SUFFIXES = "plan|json|onnx|html|md|py|png|npz|npy|safetensors|toml|txt|ckpt|th|data"
 
 
 def _text(page: str) -> str:
@@ -95,18 +96,20 @@ def _exists(name: str) -> bool:
     return any(name in _names(module) for module in modules)
 
 
-def _claims(page: str) -> Iterator[str]:
-    """Yield what is marked as code and looks like a dotted name, a class or a table of ours."""
-    rooms = {module.split(".")[-2 if module.count(".") > 1 else -1] for module in _modules()} | set(PACKAGES)
-    known = {module.split(".")[1] for module in _modules() if module.startswith("gaq_export.")} | rooms
-    for mark in re.findall(r"`([^`]+)`", _prose(page)):
-        dotted = re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", mark) and not re.search(
-            r"\.(plan|json|onnx|html|md|py|png|npz|npy|safetensors|toml|txt|ckpt|th|data)$", mark
-        )
-        if (dotted and not mark.startswith("NAME.") and (mark.split(".")[0] in known or mark[0].isupper())) or (
-            re.fullmatch(r"[A-Z][A-Z_]{3,}|[A-Z][a-z0-9]+[A-Z]\w*", mark) and mark not in FOREIGN
-        ):
-            yield mark
+def _claims(page: str) -> list[str]:
+    """Return what is marked as code and looks like a dotted name, a class or a table of ours."""
+    return [mark for mark in re.findall(r"`([^`]+)`", _prose(page)) if _is_dotted(mark) or _is_class_or_table(mark)]
+
+
+def _is_dotted(mark: str) -> bool:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", mark) or re.search(rf"\.({SUFFIXES})$", mark):
+        return False
+    first = mark.split(".")[0]
+    return first != "NAME" and (first[0].isupper() or any(first in module.split(".") for module in _modules()))
+
+
+def _is_class_or_table(mark: str) -> bool:
+    return mark not in FOREIGN and bool(re.fullmatch(r"[A-Z][A-Z_]{3,}|[A-Z][a-z0-9]+[A-Z]\w*", mark))
 
 
 @pytest.mark.parametrize("page", NAMING)
