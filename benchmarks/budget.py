@@ -26,7 +26,7 @@ from engines import EngineConfig, EngineFile
 from gaq_export.evaluation.timing import take_turns
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
-from gaq_export.graph.openvino import open_up
+from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.quantize.latency import BATCH, step_times
@@ -79,7 +79,7 @@ def main(
 
 def _float_step(model: LoadedModel, folder: Path) -> Callable[[], Any]:
     graph = export_float(model.network, model.shape)
-    open_up(graph)
+    rewrite_for_openvino(graph)
     save_onnx(graph, folder / "float.onnx")
     config = EngineConfig(backend="openvino", batch=(BATCH, BATCH, BATCH))
     return _once(model, engines.build(folder / "float.onnx", folder / "float.plan", config))

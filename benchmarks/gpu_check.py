@@ -24,7 +24,7 @@ import typer
 import engines
 from engines import EngineConfig, EngineFile
 from engines.driver import gpus, no_gpu
-from engines.machine import look
+from engines.machine import inspect_machine
 from gaq_export.deploy import session
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
@@ -62,7 +62,7 @@ def main(
         arguments = ["--model", model, "--steps", str(steps), "--batch", str(batch), "--run", str(folder)]
         arguments += ["--weights", weights] if weights else []
         found = {kind: _in_a_process(kind, arguments) for kind in kinds}
-    versions = ", ".join(f"{package} {v}" for package, v in look().packages.items() if v)
+    versions = ", ".join(f"{package} {v}" for package, v in inspect_machine().packages.items() if v)
     lines = [
         f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_bytes / 2**30:.0f} GiB, driver for CUDA "
         f"{gpu.cuda}. {versions}.",

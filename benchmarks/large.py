@@ -39,7 +39,7 @@ from gaq_export.deploy.step_loop import step_denoiser
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
-from gaq_export.graph.openvino import open_up
+from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.graph.precision import compute_in
 from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import insert_qdq
@@ -284,8 +284,8 @@ def _quantized(place: Place, profile: str, compute: str) -> str:
     graph = ir.load(place.file("float.onnx"))  # its weights are mapped, not read
     step = make_step(graph, schedule, SPEC)
     insert_qdq(graph, made, options, step)
-    if options.opened:
-        open_up(graph)
+    if options.openvino_forms:
+        rewrite_for_openvino(graph)
     save_onnx(compute_in(graph, compute), place.file(f"{profile}.onnx"))
     place.file(f"{profile}.json").write_text(json.dumps(sorted(step.baked)))
     return _sizes(place, f"{profile}.onnx*")

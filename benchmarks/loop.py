@@ -27,7 +27,7 @@ import engines
 import limits
 import peers
 from engines import EngineConfig
-from engines.machine import CPU_FEATURES, look
+from engines.machine import CPU_FEATURES, inspect_machine
 from gaq_export.deploy import session, step_loop
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
@@ -108,7 +108,7 @@ def _contestants(job: Job, float_graph: Path, words: list[str]) -> tuple[dict[st
 def _has(need: str) -> bool:
     """Tell whether a package is installed, or the processor has a feature."""
     if need in CPU_FEATURES:
-        return need in (look().features or ())
+        return need in (inspect_machine().features or ())
     return importlib.util.find_spec(need) is not None
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from engines import onnx_runtime, openvino_cpu, trt, trt_rtx
-from engines.base import Audit, Engine, EngineConfig, Kernel, TensorSpec
+from engines.base import Audit, Engine, EngineConfig, Kernel, Loop, TensorSpec
 from engines.errors import EngineError
-from engines.files import EngineFile, check_plan, data_path, files_of, load_engine_file, sha256_of, weights_path
+from engines.files import EngineFile, check_files, data_path, files_of, load_engine_file, sha256_of, weights_path
 from engines.graph import OnnxGraph, read_onnx, tensor_specs
-from engines.open_engine import check_feeds
+from engines.runner import check_feeds
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +30,7 @@ __all__ = [
     "EngineError",
     "EngineFile",
     "Kernel",
+    "Loop",
     "TensorSpec",
     "best_backend",
     "build",
@@ -77,7 +78,7 @@ _HALVES, _FULL_FIRST = ("float16", "bfloat16", "float32"), ("float32", "bfloat16
 
 
 def _ort(name: str, profile: str, missing: Callable[[], str | None], computes: tuple[str, ...], device: str) -> Backend:
-    build, opened = partial(onnx_runtime.build, device=device), partial(onnx_runtime.open_plan, device=device)
+    build, opened = partial(onnx_runtime.build, device=device), partial(onnx_runtime.open_file, device=device)
     return Backend(name, profile, missing, missing, computes, device == "cuda", build, opened)
 
 
@@ -85,7 +86,7 @@ def _ort(name: str, profile: str, missing: Callable[[], str | None], computes: t
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("tensorrt", "trt", trt.cannot_build, trt.cannot_run, _HALVES, True, trt.build, trt.open_plan),
+        Backend("tensorrt", "trt", trt.cannot_build, trt.cannot_run, _HALVES, True, trt.build, trt.open_file),
         Backend(
             "tensorrt-rtx",
             "trt",
@@ -94,7 +95,7 @@ BACKENDS: dict[str, Backend] = {
             _HALVES,
             True,
             trt_rtx.build,
-            trt_rtx.open_plan,
+            trt_rtx.open_file,
         ),
         Backend(
             "openvino",
@@ -104,7 +105,7 @@ BACKENDS: dict[str, Backend] = {
             _FULL_FIRST,
             False,
             openvino_cpu.build,
-            openvino_cpu.open_plan,
+            openvino_cpu.open_file,
         ),
         _ort("onnxruntime", "ort-cpu", onnx_runtime.missing, ("float32",), "cpu"),
         _ort("onnxruntime-cuda", "ort-cuda", onnx_runtime.missing_cuda, ("float16", "float32"), "cuda"),
@@ -219,5 +220,5 @@ def open_engine(source: str | Path | EngineFile) -> Engine:
     backend = find_backend(file.backend)
     if reason := backend.can_run():
         raise EngineError(f"{file.path} was built for {backend.name}, which cannot run here: {reason}")
-    check_plan(file)
+    check_files(file)
     return backend.open(file)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from engines.errors import EngineError
 
 OPTIMISATIONS = ("basic", "all")
+OnStep = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,26 @@ class Audit:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """How an engine runs on its own outputs.
+
+    Attributes:
+        count: Number of iterations.
+        feedback: Output name to the name of the input that it becomes in the next iteration.
+        noise: Input name to one seed for each row: iteration i gets `philox.normals(seeds, i + 1, ...)`.
+        on_step: Called with the number of each iteration; on a GPU when the iteration is launched, which may be
+            before it runs.
+        first: Number of the first iteration, for a loop that continues another.
+    """
+
+    count: int
+    feedback: Mapping[str, str]
+    noise: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    on_step: OnStep = lambda step: None
+    first: int = 0
+
+
 class Engine(Protocol):
     """A built network that can be called: NumPy arrays by input name in, NumPy arrays by output name out."""
 
@@ -122,32 +143,20 @@ class Engine(Protocol):
         """The outputs a call returns."""
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run the network once; see `engines.open_engine.check_feeds` for what is refused."""
+        """Run the network once; see `engines.runner.check_feeds` for what is refused."""
 
-    def loop(
-        self,
-        feeds: Mapping[str, npt.NDArray[Any]],
-        count: int,
-        feedback: Mapping[str, str],
-        noise: Mapping[str, Sequence[int]] = ...,
-        on_step: Callable[[int], None] = ...,
-        first: int = ...,
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Run the network on its own outputs, all memory made once, on a GPU without waiting between iterations.
+    def loop(self, feeds: Mapping[str, npt.NDArray[Any]], loop: Loop) -> dict[str, npt.NDArray[Any]]:
+        """Run the network on its own outputs; memory is allocated once, and a GPU does not wait between iterations.
 
         Args:
-            feeds: The first iteration's inputs; those in `noise` may be left out.
-            count: How many iterations.
-            feedback: Output name to the name of the input that it becomes in the next iteration.
-            noise: Input name to one seed a row: iteration i gets `philox.normals(seeds, i + 1, ...)`.
-            on_step: Told each iteration's number; on a GPU when it is asked for, which may be before it runs.
-            first: Number of the first iteration, for a loop that goes on where another stopped.
+            feeds: Inputs of the first iteration; those in `loop.noise` may be left out.
+            loop: How many iterations, and what goes from one to the next.
 
         Returns:
-            The last iteration's outputs.
+            The outputs of the last iteration.
 
         Raises:
-            EngineError: see `engines.open_engine.check_feeds` and `check_loop`.
+            EngineError: See `engines.runner.check_feeds` and `check_loop`.
         """
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import onnx
 _CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.FLOAT8E4M3FN)
 
 
-def blame(model: onnx.ModelProto, builds: Callable[[onnx.ModelProto], bool]) -> onnx.NodeProto:
+def first_failing_node(model: onnx.ModelProto, builds: Callable[[onnx.ModelProto], bool]) -> onnx.NodeProto:
     """Return the node whose arrival makes the beginning of the graph fail.
 
     Args:
@@ -19,7 +19,7 @@ def blame(model: onnx.ModelProto, builds: Callable[[onnx.ModelProto], bool]) -> 
     low, high = 0, len(ends) - 1
     while low < high:
         middle = (low + high) // 2
-        beginning = head(model, ends[middle])
+        beginning = graph_up_to(model, ends[middle])
         if beginning is None or builds(beginning):
             low = middle + 1
         else:
@@ -28,7 +28,7 @@ def blame(model: onnx.ModelProto, builds: Callable[[onnx.ModelProto], bool]) -> 
     return found
 
 
-def head(model: onnx.ModelProto, last: int) -> onnx.ModelProto | None:
+def graph_up_to(model: onnx.ModelProto, last: int) -> onnx.ModelProto | None:
     """Return the graph up to and with node number `last`, its outputs what the rest reads; None if that is nothing.
 
     Where the rest reads codes, the outputs are what those were rounded from: not every runtime hands codes out.

@@ -104,11 +104,11 @@ def load_engine_file(path: str | Path) -> EngineFile:
         file = _from_record(plan, record)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{where} holds a value of the wrong kind ({error!r}). Build the engine again.") from None
-    check_plan(file)
+    check_files(file)
     return file
 
 
-def check_plan(file: EngineFile) -> None:
+def check_files(file: EngineFile) -> None:
     """Compare the plan, and its weights if they lie apart, with the record.
 
     Raises:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import TensorSpec
+from engines.base import Loop, TensorSpec
 from engines.driver import captured
 from engines.errors import EngineError
 from engines.files import EngineFile, read_weights
-from engines.nvbuild import ERROR_MARK, make_logger
-from engines.open_engine import Arrays, Loop
+from engines.nvinfer_child import ERROR_MARK, make_logger
+from engines.runner import Arrays
 
 _KERNELS = Path(__file__).with_name("philox.ptx")
 _THREADS = 256
@@ -35,7 +35,7 @@ def _keep(kernels: Any, path: Path) -> None:
 
 
 class GpuRunner:
-    """An `engines.open_engine.Runner`: a deserialized plan with device buffers for the largest batch.
+    """An `engines.runner.Runner`: a deserialized plan with device buffers for the largest batch.
 
     Uses the device's primary context, pushed only for the length of a call, so that it can share the process with
     other users of the GPU.

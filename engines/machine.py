@@ -46,7 +46,7 @@ class Machine:
     packages: dict[str, str | None]
 
 
-def look() -> Machine:
+def inspect_machine() -> Machine:
     """Look at this machine; imports none of the packages."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
@@ -60,12 +60,12 @@ def look() -> Machine:
     )
 
 
-def sums_overflow() -> bool:
+def int8_sums_overflow() -> bool:
     """Return whether runtimes add products of bytes in 16 bits here, where two of 8-bit weights may be too large.
 
     So it is on x86 without VNNI; weights of 7 bits cannot overflow.
     """
-    features = look().features or ()
+    features = inspect_machine().features or ()
     return "avx2" in features and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(features)
 
 

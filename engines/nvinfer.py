@@ -18,14 +18,14 @@ import onnx
 
 from engines.audit import read_layer_list
 from engines.base import Audit, EngineConfig
-from engines.bisect_graph import blame
+from engines.bisect_graph import first_failing_node
 from engines.driver import no_gpu
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.gpu import GpuRunner
 from engines.graph import OnnxGraph, layer_kinds
-from engines.nvbuild import ERROR_MARK, PARSER
-from engines.open_engine import OpenEngine
+from engines.nvinfer_child import ERROR_MARK, PARSER
+from engines.runner import OpenEngine
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -75,7 +75,7 @@ def _attempt(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig) ->
         job |= {"batch": config.batch, "targets": config.targets, "stripped": config.stripped}
         search_path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         child = subprocess.run(
-            [sys.executable, "-P", "-m", "engines.nvbuild", json.dumps(job)],
+            [sys.executable, "-P", "-m", "engines.nvinfer_child", json.dumps(job)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search_path))},
             capture_output=True,
             text=True,
@@ -97,7 +97,7 @@ def _what_went_wrong(module: str, graph: OnnxGraph, plan: Path, config: EngineCo
     if PARSER in tried.log or not tried.log:  # the parser names its node; without a log there was no builder
         return what
     with tempfile.TemporaryDirectory(dir=plan.parent, prefix=".bisect.") as folder:
-        node = blame(
+        node = first_failing_node(
             graph.model,
             lambda part: _attempt(module, replace(graph, model=part), Path(folder, "plan"), config).status == 0,
         )
@@ -112,6 +112,6 @@ def _computed_scale(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     return any(n.op_type in _QUANTIZERS and n.input[1] in made for n in near)
 
 
-def open_plan(trt: Any, file: EngineFile) -> OpenEngine:
+def open_file(trt: Any, file: EngineFile) -> OpenEngine:
     """Load the plan on the first GPU."""
     return OpenEngine(file, GpuRunner(trt, file, file.path.read_bytes()))

@@ -13,12 +13,12 @@ from typing import Any
 import onnx
 
 from engines import philox
-from engines.base import Audit, EngineConfig, Kernel
+from engines.base import Audit, EngineConfig, Kernel, Loop
 from engines.driver import no_gpu
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.graph import MATRIX_OPS, OnnxGraph, initializer_bytes, weight_layers
-from engines.open_engine import Arrays, Loop, OpenEngine
+from engines.runner import Arrays, OpenEngine
 
 _LEVELS = {"basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -63,14 +63,14 @@ def build(graph: OnnxGraph, plan: Path, config: EngineConfig, *, device: str) ->
     )
 
 
-def open_plan(file: EngineFile, *, device: str) -> OpenEngine:
+def open_file(file: EngineFile, *, device: str) -> OpenEngine:
     """Make a session of the plan."""
     session = _session(file.path, device, file.threads, file.optimisation)
     return OpenEngine(file, _SessionRunner(file, session, device))
 
 
 class _SessionRunner:
-    """An `engines.open_engine.Runner`: all tensors stay on the device, and change places between iterations.
+    """An `engines.runner.Runner`: all tensors stay on the device, and change places between iterations.
 
     Args:
         file: what was opened.

@@ -22,7 +22,7 @@ from engines.base import Audit, EngineConfig, TensorSpec
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.graph import OnnxGraph, initializer_bytes, layer_kinds, tensor_specs
-from engines.open_engine import Arrays, HostRunner, Infer, OpenEngine
+from engines.runner import Arrays, HostRunner, Infer, OpenEngine
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _PRECISIONS = {"u8": "int8", "i8": "int8", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -63,7 +63,7 @@ def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     )
 
 
-def open_plan(file: EngineFile) -> OpenEngine:
+def open_file(file: EngineFile) -> OpenEngine:
     """Compile the plan for this CPU, at the best batch now and at others when they come."""
     model = _read(file.path)
 

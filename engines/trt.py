@@ -8,7 +8,7 @@ from engines.base import Audit, EngineConfig
 from engines.driver import no_gpu
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
-from engines.open_engine import OpenEngine
+from engines.runner import OpenEngine
 
 
 def cannot_build() -> str | None:
@@ -28,8 +28,8 @@ def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     return nvinfer.build("tensorrt", graph, plan, config)
 
 
-def open_plan(file: EngineFile) -> OpenEngine:
+def open_file(file: EngineFile) -> OpenEngine:
     """Load the plan on the first GPU."""
     import tensorrt
 
-    return nvinfer.open_plan(tensorrt, file)
+    return nvinfer.open_file(tensorrt, file)

@@ -10,7 +10,7 @@ from engines.base import Audit, EngineConfig
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
-from engines.open_engine import OpenEngine
+from engines.runner import OpenEngine
 
 # What TensorRT-RTX 1.7 can build for. The builder only logs a target it does not know, and goes on without it.
 FLOAT8_TARGETS = ("sm89", "sm120", "sm121")
@@ -43,8 +43,8 @@ def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     return nvinfer.build("tensorrt_rtx", graph, plan, config)
 
 
-def open_plan(file: EngineFile) -> OpenEngine:
+def open_file(file: EngineFile) -> OpenEngine:
     """Load the plan on the first GPU."""
     import tensorrt_rtx
 
-    return nvinfer.open_plan(tensorrt_rtx, file)
+    return nvinfer.open_file(tensorrt_rtx, file)

@@ -37,11 +37,11 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at this machine."""
     import engines
-    from engines.machine import look
+    from engines.machine import inspect_machine
 
     backends = {name: (backend.can_build(), backend.can_run()) for name, backend in engines.BACKENDS.items()}
     best = next((name for name, problems in backends.items() if problems == (None, None)), None)
-    return Diagnosis(machine=look(), backends=backends, best=best)
+    return Diagnosis(machine=inspect_machine(), backends=backends, best=best)
 
 
 def doctor(

@@ -21,7 +21,7 @@ from gaq_export.deploy.submodels import Part
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.graph.export import export_float
-from gaq_export.graph.openvino import open_up
+from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.graph.profiles import PROFILES, find_profile
 from gaq_export.graph.step import make_step
 from gaq_export.models import provenance, text_encoder
@@ -164,8 +164,8 @@ def build_float(
     config = replace(config or EngineConfig(backend=engines.best_backend()), compute="float32")
     network = export_float(model.network, model.shape, model.condition_inputs)
     make_step(network, model.schedule, spec, guided=model.conditioning is not None and model.conditioning.guided)
-    if find_profile(engines.find_backend(config.backend).profile).opened:
-        open_up(network)
+    if find_profile(engines.find_backend(config.backend).profile).openvino_forms:
+        rewrite_for_openvino(network)
     about = provenance.describe(model, spec)
     about |= {"graph": "step", "bits": "float", "numbers": "int8", "correction": None, "baked": [], "relay": None}
     with runs.staging(out) as staged:

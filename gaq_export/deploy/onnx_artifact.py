@@ -15,7 +15,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
-from gaq_export.graph.openvino import open_up
+from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.graph.precision import compute_in
 from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import StepInfo, insert_qdq
@@ -82,8 +82,8 @@ def export_onnx(
         network, step = export_float(model.network, model.shape, model.condition_inputs), None
     path = out or run.onnx(profile, graph + (".rows" if rows else "") + ("" if abits is None else f".a{abits}"))
     insert_qdq(network, plan, profile_spec, step)
-    if profile_spec.opened:
-        open_up(network)
+    if profile_spec.openvino_forms:
+        rewrite_for_openvino(network)
     save_onnx(compute_in(network, compute), path)
     del network
     gc.collect()  # nodes and values refer to each other, and would keep the weights until the engine is built

@@ -12,7 +12,7 @@ import engines
 from calib.correction import Correction
 from calib.data import NO_CONDITION
 from engines import Engine, EngineFile
-from engines.engine_switch import Relay
+from engines.engine_switch import EngineSwitch
 from gaq_export.deploy import step_loop
 from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.deploy.submodels import IMAGES, LATENTS, run_text
@@ -73,7 +73,7 @@ def open_engines(file: EngineFile) -> Engine:
         files = (*(replace(other, threads=file.threads) for other in others), file)
         opened = [stack.enter_context(engines.open_engine(one)) for one in files]
         stack.pop_all()
-    return Relay(opened, file.about["relay"]["turns"], "step")
+    return EngineSwitch(opened, file.about["relay"]["turns"], "step")
 
 
 def others_of(file: EngineFile) -> tuple[EngineFile, ...]:

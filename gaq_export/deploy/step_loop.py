@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calib.data import NO_CONDITION
-from engines import Engine
+from engines import Engine, Loop
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.denoiser import Condition
 from gaq_export.errors import GaqError
@@ -48,13 +48,13 @@ def run(
     feeds = {"x": x, "step": np.zeros(1, np.int64), "previous": np.zeros_like(x)}
     feeds |= {name: tensor.numpy() for name, tensor in condition.items()}
     taken, given = {spec.name for spec in engine.inputs}, {spec.name for spec in engine.outputs}
-    outputs = engine.loop(
-        as_taken(engine, feeds, len(x)),
-        steps,
-        {output: name for output, name in FEEDBACK.items() if output in given},
-        {"noise": seeds} if "noise" in taken else {},
-        on_step,
+    loop = Loop(
+        count=steps,
+        feedback={output: name for output, name in FEEDBACK.items() if output in given},
+        noise={"noise": seeds} if "noise" in taken else {},
+        on_step=on_step,
     )
+    outputs = engine.loop(as_taken(engine, feeds, len(x)), loop)
     return samplers.finish(seeds, torch.from_numpy(outputs["x_next"]), decode, clip=clip)
 
 

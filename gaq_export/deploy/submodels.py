@@ -21,9 +21,9 @@ from engines import Engine, EngineConfig, EngineFile
 from gaq_export.deploy import parity
 from gaq_export.deploy.parity import Parity, Tolerance
 from gaq_export.errors import GaqError
-from gaq_export.graph.export import export_part
+from gaq_export.graph.export import export_submodel
 from gaq_export.graph.files import save_onnx
-from gaq_export.graph.openvino import open_up
+from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.graph.precision import compute_in
 from gaq_export.graph.profiles import find_profile
 from gaq_export.models.text_encoder import Run, TextEncoder
@@ -54,7 +54,7 @@ def build_decoder(decoder: nn.Module, latents: tuple[int, ...], out: Path, confi
         out: the engine file.
         config: the denoiser's.
     """
-    return _build(export_part(decoder, LATENTS, torch.zeros(1, *latents), [IMAGES]), out, config, "decoder")
+    return _build(export_submodel(decoder, LATENTS, torch.zeros(1, *latents), [IMAGES]), out, config, "decoder")
 
 
 def check_decoder(decoder: nn.Module, file: EngineFile, latents: Tensor) -> Parity:
@@ -76,7 +76,7 @@ def text_path(out: Path, index: int) -> Path:
 def build_text(encoder: TextEncoder, out: Path, config: EngineConfig) -> EngineFile:
     """Build the engine of a text encoder; arguments as for `build_decoder`."""
     ids = torch.arange(encoder.length)[None] % encoder.embeddings.token_embedding.num_embeddings
-    graph = export_part(encoder, IDS, ids, encoder.outputs)
+    graph = export_submodel(encoder, IDS, ids, encoder.outputs)
     return _build(graph, out, config, "text encoder")
 
 
@@ -119,8 +119,8 @@ def _flat(found: Sequence[Tensor]) -> Tensor:
 
 
 def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> EngineFile:
-    if find_profile(engines.find_backend(config.backend).profile).opened:
-        open_up(graph)
+    if find_profile(engines.find_backend(config.backend).profile).openvino_forms:
+        rewrite_for_openvino(graph)
     return build_graph(graph, out, replace(config, compute="float32", stripped=False), {"part": part})
 
 

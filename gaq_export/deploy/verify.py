@@ -10,7 +10,7 @@ from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
 from engines import EngineConfig, EngineFile
-from engines.machine import sums_overflow
+from engines.machine import int8_sums_overflow
 from gaq_export.deploy import parity, session
 from gaq_export.deploy.parity import TOLERANCES, Parity
 from gaq_export.diffusion.conditioning import Guided
@@ -73,7 +73,7 @@ def check(
 
 def _advice(backend: str, plan: QuantPlan) -> str:
     wide = any(layer.weight_bits == 8 for layer in plan.layers.values())
-    if wide and backend in ("openvino", "onnxruntime") and sums_overflow():
+    if wide and backend in ("openvino", "onnxruntime") and int8_sums_overflow():
         return (
             "this processor has no VNNI, and sums of 8-bit weights' products overflow on it: give --wbits 7 or fewer."
         )

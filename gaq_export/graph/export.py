@@ -45,7 +45,7 @@ def export_float(
     return _export(network, (*inputs, {}), inputs, ["x", "t", *sorted(condition)], ["eps"])
 
 
-def export_part(network: nn.Module, name: str, row: Tensor, outputs: Sequence[str]) -> ir.Model:
+def export_submodel(network: nn.Module, name: str, row: Tensor, outputs: Sequence[str]) -> ir.Model:
     """Return the float graph of a network of one input, which is what stands before or behind the denoiser.
 
     Args:

@@ -5,7 +5,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 
-def in_double(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_float64(model: onnx.ModelProto) -> onnx.ModelProto:
     """Turn every float32 of `model` into float64, in place, and return it."""
     for tensor in model.graph.initializer:
         _widen(tensor)

@@ -19,7 +19,7 @@ from gaq_export.graph.writer import GraphWriter
 DOUBLED = "samples"  # what the batch is called inside
 
 
-def guide(graph: ir.Graph, *, rows: bool = False) -> ir.Value:
+def add_guidance(graph: ir.Graph, *, rows: bool = False) -> ir.Value:
     """Put guidance around the network of a graph in place, and return what is the step inside.
 
     Args:

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from gaq_export.graph.writer import GraphWriter
 
 
-def open_up(model: ir.Model) -> ir.Model:
+def rewrite_for_openvino(model: ir.Model) -> ir.Model:
     """Rewrite every GroupNorm of images, passage between images and tokens, and SiLU in place; return the model."""
     write = GraphWriter(model.graph)
     for node in list(model.graph):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from gaq_export.errors import GaqError
-from gaq_export.graph.time_tables import dependences
+from gaq_export.graph.time_tables import dependencies
 from gaq_export.graph.writer import GraphWriter
 
 COMPUTE: dict[str, ir.DataType] = {
@@ -54,7 +54,7 @@ def compute_in(model: ir.Model, compute: str) -> ir.Model:
 
 def _network(graph: ir.Graph) -> set[ir.Node]:
     """Return the nodes that are to compute in 16 bits; those of constants alone go with what reads them."""
-    depends, inside = dependences(graph), set[ir.Node]()
+    depends, inside = dependencies(graph), set[ir.Node]()
     for node in reversed(graph):
         on = depends[node.outputs[0]]
         readers = (user for out in node.outputs for user, _ in out.uses())

@@ -24,7 +24,7 @@ class QdqProfile:
         quantize_outputs: Q/DQ behind convolutions and fully connected layers too.
         unsigned_products: takes unsigned codes with zero point 0, as the probabilities inside attention have; or else
             the products inside attention stay float.
-        opened: GroupNorm, SiLU and the passage to tokens as `gaq_export.graph.openvino` writes them.
+        openvino_forms: GroupNorm, SiLU and the passage to tokens as `gaq_export.graph.openvino` writes them.
         int4: form of weights of 4 bits and fewer: "cast" or "direct" (both packed two a byte), or "expand" (INT8).
         float8: E4M3 numbers in place of integers, weights and activations both.
     """
@@ -34,7 +34,7 @@ class QdqProfile:
     zero_points: bool
     quantize_outputs: bool
     unsigned_products: bool
-    opened: bool
+    openvino_forms: bool
     int4: str
     float8: bool
 
@@ -45,7 +45,7 @@ _REFERENCE = QdqProfile(
     zero_points=False,
     quantize_outputs=False,
     unsigned_products=True,
-    opened=False,
+    openvino_forms=False,
     int4="direct",
     float8=False,
 )
@@ -54,7 +54,7 @@ _TENSORRT = replace(_REFERENCE, unsigned_products=False, int4="cast")
 PROFILES: dict[str, QdqProfile] = {
     "reference": _REFERENCE,
     "trt": _TENSORRT,
-    "openvino": replace(_REFERENCE, zero_points=True, opened=True, int4="cast"),
+    "openvino": replace(_REFERENCE, zero_points=True, openvino_forms=True, int4="cast"),
     "ort-cpu": replace(
         _REFERENCE, unsigned=True, factors_behind=False, zero_points=True, quantize_outputs=True, int4="expand"
     ),

@@ -47,14 +47,15 @@ class StepInfo:
     """What `gaq_export.graph.step` did to a graph whose second input is the index of a step, not a timestep.
 
     Attributes:
-        visited: (S,) int64, timestep of each step.
+        timesteps: (S,) int64, timestep of each step.
         baked: names of the modules whose layers are tables now.
-        inside: that index, as the network has it: with guidance and a step for each image, twice as many.
+        index: the value that holds that index inside the network: (1,), (N,) with a step for each image, (2N,) if
+            guidance doubles those.
     """
 
-    visited: torch.Tensor
+    timesteps: torch.Tensor
     baked: frozenset[str]
-    inside: ir.Value
+    index: ir.Value
 
 
 def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: StepInfo | None = None) -> ir.Model:
@@ -70,8 +71,8 @@ def insert_qdq(model: ir.Model, plan: QuantPlan, profile: QdqProfile, step: Step
         GaqError: some layer of the plan has no node in the graph.
     """
     products = plan.products if profile.unsigned_products else {}
-    visited = torch.arange(plan.num_train) if step is None else step.visited
-    given = model.graph.inputs[1] if step is None else step.inside
+    visited = torch.arange(plan.num_train) if step is None else step.timesteps
+    given = model.graph.inputs[1] if step is None else step.index
     rewriter = _Rewriter(
         model.graph, profile, given, None if plan.timesteps is None else nearest_step(plan.timesteps, visited)
     )

@@ -18,9 +18,9 @@ from calib.correction import Correction
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.samplers import Coefficients
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
-from gaq_export.graph.guidance import guide
+from gaq_export.graph.guidance import add_guidance
 from gaq_export.graph.qdq import StepInfo
-from gaq_export.graph.time_tables import bake
+from gaq_export.graph.time_tables import make_time_tables
 from gaq_export.graph.writer import GraphWriter
 
 # Output of a step -> the input of the next that it becomes.
@@ -53,13 +53,13 @@ def make_step(
         GaqError: the sampler does not suit the schedule, or the graph cannot be tabulated.
     """
     visited = timesteps(spec, schedule.num_train)
-    baked = bake(model, visited)
+    baked = make_time_tables(model, visited)
     x, step = model.graph.inputs[:2]
     if rows:
         step.shape = ir.Shape((x.shape or ())[:1])
-    inside = guide(model.graph, rows=rows) if guided else step
+    index = add_guidance(model.graph, rows=rows) if guided else step
     _append_update(model.graph, samplers.table(schedule, spec, correction), schedule.clip)
-    return StepInfo(visited=visited, baked=baked, inside=inside)
+    return StepInfo(timesteps=visited, baked=baked, index=index)
 
 
 def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | None) -> None:

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gaq_export.errors import GaqError
 from gaq_export.graph.export import module_of
-from gaq_export.graph.float64 import in_double
+from gaq_export.graph.float64 import to_float64
 from gaq_export.graph.qdq import WEIGHTED
 from gaq_export.graph.writer import GraphWriter
 
@@ -26,7 +26,7 @@ _OTHERWISE = "Build with --graph eps."
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div")  # in these a row for one step meets a whole batch by broadcasting
 
 
-def bake(model: ir.Model, visited: torch.Tensor) -> frozenset[str]:
+def make_time_tables(model: ir.Model, visited: torch.Tensor) -> frozenset[str]:
     """Replace the input `t` (N,) of a float graph by `step` (1,), the index of a sampling step; in place.
 
     Args:
@@ -41,7 +41,7 @@ def bake(model: ir.Model, visited: torch.Tensor) -> frozenset[str]:
     """
     graph = model.graph
     x, t, *_ = graph.inputs
-    depends = dependences(graph)
+    depends = dependencies(graph)
     frontier = [
         value
         for value, on in depends.items()
@@ -61,7 +61,7 @@ def bake(model: ir.Model, visited: torch.Tensor) -> frozenset[str]:
     return gone
 
 
-def dependences(graph: ir.Graph) -> dict[ir.Value, set[ir.Value]]:
+def dependencies(graph: ir.Graph) -> dict[ir.Value, set[ir.Value]]:
     """Return which of the graph's inputs each value depends on; the shape of an input is known, and no dependence."""
     depends: dict[ir.Value, set[ir.Value]] = {value: {value} for value in graph.inputs}
     for node in graph:
@@ -85,7 +85,7 @@ def _evaluate(
         feeds[str(value.name)] = np.array(full[start:end], dtype=np.int64)
     names = [value.name for value in part.inputs]
     whole = ir.external_data.load_to_model(ir.Model(part, ir_version=10))  # where weights lie beside the graph
-    evaluator = ReferenceEvaluator(in_double(ir.to_proto(whole)))
+    evaluator = ReferenceEvaluator(to_float64(ir.to_proto(whole)))
     tables = evaluator.run(None, {name: feed for name, feed in feeds.items() if name in names})
     assert isinstance(tables, list)
     for value, table in zip(wanted, tables, strict=True):

@@ -22,7 +22,7 @@ from calib.plan import Grid, LayerQuant, QuantPlan
 from engines import EngineConfig
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
-from gaq_export.graph.openvino import open_up
+from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import insert_qdq
 from gaq_export.models.loader import LoadedModel
@@ -77,8 +77,8 @@ def _engine(
     profile, graph = find_profile(engines.find_backend(backend).profile), ir.from_proto(exported)
     if plan is not None:
         insert_qdq(graph, plan, profile)
-    if profile.opened:
-        open_up(graph)
+    if profile.openvino_forms:
+        rewrite_for_openvino(graph)
     save_onnx(graph, scratch / "unet.onnx")
     config = EngineConfig(backend=backend, batch=(batch, batch, batch))
     engine = engines.open_engine(engines.build(scratch / "unet.onnx", scratch / "unet.plan", config))

@@ -8,7 +8,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from engines import BACKENDS, EngineConfig, EngineError, best_backend, build, load_engine_file, open_engine
-from engines.machine import sums_overflow
+from engines.machine import int8_sums_overflow
 from tests.engines.conftest import Graph
 
 CPU_BACKENDS = ["openvino", "onnxruntime"]
@@ -40,7 +40,7 @@ def test_a_quantized_engine_agrees_with_the_onnx_reference(tiny_onnx, feeds, bac
         np.testing.assert_allclose(engine(feeds(4))["eps"], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("largest", "exact"), [(63, True), (127, not sums_overflow())])
+@pytest.mark.parametrize(("largest", "exact"), [(63, True), (127, not int8_sums_overflow())])
 def test_sums_of_bytes_overflow_where_the_machine_is_said_to_and_only_with_8_bit_weights(tmp_path, largest, exact):
     graph, rng = Graph(), np.random.default_rng(0)
     codes = graph.constant("codes", rng.integers(-largest, largest + 1, (16, 16, 3, 3)).astype(np.int8))

@@ -206,7 +206,7 @@ def test_8_bit_weights_are_said_to_overflow_where_they_do(tiny_run: Path, monkey
     plan = load_plan(tiny_run / "plan.safetensors")
     wide = replace(plan, layers={name: replace(layer, weight_bits=8) for name, layer in plan.layers.items()})
     for overflow, found, words in ((True, wide, "give --wbits 7"), (True, plan, "another"), (False, wide, "another")):
-        monkeypatch.setattr(verify, "sums_overflow", lambda overflow=overflow: overflow)
+        monkeypatch.setattr(verify, "int8_sums_overflow", lambda overflow=overflow: overflow)
         assert words in verify._advice("openvino", found)
     assert "another" in verify._advice("tensorrt", wide)
 

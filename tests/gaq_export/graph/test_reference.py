@@ -21,7 +21,7 @@ from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
 from gaq_export.deploy import build
 from gaq_export.graph.files import save_onnx
-from gaq_export.graph.float64 import in_double
+from gaq_export.graph.float64 import to_float64
 from gaq_export.graph.profiles import PROFILES
 from gaq_export.graph.qdq import insert_qdq
 from gaq_export.models.loader import LoadedModel, load_model
@@ -59,7 +59,7 @@ def _check(model: LoadedModel, config: QuantConfig, t: Tensor, folder: Path) -> 
     save_onnx(insert_qdq(build.export_float(model.network, model.shape), plan, PROFILES["reference"]), path)
 
     x = torch.randn(len(t), *model.shape, generator=generator, dtype=torch.float64)
-    graph = in_double(onnx.load(path))
+    graph = to_float64(onnx.load(path))
     _exact_biases(graph, model, plan)
     found, embedding = _run(graph, x, t)
     expected = _fake_in_double(model, plan, embedding)(x, t)

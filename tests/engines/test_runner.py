@@ -1,13 +1,11 @@
-"""A loop on an engine is its network called again and again on its own outputs."""
-
-from pathlib import Path
+"""Calls and loops on an open engine, alike for all backends."""
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from onnx import TensorProto
 
-from engines import EngineError, open_engine
+from engines import EngineError, Loop, open_engine
 from engines.philox import normals
 
 CPU_BACKENDS = ["openvino", "onnxruntime"]
@@ -25,15 +23,16 @@ def _by_hand(seeds: list[int], count: int) -> npt.NDArray[np.float32]:
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_every_iteration_reads_what_the_last_one_wrote_and_fresh_noise(backend: str, walker) -> None:
-    conditioning: list[int] = []
+    steps: list[int] = []
     feeds = {"x": X.copy(), "step": np.zeros(1, np.int64)}
     with open_engine(walker(backend)) as engine:
         for count in (1, 2, 4):
-            found = engine.loop(feeds, count, FEEDBACK, {"noise": [7, 8, 9]}, conditioning.append)
-            np.testing.assert_allclose(found["x_next"], _by_hand([7, 8, 9], count), atol=1e-6)
-            assert found["step_next"].tolist() == [count]
-    assert conditioning == [0, 0, 1, 0, 1, 2, 3]
-    assert np.array_equal(feeds["x"], X)  # what a caller gave is left alone
+            loop = Loop(count=count, feedback=FEEDBACK, noise={"noise": [7, 8, 9]}, on_step=steps.append)
+            outputs = engine.loop(feeds, loop)
+            np.testing.assert_allclose(outputs["x_next"], _by_hand([7, 8, 9], count), atol=1e-6)
+            assert outputs["step_next"].tolist() == [count]
+    assert steps == [0, 0, 1, 0, 1, 2, 3]
+    assert np.array_equal(feeds["x"], X)  # the caller's arrays are left alone
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -41,7 +40,8 @@ def test_a_loop_does_not_disturb_single_calls_nor_another_batch(backend: str, wa
     feeds = {"x": X, "step": np.array([3]), "noise": np.zeros_like(X)}
     with open_engine(walker(backend)) as engine:
         before = engine(feeds)["x_next"]
-        engine.loop({"x": X[:1], "step": np.zeros(1, np.int64)}, 3, FEEDBACK, {"noise": [1]})
+        loop = Loop(count=3, feedback=FEEDBACK, noise={"noise": [1]})
+        engine.loop({"x": X[:1], "step": np.zeros(1, np.int64)}, loop)
         after = engine(feeds)["x_next"]
     np.testing.assert_allclose(before, 0.25 * X)
     assert np.array_equal(before, after)
@@ -65,10 +65,4 @@ def test_a_loop_that_makes_no_sense_is_refused(
         open_engine(walker("onnxruntime")) as engine,
         pytest.raises(EngineError, match=words),
     ):
-        engine.loop({"x": X, "step": np.zeros(1, np.int64)}, count, feedback, noise)
-
-
-def test_the_kernels_for_the_gpu_are_what_their_source_says() -> None:
-    text = Path(__file__).resolve().parents[2].joinpath("engines", "philox.ptx").read_text()
-    assert ".visible .entry normals(" in text
-    assert ".visible .entry advance(" in text
+        engine.loop({"x": X, "step": np.zeros(1, np.int64)}, Loop(count=count, feedback=feedback, noise=noise))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gaq_export.graph.export import export_float
-from gaq_export.graph.openvino import open_up
+from gaq_export.graph.openvino import rewrite_for_openvino
 from tests.gaq_export.readback import session
 
 
@@ -49,7 +49,7 @@ def _both(network: nn.Module, x: Tensor) -> tuple[Counter[str], Counter[str], Te
     network.eval()
     model = export_float(network, (1, *x.shape[2:]))
     before = Counter(node.op_type for node in model.graph)
-    after = Counter(node.op_type for node in open_up(model).graph)
+    after = Counter(node.op_type for node in rewrite_for_openvino(model).graph)
     t = torch.zeros(len(x), dtype=torch.int64)
     found = session(ir.to_proto(model)).run(None, {"x": x.numpy(), "t": t.numpy()})[0]
     with torch.no_grad():

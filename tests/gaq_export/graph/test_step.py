@@ -128,14 +128,14 @@ def test_a_quantized_step_predicts_the_noise_as_closely_as_rounding_allows(
     def engine(x: Tensor, t: Tensor) -> Tensor:
         return torch.from_numpy(runtime.run(["eps"], {"x": x.numpy(), "step": _index(step, t)})[0])
 
-    data = type(data)(x=data.x, t=step.visited[data.step % 8], step=data.step % 8)
+    data = type(data)(x=data.x, t=step.timesteps[data.step % 8], step=data.step % 8)
     fake = fake_quantized(tiny_model.network, plan, float8=PROFILES[profile].float8)
     result = parity.compare(fake, plan.layers, engine, data, parity.TOLERANCES[profile])
     assert result.passed, result
 
 
 def _index(step: StepInfo, t: Tensor) -> np.ndarray:
-    return (step.visited == t[0]).nonzero()[:1, 0].numpy()
+    return (step.timesteps == t[0]).nonzero()[:1, 0].numpy()
 
 
 def test_quantized_layers_that_became_tables_are_not_missed(tiny_graph, tiny_model: LoadedModel, tiny_plan) -> None:

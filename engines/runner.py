@@ -7,7 +7,6 @@ sets of them change places.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -15,23 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from engines import philox
+from engines.base import Loop
 from engines.errors import EngineError
 from engines.files import EngineFile
 
 Arrays = dict[str, npt.NDArray[Any]]
-OnStep = Callable[[int], None]
 Infer = Callable[[Arrays, Arrays], None]  # reads contiguous inputs, writes to the outputs it is given
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """How a network runs on its own outputs; see `Engine.loop`."""
-
-    count: int
-    feedback: Mapping[str, str]
-    noise: Mapping[str, Sequence[int]]
-    on_step: OnStep
-    first: int = 0
 
 
 class Runner(Protocol):
@@ -152,23 +140,15 @@ class OpenEngine:
         batch = check_feeds(self._file, feeds)
         return runner.run(_contiguous(feeds), batch)
 
-    def loop(
-        self,
-        feeds: Mapping[str, npt.NDArray[Any]],
-        count: int,
-        feedback: Mapping[str, str],
-        noise: Mapping[str, Sequence[int]] = {},
-        on_step: OnStep = lambda step: None,
-        first: int = 0,
-    ) -> Arrays:
-        """Run the network `count` times on its own outputs."""
+    def loop(self, feeds: Mapping[str, npt.NDArray[Any]], loop: Loop) -> Arrays:
+        """Run the network `loop.count` times on its own outputs."""
         runner = self._open()
-        blank = {spec.name: spec for spec in self.inputs if spec.name in noise and spec.name not in feeds}
-        rows = {name: np.zeros(spec.at_batch(len(noise[name])), spec.dtype) for name, spec in blank.items()}
-        batch = check_feeds(self._file, {**feeds, **rows})
-        check_loop(self._file, batch, count, feedback, noise)
-        how = Loop(count=count, feedback=feedback, noise=noise, on_step=on_step, first=first)
-        return runner.loop(_contiguous({**feeds, **rows}), batch, how)
+        # An input that receives noise may be missing from `feeds`: it is zeros until the first draw overwrites it.
+        drawn = [spec for spec in self.inputs if spec.name in loop.noise and spec.name not in feeds]
+        zeros = {spec.name: np.zeros(spec.at_batch(len(loop.noise[spec.name])), spec.dtype) for spec in drawn}
+        batch = check_feeds(self._file, {**feeds, **zeros})
+        check_loop(self._file, batch, loop)
+        return runner.loop(_contiguous({**feeds, **zeros}), batch, loop)
 
     def close(self) -> None:
         """Release the runtime's memory."""
@@ -195,24 +175,23 @@ def _contiguous(feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
     return {name: np.ascontiguousarray(array).view(array.dtype.name) for name, array in feeds.items()}
 
 
-def check_loop(
-    file: EngineFile, batch: int, count: int, feedback: Mapping[str, str], noise: Mapping[str, Sequence[int]]
-) -> None:
-    """Check what `Engine.loop` is asked for.
+def check_loop(file: EngineFile, batch: int, loop: Loop) -> None:
+    """Check that an engine can run a loop.
 
     Raises:
-        EngineError: No iterations, or tensors that are not there, do not fit each other, or lack a seed for each row.
+        EngineError: There are no iterations; or a tensor does not exist, does not fit the one it is fed back to, or has
+            not one seed for each row.
     """
-    if count < 1:
-        raise EngineError(f"Found a loop of {count} iterations; ask for 1 or more.")
+    if loop.count < 1:
+        raise EngineError(f"Found a loop of {loop.count} iterations; ask for 1 or more.")
     inputs = {spec.name: (spec.dtype, spec.shape) for spec in file.inputs}
     outputs = {spec.name: (spec.dtype, spec.shape) for spec in file.outputs}
-    for output, name in feedback.items():
+    for output, name in loop.feedback.items():
         if output not in outputs or name not in inputs or outputs[output] != inputs[name]:
             raise EngineError(
                 f"Output {output!r} {outputs.get(output)} cannot be fed back to input {name!r} {inputs.get(name)}."
             )
-    for name, seeds in noise.items():
+    for name, seeds in loop.noise.items():
         if name not in inputs or inputs[name][0] != "float32" or len(seeds) != batch:
             raise EngineError(f"Input {name!r} {inputs.get(name)} cannot take noise of {len(seeds)} seeds at {batch}.")
 

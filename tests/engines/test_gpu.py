@@ -16,11 +16,11 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 
-from engines import EngineError, EngineFile, open_engine
+from engines import EngineError, EngineFile, Loop, open_engine
 from engines import gpu as gpu_module
 from engines.gpu import GpuRunner
-from engines.open_engine import OpenEngine
 from engines.philox import normals
+from engines.runner import OpenEngine
 
 FEEDBACK = {"x_next": "x", "step_next": "step"}
 SEEDS = [7, 8, 9]
@@ -222,11 +222,12 @@ def test_the_loop_is_that_of_the_cpu(device: _Device, file: EngineFile, batch: i
     feeds = FEEDS | {"x": X[:batch]}
     with open_engine(file) as cpu, _open(device, file, capturable=capturable) as gpu:
         for count in (4, 2):
-            expected = cpu.loop(feeds, count, FEEDBACK, {"noise": SEEDS[:batch]})
-            found = gpu.loop(feeds, count, FEEDBACK, {"noise": SEEDS[:batch]})
-            assert found.keys() == expected.keys()
+            loop = Loop(count=count, feedback=FEEDBACK, noise={"noise": SEEDS[:batch]})
+            expected = cpu.loop(feeds, loop)
+            outputs = gpu.loop(feeds, loop)
+            assert outputs.keys() == expected.keys()
             for name, array in expected.items():
-                np.testing.assert_array_equal(found[name], array)
+                np.testing.assert_array_equal(outputs[name], array)
     assert (device.captures, device.launches) == ((2, 6) if capturable else (0, 0))
 
 
@@ -239,7 +240,7 @@ def test_a_single_call_is_that_of_the_cpu(device: _Device, file: EngineFile) -> 
 def test_all_memory_is_given_back(device: _Device, file: EngineFile) -> None:
     with _open(device, file) as gpu:
         held = len(device.memory)
-        gpu.loop(FEEDS, 2, FEEDBACK, {"noise": SEEDS})
+        gpu.loop(FEEDS, Loop(count=2, feedback=FEEDBACK, noise={"noise": SEEDS}))
         assert len(device.memory) == held
     assert device.memory == {}
 
@@ -271,3 +272,9 @@ def test_kernels_compiled_once_are_kept_for_the_next_time(device: _Device, file:
     _open(device, file, caches=True).close()
     assert device.kept == [b"compiled"]
     kept.unlink()
+
+
+def test_the_kernels_for_the_gpu_are_what_their_source_says() -> None:
+    text = Path(__file__).resolve().parents[2].joinpath("engines", "philox.ptx").read_text()
+    assert ".visible .entry normals(" in text
+    assert ".visible .entry advance(" in text
