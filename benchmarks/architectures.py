@@ -72,10 +72,10 @@ def conditioning(model: LoadedModel) -> Conditioning | None:
 def started(spec: ModelSpec) -> LoadedModel:
     """Return a model with random weights, near those that its training would start from."""
     model = random_model(spec)
-    for name, layer in model.unet.named_modules():
+    for name, layer in model.module.named_modules():
         if name.endswith(ENDS) and isinstance(layer, nn.Conv2d | nn.Linear):
             layer.weight.data.mul_(SHARE)
-    return replace(model, fingerprint=fingerprint(model.unet))
+    return replace(model, fingerprint=fingerprint(model.module))
 
 
 def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     model = replace(model, conditioning=conditioning(model))
     plan = pipeline.calibrate(model, pipeline.preset("tiny", per_step=True), folder=folder / "run")
     found: dict[str, Any] = {
-        "network": f"{type(model.unet).__name__}, {sum(p.numel() for p in model.unet.parameters()) / 1e6:.2f} M",
+        "network": f"{type(model.module).__name__}, {sum(p.numel() for p in model.module.parameters()) / 1e6:.2f} M",
         "told": sorted(model.condition_inputs),
         "guidance": model.conditioning.guidance if model.conditioning else 1.0,
         "blocks": sum(block.loss_before is not None for block in plan.blocks),

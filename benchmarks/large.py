@@ -306,7 +306,7 @@ def _sizes(place: Place, pattern: str) -> str:
 
 def _head(place: Place) -> list[str]:
     model = place.model
-    count = sum(p.numel() for p in model.unet.parameters())
+    count = sum(p.numel() for p in model.module.parameters())
     inputs = ", ".join(f"{name} {tuple(row.shape[1:])}" for name, row in sorted(model.condition_inputs.items()))
     size = f"width {place.width}" if place.width else "at its own size"
     return [

@@ -113,7 +113,7 @@ def _has(need: str) -> bool:
 
 
 def _pytorch(job: Job, float_graph: Path, *, compiled: bool) -> Loop:
-    unet = torch.compile(job.model.unet) if compiled else job.model.unet
+    unet = torch.compile(job.model.module) if compiled else job.model.module
     scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     pipeline = DDIMPipeline(unet=unet, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)

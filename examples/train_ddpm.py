@@ -260,7 +260,7 @@ def _begin_with(unet: UNet2DModel, start: str) -> None:
     """Take another network's weights where they fit."""
     folder = Path(start)
     other = load_model(weights=folder) if folder.is_dir() else load_model(start)
-    own, given = unet.state_dict(), other.unet.state_dict()
+    own, given = unet.state_dict(), other.module.state_dict()
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     if not fitting:
         raise GaqError(f"No weight of {start} fits the architecture; train it from the beginning, without --start.")

@@ -170,7 +170,7 @@ def find_model(
         name, weights = pack.float_model(Path(weights))
         model = model or name
     loaded = load_model(model, weights)
-    warn_if_meaningless(loaded.meaningless)
+    warn_if_meaningless(loaded.random_weights)
     return condition_model(loaded, ConditioningRequest(classes=classes, prompts=prompts, guidance=guidance))
 
 

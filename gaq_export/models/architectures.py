@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from gaq_export.diffusion.denoiser import Condition
 
-ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL is told beside the text's states
-
-
-TOKENS, TIME_IDS = 77, 6  # of CLIP's texts; of a picture's sizes and crop
+ADDED = ("text_embeds", "time_ids")  # what Stable Diffusion XL takes beside the text's states
+TOKENS = 77  # length of CLIP's texts
+TIME_IDS = 6  # of Stable Diffusion XL: original size, crop and target size, two numbers each
 
 
 def _unet(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -40,11 +39,11 @@ def _conditional_unet(network: nn.Module, x: Tensor, t: Tensor, cond: Condition)
 class ClassUNet(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has no annotations
     """A `UNet2DConditionModel` whose texts are single rows of a table, one for each class.
 
-    That is how latent diffusion draws the classes of ImageNet (Rombach et al. 2022); the last class is nothing.
+    That is how latent diffusion draws the classes of ImageNet (Rombach et al. 2022); the last class stands for none.
 
     Args:
-        classes: rows of the table, nothing included.
-        unet: the fields of `UNet2DConditionModel`.
+        classes: Rows of the table, the unconditional one included.
+        unet: The fields of `UNet2DConditionModel`.
     """
 
     def __init__(self, *, classes: int, **unet: Any) -> None:
@@ -63,32 +62,38 @@ def _dit(network: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     return epsilon
 
 
-def _labels(count: int | None) -> dict[str, Tensor]:
+def _label_inputs(count: int | None) -> dict[str, Tensor]:
     return {} if count is None else {"class_labels": torch.zeros(1, dtype=torch.int64)}
 
 
-def _of_conditional_unet(config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _text_inputs(config: Mapping[str, Any]) -> dict[str, Tensor]:
     rows = {"encoder_hidden_states": torch.zeros(1, TOKENS, config["cross_attention_dim"])}
     if config["addition_embed_type"] == "text_time":
+        # The projection takes the pooled text beside an embedding of each time id; only their sum is in the config.
         pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
         rows |= {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, TIME_IDS)}
-    return _labels(config["num_class_embeds"]) | rows
+    return _label_inputs(config["num_class_embeds"]) | rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How networks of one class of diffusers are called, and what they are told: a row of each, from their config."""
+    """How networks of one class of diffusers are called.
+
+    Attributes:
+        call: Calls one, as (network, x, t, condition); returns the predicted noise and perhaps a learned variance.
+        condition_inputs: From its config to an example of its condition, one row (1, ...) of each tensor.
+    """
 
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
     condition_inputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
 
 
 ARCHITECTURES: Mapping[type[nn.Module], Architecture] = {
-    UNet2DModel: Architecture(call=_unet, condition_inputs=lambda config: _labels(config["num_class_embeds"])),
-    UNet2DConditionModel: Architecture(call=_conditional_unet, condition_inputs=_of_conditional_unet),
-    ClassUNet: Architecture(call=_class_unet, condition_inputs=lambda config: _labels(config["classes"])),
+    UNet2DModel: Architecture(call=_unet, condition_inputs=lambda config: _label_inputs(config["num_class_embeds"])),
+    UNet2DConditionModel: Architecture(call=_conditional_unet, condition_inputs=_text_inputs),
+    ClassUNet: Architecture(call=_class_unet, condition_inputs=lambda config: _label_inputs(config["classes"])),
     DiTTransformer2DModel: Architecture(
-        call=_dit, condition_inputs=lambda config: _labels(config["num_embeds_ada_norm"])
+        call=_dit, condition_inputs=lambda config: _label_inputs(config["num_embeds_ada_norm"])
     ),
 }
 
@@ -97,8 +102,8 @@ class EpsilonModel(nn.Module):
     """Call a network of `ARCHITECTURES` as `(x, t)`, or `(x, t, cond)`, and return the bare tensor.
 
     A module and not a closure, because the ONNX exporter takes a module; its one child is named `unet`, so every
-    layer's name in the exported graph is `unet.` plus its name here. `cond` has diffusers' names: class_labels,
-    encoder_hidden_states, text_embeds, time_ids.
+    layer's name in plans and graphs is `unet.` plus its name here, also where the child is a transformer. `cond` has
+    diffusers' names: class_labels, encoder_hidden_states, text_embeds, time_ids.
     """
 
     # The exporter writes this path into every graph; pinned, so that moving the class changes no exported byte.
@@ -112,34 +117,35 @@ class EpsilonModel(nn.Module):
         """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
         out = ARCHITECTURES[type(self.unet)].call(self.unet, x, t, cond or {})
         channels = x.shape[1]
-        return out if out.shape[1] == channels else out[:, :channels]  # the others are a learned variance
+        # (N, 2C, H, W) -> (N, C, H, W): the second half is a learned variance, which no sampler here uses.
+        return out if out.shape[1] == channels else out[:, :channels]
 
 
-def as_denoiser(unet: nn.Module) -> nn.Module:
+def as_denoiser(module: nn.Module) -> nn.Module:
     """Make a network callable as `(x, t)`, or `(x, t, cond)`.
 
     Args:
-        unet: One of `ARCHITECTURES`, or any module already called that way, which is returned as it is.
+        module: One of `ARCHITECTURES`, or any module already called that way, which is returned as it is.
     """
-    return EpsilonModel(unet).train(unet.training) if type(unet) in ARCHITECTURES else unet
+    return EpsilonModel(module).train(module.training) if type(module) in ARCHITECTURES else module
 
 
-def condition_inputs_of(unet: nn.Module) -> dict[str, Tensor]:
-    """Return a row, (1, ...), of everything a network of `ARCHITECTURES` is told; nothing for any other module."""
-    known, config = ARCHITECTURES.get(type(unet)), config_of(unet)
-    return known.condition_inputs(config) if known and config else {}
+def condition_inputs_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return an example of a network's condition, one row (1, ...) of each tensor; empty if it is in no table here."""
+    architecture, config = ARCHITECTURES.get(type(module)), config_of(module)
+    return architecture.condition_inputs(config) if architecture and config else {}
 
 
-def class_rows(unet: nn.Module) -> int | None:
-    """Return how many classes a network of `ARCHITECTURES` has a row for, nothing included; None if it has none."""
-    config = config_of(unet)
-    if "num_embeds_ada_norm" in config:
+def class_rows(module: nn.Module) -> int | None:
+    """Return how many classes a network has a row for, the unconditional one included; None if it has no classes."""
+    config = config_of(module)
+    if "num_embeds_ada_norm" in config:  # of diffusion transformers, which count the unconditional row apart
         return int(config["num_embeds_ada_norm"]) + 1
     count = config.get("classes", config.get("num_class_embeds"))
     return None if count is None else int(count)
 
 
-def config_of(unet: nn.Module) -> Mapping[str, Any]:
-    """Return the architecture of a network as its `config.json` says it; nothing for any other module."""
-    config: Mapping[str, Any] = getattr(unet, "config", {})
+def config_of(module: nn.Module) -> Mapping[str, Any]:
+    """Return the architecture of a network as its `config.json` says it; empty for a module that is not diffusers'."""
+    config: Mapping[str, Any] = getattr(module, "config", {})
     return config

@@ -1,10 +1,9 @@
 """The one function that turns a name, a folder or a checkpoint into a network.
 
 In: a name from `MODELS`, a diffusers folder, or an original checkpoint of latent diffusion. Out: a `LoadedModel`: the
-float network, the noise schedule it was trained with, and a `source` that finds the same weights again.
+float network, the noise schedule it was trained with, and the `source` that gives the same weights again.
 """
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, under_guidance
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, unknown
 from gaq_export.models import diffusers_folder, hub, ldm_checkpoint
 from gaq_export.models.architectures import as_denoiser, condition_inputs_of, config_of
 from gaq_export.models.latent_decoder import find_decoder
@@ -32,38 +31,39 @@ MODELS_VARIABLE = "GAQ_EXPORT_MODELS"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
-    """A network ready to run, and how to find it again.
+    """A network ready to run, with all that is needed to draw with it and to load it again.
 
     Attributes:
         spec: Name, sampler and architecture.
-        unet: The network as it was loaded, float32, in evaluation mode, on the CPU.
+        module: The network as it was loaded, float32, in evaluation mode, on the CPU.
         schedule: The noise schedule it was trained with.
         source: What to pass as `load_model`'s `weights` to get the same network; a path is absolute.
-        fingerprint: sha256 of the weights, see `checkpoint.fingerprint`.
-        meaningless: True if the weights are random, so that images show nothing.
-        conditioning: What it is told to draw; None if it is told nothing.
-        decoder: What makes images of its latents, (N, C, h, w) to (N, 3, H, W) in [-1, 1]; None if it draws images.
+        fingerprint: sha256 of the weights, see `diffusers_folder.fingerprint`.
+        random_weights: Whether the weights are random, so that images mean nothing.
+        conditioning: What to draw; None if the network takes no conditioning, or none was chosen yet.
+        decoder: Makes images of latents, (N, C, h, w) to (N, 3, H, W) in [-1, 1]; None if the network draws images.
     """
 
     spec: ModelSpec
-    unet: nn.Module
+    module: nn.Module
     schedule: NoiseSchedule
     source: WeightSource
     fingerprint: str
-    meaningless: bool
+    random_weights: bool
     conditioning: Conditioning | None = None
     decoder: nn.Module | None = None
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network as a module called `(x, t)`; plans and graphs use its layers' names."""
-        return as_denoiser(self.unet)
+        """The network as a module called `(x, t)` or `(x, t, cond)`; plans and graphs use its layers' names."""
+        return as_denoiser(self.module)
 
     @cached_property
     def condition_inputs(self) -> dict[str, Tensor]:
-        """A row, (1, ...), of everything that the network is told beside x and t; empty if that is nothing."""
-        known = self.conditioning
-        return condition_inputs_of(self.unet) if known is None else {name: row[:1] for name, row in known.rows.items()}
+        """An example of the network's condition, one row (1, ...) of each tensor; empty if it takes x and t alone."""
+        if self.conditioning is None:
+            return condition_inputs_of(self.module)
+        return {name: rows[:1] for name, rows in self.conditioning.rows.items()}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -100,27 +100,30 @@ def load_model(name: str | None = None, weights: str | Path | WeightSource | Non
         return _from_hub(name or source.repository.rpartition("/")[2], source)
     # No other kind can be loaded, so that its word can only be the name of a folder.
     path = Path(str(source)).expanduser().resolve()
-    original = path if path.suffix in (".ckpt", ".safetensors") else path / ldm_checkpoint.FILE
-    if original.is_file():
-        return _from_original(original, name, path)
+    checkpoint = path if path.suffix in (".ckpt", ".safetensors") else path / ldm_checkpoint.FILE
+    if checkpoint.is_file():
+        return _from_checkpoint(checkpoint, name, path)
     return _from_folder(path, name or path.name, WeightSource.at(path))
 
 
-def _by_name(spec: ModelSpec) -> LoadedModel:
-    """Load a known model from where its weights are on this machine or, failing that, from where they are published."""
-    local = _models_folder(spec.name)
-    if local is not None and (local / ldm_checkpoint.FILE).is_file():
-        return _from_original(local / ldm_checkpoint.FILE, spec.name, local)
-    if local is not None:
-        return _from_folder(local, spec.name, WeightSource.at(local))
-    if spec.source == BUNDLED:
-        return _bundled(spec)
-    if spec.source == ORIGINAL:
-        raise GaqError(
-            f"The weights of {spec.name!r} are published only as their authors' checkpoint "
-            f"({ldm_checkpoint.FILE}): give that file with --weights, or try the tool with --weights random."
-        )
-    return _from_hub(spec.name, spec.source)
+def random_model(spec: ModelSpec, seed: int = 0) -> LoadedModel:
+    """Build a model with random weights.
+
+    Args:
+        spec: A row of `MODELS`, perhaps `registry.reduced`.
+        seed: Seed of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = diffusers_folder.build_network(spec.config, f"the table, model {spec.name!r}")
+    return LoadedModel(
+        spec=spec,
+        module=module,
+        schedule=schedule_from_scheduler_config(spec.scheduler),
+        source=MODULE if spec.source == MODULE else WeightSource.random(seed),
+        fingerprint=diffusers_folder.fingerprint(module),
+        random_weights=True,
+    )
 
 
 def wrap(
@@ -141,8 +144,8 @@ def wrap(
         schedule: The noise schedule it was trained with.
         sampler: How its images are drawn; 50 DDIM steps if None, see `schedule.under_guidance`.
         name: What to call it.
-        conditioning: What to draw, for a module that is told so in a third argument, a mapping by name.
-        decoder: What makes images in [-1, 1] of what the sampler ends with, for a module that works on latents.
+        conditioning: What to draw, for a module that takes its condition as a third argument, tensors by name.
+        decoder: Makes images in [-1, 1] of the sampler's result, for a module that works on latents.
     """
     channels, height, width = shape
     spec = ModelSpec(
@@ -156,29 +159,44 @@ def wrap(
     module.eval()
     return LoadedModel(
         spec=spec,
-        unet=module,
+        module=module,
         schedule=schedule,
         source=MODULE,
         fingerprint=diffusers_folder.fingerprint(module),
-        meaningless=False,
+        random_weights=False,
         conditioning=conditioning,
         decoder=decoder if decoder is None else decoder.eval(),
     )
 
 
 def _known(name: str | None) -> ModelSpec:
+    """Return the row of `MODELS`; raise GaqError if there is none, or no name."""
     if name is None:
         raise GaqError(f"No model was named. Choose one of {list(MODELS)}, or give a diffusers folder with --weights.")
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise GaqError(
-            f"Unknown model {name!r}.{hint} Choose one of {list(MODELS)}, or give a diffusers folder with --weights."
-        )
+        raise unknown("model", name, MODELS, "Or give a diffusers folder with --weights.")
     return MODELS[name]
 
 
+def _by_name(spec: ModelSpec) -> LoadedModel:
+    """Load a known model from this machine or, if its weights are not here, from where they are published."""
+    local = _models_folder(spec.name)
+    if local is not None and (local / ldm_checkpoint.FILE).is_file():
+        return _from_checkpoint(local / ldm_checkpoint.FILE, spec.name, local)
+    if local is not None:
+        return _from_folder(local, spec.name, WeightSource.at(local))
+    if spec.source == BUNDLED:
+        return _bundled(spec)
+    if spec.source == ORIGINAL:
+        raise GaqError(
+            f"The weights of {spec.name!r} are published only as their authors' checkpoint "
+            f"({ldm_checkpoint.FILE}): give that file with --weights, or try the tool with --weights random."
+        )
+    return _from_hub(spec.name, spec.source)
+
+
 def _models_folder(name: str) -> Path | None:
+    """Return the user's folder of a known model, None if there is none."""
     value = os.environ.get(MODELS_VARIABLE)
     if not value:
         return None
@@ -188,72 +206,62 @@ def _models_folder(name: str) -> Path | None:
     return parent / name if (parent / name).is_dir() else None
 
 
+def _bundled_names() -> list[str]:
+    return [row.name for row in MODELS.values() if row.source == BUNDLED]
+
+
 def _bundled(spec: ModelSpec) -> LoadedModel:
     if spec.source != BUNDLED:
-        bundled = [row.name for row in MODELS.values() if row.source == BUNDLED]
-        raise GaqError(f"The weights of {spec.name!r} are not bundled. Bundled models: {bundled}.")
+        raise GaqError(f"The weights of {spec.name!r} are not bundled. Bundled models: {_bundled_names()}.")
     return _from_folder(WEIGHTS / spec.name, spec.name, BUNDLED)
-
-
-def random_model(spec: ModelSpec, seed: int = 0) -> LoadedModel:
-    """Build a model with random weights.
-
-    Args:
-        spec: A row of `MODELS`, perhaps `catalogue.reduced`.
-        seed: Of its weights.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = diffusers_folder.build_network(spec.config, f"the table, model {spec.name!r}")
-    return LoadedModel(
-        spec=spec,
-        unet=unet,
-        schedule=schedule_from_scheduler_config(spec.scheduler),
-        source=MODULE if spec.source == MODULE else WeightSource.random(seed),
-        fingerprint=diffusers_folder.fingerprint(unet),
-        meaningless=True,
-    )
 
 
 def _from_hub(name: str, source: WeightSource) -> LoadedModel:
     try:
         folder, commit = hub.fetch(source.repository, source.commit)
     except GaqError as error:
-        bundled = [row.name for row in MODELS.values() if row.source == BUNDLED]
         raise GaqError(
             f"{error} Give a local diffusers folder with --weights, set {MODELS_VARIABLE} to a folder with a "
-            f"sub-folder {name!r}, try the tool with --weights random, or use a bundled model: {bundled}."
+            f"sub-folder {name!r}, try the tool with --weights random, or use a bundled model: {_bundled_names()}."
         ) from error
+    # With the commit that was fetched, since the newest may be another tomorrow. Older repositories hold pickles.
     return _from_folder(folder, name, WeightSource.hub(source.repository, commit), allow_pickle=True)
 
 
 def _from_folder(folder: Path, name: str, source: WeightSource, *, allow_pickle: bool = False) -> LoadedModel:
-    unet = diffusers_folder.load_network(diffusers_folder.network_folder(folder), allow_pickle=allow_pickle)
-    return _loaded(unet, folder, name, source, allow_pickle=allow_pickle)
+    module = diffusers_folder.load_network(diffusers_folder.network_folder(folder), allow_pickle=allow_pickle)
+    decoder = find_decoder(folder, int(config_of(module)["in_channels"]), allow_pickle=allow_pickle)
+    return replace(_trained(module, folder, name, source), decoder=decoder)
 
 
-def _from_original(file: Path, name: str | None, path: Path) -> LoadedModel:
-    """Load an original checkpoint, as the architecture of a known model or of a `config.json` beside it.
+def _from_checkpoint(file: Path, name: str | None, path: Path) -> LoadedModel:
+    """Load an original checkpoint, with the architecture of a known model or of a `config.json` beside it.
 
     Args:
         file: The checkpoint.
         name: What to call the model; after the file if None.
-        path: What was asked to be loaded, the checkpoint or its folder.
+        path: What the user named, the checkpoint or its folder.
     """
-    beside = (file.parent / "config.json").is_file()
-    config = diffusers_folder.read_config(file.parent) if beside else _known(name).config
-    with torch.random.fork_rng(devices=[]):
-        unet = diffusers_folder.build_network(config, f"the model {name or file.stem!r}")
-    diffusers_folder.fill(unet, ldm_checkpoint.read(file, unet), file)
-    return _loaded(unet, file.parent, name or file.stem, WeightSource.at(path))
+    has_config = (file.parent / "config.json").is_file()
+    config = diffusers_folder.read_config(file.parent) if has_config else _known(name).config
+    with torch.random.fork_rng(devices=[]):  # the random weights are all replaced: leave the caller's stream alone
+        module = diffusers_folder.build_network(config, f"the model {name or file.stem!r}")
+    diffusers_folder.fill(module, ldm_checkpoint.read(file, module), file)
+    decoder = find_decoder(file.parent, int(config_of(module)["in_channels"]))
+    return replace(_trained(module, file.parent, name or file.stem, WeightSource.at(path)), decoder=decoder)
 
 
-def _loaded(
-    unet: nn.Module, folder: Path, name: str, source: WeightSource, *, allow_pickle: bool = False
-) -> LoadedModel:
-    """Return a network with its weights as a model; `folder` may say how it was trained, or the row of its name."""
-    row, fields = MODELS.get(name), config_of(unet)
-    config = {"_class_name": type(unet).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
+def _trained(module: nn.Module, folder: Path, name: str, source: WeightSource) -> LoadedModel:
+    """Return a network that has its weights as a model without a decoder.
+
+    Args:
+        module: The network.
+        folder: May hold a scheduler config, which comes before that of the table.
+        name: What to call the model; if the table knows it, its row says how images are drawn.
+        source: Where the weights are from.
+    """
+    row, fields = MODELS.get(name), config_of(module)
+    config = {"_class_name": type(module).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
     scheduler = _scheduler(folder, row)
     if row is not None:
         spec = replace(row, config=config, scheduler=scheduler)
@@ -264,20 +272,20 @@ def _loaded(
             sampler=SamplerSpec(),
             config=config,
             scheduler=scheduler,
-            description=f"{type(unet).__name__} from {source}",
+            description=f"{type(module).__name__} from {source}",
         )
     return LoadedModel(
         spec=spec,
-        unet=unet,
+        module=module,
         schedule=schedule_from_scheduler_config(spec.scheduler),
         source=source,
-        fingerprint=diffusers_folder.fingerprint(unet),
-        meaningless=False,
-        decoder=find_decoder(folder, int(fields["in_channels"]), allow_pickle=allow_pickle),
+        fingerprint=diffusers_folder.fingerprint(module),
+        random_weights=False,
     )
 
 
 def _scheduler(folder: Path, row: ModelSpec | None) -> Mapping[str, Any]:
+    """Return the scheduler config in a folder or, if it has none, that of the table."""
     file = diffusers_folder.scheduler_file(folder)
     if file is not None:
         return read_scheduler_config(file)

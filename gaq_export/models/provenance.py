@@ -22,7 +22,7 @@ from gaq_export.models.source import MODULE
 def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
     """Return what a plan and an engine say of the model and its sampler."""
     schedule, conditioning = model.schedule, model.conditioning
-    architecture = getattr(model.unet, "config", model.spec.config)
+    architecture = getattr(model.module, "config", model.spec.config)
     further: dict[str, Any] = {} if conditioning is None else {"conditions": conditioning.to_json()}
     if model.decoder is not None:
         further["decoder"] = describe_decoder(model)
@@ -32,8 +32,8 @@ def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
             "source": str(model.source),
             "fingerprint": model.fingerprint,
             "shape": list(model.shape),
-            "classes": class_rows(model.unet),
-            "meaningless": model.meaningless,
+            "classes": class_rows(model.module),
+            "meaningless": model.random_weights,
         },
         "architecture": json.loads(json.dumps({k: v for k, v in architecture.items() if not k.startswith("_")})),
         "sampler": asdict(spec),
@@ -111,4 +111,4 @@ def model_of(about: Mapping[str, Any], model: LoadedModel | None, folder: Path) 
 def rewritten(model: LoadedModel, plan: QuantPlan) -> LoadedModel:
     """Return the model with its network as the plan's layers name it; the one it has if the plan rewrites nothing."""
     network = apply_surgery(model.network, plan.surgery)
-    return model if network is model.network else replace(model, unet=network)
+    return model if network is model.network else replace(model, module=network)

@@ -1,7 +1,7 @@
-"""The table of known models: what each looks like and how it is drawn, before any weights are loaded.
+"""The table of known models: the architecture of each and how it is drawn, before any weights are loaded.
 
-What a known model looks like is written once, in `weights/<name>/config.json` and `scheduler_config.json`; the weights
-themselves lie beside it only for the bundled models.
+The architecture of a known model is written once, in `weights/<name>/config.json` and `scheduler_config.json`; the
+weights themselves are beside it only for the bundled models.
 """
 
 import json
@@ -15,12 +15,15 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.source import BUNDLED, MODULE, ORIGINAL, WeightSource
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-_DEPTH, _HEADS, _SIZE = 2, 2, 16  # the most transformers in a block and heads, and the least size, once reduced
+# What `reduced` leaves of an architecture.
+_MAX_DEPTH = 2  # transformers in a block
+_MAX_HEADS = 2  # heads of an attention
+_MIN_SIZE = 16  # height and width of an image or latent
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What is known about a model before its weights are loaded.
+    """All that is known of a model before its weights are loaded.
 
     Attributes:
         name: What the user calls it.
@@ -145,25 +148,39 @@ def reduced(spec: ModelSpec, width: int = 16) -> ModelSpec:
         width: Channels of its first level, or of one head of a transformer; a multiple of 8.
     """
     config = dict(spec.config)
-    levels = len(config.get("block_out_channels", ()))
-    less: dict[str, Any] = {"sample_size": max(_SIZE, 2**levels)}
     if "block_out_channels" in config:
-        unit = math.gcd(*config["block_out_channels"])
-        channels = [width * c // unit for c in config["block_out_channels"]]
-        less |= {"block_out_channels": channels, "layers_per_block": 1, "norm_num_groups": width // 2}
-        heads = config["attention_head_dim"]
-        if config["_class_name"] == "UNet2DModel":  # where the field is the width of a head
-            less["attention_head_dim"] = heads and width // 2
-        else:
-            less["attention_head_dim"] = (
-                min(heads, _HEADS) if isinstance(heads, int) else [c // width for c in channels]
-            )
+        config |= _reduced_unet(config, width)
     else:
-        less |= {"num_attention_heads": _HEADS, "attention_head_dim": width, "num_layers": _DEPTH}
+        config |= {
+            "sample_size": _MIN_SIZE,
+            "num_attention_heads": _MAX_HEADS,
+            "attention_head_dim": width,
+            "num_layers": _MAX_DEPTH,
+        }
+    return replace(spec, source=MODULE, config=config, description=f"{spec.name} at reduced width")
+
+
+def _reduced_unet(config: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Return the fields of a U-Net's config that change if its first level is to have `width` channels."""
+    channels = config["block_out_channels"]
+    unit, heads = math.gcd(*channels), config["attention_head_dim"]
+    channels = [width * c // unit for c in channels]
+    fields: dict[str, Any] = {
+        "block_out_channels": channels,
+        "layers_per_block": 1,
+        "norm_num_groups": width // 2,
+        "sample_size": max(_MIN_SIZE, 2 ** len(channels)),  # the last level still has a pixel or two
+    }
+    if config["_class_name"] == "UNet2DModel":  # where the field is the width of a head
+        fields["attention_head_dim"] = heads and width // 2
+    else:  # where it is the number of heads, whatever its name says
+        fields["attention_head_dim"] = (
+            min(heads, _MAX_HEADS) if isinstance(heads, int) else [c // width for c in channels]
+        )
     if "transformer_layers_per_block" in config:
-        less["transformer_layers_per_block"] = [min(n, _DEPTH) for n in config["transformer_layers_per_block"]]
+        fields["transformer_layers_per_block"] = [min(n, _MAX_DEPTH) for n in config["transformer_layers_per_block"]]
     if "cross_attention_dim" in config:
-        less["cross_attention_dim"] = 2 * width
+        fields["cross_attention_dim"] = 2 * width
     if "addition_time_embed_dim" in config:
-        less |= {"addition_time_embed_dim": width, "projection_class_embeddings_input_dim": 8 * width}
-    return replace(spec, source=MODULE, config=config | less, description=f"{spec.name} at reduced width")
+        fields |= {"addition_time_embed_dim": width, "projection_class_embeddings_input_dim": 8 * width}
+    return fields

@@ -61,7 +61,7 @@ def learn(
     for k in range(config.rounds):
         place = folder if k == 0 else folder.with_name(f"{folder.name}-round-{k + 1}")
         if plan is not None:
-            drawing = replace(model, unet=fake_quantized(model.network, plan))
+            drawing = replace(model, module=fake_quantized(model.network, plan))
             own = collect(drawing, spec, images=images, seed=config.seed, on_step=on_step)
         plan = calibrate(
             model.network,

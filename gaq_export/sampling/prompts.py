@@ -58,10 +58,10 @@ def condition_model(model: LoadedModel, asked: ConditioningRequest = Conditionin
     if not model.condition_inputs:
         return model
     scale = model.spec.guidance if asked.guidance is None else asked.guidance
-    rows = class_rows(model.unet)
+    rows = class_rows(model.module)
     if rows is not None and set(model.condition_inputs) == {LABELS}:
         # Only of a plain U-Net one cannot know that its last class stands for nothing, unless guidance is asked for.
-        spare = scale != 1 or model.spec.guidance != 1 or not isinstance(model.unet, UNet2DModel)
+        spare = scale != 1 or model.spec.guidance != 1 or not isinstance(model.module, UNet2DModel)
         count, unconditional = (rows - 1, rows - 1) if spare else (rows, None)
         conditioning = class_conditioning(
             parse_classes(asked.classes or "all", count), unconditional=unconditional, guidance=scale

@@ -87,7 +87,7 @@ def _about(plan: QuantPlan, model: LoadedModel, bits: str) -> list[str]:
         f"{model.spec.name} (from {source}), quantized to {bits} by gaq-export {__version__}: {len(plan.layers)} "
         f"layers have integer weights and inputs, {len(plan.float_layers)} stay float; `plan.json` names them."
     ]
-    return [*lines, "", "Its weights are random, so its pictures mean nothing."] if model.meaningless else lines
+    return [*lines, "", "Its weights are random, so its pictures mean nothing."] if model.random_weights else lines
 
 
 def _use() -> list[str]:

@@ -83,7 +83,7 @@ def write_pack(
     model, out = provenance.model_of(plan.provenance, model, run.folder), out or run.folder / FOLDER
     runs.check_replaceable(out, MARK)
     whole = whole or not model.source.public
-    if whole and (model.source == MODULE or type(model.unet) not in ARCHITECTURES):
+    if whole and (model.source == MODULE or type(model.module) not in ARCHITECTURES):
         raise GaqError(f"{model.spec.name!r} is a module of your own, which nobody else could load: it is not packed.")
     found, source = _evaluation(run, judged), str(PACK if whole else model.source)
     home = _home(model.source)
@@ -177,8 +177,8 @@ def _moved(about: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _save_float(model: LoadedModel, folder: Path) -> None:
     """Write the float model, and with it what its folder has to decode latents and to read prompts."""
-    place = "transformer" if "Transformer" in type(model.unet).__name__ else "unet"
-    model.unet.save_pretrained(folder / place)  # type: ignore[operator]
+    place = "transformer" if "Transformer" in type(model.module).__name__ else "unet"
+    model.module.save_pretrained(folder / place)  # type: ignore[operator]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     write_atomically(scheduler, json.dumps(dict(model.spec.scheduler), indent=1).encode())
     home = text_encoder.folder_of(model.source)

@@ -79,7 +79,7 @@ def pipe(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, nn
 def test_every_kind_of_network_comes_out_of_a_pipelines_folder_as_it_went_in(pipe) -> None:
     folder, inside, network, conditioning = pipe
     model = load_model(weights=folder)
-    assert type(model.unet) is type(network)
+    assert type(model.module) is type(network)
     assert (model.shape, model.fingerprint, model.schedule.clip) == ((1, 8, 8), fingerprint(network), None)
     assert {name: tuple(row.shape) for name, row in model.condition_inputs.items()} == conditioning
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])

@@ -26,8 +26,8 @@ def small(name: str) -> LoadedModel:
 def as_published(model: LoadedModel, prefix: str = ldm_checkpoint.NETWORK) -> dict[str, Tensor]:
     """Return the weights as latent diffusion's authors name and lay them out."""
     state, heads = {}, {}
-    for name, original in ldm_checkpoint.original_names(model.unet).items():
-        value = model.unet.state_dict()[name]
+    for name, original in ldm_checkpoint.original_names(model.module).items():
+        value = model.module.state_dict()[name]
         if original.rpartition(".")[0].endswith("qkv"):
             width = model.spec.config["attention_head_dim"]
             heads.setdefault(original, []).append(value.unflatten(0, (-1, 1, width)))  # (heads, 1, width, ...)
@@ -39,7 +39,7 @@ def as_published(model: LoadedModel, prefix: str = ldm_checkpoint.NETWORK) -> di
         whole = torch.cat(parts, 1).flatten(0, 2)
         state[prefix + original] = whole[..., None] if original.endswith("weight") else whole
     if model.spec.name == "imagenet-ldm":
-        state[ldm_checkpoint.TABLE] = model.unet.state_dict()["class_table.weight"]
+        state[ldm_checkpoint.TABLE] = model.module.state_dict()["class_table.weight"]
     return state
 
 
@@ -57,7 +57,11 @@ def test_a_network_written_as_its_authors_do_loads_and_predicts_the_same_to_the_
     file = write(model, tmp_path / "model.ckpt", {"state_dict": as_published(model) | others, "epoch": 3})
     for weights in (file, tmp_path):
         loaded = load_model(name, weights)
-        assert (loaded.fingerprint, loaded.meaningless, str(loaded.source)) == (model.fingerprint, False, str(weights))
+        assert (loaded.fingerprint, loaded.random_weights, str(loaded.source)) == (
+            model.fingerprint,
+            False,
+            str(weights),
+        )
     assert loaded.spec.sampler == MODELS[name].sampler
     betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2  # as their configs say
     assert torch.allclose(loaded.schedule.alpha_bar, (1 - betas).cumprod(0), rtol=1e-4)
@@ -67,9 +71,9 @@ def test_a_network_written_as_its_authors_do_loads_and_predicts_the_same_to_the_
     with torch.no_grad():
         assert torch.equal(loaded.network(x, t, conditioning), model.network(x, t, conditioning))
     if conditioning:
-        rows = model.unet.class_table.weight[[7, 1000]][:, None]
+        rows = model.module.class_table.weight[[7, 1000]][:, None]
         with torch.no_grad():
-            assert torch.equal(model.network(x, t, conditioning), model.unet(x, t, encoder_hidden_states=rows).sample)
+            assert torch.equal(model.network(x, t, conditioning), model.module(x, t, encoder_hidden_states=rows).sample)
 
 
 def test_the_map_covers_every_tensor_of_the_published_networks_and_diffusers_reads_it_likewise() -> None:
@@ -91,7 +95,7 @@ def test_the_moving_average_is_what_draws(tmp_path: Path) -> None:
     average = {ldm_checkpoint.AVERAGE + k.replace(".", ""): v for k, v in as_published(model, "").items()}
     counts = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
     file = write(model, tmp_path / "model.ckpt", as_published(other) | average | counts)
-    assert load_model("ldm-bedrooms", file).fingerprint == fingerprint(model.unet)
+    assert load_model("ldm-bedrooms", file).fingerprint == fingerprint(model.module)
 
 
 def test_stable_diffusions_single_file_is_read_too(tmp_path: Path) -> None:

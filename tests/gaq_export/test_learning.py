@@ -19,7 +19,7 @@ def test_rounds(tiny_model: LoadedModel, tmp_path: Path) -> None:
     data = collect(tiny_model, spec, images=chosen.images)
     both = learn(tiny_model, data, replace(chosen.config, rounds=2), spec, folder=tmp_path / "blocks")
     first = calibrate(tiny_model.network, data, replace(chosen.config, rounds=2), timesteps=100)
-    drawn = collect(replace(tiny_model, unet=fake_quantized(tiny_model.network, first)), spec, images=chosen.images)
+    drawn = collect(replace(tiny_model, module=fake_quantized(tiny_model.network, first)), spec, images=chosen.images)
     assert torch.equal(drawn.x[: chosen.images], data.x[: chosen.images])  # the same noise at the first step
     assert not torch.equal(drawn.x, data.x)
     second = calibrate(tiny_model.network, drawn, replace(chosen.config, rounds=2), timesteps=100)

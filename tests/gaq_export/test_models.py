@@ -49,11 +49,11 @@ def test_the_table_knows_the_published_architectures() -> None:
 def test_a_known_model_at_reduced_width_has_the_same_kinds_of_blocks(name: str) -> None:
     row = MODELS[name]
     model = random_model(reduced(row))
-    assert (model.meaningless, str(model.source), model.shape[1:]) == (True, "module", (16, 16))
-    assert sum(p.numel() for p in model.unet.parameters()) < 2_000_000
+    assert (model.random_weights, str(model.source), model.shape[1:]) == (True, "module", (16, 16))
+    assert sum(p.numel() for p in model.module.parameters()) < 2_000_000
     with torch.device("meta"):
         whole = build_network(row.config, name)
-    assert {type(m) for m in model.unet.modules()} == {type(m) for m in whole.modules()}
+    assert {type(m) for m in model.module.modules()} == {type(m) for m in whole.modules()}
     assert model.condition_inputs.keys() == condition_inputs_of(whole).keys()
     assert (model.spec.sampler, model.spec.guidance) == (row.sampler, row.guidance)
 
@@ -84,11 +84,11 @@ def test_of_a_pipelines_repository_each_part_is_fetched_once() -> None:
 
 def test_the_bundled_model_loads_by_name_alone() -> None:
     model = load_model("ddpm-mnist")
-    assert (str(model.source), model.meaningless, model.shape) == ("bundled", False, (1, 32, 32))
+    assert (str(model.source), model.random_weights, model.shape) == ("bundled", False, (1, 32, 32))
     assert model.spec.sampler == SamplerSpec(name="ddim", steps=50, spacing="uniform")
     assert model.schedule.num_train == 1000
-    assert not model.unet.training
-    assert {p.dtype for p in model.unet.parameters()} == {torch.float32}
+    assert not model.module.training
+    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
     assert load_model("ddpm-mnist", model.source).fingerprint == model.fingerprint
 
 
@@ -99,7 +99,7 @@ def test_the_bundled_model_predicts_the_noise_in_a_noisy_stroke() -> None:
     noise = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     a = model.schedule.alpha_bar[200].float()
     with torch.no_grad():
-        predicted = model.unet(a.sqrt() * clean + (1 - a).sqrt() * noise, torch.tensor([200])).sample
+        predicted = model.module(a.sqrt() * clean + (1 - a).sqrt() * noise, torch.tensor([200])).sample
     assert (predicted - noise).square().mean() < 0.05
 
 
@@ -109,7 +109,7 @@ def test_a_folder_decides_structure_name_and_schedule(tiny_folder: Path, tiny_un
     assert model.schedule.num_train == 100
     assert model.spec.sampler == SamplerSpec()
     for name, value in tiny_unet.state_dict().items():
-        assert torch.equal(model.unet.state_dict()[name], value)
+        assert torch.equal(model.module.state_dict()[name], value)
     assert load_model(model.spec.name, model.source).fingerprint == model.fingerprint
 
 
@@ -130,14 +130,14 @@ def test_a_pipeline_folder_is_read_from_its_subfolders(tiny_unet: UNet2DModel, t
 
 def test_half_precision_weights_become_float32(tiny_folder: Path) -> None:
     _rewrite(tiny_folder, lambda state: {name: value.half() for name, value in state.items()})
-    assert {p.dtype for p in load_model(weights=tiny_folder).unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(weights=tiny_folder).module.parameters()} == {torch.float32}
 
 
 def test_random_weights_are_seeded_and_marked_and_leave_the_random_stream_alone() -> None:
     before = torch.random.get_rng_state()
     first, again, other = (load_model("ddpm-mnist", weights) for weights in ("random", "random:0", "random:7"))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert first.meaningless
+    assert first.random_weights
     assert str(first.source) == "random"
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert load_model("ddpm-mnist", other.source).fingerprint == other.fingerprint

@@ -79,9 +79,9 @@ def test_a_model_of_classes_is_told_all_of_them_with_the_guidance_of_the_table(l
     assert model.spec.sampler.name == "ddim-clipped"  # guidance makes epsilon large, and the schedule clips x0
     assert condition_model(load_model(weights=labelled)).spec.sampler.name == "ddim"
     assert condition_model(of("imagenet-ldm")).spec.sampler.name == "ddim"  # whose schedule clips nothing
-    own = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditioning=guided)
+    own = wrap(model.module, shape=model.shape, schedule=model.schedule, conditioning=guided)
     assert own.spec.sampler.name == "ddim-clipped"
-    asked = wrap(model.unet, shape=model.shape, schedule=model.schedule, conditioning=guided, sampler=SamplerSpec())
+    asked = wrap(model.module, shape=model.shape, schedule=model.schedule, conditioning=guided, sampler=SamplerSpec())
     assert asked.spec.sampler.name == "ddim"
     assert (guided.names[-1], guided.guidance, int(guided.unconditional[LABELS])) == ("9", 2.0, 10)
 
