@@ -18,11 +18,11 @@ import typer
 import verdicts
 from calib.config import QuantConfig
 from command import command_line, one_line_errors
-from gaq_export.comparison import runner, tables
+from gaq_export.comparison import curves, runner, tables
 from gaq_export.comparison.results import Table, table_at
-from gaq_export.comparison.spec import Comparison, Row, parse_bits, parse_seeds, schedule
+from gaq_export.comparison.spec import Comparison, Row, adjusted_preset, parse_bits, parse_seeds
 from gaq_export.comparison.tables import Column
-from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.comparison.yardstick import ComputedBy, Yardstick
 from gaq_export.diffusion.schedule import timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import load_model
@@ -57,7 +57,7 @@ def main(
     preset: PresetName = "fast",
     iterations: Iterations = None,
     images: Annotated[int, typer.Option(help="Images that each network draws.")] = 256,
-    draw: Annotated[str, typer.Option(help="'engine' or 'pytorch'.")] = "engine",
+    draw: Annotated[ComputedBy, typer.Option(help="Computes the quantized networks.")] = ComputedBy.ENGINE,
     workers: Workers = 2,
     report_only: ReportOnly = False,
     job: Job = None,
@@ -65,18 +65,23 @@ def main(
     """Measure all cells and write the page."""
     with one_line_errors():
         yardstick = Yardstick(
-            model=load_model(model, weights), folder=folder, images=images, draw=draw, data=data, classifier=features
+            model=load_model(model, weights),
+            folder=folder,
+            images=images,
+            computed_by=draw,
+            data=data,
+            classifier=features,
         )
-        bench = Comparison(
+        comparison = Comparison(
             yardstick=yardstick,
-            schedule=schedule(preset, iterations),
+            preset=adjusted_preset(preset, iterations),
             rows={name: rung(name) for name in rungs.split(",")},
             bits=parse_bits(bits),
             seeds=parse_seeds(seeds),
             workers=workers,
             weights_alone=True,
         )
-        runner.execute(bench, job, report_only, lambda: write_page(bench, out), print)
+        runner.execute(comparison, job, report_only, lambda: write_page(comparison, out), print)
 
 
 def rung(name: str) -> Row:
@@ -106,39 +111,50 @@ def _round_to_nearest(config: QuantConfig) -> QuantConfig:
     )
 
 
-def write_page(bench: Comparison, out: Path) -> None:
+def write_page(comparison: Comparison, out: Path) -> None:
     """Write the page and its figure from the cells there are."""
-    found = {pair: table_at(bench, *pair) for pair in bench.bits}
-    shown = columns(bench)
-    lines = [f"# What each calibration ingredient is worth, {bench.model.spec.name}", "", f"    {command_line()}", ""]
-    lines += [*tables.circumstances(bench, shown), "", "Rows:", ""]
-    lines += [f"- `{row}`: {MEANING[row]}." for row in bench.rows]
-    lines += ["", verdicts.caution(len(bench.seeds))]
-    main_bits = MAIN if MAIN in found else bench.bits[0]
+    found = {pair: table_at(comparison, *pair) for pair in comparison.bits}
+    shown = columns(comparison)
+    lines = [
+        f"# What each calibration ingredient is worth, {comparison.model.spec.name}",
+        "",
+        f"    {command_line()}",
+        "",
+    ]
+    lines += [*tables.how_measured(comparison, shown), "", "Rows:", ""]
+    lines += [f"- `{row}`: {MEANING[row]}." for row in comparison.rows]
+    lines += ["", verdicts.caution(len(comparison.seeds))]
+    main_bits = MAIN if MAIN in found else comparison.bits[0]
     for (w, a), table in found.items():
         setting = f"W{w}A{a}"
-        lines += ["", f"## {setting}", "", *tables.markdown(table, "row", shown, tables.float_rows(bench, shown)), ""]
+        lines += [
+            "",
+            f"## {setting}",
+            "",
+            *tables.markdown(table, "row", shown, tables.float_rows(comparison, shown)),
+            "",
+        ]
         lines += [verdicts.standing(setting, table)]
-        if (w, a) == MAIN and LEARNED in bench.rows:
+        if (w, a) == MAIN and LEARNED in comparison.rows:
             lines += [line for text in verdicts.learned(setting, table, LEARNED) for line in ("", text)]
         if (w, a) == main_bits and table:
-            lines += ["", f"![SQNR at every step]({_figure(bench, out, setting, table)})"]
-    lines += tables.still_missing(bench)
+            lines += ["", f"![SQNR at every step]({_figure(comparison, out, setting, table)})"]
+    lines += tables.still_missing(comparison)
     publish(lines, out)
 
 
-def columns(bench: Comparison) -> list[Column]:
+def columns(comparison: Comparison) -> list[Column]:
     """Return the columns that were measured."""
-    images = [tables.PSNR] if bench.yardstick.images else []
-    distances = [tables.FD_REAL, tables.FD_FLOAT] if images and bench.yardstick.data else []
+    images = [tables.PSNR] if comparison.yardstick.images else []
+    distances = [tables.FD_REAL, tables.FD_FLOAT] if images and comparison.yardstick.data else []
     noise = [tables.SQNR, tables.SQNR_LEAD, tables.POOLED, tables.WEIGHTS]
     return [*noise, *images, *distances, tables.SECONDS, tables.PEAK, tables.SPREAD]
 
 
-def _figure(bench: Comparison, out: Path, setting: str, table: Table) -> str:
+def _figure(comparison: Comparison, out: Path, setting: str, table: Table) -> str:
     path = out.with_suffix(".svg")
-    visited = timesteps(bench.model.spec.sampler, bench.model.schedule.num_train).tolist()
-    tables.curves(path, f"{bench.model.spec.name} {setting}", table, visited, far=(RTN,))
+    visited = timesteps(comparison.model.spec.sampler, comparison.model.schedule.num_train).tolist()
+    curves.draw(path, f"{comparison.model.spec.name} {setting}", table, visited, omitted=(RTN,))
     return path.name
 
 

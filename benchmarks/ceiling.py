@@ -23,8 +23,8 @@ from calib.calibrate import calibrate
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from gaq_export.comparison import yardstick
-from gaq_export.comparison.spec import collected
-from gaq_export.comparison.yardstick import HELD_OUT, Yardstick
+from gaq_export.comparison.spec import calibration_set
+from gaq_export.comparison.yardstick import HELD_OUT, ComputedBy, Yardstick
 from gaq_export.models.loader import load_model
 from gaq_export.quantize.presets import preset
 from gaq_export.report.markdown import markdown_table, publish
@@ -44,7 +44,7 @@ def main(
 ) -> None:
     """Calibrate for all steps, for each group alone, and at 8 bits; compare group by group."""
     jobs = [(4, None), (8, None), *((4, k) for k in range(GROUPS))]
-    collected(load_model(model), preset("fast"), seed, folder)
+    calibration_set(load_model(model), preset("fast"), seed, folder)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(partial(_errors, model, folder, seed), *zip(*jobs, strict=True)))
     whole, eight, own = found[0], found[1], found[2:]
@@ -76,11 +76,12 @@ def _errors(name: str, folder: Path, seed: int, bits: int, group: int | None) ->
     """Calibrate with the samples of one group of steps, or of all; measure at every step."""
     torch.set_num_threads(1)
     model, chosen = load_model(name), preset("fast", wbits=bits, omega="uniform", seed=seed)
-    data = _of_group(collected(model, chosen, seed, folder), group)
+    data = _of_group(calibration_set(model, chosen, seed, folder), group)
     plan = calibrate(model.network, data, chosen.config, timesteps=model.schedule.num_train)
-    y = Yardstick(model=model, folder=folder, images=0, draw="pytorch", data=None, classifier=None)
+    bench = Yardstick(model=model, folder=folder, images=0, computed_by=ComputedBy.PYTORCH)
     weights, both = (
-        yardstick.noise_errors(y, fake_quantized(model.network, plan, activations=rounded)) for rounded in (False, True)
+        yardstick.noise_errors(bench, fake_quantized(model.network, plan, activations=rounded))
+        for rounded in (False, True)
     )
     return weights, both
 

@@ -1,4 +1,4 @@
-r"""What are bits of each layer's own, or of each step's own, worth beside as many bits for all?
+r"""What is it worth to choose bits for each layer, or for each step, beside as many bits for all?
 
     python benchmarks/mixed.py --of weights --bits W5A8,W6A8 --data mnist.npz --folder bench-weights \
         --out docs/results/mixed-weights-ddpm-mnist.md
@@ -21,7 +21,7 @@ from calib.config import QuantConfig
 from command import command_line, one_line_errors
 from gaq_export.comparison import runner, tables
 from gaq_export.comparison.results import table_at
-from gaq_export.comparison.spec import Comparison, Row, parse_bits, parse_seeds, schedule
+from gaq_export.comparison.spec import Comparison, Row, adjusted_preset, parse_bits, parse_seeds
 from gaq_export.comparison.tables import Column
 from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.errors import GaqError
@@ -76,39 +76,37 @@ def main(
     with one_line_errors():
         if of not in ROWS:
             raise GaqError(f"Found --of {of!r}; choose one of {list(ROWS)}.")
-        yardstick = Yardstick(
-            model=load_model(model, weights), folder=folder, images=images, draw="engine", data=data, classifier=None
-        )
-        bench = Comparison(
+        yardstick = Yardstick(model=load_model(model, weights), folder=folder, images=images, data=data)
+        comparison = Comparison(
             yardstick=yardstick,
-            schedule=schedule(preset, iterations),
+            preset=adjusted_preset(preset, iterations),
             rows=ROWS[of],
             bits=parse_bits(bits),
             seeds=parse_seeds(seeds),
             workers=workers,
         )
-        runner.execute(bench, job, report_only, lambda: write_page(bench, of, out), print)
+        runner.execute(comparison, job, report_only, lambda: write_page(comparison, of, out), print)
 
 
-def write_page(bench: Comparison, of: str, out: Path) -> None:
+def write_page(comparison: Comparison, of: str, out: Path) -> None:
     """Write the page from the cells there are."""
-    shown = _columns(bench)
-    lines = [f"# Bits of each one's own: {of} of {bench.model.spec.name}", "", f"    {command_line()}", ""]
+    shown = _columns(comparison)
+    lines = [f"# Mixed bits of {of}, {comparison.model.spec.name}", "", f"    {command_line()}", ""]
     lines += [
-        *tables.circumstances(bench, shown),
+        *tables.how_measured(comparison, shown),
         "",
         "Rows:",
         "",
-        *(f"- `{row}`: {MEANING[row]}." for row in bench.rows),
+        *(f"- `{row}`: {MEANING[row]}." for row in comparison.rows),
     ]
-    for w, a in bench.bits:
-        table = table_at(bench, w, a)
-        lines += ["", f"## W{w}A{a}", "", *tables.markdown(table, "row", shown, tables.float_rows(bench, shown))]
-    publish([*lines, *tables.still_missing(bench)], out)
+    for w, a in comparison.bits:
+        table = table_at(comparison, w, a)
+        lines += ["", f"## W{w}A{a}", "", *tables.markdown(table, "row", shown, tables.float_rows(comparison, shown))]
+    publish([*lines, *tables.still_missing(comparison)], out)
 
 
-def _columns(bench: Comparison) -> list[Column]:
-    distances = [tables.FD_REAL, tables.FD_FLOAT] if bench.yardstick.data else []
+def _columns(comparison: Comparison) -> list[Column]:
+    distances = [tables.FD_REAL, tables.FD_FLOAT] if comparison.yardstick.data else []
     return [tables.SQNR, tables.WORST, tables.PSNR, *distances, tables.SECONDS, tables.SIZE, tables.WORK]
 
 

@@ -17,8 +17,8 @@ from calib.config import QuantConfig
 from command import command_line, one_line_errors
 from gaq_export.comparison import runner, tables
 from gaq_export.comparison.results import table_at
-from gaq_export.comparison.spec import Comparison, Row, parse_seeds, schedule
-from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.comparison.spec import Comparison, Row, adjusted_preset, parse_seeds
+from gaq_export.comparison.yardstick import ComputedBy, Yardstick
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import load_model
 from gaq_export.report.markdown import publish
@@ -61,19 +61,17 @@ def main(
 ) -> None:
     """Measure all variants and write the page."""
     with one_line_errors():
-        yardstick = Yardstick(
-            model=load_model(model, weights), folder=folder, images=0, draw="pytorch", data=None, classifier=None
-        )
-        bench = Comparison(
+        yardstick = Yardstick(model=load_model(model, weights), folder=folder, images=0, computed_by=ComputedBy.PYTORCH)
+        comparison = Comparison(
             yardstick=yardstick,
-            schedule=schedule(preset, iterations),
+            preset=adjusted_preset(preset, iterations),
             rows=chosen(variants),
             bits=(BITS,),
             seeds=parse_seeds(seeds),
             workers=workers,
             weights_alone=True,
         )
-        runner.execute(bench, job, report_only, lambda: write_page(bench, out), print)
+        runner.execute(comparison, job, report_only, lambda: write_page(comparison, out), print)
 
 
 def chosen(names: str) -> dict[str, Row]:
@@ -94,14 +92,14 @@ def changed(fields: Mapping[str, Any]) -> Row:
     return row
 
 
-def write_page(bench: Comparison, out: Path) -> None:
+def write_page(comparison: Comparison, out: Path) -> None:
     """Write the page from the cells there are."""
-    table = table_at(bench, *BITS)
-    lines = [f"# Settings of the sample weights, {bench.model.spec.name} W4A8", "", f"    {command_line()}", ""]
-    lines += [*tables.circumstances(bench, COLUMNS), "", verdicts.caution(len(bench.seeds)), ""]
+    table = table_at(comparison, *BITS)
+    lines = [f"# Settings of the sample weights, {comparison.model.spec.name} W4A8", "", f"    {command_line()}", ""]
+    lines += [*tables.how_measured(comparison, COLUMNS), "", verdicts.caution(len(comparison.seeds)), ""]
     words = {name: f"`{name}`" + "".join(f", {k} {v}" for k, v in fields.items()) for name, fields in VARIANTS}
     lines += [*tables.markdown(table, "variant, what it changes", COLUMNS, words=words), ""]
-    lines += [verdicts.standing("W4A8", table), *tables.still_missing(bench)]
+    lines += [verdicts.standing("W4A8", table), *tables.still_missing(comparison)]
     publish(lines, out)
 
 

@@ -10,7 +10,6 @@ be installed in several environments, one run each.
 
 import importlib.util
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ import typer
 import peers
 from calib.files import write_atomically
 from calib.float_layers import float_reasons
+from calib.sqnr import ratio_db
 from calib.trace import trace
 from engines import EngineConfig, open_engine
-from gaq_export.comparison import yardstick as measures
+from gaq_export.comparison import yardstick
 from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.diffusion.denoiser import Denoiser
@@ -97,10 +97,10 @@ def main(
 ) -> None:
     """Measure every row that is missing, and write one table for each width."""
     loaded = load_model(model)
-    yardstick = Yardstick(model=loaded, folder=folder, images=images, draw="engine", data=data, classifier=None)
-    bench = Bench(model=loaded, schedule=schedule, yardstick=yardstick, iterations=iterations)
+    shared = Yardstick(model=loaded, folder=folder, images=images, data=data)
+    bench = Bench(model=loaded, schedule=schedule, yardstick=shared, iterations=iterations)
     if not report_only:
-        measures.prepare(yardstick)
+        yardstick.prepare(shared)
         for wbits in WIDTHS:
             _ours(bench, wbits)
             for name, peer in PEERS.items():
@@ -156,24 +156,24 @@ def _samples(bench: Bench) -> list[peers.Arrays]:
 
 
 def _measure(bench: Bench, path: Path, denoise: Denoiser, kept: int) -> None:
-    y = bench.yardstick
+    shared = bench.yardstick
     with torch.no_grad():
-        found: dict[str, Any] = {"error": measures.noise_errors(y, denoise), "kept": kept}
-        if y.images:
-            found |= measures.picture_measures(y, measures.pictures(y, denoise))
+        found: dict[str, Any] = {"error": yardstick.noise_errors(shared, denoise), "kept": kept}
+        if shared.images:
+            found |= yardstick.image_scores(shared, yardstick.draw_images(shared, denoise))
     write_atomically(path, json.dumps(found, indent=1).encode())
     print(path.stem, flush=True)
 
 
 def _page(bench: Bench) -> Iterator[str]:
-    facts, chosen, images = measures.facts(bench.yardstick), preset(bench.schedule), bench.yardstick.images
+    facts, chosen, images = yardstick.facts(bench.yardstick), preset(bench.schedule), bench.yardstick.images
     yield f"# {bench.model.spec.name}: quality beside other tools"
     yield ""
     steps = bench.model.spec.sampler.steps
     said = (
         f"{chosen.images} calibration images for everyone, each a sample at {steps} steps, of which a peer is given "
         f"{SAMPLES} and ours takes what its preset does. 8-bit activations, weights by channel. SQNR of the predicted "
-        f"noise on {measures.HELD_OUT} held-out "
+        f"noise on {yardstick.HELD_OUT} held-out "
         f"trajectories. AIMET learns {bench.iterations} iterations a layer, ours "
         f"{chosen.config.reconstruction.iterations} a block. {machine()}."
     )
@@ -211,7 +211,7 @@ def _rows(bench: Bench, wbits: int, signal: list[float]) -> Iterator[tuple[str, 
         if not path.exists():
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
-        decibels = [10 * math.log10(s / e) for s, e in zip(signal, found["error"], strict=True)]
+        decibels = list(map(ratio_db, signal, found["error"]))
         pictures = (
             (f"{statistics.median(found['psnr_db']):.2f}", f"{found['fd_real']:.2f}") if "psnr_db" in found else ()
         )

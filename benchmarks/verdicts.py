@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gaq_export.comparison.results import Measured, Table
+from gaq_export.comparison.results import CellScores, Table
 from gaq_export.comparison.tables import BASELINE, mean_sd
 
 GOAL = 0.5  # share of the baseline's squared error that learned sample weights should remove
@@ -39,7 +39,7 @@ def _certainty(differences: Sequence[float]) -> str:
     return f"{'more' if more else 'not more'} than twice its standard error ({error:.3f} dB, n = {n})"
 
 
-def share(table: Table, row: str, error: Callable[[Measured], float]) -> list[float]:
+def share(table: Table, row: str, error: Callable[[CellScores], float]) -> list[float]:
     """Return, seed by seed, the share of the baseline's squared error that `row` removes; below 0 if it adds some."""
     base = table.get(BASELINE, {})
     return [1 - error(m) / error(base[seed]) for seed, m in table[row].items() if seed in base]

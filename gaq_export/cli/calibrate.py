@@ -1,5 +1,6 @@
 """The commands that calibrate, with one recipe or several side by side, and those that list the names."""
 
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -208,31 +209,30 @@ def compare(
     with one_line_errors():
         from gaq_export.comparison import pages as comparison_pages
         from gaq_export.comparison import runner, spec
+        from gaq_export.comparison.yardstick import Yardstick
         from gaq_export.quantize.recipes import RECIPES
 
         with Display(quiet) as display:
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
-            bench = comparison_pages.comparison(
-                loaded,
-                recipes.split(",") if recipes else list(RECIPES),
-                spec.schedule(preset, iterations, calibration_images),
+            own = loaded.spec.sampler
+            asked = replace_options(own, name=sampler, steps=steps, spacing=spacing, eta=eta) or own
+            loaded = dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, sampler=asked))
+            comparison = spec.Comparison(
+                yardstick=Yardstick(model=loaded, folder=folder, images=images, data=data, classifier=features),
+                preset=spec.adjusted_preset(preset, iterations, calibration_images),
+                rows=spec.recipe_rows(recipes.split(",") if recipes else list(RECIPES)),
                 bits=spec.parse_bits(bits or f"W{wbits}A{abits}"),
-                seeds=seeds,
-                folder=folder,
-                images=images,
-                sampler=replace_options(loaded.spec.sampler, name=sampler, steps=steps, spacing=spacing, eta=eta),
-                data=data,
-                features=features,
+                seeds=tuple(range(seeds)),
                 workers=workers,
             )
             name = f"compare-{loaded.spec.name}"
-            pages = comparison_pages.Pages(
+            pages = comparison_pages.PagePaths(
                 html=(out or folder) / f"{name}.html", markdown=(out or folder) / f"{name}.md"
             )
             command = comparison_pages.command_line(sys.argv[1:])
             # Each calibration is a process that this one starts, after one that prepares what all of them need.
-            jobs = 1 if job or report_only else 1 + len(runner.missing(bench))
+            jobs = 1 if job or report_only else 1 + len(runner.missing(comparison))
             finished = 0
             display.measure(job or "calibrations", finished, jobs)
 
@@ -243,7 +243,8 @@ def compare(
                     typer.echo(line)
                 display.measure("calibrations", finished, jobs)
 
-            runner.execute(bench, job, report_only, lambda: comparison_pages.write_pages(bench, command, pages), say)
+            write = partial(comparison_pages.write_pages, comparison, command, pages)
+            runner.execute(comparison, job, report_only, write, say)
         if not job:
             typer.echo(f"-> {pages.html}")
 

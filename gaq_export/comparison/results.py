@@ -1,4 +1,4 @@
-"""What the cells of a comparison measured, as numbers by row and seed."""
+"""The scores of a comparison's cells, by row and seed, as they are read from the files of the cells."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from gaq_export.comparison.spec import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class CellScores:
     """One cell at one activation width.
 
     Attributes:
@@ -28,8 +28,8 @@ class Measured:
         peak_mib: largest resident memory of the process until the plan was there, None where the system has no count.
         spread: standard deviation of the sample weights over the training set, times their number.
         blocks: loss of each reconstructed block with its final rounding, over training samples.
-        megabytes: of all weights.
-        giga_bit_operations: for one image and step.
+        megabytes: of all weights; None in records of earlier versions.
+        giga_bit_operations: for one image and step; None likewise.
     """
 
     steps_db: tuple[float, ...]
@@ -53,23 +53,23 @@ class Measured:
         return statistics.fmean(self.steps_db)
 
 
-Table = Mapping[str, Mapping[int, Measured]]  # row -> seed -> what was measured
+Table = Mapping[str, Mapping[int, CellScores]]  # by row, then by seed
 
 
-def table_at(bench: Comparison, wbits: int, abits: int) -> Table:
-    """Read what there is at one setting of bits; rows without any seed are left out."""
-    signal = yardstick.facts(bench.yardstick)["signal"]
-    table: dict[str, dict[int, Measured]] = {}
-    for cell in bench.cells:
-        found = runner.result(bench, cell) if cell.wbits == wbits else None
-        if found and str(abits) in found["activations"]:
-            table.setdefault(cell.row, {})[cell.seed] = _measured(signal, found, found["activations"][str(abits)])
+def table_at(comparison: Comparison, wbits: int, abits: int) -> Table:
+    """Read what was measured so far at one setting of bits; a row without any seed is left out."""
+    signal = yardstick.facts(comparison.yardstick)["signal"]
+    table: dict[str, dict[int, CellScores]] = {}
+    for cell in comparison.cells:
+        record = runner.read_cell(comparison, cell) if cell.wbits == wbits else None
+        if record and str(abits) in record["activations"]:
+            table.setdefault(cell.row, {})[cell.seed] = _scores(signal, record, record["activations"][str(abits)])
     return table
 
 
-def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str, Any]) -> Measured:
-    weights = found.get("weights_error", [math.nan])
-    return Measured(
+def _scores(signal: Sequence[float], record: Mapping[str, Any], at: Mapping[str, Any]) -> CellScores:
+    weights = record.get("weights_error", [math.nan])
+    return CellScores(
         steps_db=tuple(map(ratio_db, signal, at["error"])),
         pooled_db=ratio_db(sum(signal), sum(at["error"])),
         error=sum(at["error"]),
@@ -78,10 +78,10 @@ def _measured(signal: Sequence[float], found: Mapping[str, Any], at: Mapping[str
         psnr_db=statistics.median(at["psnr_db"]) if "psnr_db" in at else None,
         fd_real=at.get("fd_real"),
         fd_float=at.get("fd_float"),
-        seconds=found["seconds"],
-        peak_mib=found["peak_mib"],
-        spread=found["omega_spread"],
-        blocks=found["block_losses"],
+        seconds=record["seconds"],
+        peak_mib=record["peak_mib"],
+        spread=record["omega_spread"],
+        blocks=record["block_losses"],
         megabytes=at["bytes"] / 1e6 if "bytes" in at else None,
         giga_bit_operations=at["bit_operations"] / 1e9 if "bit_operations" in at else None,
     )

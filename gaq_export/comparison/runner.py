@@ -1,8 +1,9 @@
-"""Measuring the cells of a comparison: one calibration each, in a process of its own, its numbers kept as JSON.
+"""Measure the cells of a comparison: each calibrates once, in its own process, and writes its numbers as JSON.
 
 Rounding does not depend on activation bits, since weights are calibrated before activations are ranged: one cell serves
-all activation widths of its weights. A process a cell makes its peak memory its own and lets a crash cost one cell;
-every process has one thread. The same command continues where an earlier one stopped and measures only what is missing.
+all activation widths of its weights. With one process for each cell, peak memory is the cell's alone and a crash costs
+one cell; every process has one thread. The same command continues where an earlier one stopped, and measures only what
+is missing.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from calib import config as configs
 from calib import cost
@@ -29,75 +31,87 @@ from calib.plan import QuantPlan
 from calib.progress import Progress
 from calib.surgery import apply_surgery
 from gaq_export.comparison import yardstick
-from gaq_export.comparison.spec import Cell, Comparison, claim, collected, version
+from gaq_export.comparison.spec import Cell, Comparison, calibration_set, claim, version
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.quantize import learn
 from gaq_export.run import peak_memory_mib
 
-SHOWN = 8  # images that are kept to be looked at
+SHOWN = 8  # images that are stored, for the page
 PREPARE = "prepare"  # the job before all cells
 
 
 def execute(
-    bench: Comparison, job: str | None, report_only: bool, write_page: Callable[[], None], say: Callable[[str], None]
+    comparison: Comparison,
+    job: str | None,
+    report_only: bool,
+    write_page: Callable[[], None],
+    say: Callable[[str], None],
 ) -> None:
-    """Do the one job that a process was started for, or measure what is missing and write the page.
+    """Do the one job that this process was started for, or measure what is missing and write the page.
 
-    `say` is told of every finished cell.
+    Args:
+        comparison: what to measure.
+        job: name of the job; None for the command that a user gave.
+        report_only: whether only the page is written.
+        write_page: writes it.
+        say: called with a line for each finished job.
+
+    Raises:
+        SystemExit: a cell failed.
     """
     if job:
-        work(bench, job)
+        work(comparison, job)
         return
-    claim(bench)
-    failed = [] if report_only else run(bench, say)
+    claim(comparison)
+    failed = [] if report_only else run(comparison, say)
     write_page()
     if failed:
         raise SystemExit(1)
 
 
-def run(bench: Comparison, say: Callable[[str], None]) -> list[Cell]:
+def run(comparison: Comparison, say: Callable[[str], None]) -> list[Cell]:
     """Measure every cell that is missing, each in a process that repeats this command with --job; return the failed."""
-    if not _spawn(bench, PREPARE, say):
-        raise GaqError(f"The preparation failed: see {_log(bench, PREPARE)}.")
-    todo = missing(bench)
-    with ThreadPoolExecutor(bench.workers) as pool:
+    if not _spawn(comparison, PREPARE, say):
+        raise GaqError(f"The preparation failed: see {_log(comparison, PREPARE)}.")
+    todo = missing(comparison)
+    with ThreadPoolExecutor(comparison.workers) as pool:
         try:
-            succeeded = list(pool.map(lambda cell: _spawn(bench, cell.name, say), todo))
+            succeeded = list(pool.map(lambda cell: _spawn(comparison, cell.name, say), todo))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
     return [cell for cell, ok in zip(todo, succeeded, strict=True) if not ok]
 
 
-def work(bench: Comparison, job: str) -> None:
+def work(comparison: Comparison, job: str) -> None:
     """Do one job in this process."""
     torch.set_num_threads(1)
     if job == PREPARE:
-        for seed in bench.seeds:
-            _collected(bench, seed)
-        yardstick.prepare(bench.yardstick)
+        for seed in comparison.seeds:
+            _calibration_set(comparison, seed)
+        yardstick.prepare(comparison.yardstick)
     else:
-        _measure(bench, next(cell for cell in bench.cells if cell.name == job))
+        _measure(comparison, next(cell for cell in comparison.cells if cell.name == job))
 
 
-def missing(bench: Comparison) -> list[Cell]:
+def missing(comparison: Comparison) -> list[Cell]:
     """Return the cells that have yet to measure an activation width."""
-    return [cell for cell in bench.cells if _lacking(bench, cell)]
+    return [cell for cell in comparison.cells if _missing_widths(comparison, cell)]
 
 
-def result(bench: Comparison, cell: Cell) -> dict[str, Any] | None:
-    """Return what a cell measured so far, or None."""
-    path = bench.path(cell, ".json")
+def read_cell(comparison: Comparison, cell: Cell) -> dict[str, Any] | None:
+    """Return what a cell has measured so far, None if nothing."""
+    path = comparison.path(cell, ".json")
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
-def pictures_path(bench: Comparison, cell: Cell, abits: int) -> Path:
-    """Return where the first SHOWN images of a cell are kept."""
-    return bench.path(cell, f"-a{abits}.safetensors")
+def images_path(comparison: Comparison, cell: Cell, abits: int) -> Path:
+    """Return where the first SHOWN images of a cell are stored."""
+    return comparison.path(cell, f"-a{abits}.safetensors")
 
 
 def plan_at(
@@ -111,52 +125,74 @@ def plan_at(
     """Return the plan of `config` at another activation width.
 
     The blocks that `folder` holds from one width serve all others, so that only the ranges are observed again. They
-    are, rather than old scales stretched, because a scale in float32 no longer has every bit of its magnitude.
+    are observed rather than computed from the old scales, because a float32 scale has lost bits of its range.
+
+    Args:
+        model: the float model.
+        data: calibration set.
+        config: at any activation width.
+        abits: activation width of the plan.
+        folder: where finished blocks are stored.
+        on_progress: called after every iteration and block.
     """
     config = dataclasses.replace(config, activation=dataclasses.replace(config.activation, bits=abits))
     return learn(model, data, config, model.spec.sampler, folder=folder, on_progress=on_progress)
 
 
-def _measure(bench: Comparison, cell: Cell) -> None:
-    """Calibrate once for each activation width that is missing, and write down what comes of it."""
-    y, model = bench.yardstick, bench.model
-    data = _collected(bench, cell.seed)
-    config, blocks = bench.config(cell), bench.path(cell, "")
-    found = result(bench, cell) or {"activations": {}}
-    for abits in _lacking(bench, cell):
+def _measure(comparison: Comparison, cell: Cell) -> None:
+    """Calibrate once for each activation width that is missing, and write down the results."""
+    data = _calibration_set(comparison, cell.seed)
+    config, blocks = comparison.config(cell), comparison.path(cell, "")
+    record = read_cell(comparison, cell) or {"activations": {}}
+    for abits in _missing_widths(comparison, cell):
         clock = Clock(blocks / "clock.json")
-        plan = plan_at(model, data, config, abits, blocks, clock.on_progress)
-        if "seconds" not in found:
-            found |= clock.read() | {
-                "workers": bench.workers,
-                "version": version(),
-                "config": configs.to_json(config),
-                "omega_spread": omega_spread(plan),
-                "block_losses": {b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
-            }
-            if bench.weights_alone:
-                weights = fake_quantized(model.network, plan, activations=False)
-                found["weights_error"] = yardstick.noise_errors(y, weights)
-        network = apply_surgery(model.network, plan.surgery)
-        macs = cost.layer_macs(network, model.shape, model.schedule.num_train, model.condition_inputs)
-        measured: dict[str, Any] = {
-            "bytes": cost.weight_bytes(network, plan),
-            "bit_operations": cost.bit_operations(macs, plan),
-        }
-        with yardstick.quantized(y, plan) as denoise:
-            measured["error"] = yardstick.noise_errors(y, denoise, plan.correction)
-            drawn = yardstick.pictures(y, denoise, plan.correction) if y.images else None
-        if drawn is not None:
-            measured |= yardstick.picture_measures(y, drawn)
-            write_atomically(pictures_path(bench, cell, abits), save({"images": drawn[:SHOWN].contiguous()}))
-        found["activations"][str(abits)] = measured
-        write_atomically(bench.path(cell, ".json"), json.dumps(found, indent=1).encode())
+        plan = plan_at(comparison.model, data, config, abits, blocks, clock.on_progress)
+        if "seconds" not in record:  # a later width finds the blocks ready, so its time would say nothing
+            record |= clock.read() | _calibration_facts(comparison, config, plan)
+        scores, images = _scores(comparison, plan)
+        if images is not None:
+            shown = {"images": images[:SHOWN].contiguous()}
+            write_atomically(images_path(comparison, cell, abits), save(shown))
+        record["activations"][str(abits)] = scores
+        write_atomically(comparison.path(cell, ".json"), json.dumps(record, indent=1).encode())
+
+
+def _calibration_facts(comparison: Comparison, config: QuantConfig, plan: QuantPlan) -> dict[str, Any]:
+    """Return what does not depend on the activation width."""
+    facts: dict[str, Any] = {
+        "workers": comparison.workers,
+        "version": version(),
+        "config": configs.to_json(config),
+        "omega_spread": omega_spread(plan),
+        "block_losses": {b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
+    }
+    if comparison.weights_alone:
+        weights = fake_quantized(comparison.model.network, plan, activations=False)
+        facts["weights_error"] = yardstick.noise_errors(comparison.yardstick, weights)
+    return facts
+
+
+def _scores(comparison: Comparison, plan: QuantPlan) -> tuple[dict[str, Any], Tensor | None]:
+    """Return a plan's size, work and quality, and the images (N, C, H, W) that it draws, None if there are none."""
+    shared, model = comparison.yardstick, comparison.model
+    network = apply_surgery(model.network, plan.surgery)
+    macs = cost.layer_macs(network, model.shape, model.schedule.num_train, model.condition_inputs)
+    scores: dict[str, Any] = {
+        "bytes": cost.weight_bytes(network, plan),
+        "bit_operations": cost.bit_operations(macs, plan),
+    }
+    with yardstick.quantized(shared, plan) as denoise:
+        scores["error"] = yardstick.noise_errors(shared, denoise, plan.correction)
+        images = yardstick.draw_images(shared, denoise, plan.correction) if shared.images else None
+    if images is not None:
+        scores |= yardstick.image_scores(shared, images)
+    return scores, images
 
 
 class Clock:
-    """Processor seconds and peak memory of a calibration, also of one that was killed and continued.
+    """Processor seconds and peak memory of a calibration, even if it was interrupted and continued.
 
-    A process has one thread, so that on a quiet machine they are the seconds a user waits; on a busy one they are less.
+    A process has one thread, so on an idle machine these are the seconds that a user waits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -184,23 +220,23 @@ def omega_spread(plan: QuantPlan) -> float:
     return float(omega.std(correction=0)) * len(omega)
 
 
-def _collected(bench: Comparison, seed: int) -> CalibrationSet:
-    return collected(bench.model, bench.schedule, seed, bench.yardstick.folder)
+def _calibration_set(comparison: Comparison, seed: int) -> CalibrationSet:
+    return calibration_set(comparison.model, comparison.preset, seed, comparison.yardstick.folder)
 
 
-def _lacking(bench: Comparison, cell: Cell) -> list[int]:
+def _missing_widths(comparison: Comparison, cell: Cell) -> list[int]:
     """Return the activation widths that a cell has yet to measure."""
-    have = (result(bench, cell) or {"activations": {}})["activations"]
-    return [a for w, a in bench.bits if w == cell.wbits and str(a) not in have]
+    measured = (read_cell(comparison, cell) or {"activations": {}})["activations"]
+    return [a for w, a in comparison.bits if w == cell.wbits and str(a) not in measured]
 
 
-def _spawn(bench: Comparison, job: str, say: Callable[[str], None]) -> bool:
+def _spawn(comparison: Comparison, job: str, say: Callable[[str], None]) -> bool:
     """Run this command again for one job, with one thread, its output in a log; return whether it succeeded."""
-    started, log = time.perf_counter(), _log(bench, job)
+    started, log = time.perf_counter(), _log(comparison, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
-        own = Path(sys.argv[0]).name in ("gaq-export", "__main__.py")
-        program = ["-m", "gaq_export"] if own else [sys.argv[0]]
+        ours = Path(sys.argv[0]).name in ("gaq-export", "__main__.py")
+        program = ["-m", "gaq_export"] if ours else [sys.argv[0]]
         command = [sys.executable, *program, *sys.argv[1:], "--job", job]
         threads = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=stream, stderr=stream, env=threads, check=False).returncode
@@ -208,5 +244,5 @@ def _spawn(bench: Comparison, job: str, say: Callable[[str], None]) -> bool:
     return code == 0
 
 
-def _log(bench: Comparison, job: str) -> Path:
-    return bench.yardstick.folder / "logs" / f"{job}.log"
+def _log(comparison: Comparison, job: str) -> Path:
+    return comparison.yardstick.folder / "logs" / f"{job}.log"

@@ -1,13 +1,13 @@
 """What a comparison of ways to calibrate measures, and what its folder holds.
 
-A cell is a row of the table (a way to calibrate), a seed and a weight width; see `cells.py` for how it is measured.
+A cell is a row of the table (a way to calibrate), a seed and a weight width; `runner` measures them.
 """
 
 import dataclasses
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.presets import Preset, preset
+from gaq_export.quantize.recipes import find_recipe
 from gaq_export.quantize.trajectories import collect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-Row = Callable[[QuantConfig], QuantConfig]
+Row = Callable[[QuantConfig], QuantConfig]  # makes of the preset's config the one of a row
+Bits = tuple[int, int]  # weights, activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +48,19 @@ class Comparison:
     """Ways to calibrate, side by side.
 
     Attributes:
-        yardstick: what all cells are measured with; its folder keeps the results too.
-        schedule: the preset that every row starts from.
+        yardstick: measures all cells; its folder holds the results too.
+        preset: what every row starts from.
         rows: how each row changes the preset's config.
-        bits: (weight, activation) widths, a table each.
-        seeds: of mini-batches, split and calibration images together, as a user's --seed.
-        workers: how many cells run beside each other.
+        bits: weight and activation widths, one table each.
+        seeds: each sets mini-batches, split and calibration images together, as a user's --seed does.
+        workers: how many cells run at the same time.
         weights_alone: whether the error with float activations is measured too.
     """
 
     yardstick: Yardstick
-    schedule: Preset
+    preset: Preset
     rows: Mapping[str, Row]
-    bits: tuple[tuple[int, int], ...]
+    bits: tuple[Bits, ...]
     seeds: tuple[int, ...]
     workers: int
     weights_alone: bool = False
@@ -70,27 +72,39 @@ class Comparison:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells, one seed after the other so that a part of them is a fair comparison already."""
+        """All cells, one seed after the other, so that a part of them is a fair comparison already."""
         widths = dict.fromkeys(w for w, _ in self.bits)
         return [Cell(row=r, seed=s, wbits=w) for s in self.seeds for w in widths for r in self.rows]
 
     def config(self, cell: Cell) -> QuantConfig:
         """Return how a cell is calibrated; its activation width is still the preset's."""
-        base = self.schedule.config
+        base = self.preset.config
         weight = dataclasses.replace(base.weight, bits=cell.wbits)
         return self.rows[cell.row](dataclasses.replace(base, weight=weight, seed=cell.seed))
 
     def path(self, cell: Cell, suffix: str) -> Path:
-        """Return a file of a cell; its name holds a digest of the config, so that an altered row starts afresh."""
+        """Return a file of a cell; its name holds a digest of the config, so that a changed row starts anew."""
         digest = hashlib.sha256(json.dumps(configs.to_json(self.config(cell))).encode()).hexdigest()
         return self.yardstick.folder / "cells" / f"{cell.name}-{digest[:8]}{suffix}"
 
 
-def parse_bits(text: str) -> tuple[tuple[int, int], ...]:
+def recipe_rows(names: Sequence[str]) -> dict[str, Row]:
+    """Return a row for each recipe.
+
+    Raises:
+        GaqError: a recipe is unknown.
+    """
+    return {name: find_recipe(name).apply for name in names}
+
+
+def parse_bits(text: str) -> tuple[Bits, ...]:
     """Read "W4A8,W8A8".
 
     >>> parse_bits("W4A8,W8A8")
     ((4, 8), (8, 8))
+
+    Raises:
+        GaqError: the text has another form, or a width that no grid has.
     """
     try:
         pairs = [part.upper().removeprefix("W").split("A") for part in text.split(",")]
@@ -103,59 +117,61 @@ def parse_bits(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read "0,1,2"."""
+    """Read "0,1,2"; raise GaqError if it has another form."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise GaqError(f"Found seeds {text!r}; write whole numbers, as in 0,1,2.") from error
 
 
-def schedule(name: str, iterations: int | None, images: int | None = None) -> Preset:
-    """Return the preset `name`, its iterations and calibration images replaced if given."""
-    chosen = preset(name)
-    chosen = chosen if images is None else dataclasses.replace(chosen, images=images)
+def adjusted_preset(name: str, iterations: int | None, images: int | None = None) -> Preset:
+    """Return the preset `name` with other numbers of iterations and calibration images, where they are not None."""
+    base = preset(name)
+    base = base if images is None else dataclasses.replace(base, images=images)
     if iterations is None:
-        return chosen
-    reconstruction = dataclasses.replace(chosen.config.reconstruction, iterations=iterations)
-    return dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, reconstruction=reconstruction))
+        return base
+    reconstruction = dataclasses.replace(base.config.reconstruction, iterations=iterations)
+    return dataclasses.replace(base, config=dataclasses.replace(base.config, reconstruction=reconstruction))
 
 
-def collected(model: LoadedModel, chosen: Preset, seed: int, folder: Path) -> CalibrationSet:
-    """Return the preset's calibration images of `seed`, kept in a folder inside `folder`."""
-    return collect(model, model.spec.sampler, images=chosen.images, seed=seed, folder=folder / f"calibration-{seed}")
+def calibration_set(model: LoadedModel, preset: Preset, seed: int, folder: Path) -> CalibrationSet:
+    """Return the preset's calibration set of `seed`; finished parts are stored in a folder inside `folder`."""
+    return collect(model, model.spec.sampler, images=preset.images, seed=seed, folder=folder / f"calibration-{seed}")
 
 
-def claim(bench: Comparison) -> None:
+def claim(comparison: Comparison) -> None:
     """Write down what the folder's numbers depend on; raise GaqError if it holds numbers of something else."""
-    y, path, conditioning = bench.yardstick, bench.yardstick.folder / "settings.json", bench.model.conditioning
+    yardstick, conditioning = comparison.yardstick, comparison.model.conditioning
+    path = yardstick.folder / "settings.json"
     settings = {
-        "model": bench.model.fingerprint,
-        "sampler": str(bench.model.spec.sampler),
+        "model": comparison.model.fingerprint,
+        "sampler": str(comparison.model.spec.sampler),
         "conditions": conditioning and conditioning.sha256,
-        "calibration images": bench.schedule.images,
-        "config": configs.to_json(bench.schedule.config),
-        "images": y.images,
-        "draw": y.draw,
-        "data": y.data and _sha256(y.data),
-        "features": y.classifier and _sha256(y.classifier),
+        "calibration images": comparison.preset.images,
+        "config": configs.to_json(comparison.preset.config),
+        "images": yardstick.images,
+        "draw": yardstick.computed_by,
+        "data": yardstick.data and _sha256(yardstick.data),
+        "features": yardstick.classifier and _sha256(yardstick.classifier),
     }
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as they are in the file
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     changed = [key for key in settings if old.get(key) != settings[key]]
     if changed:
         raise GaqError(
-            f"{y.folder} holds results with other settings ({changed[0]}). Give another --folder, or delete this one."
+            f"{yardstick.folder} holds results with other settings ({changed[0]}). Give another --folder, or delete "
+            "this one."
         )
     write_atomically(path, json.dumps(settings, indent=1).encode())
 
 
 def version() -> str:
-    """Return the version of gaq-export, and the commit it stands at if this is a clone of its repository."""
+    """Return the version of gaq-export, and the commit if this is a clone of its repository."""
     if not (ROOT / ".git").exists():
         return __version__
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return f"{__version__} ({found.stdout.strip() or 'no commit'})"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{__version__} ({done.stdout.strip() or 'no commit'})"
 
 
 def _sha256(path: Path) -> str:

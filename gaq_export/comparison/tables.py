@@ -1,28 +1,28 @@
-"""From cells to a page: statistics over seeds, Markdown tables, what a reader must know, and curves.
+"""From cells to a page: statistics over seeds, Markdown tables, and what a reader must know.
 
-Rows share seeds, hence calibration images, validation splits and the images they are judged on: what a row is worth is
-the difference to another row seed by seed, which is far steadier than either of the two.
+Rows share seeds, hence calibration images, validation splits and the images they are evaluated on. So a row is compared
+with another one seed by seed: that difference varies far less than either of the two.
 """
 
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
-
-from calib.files import write_atomically
 from gaq_export.comparison import runner, yardstick
-from gaq_export.comparison.results import Measured, Table
+from gaq_export.comparison.results import CellScores, Table
 from gaq_export.comparison.spec import Comparison
+from gaq_export.comparison.yardstick import ComputedBy
 from gaq_export.errors import GaqError
 from gaq_export.report.markdown import machine, markdown_table
 
 BASELINE = "uniform"
+COMPUTED_BY = {
+    ComputedBy.ENGINE: "their OpenVINO engine",
+    ComputedBy.PYTORCH: "fake quantization in PyTorch",
+}
 STARTS = {"float": "the float weights", "gptq": "GPTQ's rounding"}
 
 
@@ -32,14 +32,14 @@ class Column:
 
     Attributes:
         title: its heading.
-        value: what it shows of a cell.
+        value: what it shows of a cell, None if that was not measured.
         digits: after the point.
-        paired: whether as the difference to the baseline of the same seed.
-        meaning: explained below the command, if it is not empty.
+        paired: whether it shows the difference to the baseline at the same seed.
+        meaning: the explanation for the page; may be empty.
     """
 
     title: str
-    value: Callable[[Measured], float | None]
+    value: Callable[[CellScores], float | None]
     digits: int = 2
     paired: bool = False
     meaning: str = ""
@@ -48,7 +48,7 @@ class Column:
 SQNR = Column(
     title="SQNR, dB",
     value=lambda m: m.mean_db,
-    meaning=f"of the predicted noise against the float network, on the float network's own trajectories of "
+    meaning=f"of the predicted noise against the float network, on the float network's trajectories of "
     f"{yardstick.HELD_OUT} images that calibration never sees; mean over all sampling steps",
 )
 SQNR_LEAD = replace(
@@ -101,7 +101,7 @@ SPREAD = Column(
 )
 
 
-def paired(table: Table, row: str, value: Callable[[Measured], float | None]) -> list[float]:
+def paired(table: Table, row: str, value: Callable[[CellScores], float | None]) -> list[float]:
     """Return the differences of `row` to the baseline, one for each seed that both have."""
     base = table.get(BASELINE, {})
     pairs = [(value(m), value(base[seed])) for seed, m in table[row].items() if seed in base]
@@ -140,32 +140,32 @@ def markdown(
 
 
 def rows(table: Table, columns: Sequence[Column], words: Mapping[str, str] = {}) -> list[list[str]]:
-    """Return what `markdown` shows of the table, cell by cell."""
-    found = []
+    """Return the table that `markdown` shows, cell by cell."""
+    lines = []
     for row, seeds in table.items():
-        shown = [words.get(row, f"`{row}`")]
+        line = [words.get(row, f"`{row}`")]
         for c in columns:
             values = paired(table, row, c.value) if c.paired else [c.value(m) for m in seeds.values()]
             known = [v for v in values if v is not None]
-            shown.append("-" if c.paired and row == BASELINE else mean_sd(known, c.digits))
-        found.append(shown)
-    return found
+            line.append("-" if c.paired and row == BASELINE else mean_sd(known, c.digits))
+        lines.append(line)
+    return lines
 
 
-def float_rows(bench: Comparison, columns: Sequence[Column]) -> list[list[str]]:
-    """Return the float network's rows: infinitely close to itself, and as far from real images as it is."""
-    if not bench.yardstick.images:
+def float_rows(comparison: Comparison, columns: Sequence[Column]) -> list[list[str]]:
+    """Return the float network's rows: its images from the same noise as the cells', and from other noise."""
+    if not comparison.yardstick.images:
         return []
-    distances = yardstick.facts(bench.yardstick).get("frechet", {}).get("float", {})
-    found = []
+    distances = yardstick.facts(comparison.yardstick).get("frechet", {}).get("float", {})
+    lines = []
     for name in ("same", "other"):
-        shown = {column.title: "∞" for column in (SQNR, WORST, POOLED, WEIGHTS)}
-        shown |= {PSNR.title: "∞" if name == "same" else "-"}
+        cells = {column.title: "∞" for column in (SQNR, WORST, POOLED, WEIGHTS)}  # its noise is exact
+        cells |= {PSNR.title: "∞" if name == "same" else "-"}
         if distances:
-            shown |= {FD_REAL.title: f"{distances[name]['fd_real']:.2f}"}
-            shown |= {FD_FLOAT.title: f"{distances[name]['fd_float']:.2f}"}
-        found.append([f"float, {name} noise", *(shown.get(column.title, "-") for column in columns)])
-    return found
+            cells |= {FD_REAL.title: f"{distances[name]['fd_real']:.2f}"}
+            cells |= {FD_FLOAT.title: f"{distances[name]['fd_float']:.2f}"}
+        lines.append([f"float, {name} noise", *(cells.get(column.title, "-") for column in columns)])
+    return lines
 
 
 def ranking(table: Table) -> str:
@@ -186,41 +186,44 @@ def ranking(table: Table) -> str:
     )
 
 
-def circumstances(bench: Comparison, columns: Sequence[Column]) -> list[str]:
-    """Return what a reader needs to repeat and to judge the numbers, as list items.
+def how_measured(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
+    """Return what a reader needs to repeat and to judge the numbers, as items of a Markdown list.
 
     Raises:
         GaqError: nothing was measured yet.
     """
-    y, schedule, spec = bench.yardstick, bench.schedule, bench.model.spec.sampler
-    found = [r for r in (runner.result(bench, cell) for cell in bench.cells) if r]
-    if not found:
-        raise GaqError(f"{y.folder} holds no results yet: run without --report-only first.")
-    c, by = schedule.config, "their OpenVINO engine" if y.draw == "engine" else "fake quantization in PyTorch"
+    shared, preset, spec = comparison.yardstick, comparison.preset, comparison.model.spec.sampler
+    records = [r for r in (runner.read_cell(comparison, cell) for cell in comparison.cells) if r]
+    if not records:
+        raise GaqError(f"{shared.folder} holds no results yet: run without --report-only first.")
+    config, reconstruction = preset.config, preset.config.reconstruction
     lines = [
-        f"Machine: {machine()}; cells at a time: {_listed(r['workers'] for r in found)}, one thread each. "
+        f"Machine: {machine()}; cells at a time: {_listed(r['workers'] for r in records)}, one thread each. "
         f"torch {installed('torch')}, OpenVINO {installed('openvino')}, "
-        f"gaq-export {_listed(r['version'] for r in found)}.",
-        f"Model and sampler: {bench.model.spec.name}, {spec.steps} {spec.name.upper()} steps, {spec.spacing} spacing.",
-        f"Schedule: {schedule.images} calibration images a seed, each giving a sample at every sampling step; "
-        f"{min(c.weight_steps, spec.steps)} of the {spec.steps} steps calibrate weights, all of them activations; "
-        f"{c.reconstruction.iterations} iterations a block in batches of {c.reconstruction.batch} at learning rate "
-        f"{c.reconstruction.learning_rate:g}, starting from {STARTS[c.reconstruction.start]}; {c.omega.meta_steps} "
+        f"gaq-export {_listed(r['version'] for r in records)}.",
+        f"Model and sampler: {comparison.model.spec.name}, {spec.steps} {spec.name.upper()} steps, {spec.spacing} "
+        "spacing.",
+        f"Schedule: {preset.images} calibration images a seed, each giving a sample at every sampling step; "
+        f"{min(config.weight_steps, spec.steps)} of the {spec.steps} steps calibrate weights, all of them activations; "
+        f"{reconstruction.iterations} iterations a block in batches of {reconstruction.batch} at learning rate "
+        f"{reconstruction.learning_rate:g}, starting from {STARTS[reconstruction.start]}; {config.omega.meta_steps} "
         "meta steps a block for learned sample weights.",
-        f"Seeds: {_listed(bench.seeds)}. Each is calibration images, split and mini-batches together; ± is the "
+        f"Seeds: {_listed(comparison.seeds)}. Each is calibration images, split and mini-batches together; ± is the "
         "standard deviation over seeds.",
-        f"Quantized networks are computed by {by}, the float network by PyTorch.",
+        f"Quantized networks are computed by {COMPUTED_BY[shared.computed_by]}, the float network by PyTorch.",
         *(f"{column.title}: {column.meaning}." for column in columns if column.meaning),
     ]
-    if y.images:
-        lines.append(f"Images: {y.images} of each network, drawn by the same.")
-        lines.append(_frechet_line(bench) if y.data else "No Frechet distances: no real images were given (--data).")
+    if shared.images:
+        lines.append(f"Images: {shared.images} of each network, drawn by the same.")
+        lines.append(
+            _frechet_line(comparison) if shared.data else "No Frechet distances: no real images were given (--data)."
+        )
     return [f"- {line}" for line in lines]
 
 
-def still_missing(bench: Comparison) -> list[str]:
+def still_missing(comparison: Comparison) -> list[str]:
     """Return the lines that name the cells not measured yet, none if there are none."""
-    names = [cell.name for cell in runner.missing(bench)]
+    names = [cell.name for cell in runner.missing(comparison)]
     return ["", f"Not measured: {', '.join(names)}."] if names else []
 
 
@@ -228,8 +231,8 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(sorted({str(value) for value in values}))
 
 
-def _frechet_line(bench: Comparison) -> str:
-    n, facts = bench.yardstick.images, yardstick.facts(bench.yardstick)["frechet"]
+def _frechet_line(comparison: Comparison) -> str:
+    n, facts = comparison.yardstick.images, yardstick.facts(comparison.yardstick)["frechet"]
     return (
         f"FD: Frechet distance (squared) in the 64 features of a {facts['classifier']} that classifies "
         f"{100 * facts['accuracy']:.2f} % of the test images rightly; not to be compared with an FID. Between {n} "
@@ -237,49 +240,3 @@ def _frechet_line(bench: Comparison) -> str:
         f"other noise. The float rows are the floor; {n} further real test images are "
         f"{facts['real']['fd_real']:.2f} from the real and {facts['real']['fd_float']:.2f} from the float ones."
     )
-
-
-def curves(
-    path: Path,
-    setting: str,
-    table: Table,
-    timesteps: Sequence[int],
-    far: Sequence[str] = (),
-    baseline: str = BASELINE,
-) -> None:
-    """Draw SQNR against the sampling step, mean over seeds, and below it the difference to the baseline.
-
-    Args:
-        path: .svg or .png to write.
-        setting: bits, for the title.
-        table: what was measured.
-        timesteps: training timestep of each sampling step.
-        far: rows so far from the baseline that the others would not be told apart below.
-        baseline: a row.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    means = {row: np.mean([m.steps_db for m in seeds.values()], axis=0) for row, seeds in table.items()}
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    if len(means) > 10:  # more than the default has colours
-        upper.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # type: ignore[attr-defined]
-    for row, values in means.items():
-        style = "--" if row == baseline else "-"
-        (line,) = upper.plot(values, style, label=row, linewidth=1.2)
-        seeds = [seed for seed in table[row] if seed in table.get(baseline, {})]
-        if seeds and row not in far:
-            pairs = [np.subtract(table[row][s].steps_db, table[baseline][s].steps_db) for s in seeds]
-            lower.plot(np.mean(pairs, axis=0), style, color=line.get_color(), linewidth=1.2)
-    upper.set(ylabel="SQNR of the predicted noise, dB", title=f"{setting}, mean over seeds")
-    upper.legend(ncols=3, fontsize="small")
-    marks = [*range(0, len(timesteps) - 1, max(1, len(timesteps) // 5)), len(timesteps) - 1]
-    lower.set(xlabel="sampling step (training timestep)", ylabel=f"difference to {baseline}, dB")
-    lower.set_xticks(marks, [f"{i}\n({timesteps[i]})" for i in marks])
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": setting, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
-    write_atomically(path, buffer.getvalue())

@@ -1,12 +1,12 @@
-"""How far is a quantized network from the float one? The yardstick that every cell of a comparison is held to.
+"""How far is a quantized network from the float one? The yardstick by which all cells of a comparison are measured.
 
-Three measures, on starting noise that no calibration uses (it hashes its seeds, see `quantize.trajectories`):
+Three measures, from starting noise that no calibration uses (it hashes its seeds, see `quantize.trajectories`):
 
-- error of the predicted noise at every sampling step, on the float model's own trajectories (teacher-forced);
+- error of the predicted noise at every sampling step, on the float model's trajectories (teacher-forced);
 - PSNR of the finished images against the float model's from the same noise;
 - Frechet distance of those images to real ones, and to images of the float model from other noise.
 
-What does not depend on the network under test is worked out once and kept in a folder that all cells read.
+Everything that does not depend on the network under test is computed once and stored in a folder that all cells read.
 """
 
 import json
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,14 @@ HELD_OUT = 16  # trajectories on which the predicted noise is compared
 BATCH = 8  # samples a call: more leave the cache and take a fifth longer
 FIRST_SEEDS = {"same": 10_000, "reference": 20_000, "other": 30_000}  # of the sets of float images
 HELD_OUT_SEEDS = range(FIRST_SEEDS["same"], FIRST_SEEDS["same"] + HELD_OUT)
-DRAWS = ("engine", "pytorch")
 BACKEND = "openvino"
+
+
+class ComputedBy(StrEnum):
+    """What computes a quantized network: an OpenVINO engine, or fake quantization in PyTorch."""
+
+    ENGINE = "engine"
+    PYTORCH = "pytorch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,106 +65,130 @@ class Yardstick:
 
     Attributes:
         model: the float model.
-        folder: where everything worked out once is kept.
-        images: how many images each network draws; 0 leaves images out.
-        draw: who computes what a plan makes of the network: "engine" (OpenVINO) or "pytorch" (fake-quantized).
-        data: .npz of real images, or None to leave the Frechet distances out.
+        folder: where everything that is computed once is stored.
+        images: how many images each network draws; 0 for none.
+        computed_by: what computes the quantized networks.
+        data: .npz of real images; None for no Frechet distances.
         classifier: checkpoint of the ResNet-56 for three-channel images; None trains the digit classifier.
     """
 
     model: LoadedModel
     folder: Path
     images: int
-    draw: str
-    data: Path | None
-    classifier: Path | None
+    computed_by: ComputedBy = ComputedBy.ENGINE
+    data: Path | None = None
+    classifier: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.draw not in DRAWS:
-            raise GaqError(f"Unknown way to draw {self.draw!r}. Choose one of {list(DRAWS)}.")
         if self.data and self.model.shape[0] == 3 and not self.classifier:
             raise GaqError("Three-channel images need a trained classifier: give --features resnet56.th.")
 
+    @property
+    def facts_path(self) -> Path:
+        """What `prepare` writes last, JSON."""
+        return self.folder / "facts.json"
 
-def prepare(y: Yardstick) -> None:
-    """Work out and keep everything the cells share, unless that was done before."""
-    if _facts(y).exists():
+    @property
+    def float_graph(self) -> Path:
+        """The float network as ONNX."""
+        return self.folder / "float.onnx"
+
+    @property
+    def moments_path(self) -> Path:
+        """Moments of the real and the float reference images."""
+        return self.folder / "moments.safetensors"
+
+    def seeds(self, name: str) -> range:
+        """Return the seeds of a set of float images, a key of FIRST_SEEDS."""
+        return range(FIRST_SEEDS[name], FIRST_SEEDS[name] + self.images)
+
+
+def prepare(yardstick: Yardstick) -> None:
+    """Compute and store everything that the cells share, unless that was done before."""
+    if yardstick.facts_path.exists():
         return
-    facts: dict[str, Any] = {"signal": _held_out(y).epsilon.double().square().flatten(1).sum(1).tolist()}
-    if y.draw == "engine":
-        save_onnx(export_float(y.model.network, y.model.shape, y.model.condition_inputs), _float_graph(y))
-    if y.images:
-        sets = _float_images(y)
-        if y.data:
-            facts["frechet"] = _references(y, y.data, sets)
-    write_atomically(_facts(y), json.dumps(facts, indent=1).encode())
+    signal = _held_out(yardstick).epsilon.double().square().flatten(1).sum(1)  # (S, N, C, H, W) -> (S,)
+    facts: dict[str, Any] = {"signal": signal.tolist()}
+    if yardstick.computed_by is ComputedBy.ENGINE:
+        model = yardstick.model
+        save_onnx(export_float(model.network, model.shape, model.condition_inputs), yardstick.float_graph)
+    if yardstick.images:
+        sets = _float_images(yardstick)
+        if yardstick.data:
+            facts["frechet"] = _references(yardstick, yardstick.data, sets)
+    write_atomically(yardstick.facts_path, json.dumps(facts, indent=1).encode())
 
 
-def facts(y: Yardstick) -> dict[str, Any]:
-    """Return what `prepare` found: signal energy a step, and what the Frechet distances are measured against."""
-    if not _facts(y).exists():
-        raise GaqError(f"{y.folder} holds no results yet: run without --report-only first.")
-    found: dict[str, Any] = json.loads(_facts(y).read_text(encoding="utf-8"))
-    return found
+def facts(yardstick: Yardstick) -> dict[str, Any]:
+    """Return what `prepare` stored: signal energy a step, and what the Frechet distances are measured against.
+
+    Raises:
+        GaqError: `prepare` was not called.
+    """
+    if not yardstick.facts_path.exists():
+        raise GaqError(f"{yardstick.folder} holds no results yet: run without --report-only first.")
+    stored: dict[str, Any] = json.loads(yardstick.facts_path.read_text(encoding="utf-8"))
+    return stored
 
 
-def noise_errors(y: Yardstick, network: ConditionalNetwork, correction: Correction | None = None) -> list[float]:
+def noise_errors(
+    yardstick: Yardstick, network: ConditionalNetwork, correction: Correction | None = None
+) -> list[float]:
     """Return the squared error of the predicted noise at each sampling step, summed over the held-out images."""
-    starts = range(0, HELD_OUT, BATCH)
-    bound = [bind(network, y.model.conditioning, HELD_OUT_SEEDS[i : i + BATCH], apart=True) for i in starts]
+    conditioning, starts = yardstick.model.conditioning, range(0, HELD_OUT, BATCH)
+    # One denoiser a batch, because conditioning depends on which images are in it.
+    bound = [bind(network, conditioning, HELD_OUT_SEEDS[i : i + BATCH], apart=True) for i in starts]
 
     def denoise(x: Tensor, t: Tensor, /) -> Tensor:
         parts = zip(bound, torch.split(x, BATCH), torch.split(t, BATCH), strict=True)
-        return torch.cat([part(some, times) for part, some, times in parts])
+        return torch.cat([denoiser(images, times) for denoiser, images, times in parts])
 
-    return squared_errors(_held_out(y), denoise, correction)
+    return squared_errors(_held_out(yardstick), denoise, correction)
 
 
 @contextmanager
-def quantized(y: Yardstick, plan: QuantPlan) -> Iterator[ConditionalNetwork]:
-    """Yield what the plan makes of the network: an engine for one thread, forgotten afterwards, or in PyTorch.
+def quantized(yardstick: Yardstick, plan: QuantPlan) -> Iterator[ConditionalNetwork]:
+    """Yield the network as a plan quantizes it: an engine of one thread, deleted afterwards, or in PyTorch.
 
-    A plan whose steps differ in activation bits is no one engine, and is computed in PyTorch.
+    A plan whose steps differ in activation bits needs several engines, so PyTorch computes it.
     """
-    if y.draw != "engine" or plan.step_bits is not None:
-        yield fake_quantized(y.model.network, plan)
+    model = yardstick.model
+    if yardstick.computed_by is ComputedBy.PYTORCH or plan.step_bits is not None:
+        yield fake_quantized(model.network, plan)
         return
-    network = apply_surgery(y.model.network, plan.surgery)
-    known = network is y.model.network
-    graph = ir.load(_float_graph(y)) if known else export_float(network, y.model.shape, y.model.condition_inputs)
+    network = apply_surgery(model.network, plan.surgery)
+    unchanged = network is model.network
+    graph = ir.load(yardstick.float_graph) if unchanged else export_float(network, model.shape, model.condition_inputs)
     graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
     config = EngineConfig(backend=BACKEND, batch=(1, BATCH, BATCH), threads=1)
-    with tempfile.TemporaryDirectory(dir=y.folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=yardstick.folder) as scratch:
         save_onnx(graph, Path(scratch, "unet.onnx"))
         file = engines.build(Path(scratch, "unet.onnx"), Path(scratch, "unet.plan"), config)
         with engines.open_engine(file) as opened:
             yield engine_denoiser(opened)
 
 
-def pictures(y: Yardstick, network: ConditionalNetwork, correction: Correction | None = None) -> Tensor:
-    """Draw from the noise of the float network's images, (N, C, H, W) in [-1, 1]."""
-    return _draw(y, network, _seeds(y, "same"), correction)
+def draw_images(yardstick: Yardstick, network: ConditionalNetwork, correction: Correction | None = None) -> Tensor:
+    """Draw from the same noise as the float network did, (N, C, H, W) in [-1, 1]."""
+    return _draw(yardstick, network, yardstick.seeds("same"), correction)
 
 
-def float_pictures(y: Yardstick) -> Tensor:
-    """Return the float network's images from the same noise."""
-    return _float_images(y)["same"]
+def float_images(yardstick: Yardstick) -> Tensor:
+    """Return the float network's images from the same noise, (N, C, H, W) in [-1, 1]."""
+    return _float_images(yardstick)["same"]
 
 
-def picture_measures(y: Yardstick, drawn: Tensor) -> dict[str, Any]:
-    """Return PSNR of each image that `pictures` drew and, if there is data, the Frechet distances."""
-    result: dict[str, Any] = {"psnr_db": [round(v, 3) for v in psnr(drawn, _float_images(y)["same"]).tolist()]}
-    return result | _distances(y, _features(y, as_bytes(drawn))) if y.data else result
-
-
-def _seeds(y: Yardstick, name: str) -> range:
-    return range(FIRST_SEEDS[name], FIRST_SEEDS[name] + y.images)
+def image_scores(yardstick: Yardstick, images: Tensor) -> dict[str, Any]:
+    """Return the PSNR of each of the images of `draw_images` and, if there is data, the Frechet distances."""
+    near = psnr(images, float_images(yardstick))
+    result: dict[str, Any] = {"psnr_db": [round(v, 3) for v in near.tolist()]}
+    return result | _distances(yardstick, _features(yardstick, as_bytes(images))) if yardstick.data else result
 
 
 def _draw(
-    y: Yardstick, network: ConditionalNetwork, seeds: Sequence[int], correction: Correction | None = None
+    yardstick: Yardstick, network: ConditionalNetwork, seeds: Sequence[int], correction: Correction | None = None
 ) -> Tensor:
-    model = y.model
+    model = yardstick.model
     spec = model.spec.sampler
     some = session.by_network(
         network,
@@ -172,81 +203,69 @@ def _draw(
     return batches.draw(some, seeds, BATCH, spec.steps, lambda done, total: None)
 
 
-def _facts(y: Yardstick) -> Path:
-    return y.folder / "facts.json"
-
-
-def _float_graph(y: Yardstick) -> Path:
-    return y.folder / "float.onnx"
-
-
-def _held_out(y: Yardstick) -> Trajectory:
+def _held_out(yardstick: Yardstick) -> Trajectory:
     """Return the float model's trajectories of the held-out images."""
-    path = y.folder / "held-out.safetensors"
+    path = yardstick.folder / "held-out.safetensors"
     if path.is_file():
         return Trajectory(**read_safetensors(path)[1])
-    model = y.model
+    model = yardstick.model
     network = bind(model.network, model.conditioning, HELD_OUT_SEEDS, apart=True)
     trajectory = record(network, HELD_OUT_SEEDS, model.shape, model.schedule, model.spec.sampler)
     write_atomically(path, save({"x": trajectory.x, "t": trajectory.t, "epsilon": trajectory.epsilon}))
     return trajectory
 
 
-def _float_images(y: Yardstick) -> dict[str, Tensor]:
+def _float_images(yardstick: Yardstick) -> dict[str, Tensor]:
     """Return the float model's images, one set (N, C, H, W) for each of FIRST_SEEDS."""
-    path = y.folder / "float-images.safetensors"
+    path = yardstick.folder / "float-images.safetensors"
     if path.is_file():
         return read_safetensors(path)[1]
-    sets = {name: _draw(y, y.model.network, _seeds(y, name)) for name in FIRST_SEEDS}
+    sets = {name: _draw(yardstick, yardstick.model.network, yardstick.seeds(name)) for name in FIRST_SEEDS}
     write_atomically(path, save(sets))
     return sets
 
 
-def _classifier(y: Yardstick) -> Classifier:
-    if y.classifier:
-        return frechet.resnet56(y.classifier)
-    assert y.data is not None
-    return frechet.digit_net(y.folder / "classifier.safetensors", y.data, y.model.shape)
+def _classifier(yardstick: Yardstick) -> Classifier:
+    if yardstick.classifier:
+        return frechet.resnet56(yardstick.classifier)
+    assert yardstick.data is not None
+    return frechet.digit_net(yardstick.folder / "classifier.safetensors", yardstick.data, yardstick.model.shape)
 
 
-def _features(y: Yardstick, images: Tensor) -> Tensor:
-    return frechet.features(_classifier(y), images)
+def _features(yardstick: Yardstick, images: Tensor) -> Tensor:
+    return frechet.features(_classifier(yardstick), images)
 
 
-def _references(y: Yardstick, data: Path, sets: dict[str, Tensor]) -> dict[str, Any]:
-    """Keep the moments of the real and the float reference; return how far float and real images are from them.
+def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> dict[str, Any]:
+    """Store the moments of the real and the float reference; return how far float and real images are from them.
 
     As many test images as each network draws are set aside to measure real against real; the rest are the reference.
     """
-    test = frechet.load_images(data, "test", y.model.shape)
-    if len(test.images) < 2 * y.images:
-        raise GaqError(f"{data} has {len(test.images)} test images; {y.images} drawn ones need at least twice as many.")
-    seen = {name: _features(y, as_bytes(images)) for name, images in sets.items()}
-    every = _features(y, test.images)
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
-    aside, rest = every[order[: y.images]], every[order[y.images :]]
-    references = {"real": frechet.moments(rest), "float": frechet.moments(seen["reference"])}
+    count, test = yardstick.images, frechet.load_images(data, "test", yardstick.model.shape)
+    if len(test.images) < 2 * count:
+        raise GaqError(f"{data} has {len(test.images)} test images; {count} drawn ones need at least twice as many.")
+    drawn = {name: _features(yardstick, as_bytes(images)) for name, images in sets.items()}
+    real = _features(yardstick, test.images)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    aside, rest = real[order[:count]], real[order[count:]]
+    references = {"real": frechet.moments(rest), "float": frechet.moments(drawn["reference"])}
     tensors = {f"{n}.{part}": getattr(m, part) for n, m in references.items() for part in ("mean", "covariance")}
-    write_atomically(_moments(y), save(tensors))
+    write_atomically(yardstick.moments_path, save(tensors))
     return {
-        "classifier": type(_classifier(y)).__name__,
-        "accuracy": frechet.accuracy(_classifier(y), every, test.labels),
+        "classifier": type(_classifier(yardstick)).__name__,
+        "accuracy": frechet.accuracy(_classifier(yardstick), real, test.labels),
         "real_images": len(rest),
-        "float": {name: _distances(y, seen[name]) for name in ("same", "other")},
-        "real": _distances(y, aside),
+        "float": {name: _distances(yardstick, drawn[name]) for name in ("same", "other")},
+        "real": _distances(yardstick, aside),
     }
 
 
-def _moments(y: Yardstick) -> Path:
-    return y.folder / "moments.safetensors"
+def _distances(yardstick: Yardstick, features: Tensor) -> dict[str, float]:
+    """Return the Frechet distances of images, as features (N, D), to the real and to the float reference."""
+    tensors, moments = read_safetensors(yardstick.moments_path)[1], frechet.moments(features)
 
-
-def _distances(y: Yardstick, features: Tensor) -> dict[str, float]:
-    """Return the Frechet distances of images, given by their features (N, D), to the real and the float reference."""
-    tensors, found = read_safetensors(_moments(y))[1], frechet.moments(features)
-
-    def to(name: str) -> float:
+    def distance_to(name: str) -> float:
         reference = Moments(mean=tensors[f"{name}.mean"], covariance=tensors[f"{name}.covariance"])
-        return frechet.distance(found, reference)
+        return frechet.distance(moments, reference)
 
-    return {"fd_real": to("real"), "fd_float": to("float")}
+    return {"fd_real": distance_to("real"), "fd_float": distance_to("float")}

@@ -133,15 +133,15 @@ def test_evaluate_judges_engines_that_are_told_the_same(built: EngineFile, model
 
 
 def test_a_comparison_draws_what_it_was_told(plan: QuantPlan, model: LoadedModel, tmp_path: Path) -> None:
-    y = Yardstick(model=model, folder=tmp_path, images=3, draw="engine", data=None, classifier=None)
+    y = Yardstick(model=model, folder=tmp_path, images=3)
     yardstick.prepare(y)
     assert max(yardstick.noise_errors(y, model.network)) < 1e-6
     with yardstick.quantized(y, plan) as network:
-        assert yardstick.picture_measures(y, yardstick.pictures(y, network))["psnr_db"][0] > 10
+        assert yardstick.image_scores(y, yardstick.draw_images(y, network))["psnr_db"][0] > 10
         ours, signal = sum(yardstick.noise_errors(y, network)), sum(yardstick.facts(y)["signal"])
     assert 0 < ours < 0.1 * signal
     chosen = pipeline.preset("tiny")
-    bench = Comparison(yardstick=y, schedule=chosen, rows={}, bits=((4, 8),), seeds=(0,), workers=1)
+    bench = Comparison(yardstick=y, preset=chosen, rows={}, bits=((4, 8),), seeds=(0,), workers=1)
     claim(bench)
     other = replace(bench, yardstick=replace(y, model=replace(model, conditioning=replace(CONDITIONING, guidance=2.0))))
     with pytest.raises(GaqError, match=r"holds results with other settings \(conditions\)"):

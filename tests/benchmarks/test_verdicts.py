@@ -1,21 +1,19 @@
-"""What the pages say of made-up results: no more than the numbers do."""
+"""Sentences about made-up results: they say no more than the numbers do."""
 
 import pytest
 
 import verdicts
-from gaq_export.comparison import tables
-from gaq_export.comparison.results import Measured, Table
-from gaq_export.comparison.tables import Column
+from gaq_export.comparison.results import CellScores, Table
 
 
-def measured(
+def scores(
     db: float,
     error: float = 1.0,
     weights_error: float = 1.0,
     psnr_db: float | None = None,
     blocks: tuple[float, ...] = (),
-) -> Measured:
-    return Measured(
+) -> CellScores:
+    return CellScores(
         steps_db=(db - 1, db + 1),
         pooled_db=db - 2,
         error=error,
@@ -32,7 +30,7 @@ def measured(
 
 
 def table(**rows: list[float]) -> Table:
-    return {row: {seed: measured(db) for seed, db in enumerate(values)} for row, values in rows.items()}
+    return {row: {seed: scores(db) for seed, db in enumerate(values)} for row, values in rows.items()}
 
 
 def test_a_steady_lead_is_more_than_twice_its_standard_error_however_much_seeds_differ() -> None:
@@ -71,8 +69,8 @@ def test_nothing_is_said_where_nothing_can_be_compared(rows: dict[str, list[floa
 
 def test_the_distance_closed_is_the_share_of_the_squared_error_seed_by_seed() -> None:
     results = {
-        "uniform": {0: measured(0, 4.0, 2.0), 1: measured(0, 10.0, 1.0)},
-        "gac": {0: measured(0, 1.0, 1.5), 1: measured(0, 4.0, 1.25)},
+        "uniform": {0: scores(0, 4.0, 2.0), 1: scores(0, 10.0, 1.0)},
+        "gac": {0: scores(0, 1.0, 1.5), 1: scores(0, 4.0, 1.25)},
     }
     text = verdicts.distance_closed("W4A8", results, "gac")
     assert "weights and activations, 67.5 ± 10.6 % (seeds: 75.0, 60.0); the goal of 50 % is reached." in text
@@ -80,28 +78,10 @@ def test_the_distance_closed_is_the_share_of_the_squared_error_seed_by_seed() ->
     assert "With float activations `uniform` has 30.0 ± 28.3 % of the error" in text
 
 
-def test_the_table_pairs_seeds_and_leaves_unmeasured_columns_empty() -> None:
-    columns = (
-        Column(title="SQNR", value=lambda m: m.mean_db, digits=1),
-        Column(title="paired", value=lambda m: m.mean_db, digits=1, paired=True),
-        Column(title="PSNR", value=lambda m: m.psnr_db),
-    )
-    rows = tables.markdown(
-        table(uniform=[20.0, 30.0], gac=[20.5, 30.7, 50.0]), "row", columns, [["float", "∞", "-", "∞"]]
-    )
-    assert rows == [
-        "| row | SQNR | paired | PSNR |",
-        "| --- | --- | --- | --- |",
-        "| `uniform` | 25.0 ± 7.1 | - | - |",
-        "| `gac` | 33.7 ± 15.0 | 0.6 ± 0.1 | - |",
-        "| float | ∞ | - | ∞ |",
-    ]
-
-
 def test_block_losses_are_compared_seed_by_seed_and_named_where_they_differ_most() -> None:
     results = {
-        "uniform": {0: measured(0, blocks=(1.0, 1.0, 2.0)), 1: measured(0, blocks=(2.0, 2.0, 4.0))},
-        "gac": {0: measured(0, blocks=(1.0, 0.5, 2.5)), 1: measured(0, blocks=(2.0, 1.4, 6.0)), 2: measured(0)},
+        "uniform": {0: scores(0, blocks=(1.0, 1.0, 2.0)), 1: scores(0, blocks=(2.0, 2.0, 4.0))},
+        "gac": {0: scores(0, blocks=(1.0, 0.5, 2.5)), 1: scores(0, blocks=(2.0, 1.4, 6.0)), 2: scores(0)},
     }
     text = verdicts.block_losses("W4A8", results, "gac")
     assert "`gac` has 0.600 (`block1`) to 1.375 (`block2`) times the loss of `uniform`" in text
