@@ -223,7 +223,8 @@ class Display:
             self._stages.pop("calibrate", None)
         number = f"{progress.index + 1}/{progress.total} " if progress.stage == "block" else ""
         self._show("calibrate", f"{number}{progress.name}", progress.fraction)
-        if (result := progress.result) is not None:
+        result = progress.result
+        if result is not None and result.loss_before is not None:  # with nearest rounding nothing is learned
             earlier = " (from an earlier run)" if progress.resumed else ""
             self._output.print(
                 f"{progress.index + 1:3}/{progress.total} {result.name}: loss {result.loss_before:.3g} -> "
@@ -255,7 +256,8 @@ class Display:
     def _show(self, key: str, text: str, share: float | None) -> None:
         now = self._clock()
         stage = self._stages.get(key)
-        if stage is None:
+        again = stage is not None and (stage.share or 0.0) > (share or 0.0)  # as calibration with the next recipe
+        if stage is None or again:
             stage = Stage(key=key, text=text, share=share, started=now, resumed_at=share or 0.0, reported=now)
         self._stages[key] = replace(stage, text=text, share=share, reported=now)
         self._output.show(self._stages[key])

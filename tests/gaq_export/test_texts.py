@@ -24,7 +24,7 @@ from gaq_export.models import text_encoder
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.run import Run
 from gaq_export.sharing import pack, triton_repository
-from tests.gaq_export.test_cli import gaq
+from tests.gaq_export.commands import gaq
 from tests.gaq_export.test_triton import draw_by_client, serving
 
 transformers = pytest.importorskip("transformers", reason="no transformers: pip install 'gaq-export[text]'")

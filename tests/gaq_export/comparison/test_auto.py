@@ -10,7 +10,7 @@ from gaq_export.comparison import auto
 from gaq_export.comparison.auto import Tried, explain
 from gaq_export.evaluation import noise_sqnr
 from gaq_export.models.loader import LoadedModel
-from tests.gaq_export.test_cli import gaq
+from tests.gaq_export.commands import gaq
 
 
 def test_the_best_is_kept_and_the_others_are_there(

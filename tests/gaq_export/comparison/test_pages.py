@@ -9,7 +9,7 @@ import pytest
 
 from gaq_export.comparison import runner
 from gaq_export.comparison.pages import command_line
-from tests.gaq_export.test_cli import refused
+from tests.gaq_export.commands import refused
 
 
 @pytest.fixture(scope="module")
