@@ -29,7 +29,6 @@ def _option(help_text: str, *names: str, panel: str | None = None, **settings: A
     return typer.Option(*names, help=help_text, rich_help_panel=panel, **settings)
 
 
-# Where things are.
 RunFolder = Annotated[Path, _option("Run folder: the calibration's files, so that it can continue.", "--run")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder of a finished calibration.")]
 EvaluationFolder = Annotated[
@@ -38,7 +37,6 @@ EvaluationFolder = Annotated[
 ]
 Quiet = Annotated[bool, _option("Print only the result.", "--quiet", "-q")]
 
-# Which model, and what it draws.
 ModelName = Annotated[str | None, _option("Name of a model, see `gaq-export models`.", "--model", "-m", panel=_MODEL)]
 ModelArgument = Annotated[str | None, typer.Argument(help="Name of a model, see `gaq-export models`.")]
 Weights = Annotated[
@@ -57,7 +55,6 @@ Prompts = Annotated[
 ]
 Guidance = Annotated[float | None, _option("Scale of classifier-free guidance; 1 for none.", panel=_MODEL)]
 
-# How to quantize.
 WeightBits = Annotated[int, _option(f"Bits of a weight, {_WIDTHS}.", panel=_QUANTIZATION)]
 PresetName = Annotated[
     str,
@@ -91,9 +88,12 @@ CorrectionRule = Annotated[
 ]
 Iterations = Annotated[int | None, _option("Iterations for each block, in place of the preset's.", panel=_QUANTIZATION)]
 
-# How to sample.
-Steps = Annotated[int | None, _option("Number of sampling steps.", panel=_SAMPLER)]
-SamplerName = Annotated[str | None, _option(f"{SAMPLERS}.", panel=_SAMPLER)]
+Steps = Annotated[
+    int | None, _option("Number of sampling steps, in place of the calibration's or engine's.", panel=_SAMPLER)
+]
+SamplerName = Annotated[
+    str | None, _option(f"Sampler, in place of the calibration's or engine's: {SAMPLERS}.", panel=_SAMPLER)
+]
 Spacing = Annotated[str | None, _option(f"How the steps are spread over the timesteps: {SPACINGS}.", panel=_SAMPLER)]
 Eta = Annotated[float | None, _option("Noise that DDIM adds in each step, 0 to 1.", panel=_SAMPLER)]
 Workers = Annotated[
@@ -102,14 +102,12 @@ Workers = Annotated[
 ]
 Ray = Annotated[str | None, _option("Address of a Ray cluster whose workers draw instead, or local.", panel=_DRAWING)]
 
-# What to build.
 GraphKind = Annotated[
     str,
     _option(f"{GRAPHS}: a whole denoising step of one sampler, or the network alone, for any sampler."),
 ]
 Profile = Annotated[str, _option(f"Form of the Q/DQ nodes in the ONNX file: {either(PROFILES)}.")]
 
-# What to show.
 Block = Annotated[
     str | None, _option("Block to look into. By default the one that loses most when its weights are rounded.")
 ]

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from click.testing import Result
 from typer.testing import CliRunner
 
 from gaq_export.cli.app import app
 
 
-def gaq(*words: object) -> Result:
+def gaq(*words: object):
     """Run one command in this process and return its exit code and what it printed."""
     return CliRunner().invoke(app, [str(word) for word in words], env={"GAQ_EXPORT_PRESET": "tiny"})
 

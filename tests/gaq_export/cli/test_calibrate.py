@@ -1,0 +1,143 @@
+"""`calibrate`: the one line that a user gets when something is wrong, and a run that survives being killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gaq_export.cli.progress import Display
+from tests.gaq_export.commands import gaq, refused
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_random_weights_are_said_to_be_meaningless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: object, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "collect", stop)
+    result = gaq("calibrate", "--model", "ddpm-mnist", "--weights", "random", "--run", tmp_path / "run")
+    assert "note: random weights, so the pictures are meaningless" in result.stderr
+
+
+def test_the_models_are_listed() -> None:
+    assert "ddpm-mnist" in gaq("models").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "ddpm-mnits"), r"Unknown model 'ddpm-mnits'. Did you mean 'ddpm-mnist'?"),
+        ((), "Give the name of a model (see `gaq-export models`), or --weights FOLDER."),
+        (("--model", "ddpm-mnist", "--wbits", 1), "weight bits = 1: choose a whole number from 2 to 8."),
+        (("--model", "ddpm-mnist", "--wbits", 9), "weight bits = 9: choose a whole number from 2 to 8."),
+        (("--model", "ddpm-mnist", "--abits", 16), "activation bits = 16: choose a whole number from 2 to 8."),
+        (
+            ("--model", "ddpm-mnist", "--preset", "slow"),
+            "Unknown preset 'slow'. Choose one of ['tiny', 'fast', 'paper'",
+        ),
+        (("--model", "ddpm-mnist", "--omega", "max"), "Unknown omega rule 'max'. Choose one of ['fish', 'gac', "),
+        (("--weights", "no-such-folder"), "no-such-folder"),
+    ],
+)
+def test_a_wrong_calibration_setting_is_one_line(words: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    assert message in refused(tmp_path, "calibrate", *words, "--run", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--convention", "none"), "Unknown convention 'none'. Choose one of ['deploy', 'tfmq']."),
+        (("--keep-float", "nothing*"), "--keep-float 'nothing*' matches no layer; names look like 'unet."),
+        (("--images", 1), "Found 1 calibration images; at least 2 are needed"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_model_is_one_line(
+    words: tuple[object, ...], message: str, home: Path, tmp_path: Path
+) -> None:
+    result = gaq("calibrate", "--weights", home, "--run", tmp_path / "run", *words, "-q")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run" / "plan.safetensors").exists()
+
+
+def spoil(folder: Path, how: str) -> None:
+    file = folder / WEIGHTS
+    if how == "pickle":
+        torch.save(load_file(file), folder / "diffusion_pytorch_model.bin")
+        file.unlink()
+    elif how == "nan":
+        state = load_file(file)
+        state["conv_in.weight"][0, 0, 0, 0] = float("nan")
+        save_file(state, file)
+    else:
+        file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("pickle", "are a pickle"), ("nan", "holds NaN"), ("truncated", "are damaged")]
+)
+def test_spoilt_weights_are_one_line(how: str, message: str, own_home: Path, tmp_path: Path) -> None:
+    spoil(own_home, how)
+    assert message in refused(tmp_path, "calibrate", "--weights", own_home, "--run", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_with_other_settings_is_one_line(own_run: Path, home: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path, "calibrate", "--weights", home, "--run", own_run, "--wbits", 8)
+    assert "holds a run with other settings" in line
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(in_the_way: Path, home: Path, tmp_path: Path) -> None:
+    assert "Cannot write" in refused(tmp_path, "calibrate", "--weights", home, "--run", in_the_way / "run")
+
+
+def test_an_interrupted_calibration_says_that_it_will_continue(
+    home: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("calibrate", "--weights", home, "--run", tmp_path / "run", "-q")
+
+    def stop(self: object, progress) -> None:
+        if progress.result is not None and progress.index == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "calibrate", stop)
+        result = gaq(*words)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; the same command continues where it was\n"
+    assert gaq(*words).exit_code == 0
+    for name in ("plan.safetensors", "plan.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_calibration_continues_to_the_same_bytes(home: Path, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "gaq_export", "calibrate", "--weights", str(home), "--preset", "tiny", "--quiet"]
+    process = subprocess.Popen(
+        [*command, "--run", str(run)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "blocks" / "000.safetensors").exists():
+        assert process.poll() is None, "it ended before its first block"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(random.Random(5).uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "plan.safetensors").exists()
+    finished = gaq("calibrate", "--weights", home, "--run", run, "-q")
+    assert finished.exit_code == 0, finished.output
+    for name in ("plan.safetensors", "plan.json"):
+        assert (run / name).read_bytes() == (tiny_run / name).read_bytes()

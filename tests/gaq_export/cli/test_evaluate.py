@@ -1,0 +1,37 @@
+"""`evaluate`, `inspect` and `report`: their options, and what they need of a run folder."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.gaq_export.commands import refused
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--block", "unet.mid_block.resnet.1"),
+            "No block is called 'unet.mid_block.resnet.1'; 14 can be looked at. The",
+        ),
+        (("--block", "unet.mid_block.resnet.1"), "The nearest is 'unet.mid_block.resnets.1'."),
+        (("--images", 0), "Found 0 images to measure with; ask for 1 or more."),
+    ],
+)
+def test_a_wrong_option_of_inspect_is_one_line(words: tuple[object, ...], message: str, own_run: Path) -> None:
+    assert message in refused(own_run, "inspect", own_run, *words)
+
+
+def test_inspect_needs_a_finished_run_and_a_place_to_write(own_run: Path, in_the_way: Path) -> None:
+    assert "Cannot write to" in refused(own_run, "inspect", own_run, "--out", in_the_way / "page.html")
+    (own_run / "run.json").unlink()
+    assert "No record of a calibration in" in refused(own_run, "inspect", own_run)
+    (own_run / "plan.safetensors").unlink()
+    line = refused(own_run, "inspect", own_run)
+    assert f"No plan.safetensors in {own_run}: run `gaq-export calibrate` first." in line
+
+
+@pytest.mark.parametrize("words", [(), ("a.npz",), ("a.npz", "b.npz", "--engine", "unet.plan")])
+def test_evaluate_takes_either_two_sets_of_images_or_engines(words: tuple[str, ...], tmp_path: Path) -> None:
+    line = refused(tmp_path, "evaluate", *words, "--features", "digits")
+    assert line == "error: Give two sets of images, or one or more --engine."

@@ -1,0 +1,42 @@
+"""What commands share: an error becomes one line, options replace a sampler's fields, random weights are announced."""
+
+import pytest
+import typer
+
+from calib.errors import CalibError
+from engines.errors import EngineError
+from gaq_export.cli.options import one_line_errors, replace_options, warn_if_meaningless
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.errors import GaqError
+
+
+@pytest.mark.parametrize("kind", [GaqError, CalibError, EngineError])
+def test_an_error_that_a_user_can_cause_becomes_one_line_and_exit_code_2(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as stopped, one_line_errors():
+        raise kind("No such file:\n  unet.plan")
+    assert stopped.value.exit_code == 2
+    assert capsys.readouterr() == ("", "error: No such file: unet.plan\n")
+
+
+def test_other_errors_show_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        _ = 1 / 0
+
+
+def test_only_options_that_were_given_change_a_sampler() -> None:
+    spec = SamplerSpec(name="ddpm", steps=25)
+    assert replace_options(spec, steps=None, name=None) == spec
+    assert replace_options(spec, steps=10, name=None, spacing="quad") == SamplerSpec(
+        name="ddpm", steps=10, spacing="quad"
+    )
+    with pytest.raises(GaqError, match="Unknown spacing 'cubic'"):
+        replace_options(spec, spacing="cubic")
+
+
+def test_random_weights_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_if_meaningless(False)
+    assert capsys.readouterr().err == ""
+    warn_if_meaningless(True)
+    assert "meaningless" in capsys.readouterr().err
