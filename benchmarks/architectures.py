@@ -27,6 +27,7 @@ from gaq_export.diffusion.conditioning import LABELS, Conditioning, class_condit
 from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import LoadedModel, ModelSpec, random_model
 from gaq_export.models.registry import MODELS, reduced
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.report.markdown import machine, markdown_table, publish
 from options import Folder, Out
 
@@ -82,7 +83,7 @@ def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """Take one architecture all the way and return what a row says."""
     model = started(replace(spec, sampler=replace(spec.sampler, steps=STEPS)))
     model = replace(model, conditioning=conditioning(model))
-    plan = pipeline.calibrate(model, pipeline.preset("tiny", per_step=True), folder=folder / "run")
+    plan = pipeline.calibrate(model, pipeline.preset("tiny", CalibrationOptions(per_step=True)), folder=folder / "run")
     found: dict[str, Any] = {
         "network": f"{type(model.module).__name__}, {sum(p.numel() for p in model.module.parameters()) / 1e6:.2f} M",
         "told": sorted(model.condition_inputs),

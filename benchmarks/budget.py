@@ -30,7 +30,7 @@ from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.quantize.latency import BATCH, step_times
-from gaq_export.quantize.presets import preset
+from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.report.markdown import machine, markdown_table, publish
 from gaq_export.run import Run
 from options import ModelName, Out, Weights
@@ -60,7 +60,7 @@ def main(
         run = Run(folder=folder / budget)
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, run.times)  # one measurement for all budgets
-        plans[budget] = calibrate(loaded, preset("tiny", budget=budget), folder=run.folder)
+        plans[budget] = calibrate(loaded, preset("tiny", CalibrationOptions(budget=budget)), folder=run.folder)
         loops[budget] = _step(loaded, run)
     seconds = take_turns(loops, rounds)
     rows = [

@@ -26,7 +26,7 @@ from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import calibration_set
 from gaq_export.comparison.yardstick import HELD_OUT, ComputedBy, Yardstick
 from gaq_export.models.loader import load_model
-from gaq_export.quantize.presets import preset
+from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.report.markdown import markdown_table, publish
 from options import Folder, ModelName, Out, Workers
 
@@ -75,7 +75,7 @@ def _gain(before: list[float], after: list[float]) -> float:
 def _errors(name: str, folder: Path, seed: int, bits: int, group: int | None) -> Errors:
     """Calibrate with the samples of one group of steps, or of all; measure at every step."""
     torch.set_num_threads(1)
-    model, chosen = load_model(name), preset("fast", wbits=bits, omega="uniform", seed=seed)
+    model, chosen = load_model(name), preset("fast", CalibrationOptions(wbits=bits, omega="uniform", seed=seed))
     data = _of_group(calibration_set(model, chosen, seed, folder), group)
     plan = calibrate(model.network, data, chosen.config, timesteps=model.schedule.num_train)
     bench = Yardstick(model=model, folder=folder, images=0, computed_by=ComputedBy.PYTORCH)

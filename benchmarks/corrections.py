@@ -26,7 +26,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.images import psnr
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize import noise_correction
-from gaq_export.quantize.presets import preset
+from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.report.markdown import markdown_table, publish
 from options import ModelName, Out
@@ -44,7 +44,7 @@ def main(
     out: Out = None,
 ) -> None:
     """Print one row for each plan, sampler and correction."""
-    loaded, made = load_model(model), preset(schedule, recipe="adaround")
+    loaded, made = load_model(model), preset(schedule, CalibrationOptions(recipe="adaround"))
     data = collect(loaded, loaded.spec.sampler, images=made.images, folder=folder / "calibration")
     rows = []
     for width in (int(w) for w in widths.split(",")):

@@ -30,6 +30,7 @@ from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import user_errors
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, export_onnx, load_model, preset
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.report.markdown import markdown_table, publish
 
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
@@ -57,7 +58,7 @@ def main(
     gpu = gpus()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calibrate(loaded, preset("tiny", wbits=4), folder=folder, sampler=spec)
+        calibrate(loaded, preset("tiny", CalibrationOptions(wbits=4)), folder=folder, sampler=spec)
         kinds = [f"{b}/{compute}" for b in GPU_BACKENDS for compute in engines.BACKENDS[b].computes]
         arguments = ["--model", model, "--steps", str(steps), "--batch", str(batch), "--run", str(folder)]
         arguments += ["--weights", weights] if weights else []

@@ -25,6 +25,7 @@ from gaq_export.evaluation import frechet
 from gaq_export.evaluation.feature_extractors import Extractor, find_extractor
 from gaq_export.images import psnr, save_grid
 from gaq_export.models.loader import load_model
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.report.markdown import machine, markdown_table, publish
 from gaq_export.sampling import prompts, shards
 from gaq_export.sampling.prompts import ConditioningRequest
@@ -53,7 +54,7 @@ def main(
         conditioned = prompts.condition_model(load_model(model, weights), ConditioningRequest(guidance=guidance))
         assert conditioned.conditioning is not None
         config = EngineConfig(backend="openvino", threads=1)
-        chosen = pipeline.preset(schedule, wbits=wbits, abits=abits)
+        chosen = pipeline.preset(schedule, CalibrationOptions(wbits=wbits, abits=abits))
         spec = replace_options(conditioned.spec.sampler, steps=steps, name=sampler)
         pipeline.calibrate(conditioned, chosen, folder=folder / "run", sampler=spec)
         bits = f"W{wbits}A{abits}"

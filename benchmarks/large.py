@@ -46,7 +46,7 @@ from gaq_export.graph.qdq import insert_qdq
 from gaq_export.graph.step import make_step
 from gaq_export.models.loader import LoadedModel, random_model
 from gaq_export.models.registry import MODELS, reduced
-from gaq_export.quantize.presets import preset
+from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.report.markdown import machine, markdown_table, publish
 from options import Folder, Job, ModelName, Out
 
@@ -76,7 +76,7 @@ class Place:
 
 def plan(place: Place) -> str:
     """Round the weights to nearest and write a plan of them; which layers, small images show as well."""
-    model, config = place.model, preset("tiny", recipe="rtn").config
+    model, config = place.model, preset("tiny", CalibrationOptions(recipe="rtn")).config
     found = trace(model.network, (model.shape[0], 16, 16), model.schedule.num_train, model.condition_inputs)
     reasons = float_reasons(found, config.convention)
     layers = {}
@@ -102,12 +102,12 @@ def plan(place: Place) -> str:
 
 def nearest(place: Place) -> str:
     """Calibrate without learning anything."""
-    return _calibrated(place, preset("tiny", recipe="rtn").config, "nearest")
+    return _calibrated(place, preset("tiny", CalibrationOptions(recipe="rtn")).config, "nearest")
 
 
 def learned(place: Place) -> str:
     """Calibrate block by block, two iterations each."""
-    config = preset("tiny", recipe="adaround").config
+    config = preset("tiny", CalibrationOptions(recipe="adaround")).config
     shorter = replace(config.reconstruction, iterations=2, batch=2, start="float")
     weight = replace(config.weight, candidates=4)
     return _calibrated(place, replace(config, reconstruction=shorter, weight=weight, micro_batch=2), "learned")

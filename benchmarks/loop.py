@@ -35,6 +35,7 @@ from gaq_export.evaluation.timing import take_turns
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.report.markdown import machine, markdown_table, publish
 from options import ModelName, Out, Weights
 
@@ -146,7 +147,7 @@ def _ours(job: Job, float_graph: Path, *, backend: str, wbits: int, compute: str
 
 def _run(job: Job, wbits: int) -> Path:
     folder = job.folder.parent / f"run-w{wbits}"
-    calibrate(job.model, preset("tiny", wbits=wbits), folder=folder, sampler=SamplerSpec(steps=4))
+    calibrate(job.model, preset("tiny", CalibrationOptions(wbits=wbits)), folder=folder, sampler=SamplerSpec(steps=4))
     return folder
 
 

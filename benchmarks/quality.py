@@ -31,7 +31,7 @@ from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
-from gaq_export.quantize.presets import preset
+from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.quantize.trajectories import collect
 from gaq_export.report.markdown import machine, markdown_table, publish
 from gaq_export.run import Run
@@ -114,7 +114,7 @@ def _ours(bench: Bench, wbits: int) -> None:
     path, run = bench.row("ours", wbits, kept=True), _run(bench, wbits)
     if path.exists():
         return
-    plan = calibrate(bench.model, preset(bench.schedule, wbits=wbits), folder=run.folder)
+    plan = calibrate(bench.model, preset(bench.schedule, CalibrationOptions(wbits=wbits)), folder=run.folder)
     config = EngineConfig(backend="openvino", batch=(1, BATCH, BATCH))
     built = build_engine(folder=run.folder, out=run.folder / "unet.plan", config=config, graph="eps", model=bench.model)
     with open_engine(built.file) as engine:

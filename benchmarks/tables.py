@@ -20,7 +20,7 @@ from calib.sqnr import sqnr_db
 from gaq_export.graph.export import export_float
 from gaq_export.graph.step import make_step
 from gaq_export.models.loader import load_model
-from gaq_export.quantize.presets import preset
+from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.quantize.trajectories import collect
 from gaq_export.report.markdown import markdown_table, publish
 from options import ModelName, Out
@@ -40,7 +40,7 @@ def main(
     spec = loaded.spec.sampler
     baked = make_step(export_float(loaded.network, loaded.shape), loaded.schedule, spec).baked
     held, shown = held_out(loaded, images), torch.linspace(0, spec.steps - 1, SHOWN).round().int().tolist()
-    made = preset(schedule, convention="tfmq")
+    made = preset(schedule, CalibrationOptions(convention="tfmq"))
     data = collect(loaded, spec, images=made.images, folder=folder / "calibration")
     plan = learn(loaded, data, made.config, folder)
     left = {name: layer for name, layer in plan.layers.items() if name not in baked}

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gaq_export.models.registry import MODELS
     from gaq_export.models.text_encoder import prompt_conditioning
     from gaq_export.pipeline import calibrate
-    from gaq_export.quantize.presets import Preset, preset
+    from gaq_export.quantize.presets import CalibrationOptions, Preset, preset
     from gaq_export.quantize.recipes import RECIPES
     from gaq_export.report.inspect import inspect
     from gaq_export.sampling.batches import Sampled, Streamed
@@ -64,7 +64,7 @@ _NAMES = {
     "gaq_export.models.registry": ("MODELS",),
     "gaq_export.models.text_encoder": ("prompt_conditioning",),
     "gaq_export.pipeline": ("calibrate",),
-    "gaq_export.quantize.presets": ("Preset", "preset"),
+    "gaq_export.quantize.presets": ("CalibrationOptions", "Preset", "preset"),
     "gaq_export.quantize.recipes": ("RECIPES",),
     "gaq_export.report.inspect": ("inspect",),
     "gaq_export.sampling.batches": ("Sampled", "Streamed"),
@@ -78,6 +78,7 @@ __all__ = [
     "RECIPES",
     "Built",
     "CalibError",
+    "CalibrationOptions",
     "Conditioning",
     "EngineConfig",
     "EngineError",

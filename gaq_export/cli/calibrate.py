@@ -112,26 +112,29 @@ def calibrate(
 ) -> None:
     """Learn integer weights and activation scales. A calibration that was stopped continues where it was."""
     with one_line_errors():
+        from dataclasses import replace
+
         from gaq_export import pipeline
         from gaq_export.comparison import auto
         from gaq_export.quantize import presets
 
+        options = presets.CalibrationOptions(
+            wbits=wbits,
+            abits=presets.parse_widths(abits),
+            omega=omega,
+            convention=convention,
+            correction=correct,
+            budget=budget,
+            keep_float=tuple(keep_float or ()),
+            per_step=per_step_ranges,
+            symmetric=symmetric,
+            iterations=iterations,
+            seed=seed,
+        )
+
         def settings(recipe: str | None) -> "Preset":
-            made = presets.preset(
-                preset,
-                wbits=wbits,
-                abits=presets.parse_widths(abits),
-                recipe=recipe,
-                omega=omega,
-                convention=convention,
-                correction=correct,
-                budget=budget,
-                keep_float=tuple(keep_float or ()),
-                per_step=per_step_ranges,
-                symmetric=symmetric,
-                seed=seed,
-            )
-            return presets.of_images(_with_iterations(made, iterations), images, loaded.spec.images)
+            made = presets.preset(preset, replace(options, recipe=recipe))
+            return presets.with_images(made, images, loaded.spec.images)
 
         with Display(quiet) as display:
             display.stage("loading the model")
@@ -268,16 +271,6 @@ def models() -> None:
         width = max(map(len, MODELS))
         for spec in MODELS.values():
             typer.echo(f"{spec.name:{width}}  {spec.description}")
-
-
-def _with_iterations(preset: "Preset", iterations: int | None) -> "Preset":
-    """Return the preset with another number of iterations for each block, unless that is None."""
-    from dataclasses import replace
-
-    if iterations is None:
-        return preset
-    reconstruction = replace(preset.config.reconstruction, iterations=iterations)
-    return replace(preset, config=replace(preset.config, reconstruction=reconstruction))
 
 
 def _bits_of(plan: "QuantPlan", wbits: int, abits: str, *, mixed: bool) -> str:

@@ -59,7 +59,7 @@ WeightBits = Annotated[int, _option(f"Bits of a weight, {_WIDTHS}.", panel=_QUAN
 PresetName = Annotated[
     str,
     _option(
-        f"How long to calibrate: {'; '.join(f'{name} ({make().description})' for name, make in PRESETS.items())}.",
+        f"How long to calibrate: {'; '.join(f'{name} ({row.description})' for name, row in PRESETS.items())}.",
         panel=_QUANTIZATION,
         envvar="GAQ_EXPORT_PRESET",
     ),

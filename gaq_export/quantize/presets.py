@@ -1,112 +1,155 @@
-"""Calibration schedules by name: how many images, and how long each block is fitted."""
+"""How much time a calibration takes, by name, and the options that a user sets beside it.
+
+In: the name of a preset and `CalibrationOptions`. Out: a `Preset`, whose `QuantConfig` says all that `calib` needs to
+know. Precedence: an option, then the recipe, then the preset.
+"""
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calib.config import BUDGET_UNITS, ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
-from gaq_export.errors import GaqError
+from calib.config import (
+    BUDGET_UNITS,
+    ActivationConfig,
+    MixedConfig,
+    OmegaConfig,
+    QuantConfig,
+    ReconstructionConfig,
+)
+from gaq_export.errors import GaqError, unknown
 from gaq_export.quantize.recipes import find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A calibration schedule.
+    """How many images to calibrate with, and how.
 
     Attributes:
-        images: trajectories to collect; each gives one sample at every sampling step.
-        config: the rest, its bits and seed still at their defaults.
-        published: whether a known model's own number of images comes first.
+        description: One line for a list of presets.
+        images: Trajectories to collect; each gives one sample at every sampling step.
+        config: Everything else.
+        published: Whether a known model takes as many images as its paper does, see `with_images`.
     """
 
+    description: str
     images: int
     config: QuantConfig
-    description: str
     published: bool = False
 
 
-def _tiny() -> Preset:
-    config = QuantConfig(
-        reconstruction=ReconstructionConfig(
-            iterations=4, batch=4, learning_rate=1e-2, start="gptq", activation_iterations=4
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What the user sets beside the preset; None leaves it to the recipe, or to the preset.
+
+    Attributes:
+        wbits: Bits of a weight.
+        abits: Bits of an activation; of several widths each sampling step takes the one it needs (`calib.step_bits`).
+        recipe: A published method, a key of `RECIPES`.
+        omega: How samples are weighted, one of `calib.config.OMEGA_RULES`.
+        convention: Which layers stay float, a key of `calib.float_layers.CONVENTIONS`.
+        correction: What the sampler corrects of the predicted noise, one of `calib.config.CORRECTIONS`.
+        keep_float: Shell patterns of further layers to keep float.
+        per_step: Whether every sampling step has its own activation grids.
+        symmetric: Whether every activation grid has 0 in the middle.
+        budget: Chooses the bits of each layer within it, as "5bits" (on average), "2.5MB", "300Gbit-ops" or "12ms".
+        iterations: Iterations of a block.
+        seed: Seed of everything random.
+    """
+
+    wbits: int = 4
+    abits: int | tuple[int, ...] = 8
+    recipe: str | None = None
+    omega: str | None = None
+    convention: str | None = None
+    correction: str | None = None
+    keep_float: tuple[str, ...] = ()
+    per_step: bool | None = None
+    symmetric: bool | None = None
+    budget: str | None = None
+    iterations: int | None = None
+    seed: int = 0
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        description="a smoke test: every stage runs, nothing is learned",
+        images=4,
+        config=QuantConfig(
+            reconstruction=ReconstructionConfig(
+                iterations=4, batch=4, learning_rate=1e-2, start="gptq", activation_iterations=4
+            ),
+            omega=OmegaConfig(meta_steps=1, batch=4, validation_batch=2),
+            activation=ActivationConfig(batches=2, batch=4),
+            weight_steps=2,
+            micro_batch=4,
         ),
-        omega=OmegaConfig(meta_steps=1, batch=4, validation_batch=2),
-        activation=ActivationConfig(batches=2, batch=4),
-        weight_steps=2,
-        micro_batch=4,
-    )
-    return Preset(images=4, config=config, description="a smoke test: every stage runs, nothing is learned")
-
-
-def _fast() -> Preset:
-    config = QuantConfig(
-        reconstruction=ReconstructionConfig(
-            iterations=200, batch=8, learning_rate=0.1, start="gptq", activation_iterations=200
+    ),
+    "fast": Preset(
+        description="minutes on two cores for ddpm-mnist",
+        images=64,
+        config=QuantConfig(
+            reconstruction=ReconstructionConfig(
+                iterations=200, batch=8, learning_rate=0.1, start="gptq", activation_iterations=200
+            ),
+            omega=OmegaConfig(  # the best of docs/results/omega-scan-ddpm-mnist.md, if by little
+                softmax="set", meta_steps=6, meta_learning_rate=0.1, inner_step=0.1, batch=32, validation_batch=2
+            ),
+            activation=ActivationConfig(batches=60),
+            weight_steps=10,
         ),
-        omega=OmegaConfig(  # the best of docs/results/omega-scan-ddpm-mnist.md, if by little
-            softmax="set", meta_steps=6, meta_learning_rate=0.1, inner_step=0.1, batch=32, validation_batch=2
-        ),
-        activation=ActivationConfig(batches=60),
-        weight_steps=10,
-    )
-    return Preset(images=64, config=config, description="minutes on two cores for ddpm-mnist")
+    ),
+    "paper": Preset(
+        description="20 000 iterations a block, batch 32, as published",
+        images=256,
+        config=QuantConfig(),
+        published=True,
+    ),
+}
 
 
-def _paper() -> Preset:
-    description = "20 000 iterations a block, batch 32, as published"
-    return Preset(images=256, config=QuantConfig(), description=description, published=True)
-
-
-PRESETS: dict[str, Callable[[], Preset]] = {"tiny": _tiny, "fast": _fast, "paper": _paper}
-
-
-def preset(
-    name: str,
-    *,
-    wbits: int = 4,
-    abits: int | Sequence[int] = 8,
-    recipe: str | None = None,
-    omega: str | None = None,
-    convention: str | None = None,
-    correction: str | None = None,
-    keep_float: tuple[str, ...] = (),
-    per_step: bool | None = None,
-    symmetric: bool | None = None,
-    budget: str | None = None,
-    seed: int = 0,
-) -> Preset:
-    """Return the preset `name` with the user's choices filled in; what is None stays the recipe's, or the preset's.
-
-    Of several `abits` each sampling step takes its own (`calib.step_bits`).
+def preset(name: str, options: CalibrationOptions = CalibrationOptions()) -> Preset:
+    """Return the preset `name` with the user's options put in.
 
     Raises:
-        GaqError: there is no such preset or recipe, or the budget is not one.
-        CalibError: bits outside 2 to 8, or an unknown omega rule, convention or correction.
+        GaqError: There is no such preset or recipe, or the budget cannot be read.
+        CalibError: Bits outside 2 to 8, or an unknown omega rule, convention or correction.
     """
     if name not in PRESETS:
-        raise GaqError(f"Unknown preset {name!r}. Choose one of {list(PRESETS)}.")
-    chosen = PRESETS[name]()
-    c = chosen.config if recipe is None else find_recipe(recipe).apply(chosen.config)
-    most, *narrower = sorted({abits} if isinstance(abits, int) else set(abits), reverse=True)
-    given = _given(per_step=per_step, symmetric=symmetric)
+        raise unknown("preset", name, PRESETS)
+    base = PRESETS[name]
+    # The recipe first, so that an option has the last word.
+    config = base.config if options.recipe is None else find_recipe(options.recipe).apply(base.config)
+    widths = {options.abits} if isinstance(options.abits, int) else set(options.abits)
+    widest, *narrower = sorted(widths, reverse=True)
     config = replace(
-        c,
-        weight=replace(c.weight, bits=wbits),
-        activation=replace(c.activation, bits=most, narrower=tuple(narrower), **given),
-        omega=replace(c.omega, **_given(rule=omega)),
-        correction=replace(c.correction, **_given(rule=correction)),
-        mixed=c.mixed if budget is None else replace(c.mixed, **_budget(budget)),
-        **_given(convention=convention),
-        keep_float=keep_float,
-        seed=seed,
+        config,
+        weight=replace(config.weight, bits=options.wbits),
+        activation=replace(
+            config.activation,
+            bits=widest,
+            narrower=tuple(narrower),
+            **_set(per_step=options.per_step, symmetric=options.symmetric),
+        ),
+        reconstruction=replace(config.reconstruction, **_set(iterations=options.iterations)),
+        omega=replace(config.omega, **_set(rule=options.omega)),
+        correction=replace(config.correction, **_set(rule=options.correction)),
+        mixed=config.mixed if options.budget is None else _within(config.mixed, options.budget),
+        convention=options.convention or config.convention,
+        keep_float=options.keep_float,
+        seed=options.seed,
     )
-    return replace(chosen, config=config)
+    return replace(base, config=config)
 
 
-def of_images(chosen: Preset, asked: int | None, published: int) -> Preset:
-    """Return the preset with as many images as `asked` for, or if it goes by the papers as many as they take."""
-    return replace(chosen, images=asked or (published if chosen.published else chosen.images))
+def with_images(chosen: Preset, requested: int | None, published: int) -> Preset:
+    """Return a preset with the number of images that suits a model.
+
+    Args:
+        chosen: The preset.
+        requested: The user's number, which takes precedence, if there is one.
+        published: The number in the model's paper, which a `published` preset takes.
+    """
+    return replace(chosen, images=requested or (published if chosen.published else chosen.images))
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -121,18 +164,19 @@ def parse_widths(text: str) -> tuple[int, ...]:
         raise GaqError(f"Found activation bits {text!r}; write them as 8, or as 4,8.") from error
 
 
-def _budget(text: str) -> dict[str, Any]:
-    """Read "5bits", "2.5MB", "300Gbit-ops" or "12ms".
+def _within(mixed: MixedConfig, budget: str) -> MixedConfig:
+    """Return settings for a budget, as "5bits", "2.5MB", "300Gbit-ops" or "12ms".
 
-    >>> _budget("2.5 MB")
-    {'budget': 2.5, 'unit': 'MB'}
+    >>> _within(MixedConfig(), "2.5 mb").budget, _within(MixedConfig(), "2.5 mb").unit
+    (2.5, 'MB')
     """
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z-]+)", text.strip())
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z-]+)", budget.strip())
     units = {unit.lower(): unit for unit in BUDGET_UNITS}
-    if found is None or found[2].lower() not in units or found[1].count(".") > 1 or float(found[1]) == 0:
-        raise GaqError(f"Found a budget of {text!r}; write it as 5bits, 2.5MB, 300Gbit-ops or 12ms.")
-    return {"budget": float(found[1]), "unit": units[found[2].lower()]}
+    if match is None or match[2].lower() not in units or match[1].count(".") > 1 or float(match[1]) == 0:
+        raise GaqError(f"Found a budget of {budget!r}; write it as 5bits, 2.5MB, 300Gbit-ops or 12ms.")
+    return replace(mixed, budget=float(match[1]), unit=units[match[2].lower()])
 
 
-def _given(**choices: Any) -> dict[str, Any]:
-    return {name: choice for name, choice in choices.items() if choice is not None}
+def _set(**options: Any) -> dict[str, Any]:
+    """Return the options that the user set."""
+    return {name: option for name, option in options.items() if option is not None}

@@ -1,20 +1,25 @@
-"""Published recipes as one line of configuration each: what they change of a schedule's settings.
+"""Published methods as a few lines of configuration each: what they change of a preset's settings.
 
-A recipe is a composition of parts that are there for all of them: which layers stay float, how ranges are found, how
-rounding is learned and samples are weighted, what the sampler corrects. How long it all takes is the preset's business.
+All of them are made of the same parts: which layers stay float, how ranges are measured, how rounding is learned, how
+samples are chosen and weighted, what the sampler corrects. How long it all takes is the preset's business, so a recipe
+changes durations only in proportion.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from calib.config import QuantConfig
-from gaq_export.errors import GaqError
+from gaq_export.errors import unknown
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method; `apply` turns a schedule's settings into its own."""
+    """One method.
+
+    Attributes:
+        description: One line for a list of recipes.
+        apply: Turns a preset's settings into the method's.
+    """
 
     description: str
     apply: Callable[[QuantConfig], QuantConfig]
@@ -63,20 +68,26 @@ def _ptq4dm(config: QuantConfig) -> QuantConfig:
 
 
 def _q_diffusion(config: QuantConfig) -> QuantConfig:
-    learned = replace(_adaround(config), reconstruction=replace(config.reconstruction, activations="lsq"))
-    return replace(learned, surgery=replace(config.surgery, split=True))
+    reconstruction = replace(config.reconstruction, activations="lsq")
+    return replace(_adaround(config), reconstruction=reconstruction, surgery=replace(config.surgery, split=True))
 
 
 def _eda_dm(config: QuantConfig) -> QuantConfig:
-    fine = replace(config.reconstruction, activations="qdrop", fine=0.8, regulariser=0.0)
-    return replace(_adaround(config), reconstruction=fine, selection=replace(config.selection, rule="density"))
+    reconstruction = replace(config.reconstruction, activations="qdrop", fine=0.8, regulariser=0.0)
+    selection = replace(config.selection, rule="density")
+    return replace(_adaround(config), reconstruction=reconstruction, selection=selection)
 
 
 def _tcaq(config: QuantConfig) -> QuantConfig:
-    fewer = replace(config.reconstruction, iterations=max(1, config.reconstruction.iterations // 2))
-    rounds = replace(_adaround(config), reconstruction=fewer, rounds=2)
-    per_step = replace(config.activation, per_step=True, logarithmic=True)
-    return replace(rounds, activation=per_step, surgery=replace(config.surgery, scale_channels=8.0))
+    # Two rounds of half as many iterations take as long as one round of any other recipe.
+    halved = replace(config.reconstruction, iterations=max(1, config.reconstruction.iterations // 2))
+    return replace(
+        _adaround(config),
+        rounds=2,
+        reconstruction=halved,
+        activation=replace(config.activation, per_step=True, logarithmic=True),
+        surgery=replace(config.surgery, scale_channels=8.0),
+    )
 
 
 def _tdq(config: QuantConfig) -> QuantConfig:
@@ -88,8 +99,9 @@ def _adp(config: QuantConfig) -> QuantConfig:
 
 
 def _pcr(config: QuantConfig) -> QuantConfig:
-    on_its_own = replace(config.activation, per_step=True, trajectory="quantized", wide_window=(0.8, 1.0))
-    return replace(_adaround(config), activation=on_its_own)
+    # Of several activation widths, the last fifth of the steps takes the widest (the paper's activation relaxing).
+    activation = replace(config.activation, per_step=True, trajectory="quantized", wide_window=(0.8, 1.0))
+    return replace(_adaround(config), activation=activation)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -114,7 +126,5 @@ RECIPES: dict[str, Recipe] = {
 def find_recipe(name: str) -> Recipe:
     """Return the recipe called `name`; raise GaqError naming the nearest."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise GaqError(f"Unknown recipe {name!r}. Choose one of {list(RECIPES)}.{hint}")
+        raise unknown("recipe", name, RECIPES)
     return RECIPES[name]

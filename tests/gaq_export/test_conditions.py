@@ -33,6 +33,7 @@ from gaq_export.graph.qdq import insert_qdq
 from gaq_export.graph.step import make_step
 from gaq_export.images import psnr
 from gaq_export.models.loader import LoadedModel, wrap
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.sampling import shards, workers
 from tests.calib.test_cond import NETWORKS, config
@@ -201,7 +202,7 @@ def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
 def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
     conditioning = texts(3.0)
     model, run, home = made("text", conditioning), tmp_path / "run", tmp_path / "engine"
-    pipeline.calibrate(model, pipeline.preset("tiny", recipe="rtn"), folder=run)
+    pipeline.calibrate(model, pipeline.preset("tiny", CalibrationOptions(recipe="rtn")), folder=run)
     assert "rows" not in load_plan(run / "plan.safetensors").provenance["conditions"]
     settings = EngineConfig(backend="openvino", threads=1)
     home.mkdir()

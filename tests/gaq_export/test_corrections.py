@@ -24,6 +24,7 @@ from gaq_export.errors import GaqError
 from gaq_export.graph.step import make_step
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize import noise_correction
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.recipes import RECIPES, find_recipe
 from gaq_export.quantize.trajectories import collect
 from tests.gaq_export.readback import session
@@ -139,7 +140,7 @@ def test_a_correction_of_other_steps_is_an_error() -> None:
 def corrected_run(tiny_model: LoadedModel, tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("corrected") / "run"
     conditioning: list[tuple[int, int]] = []
-    chosen = pipeline.preset("tiny", recipe="ptqd")
+    chosen = pipeline.preset("tiny", CalibrationOptions(recipe="ptqd"))
     pipeline.calibrate(
         tiny_model, chosen, folder=folder, sampler=SamplerSpec(steps=4), on_correct=lambda *at: conditioning.append(at)
     )
@@ -185,13 +186,13 @@ def test_a_correction_is_of_one_sampler(corrected_run: Path, tiny_model: LoadedM
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_a_change_of_settings_that_options_go_before(name: str) -> None:
-    plain, chosen = pipeline.preset("tiny").config, pipeline.preset("tiny", recipe=name).config
+    plain, chosen = pipeline.preset("tiny").config, pipeline.preset("tiny", CalibrationOptions(recipe=name)).config
     assert chosen != plain
     assert chosen == find_recipe(name).apply(plain)
-    assert pipeline.preset("tiny", recipe=name, omega="mse").config.omega.rule == "mse"
-    assert pipeline.preset("tiny", recipe=name, correction="tac").config.correction.rule == "tac"
+    assert pipeline.preset("tiny", CalibrationOptions(recipe=name, omega="mse")).config.omega.rule == "mse"
+    assert pipeline.preset("tiny", CalibrationOptions(recipe=name, correction="tac")).config.correction.rule == "tac"
 
 
 def test_an_unknown_recipe_is_an_error() -> None:
-    with pytest.raises(GaqError, match=r"Unknown recipe 'tfqm'. Choose one of \['rtn'.*\]. Did you mean 'tfmq'\?"):
-        pipeline.preset("tiny", recipe="tfqm")
+    with pytest.raises(GaqError, match=r"Unknown recipe 'tfqm'. Did you mean 'tfmq'\? Choose one of \['rtn'.*\]"):
+        pipeline.preset("tiny", CalibrationOptions(recipe="tfqm"))

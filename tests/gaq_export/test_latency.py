@@ -9,6 +9,7 @@ import engines
 from gaq_export import pipeline
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize import latency
+from gaq_export.quantize.presets import CalibrationOptions
 
 LAYERS = ("unet.mid_block.resnets.0.conv1", "unet.mid_block.resnets.0.conv2")
 
@@ -29,9 +30,11 @@ def test_times_are_measured_once(tiny_model: LoadedModel, tmp_path: Path, monkey
 
 
 def test_a_budget_of_milliseconds_makes_a_plan(tiny_model: LoadedModel, tmp_path: Path) -> None:
-    chosen = pipeline.preset("tiny", recipe="rtn", budget="100000ms")
+    chosen = pipeline.preset("tiny", CalibrationOptions(recipe="rtn", budget="100000ms"))
     times = tmp_path / "times.json"
-    plan = pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe="rtn"), folder=tmp_path / "first")
+    plan = pipeline.calibrate(
+        tiny_model, pipeline.preset("tiny", CalibrationOptions(recipe="rtn")), folder=tmp_path / "first"
+    )
     record = {
         "conditions": {
             "backend": engines.best_backend(),
@@ -42,7 +45,9 @@ def test_a_budget_of_milliseconds_makes_a_plan(tiny_model: LoadedModel, tmp_path
         "milliseconds": {"4": 10.0, "8": 11.0, "32": 30.0},
     }
     times.write_text(json.dumps(record))
-    mixed = pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe="rtn", budget="15ms"), folder=tmp_path)
+    mixed = pipeline.calibrate(
+        tiny_model, pipeline.preset("tiny", CalibrationOptions(recipe="rtn", budget="15ms")), folder=tmp_path
+    )
     widths = {layer.weight_bits for layer in mixed.layers.values()}
     assert widths <= {4, 8}
     assert len(mixed.layers) < len(plan.layers)  # there is time for some in float

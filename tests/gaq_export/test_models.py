@@ -12,7 +12,6 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from gaq_export import pipeline
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models import hub
@@ -20,7 +19,6 @@ from gaq_export.models.architectures import condition_inputs_of
 from gaq_export.models.diffusers_folder import INDEX, PICKLE, SAFETENSORS, build_network, fingerprint
 from gaq_export.models.loader import load_model, random_model, wrap
 from gaq_export.models.registry import MODELS, reduced
-from gaq_export.quantize import presets
 
 SIZES = {
     "ddpm-mnist": 1_112_801,
@@ -56,14 +54,6 @@ def test_a_known_model_at_reduced_width_has_the_same_kinds_of_blocks(name: str) 
     assert {type(m) for m in model.module.modules()} == {type(m) for m in whole.modules()}
     assert model.condition_inputs.keys() == condition_inputs_of(whole).keys()
     assert (model.spec.sampler, model.spec.guidance) == (row.sampler, row.guidance)
-
-
-def test_the_full_schedule_takes_as_many_images_as_the_models_papers_do() -> None:
-    full, fast = pipeline.preset("paper"), pipeline.preset("fast")
-    published = MODELS["sd15"].images
-    assert published == 200 != full.images
-    found = [presets.of_images(made, asked, published).images for made in (full, fast) for asked in (None, 8)]
-    assert found == [200, 8, fast.images, 8]
 
 
 def test_of_a_pipelines_repository_each_part_is_fetched_once() -> None:

@@ -21,6 +21,7 @@ from gaq_export.deploy import verify
 from gaq_export.deploy.parity import Tolerance
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
+from gaq_export.quantize.presets import CalibrationOptions
 from tests.gaq_export.readback import session
 
 FEW = SamplerSpec(steps=5)
@@ -55,7 +56,7 @@ def test_calibrating_again_returns_the_same_plan_without_work(tiny_run: Path, ti
 
 def test_a_run_folder_holds_one_run(tiny_run: Path, tiny_model) -> None:
     with pytest.raises(GaqError, match=r"holds a run with other settings \(config: .*Give --run another folder"):
-        pipeline.calibrate(tiny_model, pipeline.preset("tiny", wbits=8), folder=tiny_run)
+        pipeline.calibrate(tiny_model, pipeline.preset("tiny", CalibrationOptions(wbits=8)), folder=tiny_run)
     with pytest.raises(GaqError, match=r"holds a run with other settings \(sampler: "):
         pipeline.calibrate(tiny_model, pipeline.preset("tiny"), folder=tiny_run, sampler=FEW)
 
@@ -232,7 +233,9 @@ def test_export_writes_where_it_is_told(tiny_run: Path, tiny_model, tmp_path: Pa
 
 def test_tables_hold_the_rounded_embedding_where_the_plan_rounds_it(tiny_model, noisy, tmp_path: Path) -> None:
     folder, spec = tmp_path / "run", SamplerSpec(steps=4)
-    plan = pipeline.calibrate(tiny_model, pipeline.preset("tiny", convention="tfmq"), folder=folder, sampler=spec)
+    plan = pipeline.calibrate(
+        tiny_model, pipeline.preset("tiny", CalibrationOptions(convention="tfmq")), folder=folder, sampler=spec
+    )
     made = pipeline.export_onnx("reference", folder=folder, model=tiny_model, out=tmp_path / "step.onnx")
     exact = {name: layer for name, layer in plan.layers.items() if name not in made.baked}
     assert exact.keys() < plan.layers.keys()

@@ -15,6 +15,7 @@ from gaq_export import pipeline
 from gaq_export.deploy.build import Built
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.recipes import RECIPES, find_recipe
 
 
@@ -31,7 +32,7 @@ FORMS = {form(name): name for name in RECIPES}
 def folder(request, tiny_model: LoadedModel, tmp_path_factory) -> Path:
     """The run folder of one recipe."""
     made: Path = tmp_path_factory.mktemp(request.param)
-    chosen, sampler = pipeline.preset("tiny", recipe=request.param), SamplerSpec(steps=4)
+    chosen, sampler = pipeline.preset("tiny", CalibrationOptions(recipe=request.param)), SamplerSpec(steps=4)
     pipeline.calibrate(tiny_model, chosen, folder=made, sampler=sampler)
     return made
 

@@ -22,6 +22,7 @@ from gaq_export.errors import GaqError
 from gaq_export.images import read_metadata
 from gaq_export.models import text_encoder
 from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.run import Run
 from gaq_export.sharing import pack, triton_repository
 from tests.gaq_export.commands import gaq
@@ -261,7 +262,7 @@ def prompted(write: Callable[[bool], Path], tmp_path_factory) -> tuple[LoadedMod
     model, folder = load_model(weights=write(True)), tmp_path_factory.mktemp("prompted")
     model = replace(model, conditioning=text_encoder.prompt_conditioning(model, PROMPTS[:2], 2.0))
     spec = replace(model.spec.sampler, steps=2)
-    pipeline.calibrate(model, pipeline.preset("tiny", wbits=8), folder=folder / "run", sampler=spec)
+    pipeline.calibrate(model, pipeline.preset("tiny", CalibrationOptions(wbits=8)), folder=folder / "run", sampler=spec)
     config = EngineConfig(backend="onnxruntime", threads=1)
     pipeline.build_engine(folder=folder / "run", out=folder / "unet.plan", config=config, model=model)
     pipeline.sample(folder / "unet.plan", num=3, out=folder / "own")

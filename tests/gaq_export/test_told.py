@@ -24,6 +24,7 @@ from gaq_export.evaluation.feature_extractors import find_extractor
 from gaq_export.images import as_bytes
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize import latency, noise_correction
+from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.quantize import learn
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.report import report, report_page
@@ -108,7 +109,7 @@ def test_a_correction_is_of_the_guided_noise(rule: str, plan: QuantPlan, model: 
 
 
 def test_steps_take_the_bits_that_the_guided_noise_needs(model: LoadedModel, tmp_path: Path) -> None:
-    config = pipeline.preset("tiny", abits=(4, 8), recipe="pcr").config
+    config = pipeline.preset("tiny", CalibrationOptions(abits=(4, 8), recipe="pcr")).config
     config = replace(config, activation=replace(config.activation, wide_window=None))
     data = collect(model, SPEC, images=4)
     plan = learn(model, data, config, SPEC, folder=tmp_path)

@@ -23,6 +23,7 @@ from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.presets import CalibrationOptions
 
 SPEC = SamplerSpec(steps=5, eta=0.5)
 
@@ -31,7 +32,9 @@ SPEC = SamplerSpec(steps=5, eta=0.5)
 def folder(tiny_model: LoadedModel, tmp_path_factory) -> Path:
     """A run of PCR: the last step keeps 8 bits, the others have 6."""
     made: Path = tmp_path_factory.mktemp("turns")
-    pipeline.calibrate(tiny_model, pipeline.preset("tiny", recipe="pcr", abits=(6, 8)), folder=made, sampler=SPEC)
+    pipeline.calibrate(
+        tiny_model, pipeline.preset("tiny", CalibrationOptions(recipe="pcr", abits=(6, 8))), folder=made, sampler=SPEC
+    )
     return made
 
 
@@ -72,7 +75,10 @@ def test_the_engines_together_draw_what_the_plan_says(folder: Path, built: Built
 
 def test_the_rule_of_signal_over_noise_is_measured_and_kept(tiny_model: LoadedModel, tmp_path: Path) -> None:
     plan = pipeline.calibrate(
-        tiny_model, pipeline.preset("tiny", recipe="rtn", abits=(4, 6, 8)), folder=tmp_path, sampler=SPEC
+        tiny_model,
+        pipeline.preset("tiny", CalibrationOptions(recipe="rtn", abits=(4, 6, 8))),
+        folder=tmp_path,
+        sampler=SPEC,
     )
     own = plan.step_bits
     assert own is not None
