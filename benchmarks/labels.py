@@ -82,7 +82,7 @@ def main(
     ]
     if out is not None:
         shown = [(name, frechet.pixels(pictures[:20])) for name, pictures in drawn.items()]
-        save_grid(out.with_suffix(".png"), shown, heads=[conditioned.conditioning.name_of(seed) for seed in range(20)])
+        save_grid(out.with_suffix(".png"), shown, titles=[conditioned.conditioning.name_of(seed) for seed in range(20)])
         lines += ["", f"![The first images, float above {bits}]({out.stem}.png)"]
     publish(lines, out)
 

@@ -1,4 +1,4 @@
-"""Pictures: PNG files that say how they were made, contact sheets to look at, and the distance between two images.
+"""Images: PNG files that carry how they were made, grids to look at, and the PSNR between images.
 
 In: images in [-1, 1], (C, H, W) or (N, C, H, W), with one or three channels. Out: PNG files, or decibels.
 """
@@ -19,12 +19,14 @@ from calib.files import write_atomically
 from gaq_export.errors import GaqError
 
 METADATA_KEY = "gaq-export"
+# Of a grid, in pixels.
 _GAP = 4
-_GRID_SIDE = 96
+_SMALLEST_SIDE = 96  # images smaller than this are enlarged
+_HEAD_HEIGHT = 20
 
 
 def to_uint8(images: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Convert images to bytes, rounding to the nearest.
+    """Round images to the bytes that a PNG file holds.
 
     Args:
         images: (..., C, H, W) in [-1, 1]; values outside are clamped.
@@ -44,13 +46,18 @@ def to_uint8(images: torch.Tensor) -> npt.NDArray[np.uint8]:
     return array
 
 
+def to_uint8_tensor(images: torch.Tensor) -> torch.Tensor:
+    """Round images (N, C, H, W) in [-1, 1] to what a PNG file holds, uint8 (N, C, H, W), so that all sets are alike."""
+    return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+
+
 def save_png(path: Path, image: torch.Tensor, metadata: Mapping[str, Any]) -> None:
     """Write one image as a PNG that carries how it was made.
 
     Args:
         path: File to write; it appears whole or not at all.
         image: (C, H, W) in [-1, 1].
-        metadata: JSON object, kept in the text chunk "gaq-export".
+        metadata: how it was made; written as JSON to the text chunk "gaq-export".
 
     Raises:
         GaqError: If the image cannot be converted, see `to_uint8`.
@@ -59,10 +66,10 @@ def save_png(path: Path, image: torch.Tensor, metadata: Mapping[str, Any]) -> No
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read back what `save_png` wrote beside the pixels.
+    """Return the metadata that `save_png` wrote beside the pixels.
 
     Raises:
-        GaqError: If the file is no PNG, or was not written by this tool.
+        GaqError: If the file cannot be read as an image, or was not written by this tool.
     """
     try:
         with Image.open(path) as picture:
@@ -79,39 +86,37 @@ def save_grid(
     path: Path,
     rows: Sequence[tuple[str, torch.Tensor]],
     metadata: Mapping[str, Any] | None = None,
-    heads: Sequence[str] = (),
+    titles: Sequence[str] = (),
 ) -> None:
     """Write labelled rows of images as one PNG, small images enlarged to whole multiples.
 
     Args:
         path: File to write; it appears whole or not at all.
         rows: Label and images (N, C, H, W) of each row; all images of one size, rows may differ in length.
-        metadata: JSON object for the text chunk.
-        heads: What stands above the columns, cut to their width.
+        metadata: How they were made, as for `save_png`.
+        titles: Titles of the columns, cut to their width.
 
     Raises:
-        GaqError: If there is nothing to draw, the sizes differ, or an image cannot be converted.
+        GaqError: If there are no images, their sizes differ, or one cannot be converted.
     """
     sizes = {tuple(images.shape[-2:]) for _, images in rows}
     if len(sizes) != 1 or any(images.dim() != 4 or len(images) == 0 for _, images in rows):
         shapes = [tuple(images.shape) for _, images in rows]
         raise GaqError(f"A grid needs rows of images (N, C, H, W), all of one height and width; found {shapes}.")
     height, width = sizes.pop()
-    factor = max(1, _GRID_SIDE // max(height, width))
+    factor = max(1, _SMALLEST_SIDE // max(height, width))
     cell_h, cell_w = height * factor + _GAP, width * factor + _GAP
     font = ImageFont.load_default(size=13)
     labels = [max((font.getlength(line) for line in label.splitlines()), default=0) for label, _ in rows]
     margin = int(max(labels)) + 2 * _GAP
     columns = max(len(images) for _, images in rows)
-    head = 20 if heads else 0
+    head = _HEAD_HEIGHT if titles else 0
     sheet = Image.new("RGB", (margin + columns * cell_w, head + len(rows) * cell_h + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, words in enumerate(heads):
-        while font.getlength(words) > width * factor:
-            words = words.removesuffix("…")[:-1] + "…"
-        draw.text(
-            (margin + column * cell_w + width * factor / 2, 4 + head / 2), words, fill="black", font=font, anchor="mm"
-        )
+    for column, title in enumerate(titles):
+        middle = margin + column * cell_w + width * factor / 2
+        text = _shortened(title, font, width * factor)
+        draw.text((middle, _GAP + head / 2), text, fill="black", font=font, anchor="mm")
     for row, (label, images) in enumerate(rows):
         top = head + row * cell_h + _GAP
         draw.multiline_text((_GAP, top + cell_h / 2), label, fill="black", font=font, anchor="lm")
@@ -121,17 +126,19 @@ def save_grid(
     _write(path, sheet, metadata or {})
 
 
-def encode_row(images: Sequence[torch.Tensor]) -> bytes:
-    """Return a PNG of images (C, H, W) in [-1, 1] side by side, a pixel for a pixel, a white line between them."""
-    line = images[0].new_ones(*images[0].shape[:2], 1)
-    row = torch.cat([part for image in images for part in (line, image)][1:], dim=2)
+def encode_side_by_side(images: Sequence[torch.Tensor]) -> bytes:
+    """Return the bytes of a PNG of images (C, H, W) in [-1, 1], not enlarged, with a white line between them."""
+    line = images[0].new_ones(*images[0].shape[:2], 1)  # (C, H, 1)
+    row = torch.cat([part for image in images for part in (line, image)][1:], dim=2)  # (C, H, N*W + N - 1)
     buffer = io.BytesIO()
     _to_pil(to_uint8(row)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Measure peak signal-to-noise ratio, image by image, against the full range of 2.
+    """Return the peak signal-to-noise ratio of each pair of images, 10 log10(peak^2 / mean squared error).
+
+    The peak is 2, the full range from -1 to 1.
 
     Args:
         a: Images in [-1, 1], (N, C, H, W).
@@ -146,7 +153,14 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.shape != b.shape or a.dim() != 4:
         raise GaqError(f"PSNR compares batches (N, C, H, W) of one shape; found {tuple(a.shape)}, {tuple(b.shape)}.")
     error = (a.double() - b.double()).square().mean(dim=(1, 2, 3))  # (N, C, H, W) -> (N,)
-    return 10 * torch.log10(4 / error)
+    return 10 * torch.log10(4 / error)  # 4 = 2 ** 2
+
+
+def _shortened(text: str, font: Any, width: float) -> str:
+    """Return the text, cut with an ellipsis if it is wider than `width` pixels."""
+    while font.getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
 
 
 def _to_pil(array: npt.NDArray[np.uint8]) -> Image.Image:
@@ -159,8 +173,3 @@ def _write(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> Non
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=info)
     write_atomically(path, buffer.getvalue())
-
-
-def as_bytes(drawn: torch.Tensor) -> torch.Tensor:
-    """Round drawn images (N, C, H, W) in [-1, 1] to the uint8 that a PNG would hold, so that all sets are alike."""
-    return torch.from_numpy(to_uint8(drawn)).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)

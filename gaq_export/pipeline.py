@@ -84,7 +84,7 @@ def calibrate(
             "guidance": conditioning.guidance,
             "told_sha256": conditioning.sha256,
         }
-    runs.begin(run, settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))})
+    runs.claim(run, settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))})
     if run.plan.exists():
         return load_plan(run.plan)
     if model.conditioning is not None:
@@ -111,7 +111,7 @@ def calibrate(
         on_step=on_correct,
     )
     save_plan(plan, run.plan)
-    runs.note(
+    runs.add_entry(
         run,
         "calibrate",
         collect_seconds=round(collected - started, 1),

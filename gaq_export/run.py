@@ -1,4 +1,8 @@
-"""The run folder: where a calibration keeps its files, and the journal of what was done in it."""
+"""The run folder: the files of a calibration, and a record of its settings and of what was done with it.
+
+The record, `run.json`, is what lets the same command continue a calibration and refuse to mix two: it holds the
+settings that the files depend on, and a journal with an entry for each command that has finished.
+"""
 
 import json
 import os
@@ -6,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,46 +33,64 @@ class Run:
 
     @property
     def record(self) -> Path:
-        """Settings and journal."""
+        """Settings and journal, a `RunRecord`."""
         return self.folder / "run.json"
 
     @property
     def plan(self) -> Path:
-        """The result of calibration; plan.json is beside it."""
+        """The plan, the result of calibration; plan.json is beside it."""
         return self.folder / "plan.safetensors"
 
     @property
     def calibration(self) -> Path:
-        """Folder of collected trajectories."""
+        """Folder of the trajectories that were collected for calibration."""
         return self.folder / "calibration"
 
     @property
     def blocks(self) -> Path:
-        """Folder of finished blocks."""
+        """Folder of the results of finished blocks."""
         return self.folder / "blocks"
 
     @property
     def times(self) -> Path:
-        """How long a step takes at each width, if a budget asked for it."""
+        """How long a sampling step takes with weights of each width; measured for budgets in milliseconds."""
         return self.folder / "times.json"
 
     @property
-    def page(self) -> Path:
-        """What `inspect` writes."""
+    def inspection(self) -> Path:
+        """The page that `inspect` writes."""
         return self.folder / "inspect.html"
 
     @property
     def report(self) -> Path:
-        """What `report` writes."""
+        """The page that `report` writes."""
         return self.folder / "report.html"
 
     def onnx(self, profile: str, graph: str) -> Path:
-        """The QDQ graph of one profile."""
+        """The Q/DQ graph of a kind, for a profile."""
         return self.folder / f"unet.{graph}.{profile}.onnx"
 
 
-def begin(run: Run, settings: Mapping[str, Any]) -> None:
-    """Claim the folder for `settings`, or continue a run that has the same.
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `run.json` holds.
+
+    Attributes:
+        settings: what the files in the folder depend on, as JSON values.
+        journal: an entry for each command that finished, oldest first: its step, when, the command line, the versions
+            of packages, and what else was recorded.
+    """
+
+    settings: dict[str, Any]
+    journal: list[dict[str, Any]]
+
+    def last(self, step: str) -> dict[str, Any]:
+        """Return the newest entry of the journal about a step, such as "calibrate"; empty if there is none."""
+        return next((entry for entry in reversed(self.journal) if entry["step"] == step), {})
+
+
+def claim(run: Run, settings: Mapping[str, Any]) -> None:
+    """Write the settings to a new folder, or make sure that a run with the same settings is continued.
 
     Raises:
         GaqError: the folder holds a run with other settings, or its record cannot be read.
@@ -76,88 +98,75 @@ def begin(run: Run, settings: Mapping[str, Any]) -> None:
     """
     record = _read(run)
     if record is None:
-        _write(run, {"format": FORMAT, "settings": dict(settings), "journal": []})
+        _write(run, RunRecord(settings=dict(settings), journal=[]))
         return
-    old = record["settings"]
-    changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
-    if changed:
-        k = changed[0]
+    old = record.settings
+    differing = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+    if differing:
+        key = differing[0]
         raise GaqError(
-            f"{run.folder} holds a run with other settings ({k}: {_short(old.get(k))}, now {_short(settings.get(k))}). "
-            "Give --run another folder, or delete this one."
+            f"{run.folder} holds a run with other settings ({key}: {_shortened(old.get(key))}, now "
+            f"{_shortened(settings.get(key))}). Give --run another folder, or delete this one."
         )
 
 
-def note(run: Run, step: str, **facts: Any) -> None:
-    """Add one line to the journal: what was done, when, by which command, with which versions, and `facts`."""
-    record = _read(run) or {"format": FORMAT, "settings": {}, "journal": []}
-    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    record["journal"].append({"step": step, "when": when, **made_with(), **facts})
-    _write(run, record)
+def add_entry(run: Run, step: str, **facts: Any) -> None:
+    """Add an entry to the journal.
+
+    Args:
+        run: the run folder.
+        step: what was done, such as "calibrate".
+        facts: whatever else is worth recording, as JSON values.
+
+    Raises:
+        GaqError: the record cannot be read.
+        CalibError: the folder cannot be written.
+    """
+    record = _read(run) or RunRecord(settings={}, journal=[])
+    entry = {"step": step, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **command_and_versions(), **facts}
+    _write(run, RunRecord(settings=record.settings, journal=[*record.journal, entry]))
 
 
-def made_with() -> dict[str, Any]:
-    """Return the command that this process is (None if it is another program), and the versions at work."""
+def command_and_versions() -> dict[str, Any]:
+    """Return the command line of this process, None if it is another program's, and the versions of our packages."""
     program = Path(sys.argv[0])
-    ours = program.stem == "gaq-export" or program.parts[-2:] == ("gaq_export", "__main__.py")
+    is_ours = program.stem == "gaq-export" or program.parts[-2:] == ("gaq_export", "__main__.py")
     return {
-        "command": shlex.join(["gaq-export", *sys.argv[1:]]) if ours else None,
+        "command": shlex.join(["gaq-export", *sys.argv[1:]]) if is_ours else None,
         "version": __version__,
         "packages": {name: number for name, number in versions(PACKAGES).items() if number},
     }
 
 
 def peak_memory_mib() -> int | None:
-    """Return the most memory that this process has held, in MiB; None where the system does not tell."""
+    """Return the most memory that this process has held, in MiB; None on Windows, which does not say."""
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)  # macOS counts bytes, Linux KiB
 
 
-def recall(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the settings that calibration was given, and the journal.
+def read_record(run: Run) -> RunRecord:
+    """Return the record of a run folder in which a calibration was started.
 
     Raises:
-        GaqError: there is no record, or it cannot be read.
+        GaqError: there is no record of a calibration, or it cannot be read.
     """
     record = _read(run)
-    if record is None or "images" not in record["settings"]:
+    if record is None or "images" not in record.settings:
         raise GaqError(f"No record of a calibration in {run.folder}: run `gaq-export calibrate` first.")
-    return record["settings"], record["journal"]
-
-
-def last(journal: Sequence[Mapping[str, Any]], step: str) -> dict[str, Any]:
-    """Return the last line of the journal about a step, empty if it has none."""
-    return dict(next((line for line in reversed(journal) if line["step"] == step), {}))
-
-
-def _read(run: Run) -> dict[str, Any] | None:
-    if not run.record.exists():
-        return None
-    try:
-        record = json.loads(run.record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GaqError(f"Cannot read {run.record} ({error}). Give --run another folder, or delete this one.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise GaqError(f"{run.record} is not a run record of format {FORMAT}. Give --run another folder.")
     return record
-
-
-def _write(run: Run, record: Mapping[str, Any]) -> None:
-    write_atomically(run.record, json.dumps(record, indent=1).encode())
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, so that a rename puts the finished files in place."""
+    """Yield a temporary folder beside `out`, from where a rename puts finished files in place, all or none.
+
+    Raises:
+        GaqError: the folder around `out` cannot be made or written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
@@ -168,13 +177,42 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def check_replaceable(out: Path, mark: str) -> None:
-    """Raise GaqError if `out` is there and is neither an empty folder nor one of the kind that has a file `mark`."""
-    if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    """Raise GaqError if writing to `out` would replace something else than this command writes.
+
+    Args:
+        out: folder to write; it may be new or empty.
+        mark: name of a file that is in every folder of this kind.
+    """
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not (out / mark).is_file() and not is_empty:
         raise GaqError(f"{out} is there and has no {mark}: choose a folder that is new, empty, or of this kind.")
 
 
-def replace_folder(made: Path, out: Path) -> None:
-    """Put a finished folder, inside a `staging` folder, in the place of `out`."""
+def replace_folder(finished: Path, out: Path) -> None:
+    """Put a finished folder in the place of `out`; it lies in a `staging` folder, which then holds the old one."""
     if out.exists():
-        os.replace(out, made.with_name(f"{made.name}.old"))
-    os.replace(made, out)
+        os.replace(out, finished.with_name(f"{finished.name}.old"))
+    os.replace(finished, out)
+
+
+def _read(run: Run) -> RunRecord | None:
+    """Return the record in a run folder, None if there is none."""
+    if not run.record.exists():
+        return None
+    try:
+        record = json.loads(run.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GaqError(f"Cannot read {run.record} ({error}). Give --run another folder, or delete this one.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise GaqError(f"{run.record} is not a run record of format {FORMAT}. Give --run another folder.")
+    return RunRecord(settings=record["settings"], journal=record["journal"])
+
+
+def _write(run: Run, record: RunRecord) -> None:
+    fields = {"format": FORMAT, "settings": record.settings, "journal": record.journal}
+    write_atomically(run.record, json.dumps(fields, indent=1).encode())
+
+
+def _shortened(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

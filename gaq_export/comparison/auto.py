@@ -61,7 +61,7 @@ def choose(
         tried.append(result)
     tried.sort(key=lambda result: -result.mean_db)
     shutil.copytree(folders[tried[0].recipe], folder, dirs_exist_ok=True)
-    runs.note(Run(folder=folder), "auto", tried={result.recipe: round(result.mean_db, 2) for result in tried})
+    runs.add_entry(Run(folder=folder), "auto", tried={result.recipe: round(result.mean_db, 2) for result in tried})
     return tried
 
 

@@ -41,7 +41,7 @@ from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
 from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import insert_qdq
-from gaq_export.images import as_bytes, psnr
+from gaq_export.images import psnr, to_uint8_tensor
 from gaq_export.models.loader import LoadedModel
 from gaq_export.sampling import batches
 
@@ -182,7 +182,7 @@ def image_scores(yardstick: Yardstick, images: Tensor) -> dict[str, Any]:
     """Return the PSNR of each of the images of `draw_images` and, if there is data, the Frechet distances."""
     near = psnr(images, float_images(yardstick))
     result: dict[str, Any] = {"psnr_db": [round(v, 3) for v in near.tolist()]}
-    return result | _distances(yardstick, _features(yardstick, as_bytes(images))) if yardstick.data else result
+    return result | _distances(yardstick, _features(yardstick, to_uint8_tensor(images))) if yardstick.data else result
 
 
 def _draw(
@@ -244,7 +244,7 @@ def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> di
     count, test = yardstick.images, frechet.load_images(data, "test", yardstick.model.shape)
     if len(test.images) < 2 * count:
         raise GaqError(f"{data} has {len(test.images)} test images; {count} drawn ones need at least twice as many.")
-    drawn = {name: _features(yardstick, as_bytes(images)) for name, images in sets.items()}
+    drawn = {name: _features(yardstick, to_uint8_tensor(images)) for name, images in sets.items()}
     real = _features(yardstick, test.images)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     aside, rest = real[order[:count]], real[order[count:]]

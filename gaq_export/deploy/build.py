@@ -129,7 +129,7 @@ def build_engine(
                 checks.append(verify.check(files[-1], at_bits(plan, abits), model, data, profile, turns, abits))
         _put(staged, out)
     checked = parity.merge(checks) if checks else None
-    runs.note(
+    runs.add_entry(
         run,
         noted,
         engine=os.path.relpath(out, run.folder),

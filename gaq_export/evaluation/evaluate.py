@@ -21,7 +21,7 @@ from gaq_export.evaluation.image_sets import ImageSet, open_images
 from gaq_export.evaluation.scores import Figure, OnStep
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
-from gaq_export.run import made_with
+from gaq_export.run import command_and_versions
 from gaq_export.sampling.sample import sample_shards
 
 RECORD = "evaluation.json"
@@ -154,7 +154,7 @@ def _write(
     for part in scores.groups(rows):
         scores.table(part)
     record: dict[str, Any] = {
-        **made_with(),
+        **command_and_versions(),
         "libraries": versions(LIBRARIES),
         "rows": {name: [figure.to_json() for figure in figures] for name, figures in rows.items()},
         "steps": steps,

@@ -39,7 +39,7 @@ def inspect(
         GaqError, CalibError: no plan, an unknown block, another model, or a page that cannot be written.
     """
     run = Run(folder=Path(folder))
-    plan, path = load_plan(run.plan), Path(out or run.page)
+    plan, path = load_plan(run.plan), Path(out or run.inspection)
     model = provenance.model_of(plan.provenance, model, run.folder)
     found, origin = examine(run, plan, model, path, block=block, images=images, on_step=on_step)
     write_atomically(path, inspection_page.render(plan, found, origin).encode())
@@ -57,12 +57,12 @@ def examine(
     on_step: Callable[[str, int, int], None],
 ) -> tuple[Inspection, inspection_page.Origin]:
     """Measure what a page about a calibration shows, the arguments as for `inspect`; scratch files lie beside `out`."""
-    settings, journal = runs.recall(run)
+    record = runs.read_record(run)
     with runs.staging(out) as staged:
         data = collect(
             model,
             SamplerSpec.from_json(plan.provenance["sampler"]),
-            images=settings["images"],
+            images=record.settings["images"],
             seed=plan.config.seed,
             folder=run.calibration,
             on_step=partial(on_step, "collecting"),
@@ -70,4 +70,4 @@ def examine(
         found = inspection.examine(
             model, plan, data, block=block, images=images, scratch=staged / "scratch", on_step=on_step
         )
-    return found, inspection_page.Origin(settings=settings, journal=runs.last(journal, "calibrate"))
+    return found, inspection_page.Origin(settings=record.settings, journal=record.last("calibrate"))

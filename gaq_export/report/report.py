@@ -38,7 +38,7 @@ from gaq_export.models.loader import LoadedModel
 from gaq_export.report import inspect
 from gaq_export.report.inspection import Inspection
 from gaq_export.report.inspection_page import Origin
-from gaq_export.run import Run
+from gaq_export.run import Run, RunRecord
 from gaq_export.sampling import batches
 
 OnProgress = Callable[[str, int, int], None]
@@ -140,8 +140,8 @@ def measure(
         GaqError, CalibError, EngineError: no plan, no engine of it, another model, or no evaluation of this engine.
     """
     run = Run(folder=folder)
-    plan, (_, journal) = load_plan(run.plan), runs.recall(run)
-    file = engine_of(run, journal, engine)
+    plan, record = load_plan(run.plan), runs.read_record(run)
+    file = engine_of(run, record, engine)
     found, model = evaluation_of(judged, file), provenance.model_of(plan.provenance, model, folder)
     others = session.others_of(file)
     inside, origin = inspect.examine(run, plan, model, out, block=block, images=images, on_step=on_step)
@@ -164,13 +164,13 @@ def measure(
         sizes=sizes,
         speed=speed,
         judged=found,
-        journal=journal,
+        journal=record.journal,
     )
 
 
-def engine_of(run: Run, journal: Sequence[Mapping[str, Any]], asked: Path | None) -> EngineFile:
+def engine_of(run: Run, record: RunRecord, asked: Path | None) -> EngineFile:
     """Return the engine asked for, or the last one built; raise GaqError if there is none of this plan."""
-    last = runs.last(journal, "build-engine").get("engine")
+    last = record.last("build-engine").get("engine")
     path = asked or (last and Path(os.path.normpath(run.folder / last)))
     if path is None:
         raise GaqError(f"{run.folder} tells of no engine: run `gaq-export build-engine --run {run.folder}` first.")

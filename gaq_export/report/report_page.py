@@ -9,11 +9,11 @@ from typing import Any
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.evaluation import scores
 from gaq_export.evaluation.scores import PAIRS, Figure
-from gaq_export.images import encode_row, psnr
+from gaq_export.images import encode_side_by_side, psnr
 from gaq_export.report import charts, html, inspection_page
 from gaq_export.report.markdown import machine
 from gaq_export.report.report import PYTORCH, Report
-from gaq_export.run import made_with
+from gaq_export.run import command_and_versions
 
 GAIN = 4  # by which differences are shown larger
 LITTLE = 5000  # bytes of a type, and fewer, are not listed
@@ -75,7 +75,10 @@ def _pictures_section(found: Report) -> str:
     near = psnr(drawn.quantized, drawn.exact).tolist()
     rows = zip(drawn.seeds, captions, drawn.exact, drawn.quantized, near, strict=True)
     shown = [
-        (encode_row((exact, picture, (GAIN * (picture - exact) / 2).clamp(-1, 1))), f"seed {seed}{words}: {db:.1f} dB")
+        (
+            encode_side_by_side((exact, picture, (GAIN * (picture - exact) / 2).clamp(-1, 1))),
+            f"seed {seed}{words}: {db:.1f} dB",
+        )
         for seed, words, exact, picture, db in rows
     ]
     return html.section("Does it draw the same pictures?", html.text(text), html.pictures(shown))
@@ -226,14 +229,14 @@ def _again_section(found: Report) -> str:
         "What was done in the run folder, then this report. With the same seed on the same machine, the plan is the "
         "same to the bit."
     )
-    lines = [*found.journal, {"step": "report", **made_with()}]
+    lines = [*found.journal, {"step": "report", **command_and_versions()}]
     commands = [line.get("command") or f"# {line['step']}: from Python; its settings are above" for line in lines]
     facts = {
         "model": f"{found.plan.provenance['model']['source']}, weights {found.plan.provenance['model']['fingerprint']}",
         "plan": found.file.about["plan"]["sha256"],
         "engine": found.file.sha256,
         "calibrated with": _versions(found.origin.journal),
-        "this report": _versions(made_with()),
+        "this report": _versions(command_and_versions()),
         "machine": machine(),
     }
     return html.section(

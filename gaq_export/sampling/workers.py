@@ -27,7 +27,7 @@ from gaq_export.deploy import session
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.images import as_bytes
+from gaq_export.images import to_uint8_tensor
 from gaq_export.models import provenance
 from gaq_export.sampling import batches
 
@@ -61,7 +61,7 @@ class Worker:
         """Draw one shard."""
         index, seeds = task
         images = batches.draw(self._some, seeds, self._batch, self._steps, lambda done, total: None)
-        return index, as_bytes(images)
+        return index, to_uint8_tensor(images)
 
     def close(self) -> None:
         """Close the engines."""

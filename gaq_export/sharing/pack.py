@@ -79,7 +79,7 @@ def write_pack(
     Raises:
         GaqError, CalibError: no plan, another model, one that cannot be loaded again, or a place that is taken.
     """
-    plan, (settings, _) = load_plan(run.plan), runs.recall(run)
+    plan, settings = load_plan(run.plan), runs.read_record(run).settings
     model, out = provenance.model_of(plan.provenance, model, run.folder), out or run.folder / FOLDER
     runs.check_replaceable(out, MARK)
     whole = whole or not model.source.public
@@ -111,7 +111,7 @@ def write_pack(
         write_atomically(made / MARK, json.dumps(record, indent=1).encode())
         size = sum((made / name).stat().st_size for name in _files(made))
         runs.replace_folder(made, out)
-    runs.note(run, "pack", folder=os.path.relpath(out, run.folder), bytes=size, whole=whole)
+    runs.add_entry(run, "pack", folder=os.path.relpath(out, run.folder), bytes=size, whole=whole)
     return Pack(folder=out, size_bytes=size, whole=whole, licence=terms.get("license"))
 
 
@@ -149,7 +149,7 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
     source = str(folder.resolve()) if record["source"] == str(PACK) else record["source"]
     plan = replace(plan, provenance=_moved(plan.provenance, source))
     settings = record["settings"]
-    runs.begin(run, settings | {"model": {**settings["model"], "source": source}})
+    runs.claim(run, settings | {"model": {**settings["model"], "source": source}})
     if (conditioning := provenance.conditioning_of(plan.provenance, folder)) is not None:
         conditioning.save(run.folder)
     with runs.staging(run.plan) as staged:
@@ -194,10 +194,10 @@ def _evaluation(run: Run, judged: Path | None) -> Evaluation | None:
     """Return figures of this run's engine; raise GaqError if they were asked for and there are none."""
     if judged is None and not (DEFAULT / RECORD).is_file():
         return None
-    _, journal = runs.recall(run)
-    if judged is None and not runs.last(journal, "build-engine"):
+    record = runs.read_record(run)
+    if judged is None and not record.last("build-engine"):
         return None
-    file = report.engine_of(run, journal, None)
+    file = report.engine_of(run, record, None)
     found = report.evaluation_of(judged, file)
     if found is None:
         return None

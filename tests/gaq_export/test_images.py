@@ -1,3 +1,5 @@
+"""PNG files and grids: what is written is what was drawn, and PSNR is what its formula says."""
+
 import json
 from pathlib import Path
 

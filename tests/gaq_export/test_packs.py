@@ -53,7 +53,7 @@ def licensed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedMode
 def judged_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A copy of the tiny run, whose last engine was judged."""
     run = Run(folder=shutil.copytree(tiny_run, tmp_path_factory.mktemp("judged") / "run"))
-    runs.note(run, "build-engine", engine=os.path.relpath(tiny_step_engine.path, run.folder))
+    runs.add_entry(run, "build-engine", engine=os.path.relpath(tiny_step_engine.path, run.folder))
     context = {"images": 9, "features": "digits", "reference": "mnist.npz", "engine_sha256": tiny_step_engine.sha256}
     figure = Figure(metric="fd", name="Frechet distance", value=3.25, low=3.0, high=3.5, floor=1.0, context=context)
     other = replace(figure, value=99.0, context={**context, "engine_sha256": "of another"})

@@ -21,7 +21,7 @@ from gaq_export.deploy.parity import Tolerance
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.images import as_bytes
+from gaq_export.images import to_uint8_tensor
 from gaq_export.models import diffusers_folder, latent_decoder, provenance
 from gaq_export.models.loader import LoadedModel, load_model, wrap
 from gaq_export.sampling import shards, workers
@@ -159,7 +159,7 @@ def test_from_noise_to_pictures_through_two_engines(built: pipeline.Built, tmp_p
     assert record["decoder_sha256"] == built.decoder.file.sha256
     pipeline.sample_shards(built.file.path, num=5, shard=2, out=tmp_path / "shards")
     streamed = torch.cat([images for images, _ in shards.read_shards(tmp_path / "shards")])
-    assert torch.equal(streamed, as_bytes(drawn.images))
+    assert torch.equal(streamed, to_uint8_tensor(drawn.images))
 
 
 def test_latents_are_not_clamped_on_their_way(built: pipeline.Built, pipelines: dict[str, Path]) -> None:

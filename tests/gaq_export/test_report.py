@@ -133,7 +133,7 @@ def test_the_engine_built_last_is_found_by_itself(tiny_run: Path, tiny_model: Lo
     shutil.copytree(tiny_run, own)
     config = EngineConfig(backend="openvino", threads=1)
     built = pipeline.build_engine(folder=own, out=plan, config=config, graph="eps", model=tiny_model)
-    found = report.engine_of(report.Run(folder=own), report.runs.recall(report.Run(folder=own))[1], None)
+    found = report.engine_of(report.Run(folder=own), report.runs.read_record(report.Run(folder=own)), None)
     assert found.sha256 == built.file.sha256
     assert found.path == plan
 

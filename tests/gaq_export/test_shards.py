@@ -15,7 +15,7 @@ import torch
 from engines import EngineFile
 from gaq_export import pipeline
 from gaq_export.errors import GaqError
-from gaq_export.images import as_bytes
+from gaq_export.images import to_uint8_tensor
 from gaq_export.sampling import shards
 from gaq_export.sampling.batches import Streamed
 
@@ -45,7 +45,7 @@ def test_shards_hold_the_images_of_their_seeds(tiny_step_engine: EngineFile, alo
     assert [len(images) for images, _ in read] == [3, 3, 3, 3, 2]
     assert torch.cat([seeds for _, seeds in read]).tolist() == list(range(5, 5 + NUM))
     drawn = pipeline.sample(tiny_step_engine.path, num=NUM, seed=5, batch=2, out=tmp_path)
-    assert torch.equal(torch.cat([images for images, _ in read]), as_bytes(drawn.images))
+    assert torch.equal(torch.cat([images for images, _ in read]), to_uint8_tensor(drawn.images))
     assert (alone / "grid.png").is_file()
 
 

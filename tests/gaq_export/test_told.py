@@ -21,7 +21,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import evaluate, noise_sqnr
 from gaq_export.evaluation.feature_extractors import find_extractor
-from gaq_export.images import as_bytes
+from gaq_export.images import to_uint8_tensor
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize import latency, noise_correction
 from gaq_export.quantize.presets import CalibrationOptions
@@ -68,7 +68,7 @@ def test_the_bundled_model_draws_the_digits_that_it_is_told_quantized_too(tmp_pa
     drawn = pipeline.sample(file.path, num=20, compare=True, out=tmp_path / "samples")
     assert drawn.psnr_db is not None
     assert sorted(drawn.psnr_db)[10] > 25
-    read = find_extractor("digits")(as_bytes(drawn.images)).logits.argmax(1)
+    read = find_extractor("digits")(to_uint8_tensor(drawn.images)).logits.argmax(1)
     assert int((read == torch.arange(20) % 10).sum()) >= 18
 
 

@@ -1,0 +1,152 @@
+"""The run folder: its record, the refusal to mix two runs, and writing that replaces everything or nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import gaq_export
+from gaq_export.errors import GaqError
+from gaq_export.run import (
+    Run,
+    add_entry,
+    check_replaceable,
+    claim,
+    command_and_versions,
+    peak_memory_mib,
+    read_record,
+    replace_folder,
+    staging,
+)
+
+SETTINGS = {"images": 4, "model": "tiny"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run folder that has been claimed."""
+    made = Run(folder=tmp_path / "run")
+    claim(made, SETTINGS)
+    return made
+
+
+def test_every_file_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path)
+    files = [run.record, run.plan, run.calibration, run.blocks, run.times, run.inspection, run.report]
+    files.append(run.onnx("trt", "step"))
+    assert {file.parent for file in files} == {tmp_path}
+    assert len(set(files)) == len(files)
+
+
+def test_the_same_settings_continue_a_run_and_others_are_refused(run: Run) -> None:
+    before = run.record.read_bytes()
+    claim(run, SETTINGS)
+    assert run.record.read_bytes() == before
+    with pytest.raises(GaqError, match=r"holds a run with other settings \(images: 4, now 5\)\. Give --run another"):
+        claim(run, {**SETTINGS, "images": 5})
+    with pytest.raises(GaqError, match=r"\(sampler: null, now \"ddim\"\)"):
+        claim(run, {**SETTINGS, "sampler": "ddim"})
+    with pytest.raises(GaqError, match=r"\(model: \"tiny\", now \"a{56}\.\.\.\)"):
+        claim(run, {**SETTINGS, "model": "a" * 100})
+
+
+def test_the_journal_keeps_every_entry_and_finds_the_newest_of_a_step(run: Run) -> None:
+    add_entry(run, "calibrate", seconds=1.0)
+    add_entry(run, "build-engine", engine="a.plan")
+    add_entry(run, "build-engine", engine="b.plan")
+    record = read_record(run)
+    assert record.settings == SETTINGS
+    assert [entry["step"] for entry in record.journal] == ["calibrate", "build-engine", "build-engine"]
+    assert record.last("build-engine")["engine"] == "b.plan"
+    assert record.last("calibrate")["version"] == gaq_export.__version__
+    assert record.last("pack") == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"Cannot read .*run\.json .*Give --run another folder"),
+        ("[]", "is not a run record of format 1"),
+        ('{"format": 0}', "is not a run record of format 1"),
+        (
+            '{"format": 1, "settings": {}, "journal": []}',
+            "No record of a calibration in .*: run",
+        ),
+    ],
+)
+def test_a_record_that_says_nothing_of_a_calibration_is_refused(run: Run, content: str, message: str) -> None:
+    run.record.write_text(content)
+    with pytest.raises(GaqError, match=message):
+        read_record(run)
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GaqError, match="No record of a calibration"):
+        read_record(Run(folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/usr/bin/gaq-export", "sample", "--out", "a b"], "gaq-export sample --out 'a b'"),
+        (["/site/gaq_export/__main__.py", "doctor"], "gaq-export doctor"),
+        (["/usr/bin/pytest", "-q"], None),
+    ],
+)
+def test_only_our_own_command_line_is_recorded(
+    arguments: list[str], command: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    facts = command_and_versions()
+    assert facts["command"] == command
+    assert facts["packages"]["torch"]
+    json.dumps(facts)
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    peak = peak_memory_mib()
+    assert peak is None or 50 < peak < 1 << 20
+
+
+def test_a_staged_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with staging(out) as staged:
+        finished = staged / "finished"
+        finished.mkdir()
+        (finished / "new").touch()
+        replace_folder(finished, out)
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def fail_while_staging(out: Path) -> None:
+    with staging(out) as staged:
+        (staged / "half").touch()
+        raise ZeroDivisionError
+
+
+def test_a_failure_while_staging_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail_while_staging(tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_staging_beside_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(GaqError, match=r"Cannot write to .*file: .*Choose a folder you may write to"):
+        fail_while_staging(tmp_path / "file" / "out")
+
+
+def test_only_a_folder_of_the_same_kind_may_be_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_replaceable(out, "pack.json")
+    out.mkdir()
+    check_replaceable(out, "pack.json")
+    (out / "thesis.tex").touch()
+    with pytest.raises(GaqError, match=r"out is there and has no pack\.json"):
+        check_replaceable(out, "pack.json")
+    (out / "pack.json").touch()
+    check_replaceable(out, "pack.json")
