@@ -23,6 +23,7 @@ from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, save_plan
 from calib.sqnr import sqnr_db
+from command import write_markdown
 from engines import EngineConfig, EngineFile
 from gaq_export.deploy import step_loop
 from gaq_export.diffusion import samplers
@@ -33,7 +34,7 @@ from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine
 from gaq_export.quantize.presets import preset
 from gaq_export.quantize.trajectories import collect, image_seed
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from options import ModelName, Out
 
 FORMS = {  # (a grid for each step, 0 in the middle)
@@ -95,7 +96,7 @@ def main(
         f"Loop: batch {batch}, OpenVINO, W4A{bits[0]}, median of {rounds} rounds in turn. {machine()}, torch "
         f"{torch.__version__}.",
     ]
-    publish([*title, "", *markdown_table(head, rows)], out)
+    write_markdown([*title, "", *markdown_table(head, rows)], out)
 
 
 def learn(model: LoadedModel, data: CalibrationSet, config: QuantConfig, folder: Path) -> QuantPlan:

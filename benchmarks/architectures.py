@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import nn
 
-from command import command_line, one_line_errors
+from command import command_line, one_line_errors, write_markdown
 from engines import EngineConfig
 from engines.machine import versions
 from gaq_export import pipeline
@@ -28,7 +28,7 @@ from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import LoadedModel, ModelSpec, random_model
 from gaq_export.models.registry import MODELS, reduced
 from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from options import Folder, Out
 
 STEPS, TEXTS = 4, 3
@@ -132,7 +132,7 @@ def main(
                 kept.write_text(json.dumps(measure(reduced(MODELS[name]), kept.parent)), encoding="utf-8")
             if kept.exists():
                 results[name] = json.loads(kept.read_text(encoding="utf-8"))
-        publish(page(results), out)
+        write_markdown(page(results), out)
 
 
 def page(results: dict[str, dict[str, Any]]) -> list[str]:

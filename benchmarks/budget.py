@@ -21,7 +21,7 @@ import engines
 from calib.config import MixedConfig
 from calib.cost import FLOAT_BITS
 from calib.plan import QuantPlan
-from command import command_line
+from command import command_line, write_markdown
 from engines import EngineConfig, EngineFile
 from gaq_export.evaluation.timing import take_turns
 from gaq_export.graph.export import export_float
@@ -31,7 +31,7 @@ from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.quantize.latency import BATCH, step_times
 from gaq_export.quantize.presets import CalibrationOptions, preset
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from gaq_export.run import Run
 from options import ModelName, Out, Weights
 
@@ -74,7 +74,7 @@ def main(
         f"{said}; in the same rounds as the table: {now}."
     )
     lines = ["# Budgets of milliseconds", "", f"    {command_line()}", "", title, "", *markdown_table(head, rows)]
-    publish(lines, out)
+    write_markdown(lines, out)
 
 
 def _float_step(model: LoadedModel, folder: Path) -> Callable[[], Any]:

@@ -17,7 +17,7 @@ import typer
 
 import verdicts
 from calib.config import QuantConfig
-from command import command_line, one_line_errors
+from command import command_line, one_line_errors, write_markdown
 from gaq_export.comparison import curves, runner, tables
 from gaq_export.comparison.results import Table, table_at
 from gaq_export.comparison.spec import Comparison, Row, adjusted_preset, parse_bits, parse_seeds
@@ -26,7 +26,6 @@ from gaq_export.comparison.yardstick import ComputedBy, Yardstick
 from gaq_export.diffusion.schedule import timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import load_model
-from gaq_export.report.markdown import publish
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
 
 MAIN = (4, 8)  # the bits that the figure and the goal are about
@@ -140,7 +139,7 @@ def write_page(comparison: Comparison, out: Path) -> None:
         if (w, a) == main_bits and table:
             lines += ["", f"![SQNR at every step]({_figure(comparison, out, setting, table)})"]
     lines += tables.still_missing(comparison)
-    publish(lines, out)
+    write_markdown(lines, out)
 
 
 def columns(comparison: Comparison) -> list[Column]:

@@ -22,12 +22,13 @@ import typer
 from calib.calibrate import calibrate
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
+from command import write_markdown
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import calibration_set
 from gaq_export.comparison.yardstick import HELD_OUT, ComputedBy, Yardstick
 from gaq_export.models.loader import load_model
 from gaq_export.quantize.presets import CalibrationOptions, preset
-from gaq_export.report.markdown import markdown_table, publish
+from gaq_export.report.markdown import markdown_table
 from options import Folder, ModelName, Out, Workers
 
 GROUPS = 5
@@ -61,7 +62,7 @@ def main(
         "In the W4A8 column the activation ranges, too, come from the group alone. Half the squared error is 3.01 dB.",
         "",
     ]
-    publish([*head, *markdown_table(HEAD, rows)], out)
+    write_markdown([*head, *markdown_table(HEAD, rows)], out)
 
 
 def _shown(gains: list[float]) -> list[str]:

@@ -1,11 +1,12 @@
-"""What the command lines of the calibration benchmarks share."""
+"""What the command lines of the benchmarks share: errors in one line, the command as text, and writing the page."""
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from calib.files import write_atomically
 from gaq_export.errors import user_errors
 
 
@@ -25,3 +26,12 @@ def command_line() -> str:
     split = [word.rpartition("=") for word in words]
     short = [head + sep + (Path(tail).name if Path(tail).is_absolute() else tail) for head, sep, tail in split]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *short])
+
+
+def write_markdown(lines: Iterable[str], out: Path | None) -> None:
+    """Write a page to `out`, or print it if that is None."""
+    text = "\n".join(lines)
+    if out is None:
+        print(text)
+    else:
+        write_atomically(out, f"{text}\n".encode())

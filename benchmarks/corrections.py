@@ -21,6 +21,7 @@ from calib.config import CORRECTIONS, QuantConfig
 from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.sqnr import sqnr_db
+from command import write_markdown
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.images import psnr
@@ -28,7 +29,7 @@ from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize import noise_correction
 from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.quantize.trajectories import collect, image_seed
-from gaq_export.report.markdown import markdown_table, publish
+from gaq_export.report.markdown import markdown_table
 from options import ModelName, Out
 
 SAMPLERS = (SamplerSpec(steps=50), SamplerSpec(steps=50, eta=1.0), SamplerSpec(name="ddpm", steps=50))
@@ -56,7 +57,7 @@ def main(
                 rows.append((f"W4A{width}", name, *row))
                 print(*rows[-1], flush=True)
     title = f"{model}, 50 steps; {made.images} calibration images, seed 0; {images} fresh images."
-    publish([title, "", *markdown_table(HEAD, rows)], out)
+    write_markdown([title, "", *markdown_table(HEAD, rows)], out)
 
 
 def _measured(

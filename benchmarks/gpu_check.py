@@ -22,6 +22,7 @@ import torch
 import typer
 
 import engines
+from command import write_markdown
 from engines import EngineConfig, EngineFile
 from engines.driver import gpus, no_gpu
 from engines.machine import inspect_machine
@@ -31,7 +32,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import user_errors
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, export_onnx, load_model, preset
 from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.report.markdown import markdown_table, publish
+from gaq_export.report.markdown import markdown_table
 
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 ROUNDS = 5
@@ -72,7 +73,7 @@ def main(
         "",
         *page(found, _pytorch(loaded, spec, batch), batch),
     ]
-    publish(lines, out or Path("docs/results") / f"gpu-{gpu.name.lower().replace(' ', '-')}.md")
+    write_markdown(lines, out or Path("docs/results") / f"gpu-{gpu.name.lower().replace(' ', '-')}.md")
 
 
 def _in_a_process(kind: str, arguments: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
-from command import command_line, one_line_errors
+from command import command_line, one_line_errors, write_markdown
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
 from gaq_export.cli.options import SamplerName, replace_options
@@ -26,7 +26,7 @@ from gaq_export.evaluation.feature_extractors import Extractor, find_extractor
 from gaq_export.images import psnr, save_grid
 from gaq_export.models.loader import load_model
 from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from gaq_export.sampling import prompts, shards
 from gaq_export.sampling.prompts import ConditioningRequest
 from options import ModelName, Out, PresetName, Weights
@@ -84,7 +84,7 @@ def main(
         shown = [(name, frechet.pixels(pictures[:20])) for name, pictures in drawn.items()]
         save_grid(out.with_suffix(".png"), shown, titles=[conditioned.conditioning.name_of(seed) for seed in range(20)])
         lines += ["", f"![The first images, float above {bits}]({out.stem}.png)"]
-    publish(lines, out)
+    write_markdown(lines, out)
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

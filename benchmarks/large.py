@@ -33,6 +33,7 @@ from calib.float_layers import float_reasons
 from calib.plan import Grid, LayerQuant, QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from calib.trace import trace
+from command import write_markdown
 from engines import EngineConfig
 from gaq_export.deploy import parity
 from gaq_export.deploy.step_loop import step_denoiser
@@ -47,7 +48,7 @@ from gaq_export.graph.step import make_step
 from gaq_export.models.loader import LoadedModel, random_model
 from gaq_export.models.registry import MODELS, reduced
 from gaq_export.quantize.presets import CalibrationOptions, preset
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from options import Folder, Job, ModelName, Out
 
 SPEC, IMAGES, BITS, GRID = SamplerSpec(steps=2), 2, 4, 2.0**-5
@@ -204,7 +205,7 @@ def main(
         if place.file(f"stage-{name}.json").exists()
         for row in (json.loads(place.file(f"stage-{name}.json").read_text()),)
     ]
-    publish([*_head(place), *markdown_table(HEAD, rows)], out)
+    write_markdown([*_head(place), *markdown_table(HEAD, rows)], out)
 
 
 def measured(command: list[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 import engines
 import limits
 import peers
+from command import write_markdown
 from engines import EngineConfig
 from engines.machine import CPU_FEATURES, inspect_machine
 from gaq_export.deploy import session, step_loop
@@ -36,7 +37,7 @@ from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
 from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from options import ModelName, Out, Weights
 
 Loop = Callable[[], object]
@@ -88,7 +89,7 @@ def main(
             best = macs * batch * steps / peak
             lines += ["", f"Batch {batch}:", "", *_table(seconds, batch, best), *absent]
             lines += ["", *_costs(job)]
-    publish(lines, out)
+    write_markdown(lines, out)
 
 
 def _contestants(job: Job, float_graph: Path, words: list[str]) -> tuple[dict[str, Loop], list[str]]:

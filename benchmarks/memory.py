@@ -21,10 +21,11 @@ from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.progress import Progress
 from calib.trace import trace
+from command import write_markdown
 from gaq_export.diffusion.schedule import timesteps
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize.presets import preset
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from gaq_export.run import peak_memory_mib
 from options import ModelName, Out
 
@@ -73,7 +74,9 @@ def main(
         f"{time.perf_counter() - started:.0f} s in all, peak resident memory of the process {peak_memory_mib()} MiB.",
         "",
     ]
-    publish([*head, *markdown_table(("block", *(f"{phase} s" for phase in PHASES), "peak MiB so far"), rows)], out)
+    write_markdown(
+        [*head, *markdown_table(("block", *(f"{phase} s" for phase in PHASES), "peak MiB so far"), rows)], out
+    )
 
 
 def _shortened(model: LoadedModel, names: list[str], iterations: int) -> QuantConfig:

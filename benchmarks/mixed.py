@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from calib.config import QuantConfig
-from command import command_line, one_line_errors
+from command import command_line, one_line_errors, write_markdown
 from gaq_export.comparison import runner, tables
 from gaq_export.comparison.results import table_at
 from gaq_export.comparison.spec import Comparison, Row, adjusted_preset, parse_bits, parse_seeds
@@ -26,7 +26,6 @@ from gaq_export.comparison.tables import Column
 from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import load_model
-from gaq_export.report.markdown import publish
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
 
 FEW = 4  # activation bits of the steps that have fewer
@@ -102,7 +101,7 @@ def write_page(comparison: Comparison, of: str, out: Path) -> None:
     for w, a in comparison.bits:
         table = table_at(comparison, w, a)
         lines += ["", f"## W{w}A{a}", "", *tables.markdown(table, "row", shown, tables.float_rows(comparison, shown))]
-    publish([*lines, *tables.still_missing(comparison)], out)
+    write_markdown([*lines, *tables.still_missing(comparison)], out)
 
 
 def _columns(comparison: Comparison) -> list[Column]:

@@ -14,14 +14,13 @@ import typer
 
 import verdicts
 from calib.config import QuantConfig
-from command import command_line, one_line_errors
+from command import command_line, one_line_errors, write_markdown
 from gaq_export.comparison import runner, tables
 from gaq_export.comparison.results import table_at
 from gaq_export.comparison.spec import Comparison, Row, adjusted_preset, parse_seeds
 from gaq_export.comparison.yardstick import ComputedBy, Yardstick
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import load_model
-from gaq_export.report.markdown import publish
 from options import Folder, Iterations, Job, ModelName, PresetName, ReportOnly, Seeds, Weights, Workers
 
 BITS = (4, 8)
@@ -100,7 +99,7 @@ def write_page(comparison: Comparison, out: Path) -> None:
     words = {name: f"`{name}`" + "".join(f", {k} {v}" for k, v in fields.items()) for name, fields in VARIANTS}
     lines += [*tables.markdown(table, "variant, what it changes", COLUMNS, words=words), ""]
     lines += [verdicts.standing("W4A8", table), *tables.still_missing(comparison)]
-    publish(lines, out)
+    write_markdown(lines, out)
 
 
 if __name__ == "__main__":

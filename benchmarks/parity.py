@@ -18,11 +18,12 @@ import engines
 from calib.fakequant import fake_quantized
 from calib.plan import load_plan
 from calib.sqnr import sqnr_db
+from command import write_markdown
 from gaq_export.deploy import session
 from gaq_export.deploy.parity import PERTURBATION, perturbed
 from gaq_export.diffusion import samplers
 from gaq_export.models import provenance
-from gaq_export.report.markdown import markdown_table, publish
+from gaq_export.report.markdown import markdown_table
 from options import Out
 
 COLUMNS = (
@@ -76,7 +77,7 @@ def main(
         (what, "", *(f"{of(c):.1f}" for c in columns[2:]))
         for what, of in (("median", statistics.median), ("lowest", min))
     ]
-    publish([title, "", *markdown_table(COLUMNS, table)], out)
+    write_markdown([title, "", *markdown_table(COLUMNS, table)], out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from calib.files import write_atomically
 from calib.float_layers import float_reasons
 from calib.sqnr import ratio_db
 from calib.trace import trace
+from command import write_markdown
 from engines import EngineConfig, open_engine
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.yardstick import Yardstick
@@ -33,7 +34,7 @@ from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.quantize.trajectories import collect
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from gaq_export.run import Run
 from options import ModelName, Out, ReportOnly
 
@@ -106,7 +107,7 @@ def main(
             for name, peer in PEERS.items():
                 if wbits in peer.widths and importlib.util.find_spec(peer.package):
                     _theirs(bench, name, peer, wbits)
-    publish(_page(bench), out)
+    write_markdown(_page(bench), out)
 
 
 def _ours(bench: Bench, wbits: int) -> None:

@@ -24,10 +24,11 @@ from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.float_layers import float_reasons
 from calib.reconstruct import LayerWeight
 from calib.trace import trace
+from command import write_markdown
 from gaq_export.models.loader import load_model
 from gaq_export.quantize.presets import preset
 from gaq_export.quantize.trajectories import collect
-from gaq_export.report.markdown import machine, markdown_table, publish
+from gaq_export.report.markdown import machine, markdown_table
 from options import ModelName, Out
 
 BITS = 4
@@ -87,7 +88,7 @@ def main(
         f"One run, one thread, {machine()}, torch {torch.__version__}.",
         "",
     ]
-    publish([*head, *markdown_table(HEAD, rows)], out)
+    write_markdown([*head, *markdown_table(HEAD, rows)], out)
 
 
 def _rows(

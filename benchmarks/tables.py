@@ -17,12 +17,13 @@ import typer
 from activations import held_out, learn
 from calib.fakequant import fake_quantized
 from calib.sqnr import sqnr_db
+from command import write_markdown
 from gaq_export.graph.export import export_float
 from gaq_export.graph.step import make_step
 from gaq_export.models.loader import load_model
 from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.quantize.trajectories import collect
-from gaq_export.report.markdown import markdown_table, publish
+from gaq_export.report.markdown import markdown_table
 from options import ModelName, Out
 
 SHOWN = 6  # steps that have a column
@@ -57,7 +58,7 @@ def main(
         "held-out images."
     )
     head = ["these layers", "mean", *(f"step {step}" for step in shown)]
-    publish([title, "", *markdown_table(head, rows)], out)
+    write_markdown([title, "", *markdown_table(head, rows)], out)
 
 
 if __name__ == "__main__":

@@ -66,16 +66,10 @@ def evaluate(
             if images and reference:
                 result = evaluation.evaluate_sets(images, reference, extractor, out=out, on_step=display.measure)
             else:
+                count = workers or os.cpu_count() or 1
+                drawing = evaluation.DrawingOptions(num=num, out=out, seed=seed, workers=count, ray=ray)
                 result = evaluation.evaluate_engines(
-                    engine or [],
-                    extractor,
-                    num=num,
-                    out=out,
-                    seed=seed,
-                    data=data,
-                    workers=workers or os.cpu_count() or 1,
-                    ray=ray,
-                    on_step=display.measure,
+                    engine or [], extractor, drawing, data=data, on_step=display.measure
                 )
         if not quiet:
             terminal.print_evaluation(result)

@@ -9,7 +9,7 @@ from pathlib import Path
 from calib.plan import QuantPlan
 from gaq_export import run as runs
 from gaq_export.evaluation import noise_sqnr
-from gaq_export.evaluation.noise_sqnr import OnProgress
+from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.presets import Preset
 from gaq_export.run import Run
@@ -33,7 +33,7 @@ def choose(
     candidates: Mapping[str, Preset],
     folder: Path,
     calibrate: Callable[..., QuantPlan],
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_step: OnStage = lambda what, done, total: None,
 ) -> list[Tried]:
     """Calibrate with each recipe in a separate folder, and make `folder` the run of the best.
 
@@ -42,7 +42,7 @@ def choose(
         candidates: preset with the recipe's settings, by recipe.
         folder: run folder; the candidates' run folders stay in `auto` inside it.
         calibrate: called as (preset, folder=...); makes the plan in that run folder, or returns the one that is there.
-        on_progress: called with what is being done, how much of it is done, and in all.
+        on_step: called with what is being done, how much of it is done, and in all.
 
     Returns:
         All results, the best first.
@@ -54,7 +54,7 @@ def choose(
         _share(Run(folder=next(iter(folders.values()))), Run(folder=folders[name]))
         plan = calibrate(preset, folder=folders[name])
         seconds = time.perf_counter() - started
-        decibels = noise_sqnr.of_plan(model, plan, IMAGES, on_progress).both.mean(1)  # (S, N) -> (S,)
+        decibels = noise_sqnr.of_plan(model, plan, IMAGES, on_step).both.mean(1)  # (S, N) -> (S,)
         result = Tried(
             recipe=name, mean_db=float(decibels.mean()), worst_db=float(decibels.min()), seconds=round(seconds, 1)
         )

@@ -1,15 +1,15 @@
-"""Draw with engines and judge what they draw, or judge images that are there; write everything to one JSON file."""
+"""Draw with engines and score their images, or score images that exist already; write all scores to one JSON file."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import engines
 from calib.files import write_atomically
-from engines import EngineConfig
+from engines import EngineConfig, EngineFile
 from engines.machine import versions
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
@@ -18,7 +18,8 @@ from gaq_export.errors import GaqError
 from gaq_export.evaluation import noise_sqnr, scores
 from gaq_export.evaluation.feature_extractors import Extractor
 from gaq_export.evaluation.image_sets import ImageSet, open_images
-from gaq_export.evaluation.scores import Figure, OnStep
+from gaq_export.evaluation.noise_sqnr import OnStage
+from gaq_export.evaluation.scores import LEFT_OUT, Score
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
 from gaq_export.run import command_and_versions
@@ -27,110 +28,105 @@ from gaq_export.sampling.sample import sample_shards
 RECORD = "evaluation.json"
 DEFAULT = Path("evaluation")
 TRAJECTORIES = 8  # on which the predicted noise is compared
+SHARD = 256  # images in a file
 LIBRARIES = ("torch-fidelity", "numpy", "scipy", "scikit-image")
+Rows = Mapping[str, Sequence[Score]]
+StepRows = Mapping[str, Mapping[str, Sequence[float]]]  # by row, then by trajectory: SQNR in dB of each step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Figures by row; per-step SQNR in dB by row and trajectory; what was left out and why."""
+    """The result: scores by row, SQNR of the predicted noise by row, and the metrics that could not be measured."""
 
-    rows: Mapping[str, Sequence[Figure]]
-    steps: Mapping[str, Mapping[str, Sequence[float]]]
+    rows: Rows
+    steps: StepRows
     left_out: Sequence[str]
     path: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """How the images to evaluate are drawn.
+
+    Attributes:
+        num: images of each network.
+        out: folder for images, features and the result; the same call again continues what is in it.
+        seed: of the first image.
+        workers: processes that draw.
+        ray: address of a Ray cluster that draws instead, None for none.
+    """
+
+    num: int
+    out: Path
+    seed: int = 0
+    workers: int = 1
+    ray: str | None = None
+
+
 def evaluate_sets(
-    found: Path,
+    path: Path,
     reference: Path,
     extractor: Extractor,
     *,
     out: Path,
-    on_step: OnStep = lambda what, done, total: None,
+    on_step: OnStage = lambda what, done, total: None,
 ) -> Evaluation:
-    """Judge images by others.
+    """Score a set of images by another.
 
     Args:
-        found: a folder that `sample` wrote, a folder of PNGs, or an .npz.
+        path: a folder that `sample` wrote, a folder of PNGs, or an .npz.
         reference: likewise.
         extractor: makes their features.
-        out: folder for the result, and for features, which are kept.
-        on_step: told what is measured, how much is done, of how much.
+        out: folder for the result and for features, which a later call reuses.
+        on_step: called with what is measured, how much of it is done, and in all.
     """
-    images = open_images(found)
-    figures = scores.compare_sets(images, open_images(reference, images.shape), extractor, out / "features", on_step)
-    return _write(out, {found.name: figures}, {})
+    images = open_images(path)
+    row = scores.compare_sets(images, open_images(reference, images.shape), extractor, out / "features", on_step)
+    return write_evaluation(out, {path.name: row}, {})
 
 
 def evaluate_engines(
     files: Sequence[Path],
     extractor: Extractor,
+    drawing: DrawingOptions,
     *,
-    num: int,
-    out: Path,
-    seed: int = 0,
     data: Path | None = None,
     model: LoadedModel | None = None,
-    workers: int = 1,
-    ray: str | None = None,
-    on_step: OnStep = lambda what, done, total: None,
+    on_step: OnStage = lambda what, done, total: None,
 ) -> Evaluation:
-    """Draw `num` images with each engine and with the float network from the same noise, and judge all of them.
+    """Draw with each engine and with the float network from the same noise, and score all of the images.
 
     Args:
         files: engine files of one model and one sampler.
         extractor: makes features.
-        num: images each.
-        out: folder for images, features and the result; the same call again goes on where it was.
-        seed: of the first image.
-        data: .npz of real images to judge by; twice `num` images of the float network from other noise if None.
+        drawing: how many images, from which seeds, and where to.
+        data: .npz of real images as the reference; None for twice as many images of the float network, from other
+            noise.
         model: the float model; found again from the engine files if None.
-        workers: processes that draw.
-        ray: address of a Ray cluster that draws instead.
-        on_step: told who draws or what is measured, how much is done, of how much.
+        on_step: called with who draws or what is measured, how much of it is done, and in all.
 
     Raises:
         GaqError: engines of different models or samplers, or what `sample_shards` raises.
     """
-    opened = {_label(file): engines.load_engine_file(file) for file in files}
-    if len(opened) != len(files):
-        raise GaqError(f"Found engines of one name among {[str(file) for file in files]}: rename one.")
-    specs = {str(session.sampler_of(file, None)) for file in opened.values()}
-    if len(specs) != 1 or len({file.about["model"]["fingerprint"] for file in opened.values()}) != 1:
-        raise GaqError(
-            f"These engines are of different models or samplers ({sorted(specs)}); evaluate them one by one."
-        )
+    opened = _open(files)
     first = next(iter(opened.values()))
-    if any(file.about.get("conditions") != first.about.get("conditions") for file in opened.values()):
-        raise GaqError("These engines are told different things, or with different guidance; evaluate them one by one.")
     model, spec = provenance.model_of(first.about, model, first.path.parent), session.sampler_of(first, None)
-    exact = build_float(model, out / "float.plan", sampler=spec, config=EngineConfig(backend=first.backend))
-
-    def draw(name: str, path: Path, count: int, start: int) -> ImageSet:
-        folder = out / "images" / name
-        sample_shards(
-            path,
-            num=count,
-            seed=start,
-            out=folder,
-            shard=min(256, count),
-            workers=workers,
-            ray=ray,
-            on_images=lambda done, total: on_step(f"drawing ({name})", done, total),
-        )
-        return open_images(folder)
-
-    same = draw("float", exact.path, num, seed)
-    if data is None:
-        reference = draw("float, other noise", exact.path, 2 * num, seed + num)
-    else:
-        reference = open_images(data, session.image_shape(exact))
-    judge = partial(scores.compare_sets, reference=reference, extractor=extractor, cache=out / "features")
-    rows, steps = {"float": judge(same, on_step=on_step)}, {}
+    exact = build_float(model, drawing.out / "float.plan", sampler=spec, config=EngineConfig(backend=first.backend))
+    same = _draw("float", exact.path, drawing, on_step)
+    reference = _reference(exact, drawing, on_step) if data is None else open_images(data, session.image_shape(exact))
+    score = partial(
+        scores.compare_sets,
+        reference=reference,
+        extractor=extractor,
+        cache=drawing.out / "features",
+        on_step=on_step,
+    )
+    rows, steps = {"float": score(same)}, {}
     for name, file in opened.items():
-        drawn = draw(name, file.path, num, seed)
-        rows[name] = [*judge(drawn, on_step=on_step), *scores.compare_pairs(drawn, same)]
-        seeds = range(seed, seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
+        images = _draw(name, file.path, drawing, on_step)
+        rows[name] = [*score(images), *scores.compare_pairs(images, same)]
+        # No more trajectories than the engine's largest batch, and no fewer than its smallest.
+        seeds = range(drawing.seed, drawing.seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
         with session.open_engines(file) as engine:
             steps[name] = noise_sqnr.along_both(
                 session.noise_for(engine, file, model.schedule, seeds),
@@ -140,23 +136,60 @@ def evaluate_engines(
                 spec,
                 seeds,
             )
-    return _write(out, rows, steps)
+    return write_evaluation(drawing.out, rows, steps)
 
 
-def _label(file: Path) -> str:
-    return file.name.removesuffix(".plan")
+def _open(files: Sequence[Path]) -> dict[str, EngineFile]:
+    """Return engine files by name; raise GaqError if their images could not be compared."""
+    opened = {file.name.removesuffix(".plan"): engines.load_engine_file(file) for file in files}
+    if len(opened) != len(files):
+        raise GaqError(f"Found engines of one name among {[str(file) for file in files]}: rename one.")
+    specs = {str(session.sampler_of(file, None)) for file in opened.values()}
+    if len(specs) != 1 or len({file.about["model"]["fingerprint"] for file in opened.values()}) != 1:
+        raise GaqError(
+            f"These engines are of different models or samplers ({sorted(specs)}); evaluate them one by one."
+        )
+    first = next(iter(opened.values()))
+    if any(file.about.get("conditions") != first.about.get("conditions") for file in opened.values()):
+        raise GaqError("These engines have different conditioning or guidance; evaluate them one by one.")
+    return opened
 
 
-def _write(
-    out: Path, rows: Mapping[str, Sequence[Figure]], steps: Mapping[str, Mapping[str, Sequence[float]]]
-) -> Evaluation:
-    left_out = sorted({f.context["left out"] for figures in rows.values() for f in figures if "left out" in f.context})
-    for part in scores.groups(rows):
-        scores.table(part)
+def _draw(name: str, engine: Path, drawing: DrawingOptions, on_step: OnStage) -> ImageSet:
+    """Draw with one engine to a folder of its name."""
+    folder = drawing.out / "images" / name
+    sample_shards(
+        engine,
+        num=drawing.num,
+        seed=drawing.seed,
+        out=folder,
+        shard=min(SHARD, drawing.num),
+        workers=drawing.workers,
+        ray=drawing.ray,
+        on_images=partial(on_step, f"drawing ({name})"),
+    )
+    return open_images(folder)
+
+
+def _reference(exact: EngineFile, drawing: DrawingOptions, on_step: OnStage) -> ImageSet:
+    """Draw the float network's images from other noise, twice as many so that a floor can be measured."""
+    other = replace(drawing, num=2 * drawing.num, seed=drawing.seed + drawing.num)
+    return _draw("float, other noise", exact.path, other, on_step)
+
+
+def write_evaluation(out: Path, rows: Rows, steps: StepRows) -> Evaluation:
+    """Write scores and SQNR to a folder.
+
+    Raises:
+        GaqError: scores of different rows depend on different things.
+    """
+    left_out = sorted({s.context[LEFT_OUT] for row in rows.values() for s in row if LEFT_OUT in s.context})
+    for group in scores.groups(rows):
+        scores.table(group)  # raises before anything is written
     record: dict[str, Any] = {
         **command_and_versions(),
         "libraries": versions(LIBRARIES),
-        "rows": {name: [figure.to_json() for figure in figures] for name, figures in rows.items()},
+        "rows": {name: [score.to_json() for score in row] for name, row in rows.items()},
         "steps": steps,
         "left out": left_out,
     }
@@ -165,11 +198,11 @@ def _write(
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read what was written to a folder; raise GaqError if it holds no evaluation."""
+    """Read the evaluation in a folder; raise GaqError if there is none."""
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        rows = {name: [Figure.from_json(figure) for figure in figures] for name, figures in record["rows"].items()}
+        rows = {name: [Score.from_json(score) for score in row] for name, row in record["rows"].items()}
         return Evaluation(rows=rows, steps=record["steps"], left_out=record["left out"], path=path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GaqError(f"{path} cannot be read as an evaluation ({error!r}): run `gaq-export evaluate`.") from error

@@ -1,4 +1,4 @@
-"""Networks whose features tell sets of images apart, by name; named for what they are, never "FID" but for Inception's.
+"""Networks whose features sets of images are compared by; distances are called FID only with Inception's.
 
 digits             a small classifier of digits, in the package; its features are 64 wide
 resnet56=PATH      a ResNet-56 of akamaster/pytorch_resnet_cifar10, for images like CIFAR-10's
@@ -23,7 +23,7 @@ from gaq_export.evaluation.frechet import Classifier
 
 DIGITS = Path(__file__).parent / "weights" / "digits" / "digits.safetensors"
 BATCH = 50
-SPATIAL_CHANNELS = 7  # of the spatial features, as sFID takes them
+SPATIAL_CHANNELS = 7  # of a convolution, as sFID takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Extractor:
         name: as the user gave it, without the path.
         distance: what a Frechet distance of its features is called.
         sha256: of its weights.
-        channels: that its images have; one-channel images are repeated where it wants three.
-        size: height and width that its images have, None if any will do.
+        channels: of its images; one-channel images are repeated for a network of three.
+        size: height and width of its images, None if it takes any.
         run: makes features of (N, C, H, W) uint8.
     """
 
@@ -67,7 +67,7 @@ def find_extractor(text: str) -> Extractor:
     """Return the network that "name" or "name=PATH" means.
 
     Raises:
-        GaqError: there is none of that name, it needs a path, or its weights cannot be had.
+        GaqError: the name is unknown, the network needs a path, or its weights cannot be loaded.
     """
     name, _, path = text.partition("=")
     if name not in EXTRACTORS:
@@ -93,14 +93,24 @@ def _resnet56(name: str, path: Path | None) -> Extractor:
 def _of_classifier(
     name: str, distance: str, path: Path, takes: tuple[int, int | None], net: Classifier, last: nn.Module
 ) -> Extractor:
-    """Make an extractor of a classifier whose convolutions end with `last`; it `takes` (channels, size)."""
-    kept: list[Tensor] = []
-    last.register_forward_hook(lambda _, args, out: kept.append(out[:, :SPATIAL_CHANNELS].flatten(1)))
+    """Make an extractor of a classifier.
+
+    Args:
+        name: of the extractor.
+        distance: what its Frechet distance is called.
+        path: of the weights.
+        takes: channels and size of its images, None for any size.
+        net: the classifier.
+        last: the module whose output is the last with a height and a width.
+    """
+    spatial: list[Tensor] = []  # the hook runs inside the forward pass and cannot return features
+    # (N, C, h, w) -> (N, SPATIAL_CHANNELS * h * w)
+    last.register_forward_hook(lambda _, args, out: spatial.append(out[:, :SPATIAL_CHANNELS].flatten(1)))
 
     def run(images: Tensor) -> Features:
-        kept.clear()
+        spatial.clear()
         pooled = net.features(frechet.pixels(images))
-        return Features(pooled=pooled, logits=net.linear(pooled), spatial=kept[0])
+        return Features(pooled=pooled, logits=net.linear(pooled), spatial=spatial[0])
 
     return Extractor(
         name=name, distance=distance, sha256=engines.sha256_of(path), channels=takes[0], size=takes[1], run=run
@@ -119,20 +129,20 @@ def _inception(name: str, path: Path | None) -> Extractor:
     except Exception as error:  # the download and the loading raise many kinds
         reason = str(error).strip().partition("\n")[0]
         raise GaqError(f"Inception's weights cannot be loaded ({reason}): give their file, as {name}=PATH.") from error
-    kept: list[Tensor] = []
+    spatial: list[Tensor] = []  # the hook runs inside the forward pass and cannot return features
     net.Mixed_6d.branch1x1.conv.register_forward_hook(
-        lambda _, args, out: kept.append(out[:, :SPATIAL_CHANNELS].flatten(1))
+        lambda _, args, out: spatial.append(out[:, :SPATIAL_CHANNELS].flatten(1))
     )
 
     def run(images: Tensor) -> Features:
-        kept.clear()
+        spatial.clear()
         pooled, logits = net(_resized_clean(images) if name == "inception-clean" else images)
-        return Features(pooled=pooled.float(), logits=logits.float(), spatial=kept[0].float())
+        return Features(pooled=pooled.float(), logits=logits.float(), spatial=spatial[0].float())
 
     state = b"".join(value.numpy().tobytes() for value in net.state_dict().values())
-    called = "FID (clean resizing)" if name == "inception-clean" else "FID"
+    distance = "FID (clean resizing)" if name == "inception-clean" else "FID"
     return Extractor(
-        name=name, distance=called, sha256=hashlib.sha256(state).hexdigest(), channels=3, size=None, run=run
+        name=name, distance=distance, sha256=hashlib.sha256(state).hexdigest(), channels=3, size=None, run=run
     )
 
 

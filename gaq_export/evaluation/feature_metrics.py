@@ -6,8 +6,8 @@
     kd         kernel distance, x 1000, cubic kernel, unbiased (Binkowski et al. 2018); with Inception's it is KID
     precision, recall    shares of one set within the reach of the other's third neighbours (Kynkaanniemi et al. 2019)
 
-torch-fidelity imports torchvision for feature networks that are not used here. Where torchvision does not load (its
-build for CUDA beside a torch for CPUs, say), it gets an empty one for the time of that import.
+torch-fidelity imports torchvision for feature networks that are not used here. Where torchvision cannot be imported (a
+build for CUDA beside a torch for CPUs, for example), empty modules stand in for it during that import.
 """
 
 import importlib
@@ -19,14 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet
 
-SEED, SUBSETS, SUBSET = 2020, 100, 1000  # of kd, as torch-fidelity has them; smaller sets take half of their images
+SEED, SUBSETS, SUBSET = 2020, 100, 1000  # of kd, torch-fidelity's; subsets of small sets are half of their images
 SPLITS = 10  # of score
 NEIGHBOURS = 3
 METRICS = ("fd", "sfd", "score", "kd", "precision", "recall")
@@ -35,12 +34,12 @@ _ABSENT = ("torchvision", "torchvision.datasets", "torchvision.models", "torchvi
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a network makes of images.
+    """The features of N images.
 
     Attributes:
         pooled: (N, D) float32.
         logits: (N, K) float32, scores of classes.
-        spatial: (N, S) float32, features that still know where.
+        spatial: (N, S) float32, features of places in the image.
     """
 
     pooled: Tensor
@@ -51,7 +50,7 @@ class Features:
         return len(self.pooled)
 
     def take(self, index: Tensor) -> "Features":
-        """Return those of some images."""
+        """Return the features of some of the images."""
         return Features(pooled=self.pooled[index], logits=self.logits[index], spatial=self.spatial[index])
 
 
@@ -97,32 +96,32 @@ def library(module: str) -> Any:
 
 def measure(
     metrics: Sequence[str],
-    found: Features,
+    images: Features,
     reference: Features,
     on_metric: Callable[[str], None] = lambda metric: None,
 ) -> dict[str, float]:
     """Return some of METRICS.
 
     Args:
-        metrics: which.
-        found: of the images that are judged.
-        reference: of those that they should be like.
-        on_metric: told which is next.
+        metrics: which ones.
+        images: features of the images that are evaluated.
+        reference: features of the images that they should be like.
+        on_metric: called with the metric that is measured next.
 
     Raises:
         GaqError: torch-fidelity is not installed.
     """
-    made = dict[str, float]()
+    values = dict[str, float]()
     for metric in metrics:
-        if metric not in made:
+        if metric not in values:  # precision brings recall with it
             on_metric(metric)
-            made |= _MEASURES[metric](found, reference)
-    return {metric: made[metric] for metric in metrics}
+            values |= _MEASURES[metric](images, reference)
+    return {metric: values[metric] for metric in metrics}
 
 
-def _fd(found: Tensor, reference: Tensor) -> float:
+def _fd(features: Tensor, reference: Tensor) -> float:
     metric = library("metric_fid")
-    statistics = [metric.fid_features_to_statistics(features.double()) for features in (found, reference)]
+    statistics = [metric.fid_features_to_statistics(part.double()) for part in (features, reference)]
     return float(metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID])
 
 
@@ -132,26 +131,26 @@ def _score(logits: Tensor) -> float:
     return float(result[metric.KEY_METRIC_ISC_MEAN])
 
 
-def _kd(found: Tensor, reference: Tensor) -> float:
+def _kd(features: Tensor, reference: Tensor) -> float:
     metric = library("metric_kid")
-    size = min(SUBSET, max(2, min(len(found), len(reference)) // 2))
+    size = min(SUBSET, max(2, min(len(features), len(reference)) // 2))
     settings = {"kid_subsets": SUBSETS, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
-    result = metric.kid_features_to_metric(found.double(), reference.double(), **settings)
+    result = metric.kid_features_to_metric(features.double(), reference.double(), **settings)
     return 1000 * float(result[metric.KEY_METRIC_KID_MEAN])
 
 
-def _precision_recall(found: Features, reference: Features) -> dict[str, float]:
+def _precision_recall(images: Features, reference: Features) -> dict[str, float]:
     """Return both, since either takes the neighbours within the reference, minutes for 60 000 images."""
     settings = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
-    result = library("metric_prc").prc_features_to_metric(found.pooled, reference.pooled, **settings)
+    result = library("metric_prc").prc_features_to_metric(images.pooled, reference.pooled, **settings)
     return {name: float(result[name]) for name in ("precision", "recall")}
 
 
 _MEASURES: Mapping[str, Callable[[Features, Features], dict[str, float]]] = {
-    "fd": lambda found, reference: {"fd": _fd(found.pooled, reference.pooled)},
-    "sfd": lambda found, reference: {"sfd": _fd(found.spatial, reference.spatial)},
-    "score": lambda found, reference: {"score": _score(found.logits)},
-    "kd": lambda found, reference: {"kd": _kd(found.pooled, reference.pooled)},
+    "fd": lambda images, reference: {"fd": _fd(images.pooled, reference.pooled)},
+    "sfd": lambda images, reference: {"sfd": _fd(images.spatial, reference.spatial)},
+    "score": lambda images, reference: {"score": _score(images.logits)},
+    "kd": lambda images, reference: {"kd": _kd(images.pooled, reference.pooled)},
     "precision": _precision_recall,
     "recall": _precision_recall,
 }
@@ -159,50 +158,50 @@ _MEASURES: Mapping[str, Callable[[Features, Features], dict[str, float]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A Frechet distance and where it lies with 95 % confidence, as far as other draws of the same images tell."""
+    """A Frechet distance and its 95 % interval, from a bootstrap of the same images."""
 
     value: float
     low: float
     high: float
 
 
-def interval(found: Tensor, reference: Tensor, draws: int, seed: int = 0) -> Interval:
+def interval(features: Tensor, reference: Tensor, draws: int, seed: int = 0) -> Interval:
     """Return the Frechet distance of two sets of features with a bootstrap interval.
 
-    Both sets are drawn again, with replacement, `draws` times. A set that is drawn again is further from everything
-    than the set itself, as that is further than all images there could be; so the interval has the spread of those
-    draws, but lies around the value: where sets of as many images would be, which is what a floor can be held against.
+    Both sets are drawn again, with replacement, `draws` times. A redrawn set is further from everything than the set
+    itself, because it holds fewer different images. So only the spread of the redrawn distances is taken, and laid
+    around the value: this is where sets of as many images would lie, and a floor can be compared with it.
 
     Args:
-        found: (N, D).
+        features: of the evaluated images, (N, D).
         reference: (M, D).
-        draws: how many.
+        draws: of the bootstrap.
         seed: of the draws.
     """
-    value = frechet.distance(frechet.moments(found), frechet.moments(reference))
-    generator, again = torch.Generator().manual_seed(seed), []
+    value = frechet.distance(frechet.moments(features), frechet.moments(reference))
+    generator = torch.Generator().manual_seed(seed)
+    redrawn = []
     for _ in range(draws):
-        pair = [x[torch.randint(len(x), (len(x),), generator=generator)] for x in (found, reference)]
-        again.append(frechet.distance(*(frechet.moments(x) for x in pair)))
-    low, high = np.quantile(np.array(again) - np.mean(again), (0.025, 0.975))
+        pair = [x[torch.randint(len(x), (len(x),), generator=generator)] for x in (features, reference)]
+        redrawn.append(frechet.distance(*(frechet.moments(x) for x in pair)))
+    low, high = np.quantile(np.array(redrawn) - np.mean(redrawn), (0.025, 0.975))
     return Interval(value=value, low=max(0.0, value + float(low)), high=value + float(high))
 
 
 def floor(reference: Tensor, size: int, splits: int = 5, seed: int = 0) -> float:
-    """Return the Frechet distance of `size` of the reference's images to its others: the mean over some random splits.
+    """Return the Frechet distance of `size` images of the reference to its other images, mean over random splits.
 
     Args:
         reference: (M, D) features; M at least twice `size`.
-        size: images that are judged.
+        size: as many as the images that are evaluated.
         splits: how many.
         seed: of the splits.
     """
     if len(reference) < 2 * size:
         raise GaqError(f"A floor at {size} images needs {2 * size}; found {len(reference)}.")
-    generator, found = torch.Generator().manual_seed(seed), list[float]()
+    generator, values = torch.Generator().manual_seed(seed), list[float]()
     for _ in range(splits):
         order = torch.randperm(len(reference), generator=generator)
         parts = reference[order[:size]], reference[order[size:]]
-        found.append(frechet.distance(*(frechet.moments(part) for part in parts)))
-    values: npt.NDArray[np.float64] = np.array(found)
-    return float(values.mean())
+        values.append(frechet.distance(*(frechet.moments(part) for part in parts)))
+    return float(np.mean(values))

@@ -6,8 +6,8 @@ distance is given squared:
     d^2 = |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1^1/2 S_2 S_1^1/2)^1/2)
 
 The features are not Inception's, so no value here can be compared with a published FID; 64 dimensions instead of 2048
-make a few hundred images enough to see a difference, though a small set is always further away than a large one. Two
-classifiers serve: a small one for digits, trained here in a minute, and a ResNet-56 for CIFAR-10 that is given.
+make a few hundred images enough to see a difference, though a small set is always further away than a large one. There
+are two classifiers: a small one for digits, trained here in a minute, and a ResNet-56 for CIFAR-10, from a checkpoint.
 """
 
 from collections.abc import Mapping
@@ -63,6 +63,7 @@ def moments(features: Tensor) -> Moments:
 def distance(a: Moments, b: Moments) -> float:
     """Return the squared Frechet distance of two Gaussians with these moments."""
     root = _root(a.covariance)
+    # The trace of the root is the sum of the roots of the eigenvalues, so the root itself is never needed.
     overlap = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
     total = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
     return float(total)
@@ -87,7 +88,7 @@ def features(classifier: Classifier, images: Tensor) -> Tensor:
 
 
 def accuracy(classifier: Classifier, features: Tensor, labels: Tensor) -> float:
-    """Return the share of images, given by their features (N, D), that are classified rightly."""
+    """Return the share of images, given by their features (N, D), that are classified correctly."""
     with torch.no_grad():
         return float((classifier.linear(features).argmax(1) == labels).double().mean())
 
@@ -144,7 +145,7 @@ class DigitNet(nn.Module):
 
 
 def digit_net(path: Path, data: Path, shape: tuple[int, int, int]) -> DigitNet:
-    """Return the digit classifier kept at `path`, trained on the training images of `data` if it is not there yet."""
+    """Return the digit classifier stored at `path`; train it on the training images of `data` if it is not there."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = DigitNet()
@@ -157,7 +158,7 @@ def digit_net(path: Path, data: Path, shape: tuple[int, int, int]) -> DigitNet:
 
 
 def _train(net: nn.Module, data: Labelled) -> None:
-    """Adam at a rate that falls linearly to 0, every image EPOCHS times, seed 0."""
+    """Train with Adam, its rate falling linearly to 0, on every image EPOCHS times, seed 0."""
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(data.images), generator=generator) for _ in range(EPOCHS)]
     batches = [index for order in orders for index in torch.split(order, TRAIN_BATCH)]
@@ -213,8 +214,8 @@ def resnet56(path: Path) -> ResNet56:
     """Load a checkpoint of akamaster/pytorch_resnet_cifar10; raise GaqError if it is another network's."""
     net = ResNet56()
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        state: Mapping[str, Tensor] = found.get("state_dict", found)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
         net.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     except Exception as error:  # torch.load raises many kinds; all mean the same here
         reason = str(error).strip().partition("\n")[0]

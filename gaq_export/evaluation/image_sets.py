@@ -1,6 +1,6 @@
-"""Sets of images to be judged, wherever they are: shards or PNGs that `sample` wrote, other PNGs, a data set's .npz.
+"""Sets of images to evaluate: shards or PNGs that `sample` wrote, other PNGs, the .npz of a data set.
 
-Nothing is held but a part at a time; a set is known by the sha256 of its pixels.
+Only one part is in memory at a time. A set is identified by the sha256 of its pixels, wherever they are stored.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ class ImageSet:
     """Images (N, C, H, W) uint8.
 
     Attributes:
-        name: where they are from, for people.
+        name: where they come from, for people.
         count: N.
         shape: (C, H, W).
         parts: yields them in order, (n, C, H, W) each.
         sha256: of their pixels.
-        made: what `sample` said of them: engine, sampler, seeds; empty for images from elsewhere.
+        made: what `sample` recorded about them (engine, sampler, seeds); empty for images from elsewhere.
     """
 
     name: str
@@ -43,16 +43,16 @@ class ImageSet:
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the images, `size` at a time whatever parts they come in: a network's last digits depend on it."""
-        left: list[Tensor] = []
+        """Yield the images, `size` at a time whatever the parts are, since a network's last digits depend on it."""
+        pending: list[Tensor] = []
         for part in self.parts():
-            left.append(part)
-            if sum(map(len, left)) >= size:
-                *whole, rest = torch.split(torch.cat(left), size)
-                whole, left = ([*whole, rest], []) if len(rest) == size else (whole, [rest])
-                yield from whole
-        if left:
-            yield torch.cat(left)
+            pending.append(part)
+            if sum(map(len, pending)) >= size:
+                *full, last = torch.split(torch.cat(pending), size)
+                full, pending = ([*full, last], []) if len(last) == size else (full, [last])
+                yield from full
+        if pending:
+            yield torch.cat(pending)
 
     def take(self, count: int) -> "ImageSet":
         """Return the first `count` images; raise GaqError if there are fewer."""
@@ -125,7 +125,7 @@ def _of_pngs(path: Path) -> ImageSet:
 
 
 def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:
-    """Open the training images of a data set, since that is what a network learned to draw."""
+    """Open the training images of a data set, because those are what a network learned to draw."""
     try:
         with np.load(path, allow_pickle=False) as loaded:
             name = next(name for name in ("train_images", "images") if name in loaded)

@@ -24,7 +24,7 @@ from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.trajectories import GROUP, image_seed
 
-OnProgress = Callable[[str, int, int], None]
+OnStage = Callable[[str, int, int], None]  # called with what is being done, how much of it is done, and in all
 Visit = Callable[[Tensor, Tensor, Tensor], None]  # called with x, t and the leader's predicted noise
 FLOAT, QUANTIZED = "float trajectory", "quantized trajectory"
 
@@ -150,7 +150,7 @@ def along_both(
     return rows
 
 
-def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_progress: OnProgress) -> NoiseSqnr:
+def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnStage) -> NoiseSqnr:
     """Compare a plan with its float model, image by image, on trajectories that calibration did not see.
 
     The float network leads. With guidance it is the guided noise that is compared.
@@ -159,7 +159,7 @@ def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_progress: OnPro
         model: the float model.
         plan: made from it.
         images: trajectories to draw.
-        on_progress: called with what is being done, and the steps done and in all.
+        on_step: called with what is being done, and the steps done and in all.
     """
     schedule = provenance.schedule_of(plan.provenance)
     spec = SamplerSpec.from_json(plan.provenance["sampler"])
@@ -173,7 +173,7 @@ def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_progress: OnPro
 
         def visit(x: Tensor, t: Tensor, epsilon: Tensor, others: Sequence[Denoiser] = others) -> None:
             rows.append([[sqnr_db(e, o) for e, o in zip(epsilon, net(x, t), strict=True)] for net in others])
-            on_progress("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
+            on_step("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
 
         follow(exact, group, model.shape, schedule, spec, visit)
     parts = [torch.tensor(rows[i * spec.steps : (i + 1) * spec.steps]) for i in range(len(groups))]  # (S, 2, n) each

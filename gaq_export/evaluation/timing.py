@@ -1,14 +1,19 @@
-"""Timing things side by side."""
+"""Fair timing: loops take turns, so that whatever else the machine does slows all of them alike."""
 
 import time
 from collections.abc import Callable, Mapping
 
 
 def take_turns(loops: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each loop, one value a round; they take turns, so that a slow minute falls on all."""
+    """Run loops in turn, and return the seconds of each, one value a round.
+
+    Args:
+        loops: what to time, by name; each runs once before timing starts, to warm up.
+        rounds: how often each is timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
-        loop()  # warm-up
+        loop()  # caches fill and buffers are allocated
     for _ in range(rounds):
         for name, loop in loops.items():
             started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""The figures of `inspect`: numbers in, one SVG element out, ready to stand in an HTML page beside others.
+"""The charts of the HTML pages: numbers in, one SVG element out, to be put into a page beside others.
 
-The same numbers give the same bytes: ids are salted with the figure's own name (which also keeps two figures on one
-page from sharing any), and no date is written. Matplotlib's defaults are set for the time of drawing only, so neither
-a user's matplotlibrc nor a caller's settings change a figure, and no figure changes them.
+The same numbers give the same bytes: ids are salted with the chart's name (which also keeps two charts on one page from
+sharing any), and no date is written. Matplotlib's defaults are set while a chart is drawn and put back afterwards, so a
+user's matplotlibrc and a caller's settings change no chart, and no chart changes them.
 """
 
 import io
@@ -29,7 +29,12 @@ BINS = 50
 NUMBERED = 10  # a heat map of at most so many steps has its numbers in it
 WIDTH = 7.2  # inches; the page scales it to its column
 ROW = 0.17  # inches of a named row
-BLUE, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#8a8f98", "#22262b"  # Okabe and Ito 2008: told apart by everyone
+BLUE, ORANGE, GREY, INK = (
+    "#0072b2",
+    "#d55e00",
+    "#8a8f98",
+    "#22262b",
+)  # Okabe, Ito 2008: also for colour-blind readers
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # of one width, so a page without the first is fine
@@ -52,14 +57,16 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def cosines(found: Agreement) -> str:
+def cosines(agreement: Agreement) -> str:
     """Draw the two heat maps of per-step gradients, before and after, on one scale centred at 0."""
-    return _svg("cosines", f"Cosine similarity of per-step gradients, {found.block}", 3.5, partial(_cosines, found))
+    return _svg(
+        "cosines", f"Cosine similarity of per-step gradients, {agreement.block}", 3.5, partial(_cosines, agreement)
+    )
 
 
-def alignment(found: Alignment) -> str:
+def alignment(alignment: Alignment) -> str:
     """Draw omega against alignment, one point a bin of samples."""
-    return _svg("alignment", f"Sample weight against alignment, {found.block}", 3.0, partial(_alignment, found))
+    return _svg("alignment", f"Sample weight against alignment, {alignment.block}", 3.0, partial(_alignment, alignment))
 
 
 def losses(blocks: Sequence[BlockResult]) -> str:
@@ -68,9 +75,9 @@ def losses(blocks: Sequence[BlockResult]) -> str:
     return _svg("losses", "Block loss before and after calibration", height, partial(_losses, blocks))
 
 
-def plan_sqnr(found: NoiseSqnr) -> str:
+def plan_sqnr(noise: NoiseSqnr) -> str:
     """Draw SQNR against the sampling step: the median image, and the span of all of them."""
-    return _svg("plan-sqnr", "SQNR of the noise prediction at each sampling step", 3.1, partial(_plan_sqnr, found))
+    return _svg("plan-sqnr", "SQNR of the noise prediction at each sampling step", 3.1, partial(_plan_sqnr, noise))
 
 
 def engine_sqnr(t: Tensor, series: Mapping[str, Sequence[float]]) -> str:
@@ -80,19 +87,26 @@ def engine_sqnr(t: Tensor, series: Mapping[str, Sequence[float]]) -> str:
 
 
 def sensitivity(errors: Mapping[str, float]) -> str:
-    """Draw the error that each layer makes alone."""
+    """Draw the error of each layer when it alone is quantized."""
     height = 0.75 + ROW * len(errors)
     return _svg("sensitivity", "Error of the predicted noise, layer by layer", height, partial(_sensitivity, errors))
 
 
 def ranges(layers: Sequence[LayerRange]) -> str:
-    """Draw what each layer's weight grid covers, and how far its input's grid reaches."""
+    """Draw the share of each layer's weight range that its grid covers, and the largest input on its grid."""
     height = 0.75 + ROW * len(layers)
     return _svg("ranges", "Weight and activation ranges of each layer", height, partial(_ranges, layers))
 
 
 def _svg(name: str, label: str, height: float, paint: Callable[["Figure"], None]) -> str:
-    """Paint a figure of `height` inches and return it as an SVG element that holds nothing from elsewhere."""
+    """Paint a chart and return it as an SVG element that refers to nothing outside itself.
+
+    Args:
+        name: of the chart; begins all ids in it.
+        label: for readers who cannot see it.
+        height: inches.
+        paint: draws into an empty figure.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -107,23 +121,24 @@ def _svg(name: str, label: str, height: float, paint: Callable[["Figure"], None]
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda found: f"{found[0]}{name}-", text)
+    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda match: f"{match[0]}{name}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).strip()
 
 
-def _cosines(found: Agreement, figure: "Figure") -> None:
+def _cosines(agreement: Agreement, figure: "Figure") -> None:
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, title, held in ((left, "nearest rounding", found.before), (right, "after calibration", found.after)):
-        image = axes.imshow(held.matrix.numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="none")
+    sides = (left, "nearest rounding", agreement.before), (right, "after calibration", agreement.after)
+    for axes, title, cosines in sides:
+        image = axes.imshow(cosines.matrix.numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="none")
         axes.set_title(title)
         axes.set_xlabel("sampling step")
         for spine in axes.spines.values():
             spine.set_visible(False)
-        places = _spread(len(found.steps), NUMBERED)
-        axes.set_xticks(places, [str(found.steps[i]) for i in places])
-        axes.set_yticks(places, [str(found.steps[i]) for i in places])
-        if len(found.steps) <= NUMBERED:
-            _number(axes, held.matrix)
+        places = _spread(len(agreement.steps), NUMBERED)
+        axes.set_xticks(places, [str(agreement.steps[i]) for i in places])
+        axes.set_yticks(places, [str(agreement.steps[i]) for i in places])
+        if len(agreement.steps) <= NUMBERED:
+            _number(axes, cosines.matrix)
     left.set_ylabel("sampling step")
     right.tick_params(left=False)
     figure.colorbar(image, ax=(left, right), shrink=0.85, pad=0.02, label="cosine similarity").outline.set_visible(
@@ -140,9 +155,10 @@ def _number(axes: "Axes", matrix: Tensor) -> None:
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=size, color=ink)
 
 
-def _alignment(found: Alignment, figure: "Figure") -> None:
+def _alignment(alignment: Alignment, figure: "Figure") -> None:
     axes = figure.subplots()
-    weight, inner = bin_means(found.omega, [found.omega * len(found.omega), found.inner], BINS)
+    omega = alignment.omega
+    weight, inner = bin_means(omega, [omega * len(omega), alignment.inner], BINS)  # omega * N is 1 where uniform
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.axvline(1, color=GREY, linewidth=0.6, linestyle=(0, (4, 3)))
     axes.scatter(weight.numpy(), inner.numpy(), s=18, color=BLUE, linewidths=0)
@@ -156,33 +172,33 @@ def _losses(blocks: Sequence[BlockResult], figure: "Figure") -> None:
     axes = figure.subplots()
     rows = range(len(blocks))
     before, after = [b.loss_before or math.nan for b in blocks], [b.loss_after or math.nan for b in blocks]
-    kept = [i for i in rows if blocks[i].rounding == "nearest"]
+    nearest = [i for i in rows if blocks[i].rounding == "nearest"]  # learning did not beat it
     axes.hlines(rows, after, before, color=GREY, linewidth=1)
     axes.scatter(before, rows, s=20, facecolors="white", edgecolors=INK, linewidths=0.9, label="nearest", zorder=3)
-    learned = [i for i in rows if i not in kept]
+    learned = [i for i in rows if i not in nearest]
     axes.scatter([after[i] for i in learned], learned, s=22, color=BLUE, linewidths=0, label="learned", zorder=3)
-    if kept:
-        crosses = [before[i] for i in kept]
-        axes.scatter(crosses, kept, s=26, color=ORANGE, marker="x", linewidths=1.2, label="nearest kept", zorder=4)
+    if nearest:
+        crosses = [before[i] for i in nearest]
+        axes.scatter(crosses, nearest, s=26, color=ORANGE, marker="x", linewidths=1.2, label="nearest kept", zorder=4)
     _log_axis(axes, [*before, *after])
     axes.set_xlabel("block loss")
     _name_rows(axes, [b.name for b in blocks])
     figure.legend(loc="outside upper right", ncols=3)
 
 
-def _plan_sqnr(found: NoiseSqnr, figure: "Figure") -> None:
+def _plan_sqnr(noise: NoiseSqnr, figure: "Figure") -> None:
     axes = figure.subplots()
-    steps = range(len(found.t))
+    steps = range(len(noise.t))
     for values, color, dashes, label in (
-        (found.weights, BLUE, "-", "weights rounded"),
-        (found.both, ORANGE, (0, (5, 2)), "weights and activations rounded"),
+        (noise.weights, BLUE, "-", "weights rounded"),
+        (noise.both, ORANGE, (0, (5, 2)), "weights and activations rounded"),
     ):
-        values = values.double()
+        values = values.double()  # (S, N)
         axes.fill_between(steps, values.amin(1).numpy(), values.amax(1).numpy(), color=color, alpha=0.15, linewidth=0)
         middle = torch.quantile(values, 0.5, dim=1).numpy()
         marker = "o" if len(steps) <= 30 else None
         axes.plot(steps, middle, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=3, label=label)
-    _name_steps(axes, found.t)
+    _name_steps(axes, noise.t)
 
 
 def _engine_sqnr(t: Tensor, series: Mapping[str, Sequence[float]], figure: "Figure") -> None:

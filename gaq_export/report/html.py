@@ -1,4 +1,4 @@
-"""Parts of an HTML page that opens offline and stays as it is: styles inside, no script, all words escaped."""
+"""Parts of an HTML page that opens offline and never changes: styles inside, no script, all text escaped."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +58,7 @@ def document(title: str, header: str, sections: Iterable[str]) -> str:
 
 
 def header(kicker: str, title: str, warning: str, *parts: str) -> str:
-    """Make the head of a page; `parts` are HTML."""
+    """Make the head of a page; `parts` are HTML, all else is text."""
     return (
         f'<header>\n<p class="kicker">{escape(kicker)}</p>\n<h1>{escape(title)}</h1>\n{note(warning)}'
         f"{''.join(parts)}</header>"
@@ -66,7 +66,7 @@ def header(kicker: str, title: str, warning: str, *parts: str) -> str:
 
 
 def facts(facts: Mapping[str, str]) -> str:
-    """Make a list of terms and what is said of each."""
+    """Make a list of terms with their descriptions."""
     rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in facts.items())
     return f"<dl>\n{rows}</dl>\n"
 
@@ -82,7 +82,7 @@ def figure(svg: str, numbers: str) -> str:
 
 
 def picture(png: bytes, words: str) -> str:
-    """Make an image; `words` stand for it where it cannot be seen."""
+    """Make an image; `words` describe it for readers who cannot see it."""
     data = base64.b64encode(png).decode()
     return f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">'
 
@@ -117,7 +117,7 @@ def text(text: str) -> str:
 
 
 def note(text: str) -> str:
-    """Make a paragraph that stands out, nothing of no text."""
+    """Make a paragraph that stands out, or "" if there is no text."""
     return f'<p class="note">{escape(text)}</p>\n' if text else ""
 
 

@@ -5,7 +5,7 @@ module chooses the samples and adds what needs a sampler: how far the quantized 
 float one's, step by step, on trajectories that calibration did not see.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,14 +24,13 @@ from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import noise_sqnr
-from gaq_export.evaluation.noise_sqnr import NoiseSqnr
+from gaq_export.evaluation.noise_sqnr import NoiseSqnr, OnStage
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
 
 FEW = 4  # samples a step where every block, or layer, is looked at
 SENSED = 5  # steps at which every layer is looked at
 PRODUCTS = "attention products"
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def examine(
     block: str | None,
     images: int,
     scratch: Path,
-    on_step: OnProgress,
+    on_step: OnStage,
 ) -> Inspection:
     """Measure everything.
 
@@ -134,7 +133,7 @@ def _look_into(
     plan: QuantPlan,
     subset: Split,
     scratch: Path,
-    on_step: OnProgress,
+    on_step: OnStage,
 ) -> tuple[Agreement, Alignment | None]:
     """Compare one block's gradients with every training sample, and with omega unless all samples weigh the same."""
     weighted = len(torch.unique(plan.scores)) > 1
@@ -155,7 +154,7 @@ def _look_into(
     return agreement, alignment
 
 
-def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_step: OnProgress) -> dict[str, float]:
+def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_step: OnStage) -> dict[str, float]:
     """Return the error of the predicted noise with one layer alone as the plan has it, in network order.
 
     It is |eps_hat - eps|^2 / |eps|^2 over FEW samples of each of SENSED steps, evenly spread. Products inside

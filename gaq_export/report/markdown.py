@@ -1,12 +1,8 @@
-"""What a page of results is made of: Markdown tables, the machine's name, and where the text goes."""
+"""Parts of a Markdown page of results: tables, and the machine's name."""
 
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import typer
-
-from calib.files import write_atomically
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -24,12 +20,3 @@ def machine() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else 'unknown processor'}, {os.cpu_count()} cores"
-
-
-def publish(lines: Iterable[str], out: Path | None) -> None:
-    """Write the page, or print it if it has no place to go."""
-    text = "\n".join(lines)
-    if out is None:
-        typer.echo(text)
-    else:
-        write_atomically(out, f"{text}\n".encode())

@@ -32,6 +32,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import noise_sqnr
 from gaq_export.evaluation.evaluate import DEFAULT, RECORD, Evaluation, read_evaluation
+from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.evaluation.timing import take_turns
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
@@ -41,7 +42,6 @@ from gaq_export.report.inspection_page import Origin
 from gaq_export.run import Run, RunRecord
 from gaq_export.sampling import batches
 
-OnProgress = Callable[[str, int, int], None]
 NoiseFor = Callable[[Sequence[int]], Denoiser]  # what predicts the noise in images of these seeds
 PYTORCH = "PyTorch, float"
 
@@ -121,7 +121,7 @@ def measure(
     images: int = 8,
     rounds: int = 3,
     model: LoadedModel | None = None,
-    on_step: OnProgress = lambda what, done, total: None,
+    on_step: OnStage = lambda what, done, total: None,
 ) -> Report:
     """Measure and read everything.
 
@@ -216,7 +216,7 @@ def _by_float(model: LoadedModel, spec: SamplerSpec) -> Draw:
 
 
 def _draw(
-    file: EngineFile, model: LoadedModel, draw: Draw, noise_for: NoiseFor, images: int, on_step: OnProgress
+    file: EngineFile, model: LoadedModel, draw: Draw, noise_for: NoiseFor, images: int, on_step: OnStage
 ) -> Drawn:
     spec, seeds = session.sampler_of(file, None), tuple(range(images))
     by_float = _by_float(model, spec)
@@ -238,7 +238,7 @@ def _time(
     plan: QuantPlan,
     draw: Draw,
     rounds: int,
-    on_step: OnProgress,
+    on_step: OnStage,
 ) -> Speed | None:
     """Time whole loops in turn, if asked to and if the engine runs here."""
     if not rounds or engines.find_backend(file.backend).can_run():

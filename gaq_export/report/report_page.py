@@ -8,7 +8,7 @@ from typing import Any
 
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.evaluation import scores
-from gaq_export.evaluation.scores import PAIRS, Figure
+from gaq_export.evaluation.scores import PAIR_METRICS, Score
 from gaq_export.images import encode_side_by_side, psnr
 from gaq_export.report import charts, html, inspection_page
 from gaq_export.report.markdown import machine
@@ -104,7 +104,7 @@ def _judged_section(found: Report) -> str:
     return html.section(title, html.text(text), *parts, left_out)
 
 
-def _depends_on(row: Sequence[Figure]) -> str:
+def _depends_on(row: Sequence[Score]) -> str:
     """Say in a sentence what the figures of one row, and so of all, depend on."""
     held = row[0].context
     said = [f"{held['images']} images"]
@@ -113,7 +113,7 @@ def _depends_on(row: Sequence[Figure]) -> str:
     if "sampler" in held:
         sampler = SamplerSpec.from_json(held["sampler"])
         said.append(f"{sampler.name}, {sampler.steps} steps, {sampler.spacing} spacing, eta {sampler.eta:g}")
-    if row[0].metric in PAIRS:
+    if row[0].metric in PAIR_METRICS:
         said.append(f"float images {held['exact_sha256'][:12]}")
     else:
         said.append(f"features {held['features']} ({held['features_sha256'][:12]})")

@@ -10,7 +10,7 @@ from calib.step_bits import widths
 from gaq_export._version import __version__
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.evaluation.evaluate import Evaluation
-from gaq_export.evaluation.scores import Figure, table
+from gaq_export.evaluation.scores import Score, table
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.source import SourceKind
 from gaq_export.report.markdown import markdown_table
@@ -139,7 +139,7 @@ def _task(model: LoadedModel) -> str | None:
     return None if model.condition_inputs else "unconditional-image-generation"
 
 
-def _result(figure: Figure, task: str | None) -> EvalResult:
+def _result(figure: Score, task: str | None) -> EvalResult:
     return EvalResult(
         task_type=task or "image-generation",
         dataset_type="images",

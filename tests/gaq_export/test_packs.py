@@ -24,7 +24,7 @@ from gaq_export import run as runs
 from gaq_export.cli.app import app
 from gaq_export.cli.options import find_model
 from gaq_export.errors import GaqError
-from gaq_export.evaluation.scores import Figure
+from gaq_export.evaluation.scores import Score
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.models.source import WeightSource
 from gaq_export.run import Run
@@ -55,7 +55,7 @@ def judged_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory: p
     run = Run(folder=shutil.copytree(tiny_run, tmp_path_factory.mktemp("judged") / "run"))
     runs.add_entry(run, "build-engine", engine=os.path.relpath(tiny_step_engine.path, run.folder))
     context = {"images": 9, "features": "digits", "reference": "mnist.npz", "engine_sha256": tiny_step_engine.sha256}
-    figure = Figure(metric="fd", name="Frechet distance", value=3.25, low=3.0, high=3.5, floor=1.0, context=context)
+    figure = Score(metric="fd", name="Frechet distance", value=3.25, low=3.0, high=3.5, floor=1.0, context=context)
     other = replace(figure, value=99.0, context={**context, "engine_sha256": "of another"})
     rows = {"unet": [figure.to_json()], "other": [other.to_json()]}
     record = {"rows": rows, "steps": {}, "left out": []}

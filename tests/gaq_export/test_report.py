@@ -16,7 +16,7 @@ from gaq_export import pipeline
 from gaq_export.cli.app import app
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import evaluate
-from gaq_export.evaluation.scores import Figure
+from gaq_export.evaluation.scores import Score
 from gaq_export.models.loader import LoadedModel
 from gaq_export.report import report, report_page
 from tests.gaq_export import browser
@@ -45,14 +45,14 @@ def judged(file: EngineFile, out: Path, sha256: str | None = None) -> Path:
     sets = {"features": "eyes", "features_sha256": "2" * 64, "reference": "real", "reference_sha256": "3" * 64}
     sets |= {"reference_images": 16, "floor_images": 8}
 
-    def row(engine: str, value: float) -> list[Figure]:
+    def row(engine: str, value: float) -> list[Score]:
         own = context | {"engine_sha256": engine}
-        distance = Figure(metric="fd", name="distance", value=value, low=1.0, high=3.0, floor=0.5, context=own | sets)
-        pair = Figure(metric="psnr", name="PSNR", value=30.0, context=own | {"exact_sha256": "4" * 64})
+        distance = Score(metric="fd", name="distance", value=value, low=1.0, high=3.0, floor=0.5, context=own | sets)
+        pair = Score(metric="psnr", name="PSNR", value=30.0, context=own | {"exact_sha256": "4" * 64})
         return [distance, pair]
 
     rows = {"ours": row(sha256 or file.sha256, 2.0), "another": row("5" * 64, 2.5)}
-    return evaluate._write(out, rows, {}).path.parent
+    return evaluate.write_evaluation(out, rows, {}).path.parent
 
 
 @pytest.fixture(scope="module")

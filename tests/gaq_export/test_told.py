@@ -129,8 +129,9 @@ def test_evaluate_judges_engines_that_are_told_the_same(built: EngineFile, model
     record = record_path(built.path).read_text()
     assert '"guidance": 3.0' in record
     record_path(other).write_text(record.replace('"guidance": 3.0', '"guidance": 2.0'))
-    with pytest.raises(GaqError, match="told different things"):
-        evaluate.evaluate_engines([built.path, other], find_extractor("digits"), num=4, out=tmp_path, model=model)
+    drawing = evaluate.DrawingOptions(num=4, out=tmp_path)
+    with pytest.raises(GaqError, match="have different conditioning or guidance"):
+        evaluate.evaluate_engines([built.path, other], find_extractor("digits"), drawing, model=model)
 
 
 def test_a_comparison_draws_what_it_was_told(plan: QuantPlan, model: LoadedModel, tmp_path: Path) -> None:
