@@ -26,7 +26,7 @@ from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.run import Run
 from gaq_export.sharing import pack, triton_repository
 from tests.gaq_export.commands import gaq
-from tests.gaq_export.test_triton import draw_by_client, serving
+from tests.gaq_export.sharing.test_triton_repository import draw_by_client, serving
 
 transformers = pytest.importorskip("transformers", reason="no transformers: pip install 'gaq-export[text]'")
 
