@@ -1,21 +1,19 @@
-"""Engines: an ONNX file in, a plan file and its audit out; a plan file in, a callable network out.
+"""Engines: an ONNX file in, an engine file and its audit out; an engine file in, a callable network out.
 
-Knows neither quantization nor diffusion. The story is three functions: `build`, `load_engine_file`, `open_engine`.
+This package knows neither quantization nor diffusion. Its story is three functions: `build`, `load_engine_file`,
+`open_engine`.
 """
 
-import difflib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engines import onnx_runtime, openvino_cpu, trt, trt_rtx
-from engines.base import Audit, Engine, EngineConfig, Kernel, Loop, TensorSpec
+from engines.backends import BACKENDS, Backend, best_backend, find_backend
+from engines.base import Audit, Compute, Engine, EngineConfig, Kernel, LayerKind, Loop, Optimisation, TensorSpec
 from engines.errors import EngineError
 from engines.files import EngineFile, check_files, data_path, files_of, load_engine_file, sha256_of, weights_path
 from engines.graph import OnnxGraph, read_onnx, tensor_specs
@@ -25,12 +23,15 @@ __all__ = [
     "BACKENDS",
     "Audit",
     "Backend",
+    "Compute",
     "Engine",
     "EngineConfig",
     "EngineError",
     "EngineFile",
     "Kernel",
+    "LayerKind",
     "Loop",
+    "Optimisation",
     "TensorSpec",
     "best_backend",
     "build",
@@ -43,178 +44,61 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One runtime.
-
-    Attributes:
-        name: Its key in `BACKENDS`.
-        profile: The QDQ profile of the ONNX graph it wants.
-        can_build: Returns None, or why it cannot build here and what to install.
-        can_run: The same for running.
-        computes: What it can do arithmetic in that is not integer, its own choice first.
-        typed: Does arithmetic in the types that the graph says, so that another `compute` is another graph.
-        build: Writes the plan file and returns its audit.
-        open: Makes a callable engine of a plan file.
-    """
-
-    name: str
-    profile: str
-    can_build: Callable[[], str | None]
-    can_run: Callable[[], str | None]
-    computes: tuple[str, ...]
-    typed: bool
-    build: Callable[[OnnxGraph, Path, EngineConfig], Audit]
-    open: Callable[[EngineFile], Engine]
-
-    def compute(self, asked: str | None) -> str:
-        """Return the type of arithmetic to use; raise EngineError if the one asked for cannot be had."""
-        if asked is not None and asked not in self.computes:
-            raise EngineError(f"{self.name} cannot compute in {asked!r}. Choose one of {list(self.computes)}.")
-        return asked or self.computes[0]
-
-
-_HALVES, _FULL_FIRST = ("float16", "bfloat16", "float32"), ("float32", "bfloat16", "float16")
-
-
-def _ort(name: str, profile: str, missing: Callable[[], str | None], computes: tuple[str, ...], device: str) -> Backend:
-    build, opened = partial(onnx_runtime.build, device=device), partial(onnx_runtime.open_file, device=device)
-    return Backend(name, profile, missing, missing, computes, device == "cuda", build, opened)
-
-
-# In order of preference.
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (
-        Backend("tensorrt", "trt", trt.cannot_build, trt.cannot_run, _HALVES, True, trt.build, trt.open_file),
-        Backend(
-            "tensorrt-rtx",
-            "trt",
-            trt_rtx.cannot_build,
-            trt_rtx.cannot_run,
-            _HALVES,
-            True,
-            trt_rtx.build,
-            trt_rtx.open_file,
-        ),
-        Backend(
-            "openvino",
-            "openvino",
-            openvino_cpu.missing,
-            openvino_cpu.missing,
-            _FULL_FIRST,
-            False,
-            openvino_cpu.build,
-            openvino_cpu.open_file,
-        ),
-        _ort("onnxruntime", "ort-cpu", onnx_runtime.missing, ("float32",), "cpu"),
-        _ort("onnxruntime-cuda", "ort-cuda", onnx_runtime.missing_cuda, ("float16", "float32"), "cuda"),
-    )
-}
-
-
-def find_backend(name: str) -> Backend:
-    """Look a backend up by name.
-
-    Raises:
-        EngineError: There is none of that name; the message lists those there are and the nearest.
-    """
-    if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise EngineError(f"Unknown backend {name!r}. Choose one of {list(BACKENDS)}.{hint}")
-    return BACKENDS[name]
-
-
-def best_backend() -> str:
-    """Return the first backend that can both build and run on this machine.
-
-    Raises:
-        EngineError: None can; the message says why for each.
-    """
-    reasons = {name: backend.can_build() or backend.can_run() for name, backend in BACKENDS.items()}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise EngineError(f"No backend can build and run here ({listed}).")
-
-
 def build(
-    onnx_path: str | Path, plan_path: str | Path, config: EngineConfig, about: dict[str, Any] | None = None
+    onnx_path: str | Path, engine_path: str | Path, config: EngineConfig, about: dict[str, Any] | None = None
 ) -> EngineFile:
-    """Build a plan file and its record from an ONNX file; on failure whatever was there before stays.
+    """Build an engine and its record from an ONNX file; if that fails, the files that were there before stay.
 
     Args:
-        onnx_path: The ONNX file, in the QDQ profile the backend wants.
-        plan_path: Where the plan goes; the record goes to `<plan_path>.json`.
-        config: Backend and batch profile.
-        about: Any JSON object to keep in the record.
+        onnx_path: The ONNX file, in the Q/DQ profile that the backend takes.
+        engine_path: Where the engine goes; its record goes to `<engine_path>.json`.
+        config: Backend, batch sizes and options.
+        about: Any JSON object, stored in the record.
 
     Raises:
-        EngineError: The backend is unknown or absent, or it cannot build this model.
+        EngineError: The backend is unknown or not installed, or it cannot build this model.
     """
     backend = find_backend(config.backend)
-    if reason := backend.can_build():
-        raise EngineError(f"{backend.name} cannot build here: {reason}")
-    if config.targets and backend.name != "tensorrt-rtx":
-        raise EngineError(f"Found targets {list(config.targets)} for {backend.name}; only tensorrt-rtx takes targets.")
-    if config.stripped and backend.profile != "trt":
-        raise EngineError(f"{backend.name} keeps the weights in the plan; only tensorrt and tensorrt-rtx strip them.")
-    config = replace(config, compute=backend.compute(config.compute))
+    _check_config(backend, config)
+    compute = backend.compute(config.compute)
+    config = replace(config, compute=compute)
     try:
         about = json.loads(json.dumps(about or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise EngineError(f"`about` must hold JSON values only: {error}.") from None
     graph = read_onnx(onnx_path)
     if config.stripped and graph.apart:
-        raise EngineError(f"{onnx_path} has weights in other files; only those inside it can be left out of a plan.")
+        raise EngineError(f"{onnx_path} has weights in other files; only those inside it can be left out of an engine.")
     inputs, outputs = tensor_specs(graph.model)
-    plan = Path(plan_path)
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.") as folder:
-        started = time.perf_counter()
-        made = Path(folder, plan.name)
-        audit = backend.build(graph, made, config)
-        seconds = time.perf_counter() - started
-        if config.stripped:
-            graph.save(weights_path(made))
-        sha256, weights, data = (
-            sha256_of(path) if path.exists() else None for path in (made, weights_path(made), data_path(made))
-        )
-        assert sha256 is not None
-        for source, target in zip(files_of(made), files_of(plan), strict=True):
-            if source.exists():
-                os.replace(source, target)
-        if data is None:
-            data_path(plan).unlink(missing_ok=True)  # of the engine that was here before
+    path = Path(engine_path)
+    built = _build_in_place(backend, graph, path, config)
     file = EngineFile(
-        path=plan,
+        path=path,
         backend=backend.name,
         inputs=inputs,
         outputs=outputs,
         batch=config.batch,
-        sha256=sha256,
-        audit=audit,
-        build_seconds=seconds,
+        sha256=built.sha256,
+        audit=built.audit,
+        build_seconds=built.seconds,
         about=about,
         targets=config.targets,
         threads=config.threads,
         optimisation=config.optimisation,
-        compute=backend.compute(config.compute),
-        weights=weights,
-        data=data,
+        compute=compute,
+        weights=built.weights,
+        data=built.data,
     )
-    # Last, so that a build cut short leaves an old or no record, which the checksum or its absence gives away.
+    # The record comes last: if a build is cut short, an old record no longer matches the checksums, and none is none.
     file.save()
     return file
 
 
 def open_engine(source: str | Path | EngineFile) -> Engine:
-    """Open a plan file as a callable engine; use it in a `with` statement.
+    """Open an engine file as a callable engine; use it in a `with` statement.
 
     Raises:
-        EngineError: The plan is damaged, its backend is unknown, or that backend cannot run here.
+        EngineError: The file is damaged, its backend is unknown, or that backend cannot run here.
     """
     file = source if isinstance(source, EngineFile) else load_engine_file(source)
     backend = find_backend(file.backend)
@@ -222,3 +106,55 @@ def open_engine(source: str | Path | EngineFile) -> Engine:
         raise EngineError(f"{file.path} was built for {backend.name}, which cannot run here: {reason}")
     check_files(file)
     return backend.open(file)
+
+
+def _check_config(backend: Backend, config: EngineConfig) -> None:
+    if reason := backend.can_build():
+        raise EngineError(f"{backend.name} cannot build here: {reason}")
+    if config.targets and backend.name != "tensorrt-rtx":
+        raise EngineError(f"Found targets {list(config.targets)} for {backend.name}; only tensorrt-rtx takes targets.")
+    if config.stripped and backend.profile != "trt":
+        raise EngineError(f"{backend.name} keeps the weights in the engine; only tensorrt and tensorrt-rtx strip them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Built:
+    """What a build gave: audit, duration, and the SHA-256 of each file that there is."""
+
+    audit: Audit
+    seconds: float
+    sha256: str
+    weights: str | None
+    data: str | None
+
+
+def _build_in_place(backend: Backend, graph: OnnxGraph, path: Path, config: EngineConfig) -> _Built:
+    """Build in a temporary folder beside `path`, then move the files to their places.
+
+    A folder on the same file system makes every move atomic, so that a failed build leaves an older engine whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        started = time.perf_counter()
+        temporary = Path(folder, path.name)
+        audit = backend.build(graph, temporary, config)
+        seconds = time.perf_counter() - started
+        if config.stripped:
+            graph.save(weights_path(temporary))
+        built = _Built(
+            audit=audit,
+            seconds=seconds,
+            sha256=sha256_of(temporary),
+            weights=_sha256_if_there(weights_path(temporary)),
+            data=_sha256_if_there(data_path(temporary)),
+        )
+        for source, target in zip(files_of(temporary), files_of(path), strict=True):
+            if source.exists():
+                os.replace(source, target)
+    if built.data is None:
+        data_path(path).unlink(missing_ok=True)  # left by the engine that was here before
+    return built
+
+
+def _sha256_if_there(path: Path) -> str | None:
+    return sha256_of(path) if path.exists() else None

@@ -1,8 +1,12 @@
-"""What every engine has in common: its tensors, how it was asked for, what it holds, and how it is called."""
+"""What all engines have in common: their tensors, the options of a build, what they hold, and how they are called.
+
+Only types live here; every other module of the package imports this one.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -10,8 +14,29 @@ import numpy.typing as npt
 
 from engines.errors import EngineError
 
-OPTIMISATIONS = ("basic", "all")
 OnStep = Callable[[int], None]
+
+
+class Compute(StrEnum):
+    """Type of the arithmetic that is not integer, by NumPy's name."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class Optimisation(StrEnum):
+    """How far ONNX Runtime rewrites a graph before it runs; BASIC is for parity checks."""
+
+    BASIC = "basic"
+    ALL = "all"
+
+
+class LayerKind(StrEnum):
+    """What a layer with constant weights computes."""
+
+    CONVOLUTION = "convolution"
+    MATMUL = "matmul"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +54,25 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What the user asked of a build.
+    """The options of a build.
 
     Attributes:
         backend: A key of `engines.BACKENDS`.
-        batch: Smallest, best (tuned for) and largest batch the engine accepts.
+        batch: Smallest batch, the one to tune for, and largest batch that the engine accepts.
         targets: GPU generations to build for, e.g. `"sm89"`; TensorRT-RTX only, empty means portable.
         threads: CPU threads, OpenVINO and ONNX Runtime only; `None` leaves the choice to the runtime.
-        optimisation: ONNX Runtime graph optimisation, `"basic"` (for parity checks) or `"all"`.
-        compute: Type of the arithmetic that is not integer, one of the backend's `computes`; its first if None. Where
-            the backend is `typed` the graph must already be in it.
-        stripped: Leave the weights out of the plan; when it is opened they are read from the ONNX file beside it, which
-            plans for other GPUs may share. TensorRT only, and only where there is a GPU.
+        optimisation: How far the graph is rewritten; ONNX Runtime only.
+        compute: Type of the arithmetic that is not integer, one of the backend's `computes` (see `Compute`); None
+            means the first of them. For a `typed` backend the graph must already be in this type.
+        stripped: Leave the weights out of the engine; on opening they are read from the ONNX file beside it, which
+            engines for other GPUs may share. TensorRT only, and only on a machine with a GPU.
     """
 
     backend: str
     batch: tuple[int, int, int] = (1, 4, 16)
     targets: tuple[str, ...] = ()
     threads: int | None = None
-    optimisation: str = "all"
+    optimisation: Optimisation = Optimisation.ALL
     compute: str | None = None
     stripped: bool = False
 
@@ -57,29 +82,33 @@ class EngineConfig:
             raise EngineError(f"Batch profile {self.batch} is not in order; give 1 <= min <= best <= max.")
         if self.threads is not None and self.threads < 1:
             raise EngineError(f"Found threads={self.threads}; give 1 or more, or leave it out.")
-        if self.optimisation not in OPTIMISATIONS:
-            raise EngineError(f"Unknown optimisation {self.optimisation!r}. Choose one of {list(OPTIMISATIONS)}.")
+        # The options may come from JSON or a command line, as plain strings.
+        if self.optimisation not in tuple(Optimisation):
+            choices = [str(level) for level in Optimisation]
+            raise EngineError(f"Unknown optimisation {self.optimisation!r}. Choose one of {choices}.")
+        object.__setattr__(self, "optimisation", Optimisation(self.optimisation))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One layer with constant weights: `kind` "convolution" or "matmul", `precision` the dtype it multiplies in."""
+    """One layer with constant weights; `precision` is the dtype that it multiplies in, or "unknown"."""
 
     name: str
-    kind: str
+    kind: LayerKind
     precision: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What an engine runs and holds.
+    """What the runtime says an engine computes and holds.
 
-    Products of two activations (attention) are not weight layers and are left out. A layer the runtime does not
+    Products of two activations (attention) are not weight layers and do not appear. A layer that the runtime does not
     mention has precision "unknown".
 
     Attributes:
-        kernels: One entry per layer with constant weights.
-        weight_bytes: Bytes the engine holds, by element type ("int4", "int8", "float32", or "total" if not split).
+        kernels: One for each layer with constant weights.
+        weight_bytes: Bytes of weights that the engine holds, by element type ("int4", "int8", "float32"), or under
+            "total" if the runtime does not split them.
         note: How to read `weight_bytes`.
     """
 
@@ -105,7 +134,7 @@ class Audit:
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote; a KeyError, TypeError or ValueError means the record is damaged."""
         return cls(
-            kernels=tuple(Kernel(**kernel) for kernel in record["kernels"]),
+            kernels=tuple(Kernel(**kernel | {"kind": LayerKind(kernel["kind"])}) for kernel in record["kernels"]),
             weight_bytes={str(dtype): int(size) for dtype, size in record["weight_bytes"].items()},
             note=str(record["note"]),
         )
@@ -143,7 +172,7 @@ class Engine(Protocol):
         """The outputs a call returns."""
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run the network once; see `engines.runner.check_feeds` for what is refused."""
+        """Run the network once; raises EngineError as `engines.runner.check_feeds` says."""
 
     def loop(self, feeds: Mapping[str, npt.NDArray[Any]], loop: Loop) -> dict[str, npt.NDArray[Any]]:
         """Run the network on its own outputs; memory is allocated once, and a GPU does not wait between iterations.

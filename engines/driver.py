@@ -1,4 +1,7 @@
-"""The NVIDIA driver itself, by ctypes: is there a GPU, and the CUDA graphs that PyCUDA has no names for."""
+"""The NVIDIA driver, called through ctypes: whether there is a GPU, which one, and CUDA graphs.
+
+No package is needed for it, so a machine without one can still say what it lacks; and PyCUDA does not offer graphs.
+"""
 
 import ctypes
 import sys
@@ -8,13 +11,15 @@ from dataclasses import dataclass
 
 from engines.errors import EngineError
 
-_THREAD_LOCAL = 1  # a capture that other threads' calls do not break
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+# Numbers from cuda.h: a capture mode that calls from other threads do not break, and two device attributes.
+_THREAD_LOCAL = 1
+_CAPABILITY_MAJOR = 75
+_CAPABILITY_MINOR = 76
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """An NVIDIA GPU: `capability` is its generation, such as "8.9", `cuda` the newest CUDA that its driver knows."""
+    """An NVIDIA GPU: `capability` is its generation, such as "8.9", `cuda` the newest CUDA that its driver supports."""
 
     name: str
     capability: str
@@ -36,47 +41,60 @@ def no_gpu() -> str | None:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """Return the NVIDIA GPUs of this machine, none if there is no driver."""
+    """Return the NVIDIA GPUs of this machine; none if there is no driver.
+
+    Raises:
+        EngineError: The driver failed.
+    """
     if no_gpu():
         return ()
-    driver, found = _load(), []
-    count, cuda = ctypes.c_int(), ctypes.c_int()
+    driver = _load()
+    count = ctypes.c_int()
     _must(driver.cuDeviceGetCount(ctypes.byref(count)), "count the GPUs")
+    return tuple(_gpu(driver, ordinal) for ordinal in range(count.value))
+
+
+def _gpu(driver: ctypes.CDLL, ordinal: int) -> Gpu:
+    cuda = ctypes.c_int()
     _must(driver.cuDriverGetVersion(ctypes.byref(cuda)), "say its version")
-    for ordinal in range(count.value):
-        device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(128), ctypes.c_size_t()
-        _must(driver.cuDeviceGet(ctypes.byref(device), ordinal), "open a GPU")
-        _must(driver.cuDeviceGetName(name, len(name), device), "name a GPU")
-        _must(driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device), "measure a GPU's memory")
-        numbers = []
-        for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
-            number = ctypes.c_int()
-            _must(driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device), "describe a GPU")
-            numbers.append(str(number.value))
-        found.append(
-            Gpu(
-                name=name.value.decode(errors="replace"),
-                capability=".".join(numbers),
-                memory_bytes=memory.value,
-                cuda=f"{cuda.value // 1000}.{cuda.value % 1000 // 10}",
-            )
-        )
-    return tuple(found)
+    device = ctypes.c_int()
+    _must(driver.cuDeviceGet(ctypes.byref(device), ordinal), "open a GPU")
+    name = ctypes.create_string_buffer(128)
+    _must(driver.cuDeviceGetName(name, len(name), device), "name a GPU")
+    memory = ctypes.c_size_t()
+    _must(driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device), "measure a GPU's memory")
+    capability = []
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        number = ctypes.c_int()
+        _must(driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device), "describe a GPU")
+        capability.append(str(number.value))
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        capability=".".join(capability),
+        memory_bytes=memory.value,
+        cuda=f"{cuda.value // 1000}.{cuda.value % 1000 // 10}",  # the driver says 12040 for 12.4
+    )
 
 
 @contextmanager
 def captured(stream: int, work: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Record what `work` puts on the stream with this handle, without running it, and yield a call that replays it.
+    """Record the kernels and copies that `work` puts on a stream, without running them; yield a call that replays them.
+
+    Args:
+        stream: Handle of the stream.
+        work: Puts kernels and copies on it.
 
     Raises:
-        EngineError: the driver refused.
+        EngineError: The driver refused.
     """
-    driver, handle = _load(), ctypes.c_void_p(stream)
-    graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+    driver = _load()
+    handle = ctypes.c_void_p(stream)
+    graph = ctypes.c_void_p()  # what was recorded
+    ready = ctypes.c_void_p()  # what the device can replay
     _must(driver.cuStreamBeginCapture_v2(handle, _THREAD_LOCAL), "begin a capture")
     try:
         work()
-    finally:
+    finally:  # a stream left in capture mode refuses everything else
         status = driver.cuStreamEndCapture(handle, ctypes.byref(graph))
     _must(status, "capture an iteration")
     try:

@@ -1,5 +1,5 @@
-"""The one error class of this room: everything a user can cause arrives as an `EngineError` of one line."""
+"""The one error class of this package: every mistake a user can make arrives as an `EngineError` of one line."""
 
 
 class EngineError(Exception):
-    """Say what was found, what was expected and what to do, in one line."""
+    """The message says in one line what was seen, what was expected and what to do."""

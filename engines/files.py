@@ -1,7 +1,7 @@
-"""An engine on disk: a plan file and the JSON record beside it.
+"""An engine on disk: the file that the runtime loads, and the JSON record beside it.
 
-The record carries the plan's SHA-256, so a plan and a record that do not belong together (an interrupted build, an
-edited file) are always noticed.
+The record carries the SHA-256 of every other file, so that files which do not belong together (an interrupted build, an
+edited file) are always noticed. In: an engine's path, `unet.plan` by default. Out: an `EngineFile`, checked.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Audit, TensorSpec
+from engines.base import Audit, Compute, Optimisation, TensorSpec
 from engines.errors import EngineError
 
 FORMAT = 3
@@ -21,10 +21,25 @@ FORMAT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFile:
-    """A plan file and what its record says of it. The record is `<path>.json`; `about` is the caller's own JSON.
+    """An engine file and what its record `<path>.json` says of it.
 
-    `weights` is the SHA-256 of the ONNX file `<path>.onnx` that holds a stripped plan's weights, None if the plan does;
-    `data` that of `<path>.data`, where the weights of a plan that is an ONNX graph lie if they are beyond 2 GB.
+    Attributes:
+        path: The file that the runtime loads.
+        backend: A key of `engines.BACKENDS`.
+        inputs: What a call takes, in the order of the graph.
+        outputs: What a call returns.
+        batch: Smallest batch, the one it is tuned for, and largest.
+        sha256: Checksum of the file at `path`.
+        audit: What the runtime says it computes and holds.
+        build_seconds: How long the build took.
+        about: The caller's JSON.
+        targets: GPU generations it was built for; empty means portable.
+        threads: CPU threads; None leaves the choice to the runtime.
+        optimisation: How far ONNX Runtime rewrites the graph.
+        compute: Type of the arithmetic that is not integer.
+        weights: SHA-256 of `<path>.onnx`, which holds the weights of a stripped engine; None if the engine holds them.
+        data: SHA-256 of `<path>.data`, which holds the weights of an engine that is an ONNX graph of more than 2 GB;
+            None if there is no such file.
     """
 
     path: Path
@@ -38,13 +53,13 @@ class EngineFile:
     about: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     threads: int | None = None
-    optimisation: str = "all"
-    compute: str = "float32"
+    optimisation: Optimisation = Optimisation.ALL
+    compute: Compute = Compute.FLOAT32
     weights: str | None = None
     data: str | None = None
 
     def save(self) -> Path:
-        """Write the record beside the plan, all or nothing, and return its path."""
+        """Write the record beside the engine, whole or not at all, and return its path."""
         record = {"format": FORMAT} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
         record["inputs"] = [asdict(spec) for spec in self.inputs]
         record["outputs"] = [asdict(spec) for spec in self.outputs]
@@ -56,52 +71,52 @@ class EngineFile:
         return path
 
 
-def record_path(plan: Path) -> Path:
-    """Return where the JSON record of a plan file lives."""
-    return plan.with_name(plan.name + ".json")
+def record_path(engine: Path) -> Path:
+    """Return the path of an engine's JSON record."""
+    return engine.with_name(engine.name + ".json")
 
 
-def weights_path(plan: Path) -> Path:
-    """Return where the weights of a stripped plan live."""
-    return plan.with_name(plan.name + ".onnx")
+def weights_path(engine: Path) -> Path:
+    """Return the path of the ONNX file that holds the weights of a stripped engine."""
+    return engine.with_name(engine.name + ".onnx")
 
 
-def data_path(plan: Path) -> Path:
-    """Return where the weights of a plan lie that are too large for it."""
-    return plan.with_name(plan.name + ".data")
+def data_path(engine: Path) -> Path:
+    """Return the path of the weights that do not fit into an engine which is an ONNX graph."""
+    return engine.with_name(engine.name + ".data")
 
 
-def files_of(plan: Path) -> list[Path]:
-    """Return all files that an engine may consist of, whether they are there or not; the record is the last."""
-    return [data_path(plan), weights_path(plan), plan, record_path(plan)]
+def files_of(engine: Path) -> list[Path]:
+    """Return the paths of all files an engine may consist of, whether they exist or not; the record is the last."""
+    return [data_path(engine), weights_path(engine), engine, record_path(engine)]
 
 
 def load_engine_file(path: str | Path) -> EngineFile:
-    """Read and check the record of a plan file.
+    """Read an engine's record and check the engine against it.
 
     Args:
-        path: The plan file (`unet.plan`); its record is expected beside it (`unet.plan.json`).
+        path: The engine (`unet.plan`); its record is expected beside it (`unet.plan.json`).
 
     Raises:
-        EngineError: The plan or the record is missing, damaged, of another format, or the two do not match.
+        EngineError: The engine or its record is missing, damaged or of another format, or the two do not match.
     """
-    plan = Path(path)
-    where = record_path(plan)
+    engine = Path(path)
+    where = record_path(engine)
     try:
         record = json.loads(where.read_text(encoding="utf-8"))
     except OSError as error:
         raise EngineError(f"Cannot read the engine record {where}: {error.strerror}. Build the engine again.") from None
     except ValueError as error:
         raise EngineError(f"The engine record {where} is not JSON ({error}). Build the engine again.") from None
-    found = record.get("format") if isinstance(record, dict) else None
-    if found != FORMAT:
-        raise EngineError(f"{where} has format {found!r}, this version reads {FORMAT}. Build the engine again.")
+    version = record.get("format") if isinstance(record, dict) else None
+    if version != FORMAT:
+        raise EngineError(f"{where} has format {version!r}, this version reads {FORMAT}. Build the engine again.")
     expected = {"format"} | {f.name for f in fields(EngineFile)} - {"path"}
     if record.keys() != expected:
-        odd = f"missing keys {sorted(expected - record.keys())}, unknown keys {sorted(record.keys() - expected)}"
-        raise EngineError(f"{where} has {odd}. Build the engine again.")
+        difference = f"missing keys {sorted(expected - record.keys())}, unknown keys {sorted(record.keys() - expected)}"
+        raise EngineError(f"{where} has {difference}. Build the engine again.")
     try:
-        file = _from_record(plan, record)
+        file = _from_record(engine, record)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{where} holds a value of the wrong kind ({error!r}). Build the engine again.") from None
     check_files(file)
@@ -109,19 +124,18 @@ def load_engine_file(path: str | Path) -> EngineFile:
 
 
 def check_files(file: EngineFile) -> None:
-    """Compare the plan, and its weights if they lie apart, with the record.
+    """Compare the engine, and its weights if they are in another file, with the record.
 
     Raises:
         EngineError: A file cannot be read, or its SHA-256 differs from the record's.
     """
-    parts = ("plan", file.path, file.sha256), ("weights", data_path(file.path), file.data)
-    for what, path, sha256 in parts:
-        if sha256 is not None:
-            _check(what, path, sha256)
+    _check("engine", file.path, file.sha256)
+    if file.data is not None:
+        _check("weights", data_path(file.path), file.data)
 
 
 def read_weights(file: EngineFile) -> bytes | None:
-    """Return the ONNX file with a stripped plan's weights, None if the plan has its own.
+    """Return the bytes of the ONNX file with a stripped engine's weights, None if the engine holds its weights.
 
     Raises:
         EngineError: The file cannot be read, or its SHA-256 differs from the record's.
@@ -133,32 +147,32 @@ def read_weights(file: EngineFile) -> bytes | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 without reading it into memory."""
+    """Return the SHA-256 of a file in hexadecimal, without reading the whole file into memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(what: str, path: Path, sha256: str) -> None:
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise EngineError(f"Cannot read the {what} {path}: {error.strerror}. Build the engine again.") from None
-    if found != sha256:
+    if actual != sha256:
         raise EngineError(
-            f"The {what} {path} has SHA-256 {found[:12]}..., its record says {sha256[:12]}...: "
+            f"The {what} {path} has SHA-256 {actual[:12]}..., its record says {sha256[:12]}...: "
             "truncated, edited or half-written. Build the engine again."
         )
 
 
-def _from_record(plan: Path, record: dict[str, Any]) -> EngineFile:
-    """Turn JSON values back into the dataclass; raises KeyError, TypeError or ValueError on wrong ones."""
+def _from_record(engine: Path, record: dict[str, Any]) -> EngineFile:
+    """Turn JSON values into an `EngineFile`; KeyError, TypeError or ValueError mean that one of them is wrong."""
 
     def specs(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name=r["name"], dtype=np.dtype(r["dtype"]).name, shape=tuple(r["shape"])) for r in rows)
 
     smallest, best, largest = (int(n) for n in record["batch"])
     return EngineFile(
-        path=plan,
+        path=engine,
         backend=str(record["backend"]),
         inputs=specs(record["inputs"]),
         outputs=specs(record["outputs"]),
@@ -169,8 +183,8 @@ def _from_record(plan: Path, record: dict[str, Any]) -> EngineFile:
         about=dict(record["about"]),
         targets=tuple(record["targets"]),
         threads=None if record["threads"] is None else int(record["threads"]),
-        optimisation=str(record["optimisation"]),
-        compute=str(record["compute"]),
+        optimisation=Optimisation(record["optimisation"]),
+        compute=Compute(record["compute"]),
         weights=None if record["weights"] is None else str(record["weights"]),
         data=None if record["data"] is None else str(record["data"]),
     )

@@ -1,13 +1,14 @@
-"""Run a deserialized TensorRT plan on an NVIDIA GPU, once or in a loop that never leaves the device.
+"""Run a TensorRT engine on an NVIDIA GPU, once or in a loop that never leaves the device.
 
-In a loop the inputs, the outputs, the noise and the number of the iteration live on the GPU. One iteration (draw the
-noise, run the network, copy its outputs to the inputs they become, count) is captured as a CUDA graph and replayed,
-with nothing waited for until the last one is done.
+In a loop the inputs, the outputs, the noise and the number of the iteration stay on the GPU. One iteration (draw the
+noise, run the network, copy its outputs to the inputs that they become, count) is captured as a CUDA graph and
+replayed; the host waits only for the last one. For small networks the launches would cost more than the arithmetic.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,55 +23,66 @@ from engines.files import EngineFile, read_weights
 from engines.nvinfer_child import ERROR_MARK, make_logger
 from engines.runner import Arrays
 
-_KERNELS = Path(__file__).with_name("philox.ptx")
-_THREADS = 256
+_KERNELS = Path(__file__).with_name("philox.ptx")  # `normals` draws as `engines.philox` does, `advance` counts
+_THREADS = 256  # in a block
 
 
-def _keep(kernels: Any, path: Path) -> None:
-    """Write compiled kernels for the next time, where that is possible."""
+def _store_kernels(kernels: Any, path: Path) -> None:
+    """Write compiled kernels for the next time; a folder that cannot be written to only costs compiling them again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with suppress(OSError):
         temporary.write_bytes(kernels)
         os.replace(temporary, path)
 
 
-class GpuRunner:
-    """An `engines.runner.Runner`: a deserialized plan with device buffers for the largest batch.
+@dataclass(frozen=True, kw_only=True)
+class _LoopMemory:
+    """What a loop needs on the device: the module of kernels, the seeds (N,) by input, the iteration's number (1,)."""
 
-    Uses the device's primary context, pushed only for the length of a call, so that it can share the process with
-    other users of the GPU.
+    kernels: Any
+    seeds: Mapping[str, Any]
+    iteration: Any
+
+
+class GpuRunner:
+    """An `engines.runner.Runner`: a deserialized engine with device buffers for the largest batch.
+
+    It uses the device's primary context, made current only during a call, so that it can share the process with other
+    users of the GPU (PyTorch, for one).
 
     Args:
-        trt: the TensorRT module.
-        file: what was opened.
-        plan: its bytes.
+        trt: The TensorRT module, `tensorrt` or `tensorrt_rtx`.
+        file: The engine that is opened.
+        serialized: Its bytes.
 
     Raises:
-        EngineError: the plan does not fit this GPU or this version.
+        EngineError: The engine does not fit this GPU or this version of TensorRT.
     """
 
-    def __init__(self, trt: Any, file: EngineFile, plan: bytes) -> None:
+    def __init__(self, trt: Any, file: EngineFile, serialized: bytes) -> None:
         import pycuda.driver as cuda
 
         cuda.init()
-        self._cuda, self._file = cuda, file
+        self._cuda = cuda
+        self._file = file
         self._inputs = {spec.name: spec for spec in file.inputs}
         self._kernels_path = file.path.with_name(f"{file.path.name}.kernels")
         self._device = cuda.Device(0).retain_primary_context()
         with self._current():
-            words = StringIO()
-            self._runtime = trt.Runtime(make_logger(trt, words))
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            log = StringIO()
+            self._runtime = trt.Runtime(make_logger(trt, log))
+            self._engine = self._runtime.deserialize_cuda_engine(serialized)
             if self._engine is None:
-                errors = [line for line in words.getvalue().splitlines() if line.startswith(ERROR_MARK)]
+                errors = [line for line in log.getvalue().splitlines() if line.startswith(ERROR_MARK)]
                 reason = errors[-1].removeprefix(ERROR_MARK) if errors else "no reason given"
                 raise EngineError(f"{file.backend} cannot load {file.path} on this GPU: {reason}")
-            self._refit(trt, words)
+            self._refit(trt, log)
             self._kernels, self._context = self._make_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             self._stream = cuda.Stream()
+            # All memory is allocated once, for the largest batch: an allocation inside a capture is an error.
             self._set_shapes(file.batch[2])
-            most = int(self._engine.device_memory_size_v2)
-            size = max(256, most, int(self._context.update_device_memory_size_for_shapes()))
+            largest = int(self._engine.device_memory_size_v2)
+            size = max(256, largest, int(self._context.update_device_memory_size_for_shapes()))
             self._scratch = cuda.mem_alloc(size)
             self._context.set_device_memory(int(self._scratch), size)
             self._buffers = {spec.name: self._allocate(spec) for spec in (*file.inputs, *file.outputs)}
@@ -85,32 +97,19 @@ class GpuRunner:
     def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
         """Capture one iteration, replay it `loop.count` times, copy the last outputs back."""
         with self._current():
-            kernels = self._cuda.module_from_file(str(_KERNELS))
-            draw, advance = kernels.get_function("normals"), kernels.get_function("advance")
-            rows = {name: np.array([seed % 2**64 for seed in seeds], np.uint64) for name, seeds in loop.noise.items()}
-            seeds = {name: self._cuda.to_device(row) for name, row in rows.items()}
             first = np.full(1, loop.first, np.int64)
-            iteration = self._cuda.to_device(first)
-
-            def once() -> None:
-                for name, row in seeds.items():
-                    count = int(np.prod(self._inputs[name].shape[1:]))  # type: ignore[arg-type]
-                    blocks = -(-batch * ((count + 1) // 2) // _THREADS)
-                    arguments = (self._buffers[name], row, iteration, np.uint64(batch), np.uint64(count))
-                    draw(*arguments, block=(_THREADS, 1, 1), grid=(blocks, 1), stream=self._stream)
-                self._enqueue(batch)
-                for output, name in loop.feedback.items():
-                    size = (
-                        int(np.prod(self._inputs[name].at_batch(batch))) * np.dtype(self._inputs[name].dtype).itemsize
-                    )
-                    self._cuda.memcpy_dtod_async(self._buffers[name], self._buffers[output], size, self._stream)
-                advance(iteration, block=(1, 1, 1), grid=(1, 1), stream=self._stream)
-
+            rows = {name: np.array([seed % 2**64 for seed in seeds], np.uint64) for name, seeds in loop.noise.items()}
+            memory = _LoopMemory(
+                kernels=self._cuda.module_from_file(str(_KERNELS)),
+                seeds={name: self._cuda.to_device(row) for name, row in rows.items()},
+                iteration=self._cuda.to_device(first),
+            )
+            once = self._iteration(batch, loop, memory)
             self._upload(feeds, batch)
-            once()  # what is compiled or allocated on first use must not fall into the capture
+            once()  # kernels compiled or memory allocated on first use must not fall into the capture
             self._stream.synchronize()
-            self._upload(feeds, batch)
-            self._cuda.memcpy_htod(iteration, first)
+            self._upload(feeds, batch)  # the trial run has overwritten the inputs and the counter
+            self._cuda.memcpy_htod(memory.iteration, first)
             capturable = getattr(self._context, "is_stream_capturable", lambda stream: True)
             graph = captured(self._stream.handle, once) if capturable(self._stream.handle) else nullcontext(once)
             with graph as replay:
@@ -118,41 +117,66 @@ class GpuRunner:
                     loop.on_step(loop.first + i)
                     replay()
                 results = self._download()
-            for memory in (*seeds.values(), iteration):
-                memory.free()
+            for allocation in (*memory.seeds.values(), memory.iteration):
+                allocation.free()
             return results
 
+    def _iteration(self, batch: int, loop: Loop, memory: _LoopMemory) -> Callable[[], None]:
+        """Return a function that puts one iteration on the stream."""
+        draw = memory.kernels.get_function("normals")
+        advance = memory.kernels.get_function("advance")
+
+        def once() -> None:
+            for name, row in memory.seeds.items():
+                count = int(np.prod(self._inputs[name].shape[1:]))  # type: ignore[arg-type]
+                blocks = -(-batch * ((count + 1) // 2) // _THREADS)  # a thread draws two numbers; rounded up
+                arguments = (self._buffers[name], row, memory.iteration, np.uint64(batch), np.uint64(count))
+                draw(*arguments, block=(_THREADS, 1, 1), grid=(blocks, 1), stream=self._stream)
+            self._enqueue(batch)
+            for output, name in loop.feedback.items():
+                spec = self._inputs[name]
+                size = int(np.prod(spec.at_batch(batch))) * np.dtype(spec.dtype).itemsize
+                self._cuda.memcpy_dtod_async(self._buffers[name], self._buffers[output], size, self._stream)
+            # The counter is on the device too: a captured graph replays the same arguments every time.
+            advance(memory.iteration, block=(1, 1, 1), grid=(1, 1), stream=self._stream)
+
+        return once
+
     def free(self) -> None:
-        """Keep the kernels that were compiled, and free the device memory; the context first, the runtime last."""
+        """Store the compiled kernels and free the device memory; the context first, the runtime last."""
         with self._current():
             if self._kernels is not None:
-                _keep(self._kernels.serialize(), self._kernels_path)
+                _store_kernels(self._kernels.serialize(), self._kernels_path)
                 del self._kernels
             del self._context, self._engine, self._runtime
             for buffer in (*self._buffers.values(), self._scratch):
                 buffer.free()
             del self._stream
 
-    def _refit(self, trt: Any, words: StringIO) -> None:
-        """Give a stripped plan its weights."""
+    def _refit(self, trt: Any, log: StringIO) -> None:
+        """Put the weights into a stripped engine."""
         weights = read_weights(self._file)
         if weights is None:
             return
-        refitter = trt.Refitter(self._engine, make_logger(trt, words))
-        if not trt.OnnxParserRefitter(refitter, make_logger(trt, words)).refit_from_bytes(weights) or not (
+        refitter = trt.Refitter(self._engine, make_logger(trt, log))
+        if not trt.OnnxParserRefitter(refitter, make_logger(trt, log)).refit_from_bytes(weights) or not (
             refitter.refit_cuda_engine()
         ):
             raise EngineError(f"{self._file.backend} cannot put the weights into {self._file.path}: build it again.")
 
     def _make_context(self, strategy: Any) -> tuple[Any, Any]:
-        """Return the execution context, and before it the kernels compiled for it (None where plans hold theirs)."""
+        """Return (compiled kernels, execution context); no kernels for standard TensorRT, whose engines hold theirs.
+
+        TensorRT-RTX compiles kernels when they are first used, which takes seconds; they are stored beside the engine.
+        """
         config: Any = getattr(self._engine, "create_runtime_config", lambda: None)()
         if not hasattr(config, "create_runtime_cache"):
             return None, self._engine.create_execution_context(strategy)
         config.set_execution_context_allocation_strategy(strategy)
-        kernels, kept = config.create_runtime_cache(), self._kernels_path
-        if kept.exists() and kept.stat().st_mtime > self._file.path.stat().st_mtime:  # of this plan, not an older one
-            kernels.deserialize(kept.read_bytes())  # refuses those of another GPU or version
+        kernels = config.create_runtime_cache()
+        stored = self._kernels_path
+        if stored.exists() and stored.stat().st_mtime > self._file.path.stat().st_mtime:  # not of an older engine
+            kernels.deserialize(stored.read_bytes())  # refuses those of another GPU or version
         config.set_runtime_cache(kernels)
         return kernels, self._engine.create_execution_context(config)
 
@@ -187,7 +211,7 @@ class GpuRunner:
                 raise EngineError(f"{self._file.backend} refuses shape {spec.at_batch(batch)} for {spec.name!r}.")
 
     def _allocate(self, spec: TensorSpec) -> Any:
-        """Give one tensor device memory for the shapes now set, and tell the context where it is."""
+        """Allocate device memory for a tensor at the shapes now set, and register its address with the context."""
         shape = tuple(self._context.get_tensor_shape(spec.name))
         buffer = self._cuda.mem_alloc(max(1, int(np.prod(shape)) * np.dtype(spec.dtype).itemsize))
         self._context.set_tensor_address(spec.name, int(buffer))

@@ -1,8 +1,8 @@
-"""Read an ONNX file for building: checked, every node named; say what weights it has; write it down as a plan.
+"""Read an ONNX file for building, checked and every node named; list its weight layers; write it as an engine.
 
 In: an ONNX file, with or without external data. Out: a model, its tensors, its weight layers and weight bytes. Names
-matter because every runtime reports its kernels by the ONNX nodes they came from. Protobuf ends at 2 GB, so weights
-beyond that are never read into the model: they stay in their files, and are copied from there.
+matter because every runtime reports its kernels by the ONNX nodes that they came from. Protobuf ends at 2 GB, so larger
+weights are never read into the model: they stay in their files and are copied from there.
 """
 
 from collections import Counter
@@ -11,66 +11,69 @@ from pathlib import Path
 
 import onnx
 
-from engines.base import TensorSpec
+from engines.base import LayerKind, TensorSpec
 from engines.errors import EngineError
 from engines.files import data_path
 
-# Operators that multiply activations by weights: (kind, positions of the two factors, dtype of the arithmetic, None if
-# it is that of the factors). All but the first four are what ONNX Runtime's optimiser writes.
-MATRIX_OPS: dict[str, tuple[str, tuple[int, int], str | None]] = {
-    "Conv": ("convolution", (0, 1), None),
-    "ConvTranspose": ("convolution", (0, 1), None),
-    "Gemm": ("matmul", (0, 1), None),
-    "MatMul": ("matmul", (0, 1), None),
-    "FusedConv": ("convolution", (0, 1), None),
-    "FusedGemm": ("matmul", (0, 1), None),
-    "FusedMatMul": ("matmul", (0, 1), None),
-    "MatMulNBits": ("matmul", (0, 1), None),
-    "ConvInteger": ("convolution", (0, 1), "int8"),
-    "MatMulInteger": ("matmul", (0, 1), "int8"),
-    "MatMulIntegerToFloat": ("matmul", (0, 1), "int8"),
-    "DynamicQuantizeMatMul": ("matmul", (0, 1), "int8"),
-    "QLinearConv": ("convolution", (0, 3), "int8"),
-    "QLinearMatMul": ("matmul", (0, 3), "int8"),
-    "QGemm": ("matmul", (0, 3), "int8"),
+_CONV = LayerKind.CONVOLUTION
+_MATMUL = LayerKind.MATMUL
+# Operators that multiply activations by weights: (kind, positions of the two factors, dtype of the arithmetic, or None
+# for that of the factors). ONNX Runtime's optimiser writes all but the first four.
+MATRIX_OPS: dict[str, tuple[LayerKind, tuple[int, int], str | None]] = {
+    "Conv": (_CONV, (0, 1), None),
+    "ConvTranspose": (_CONV, (0, 1), None),
+    "Gemm": (_MATMUL, (0, 1), None),
+    "MatMul": (_MATMUL, (0, 1), None),
+    "FusedConv": (_CONV, (0, 1), None),
+    "FusedGemm": (_MATMUL, (0, 1), None),
+    "FusedMatMul": (_MATMUL, (0, 1), None),
+    "MatMulNBits": (_MATMUL, (0, 1), None),
+    "ConvInteger": (_CONV, (0, 1), "int8"),
+    "MatMulInteger": (_MATMUL, (0, 1), "int8"),
+    "MatMulIntegerToFloat": (_MATMUL, (0, 1), "int8"),
+    "DynamicQuantizeMatMul": (_MATMUL, (0, 1), "int8"),
+    "QLinearConv": (_CONV, (0, 3), "int8"),
+    "QLinearMatMul": (_MATMUL, (0, 3), "int8"),
+    "QGemm": (_MATMUL, (0, 3), "int8"),
 }
-ONE_FILE_BYTES = 1_900_000_000  # of weights; more lie in a file of their own
-_PAGE = 4096  # bytes; runtimes map weights into memory, where a float wants to lie at a multiple of its size
+ONE_FILE_BYTES = 1_900_000_000  # more weights than this go to a separate file
+_PAGE = 4096  # bytes; runtimes map weights into memory, where a float has to start at a multiple of its size
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxGraph:
-    """A checked model; if its weights do not go into one file they are not in it, but in files in `folder`."""
+    """A checked model; weights that do not fit into one file are not in it, but in files in `folder`."""
 
     model: onnx.ModelProto
     folder: Path
 
     @property
     def apart(self) -> bool:
-        """Whether weights lie in files of their own."""
+        """Whether the weights are in files beside the model."""
         return any(map(onnx.external_data_helper.uses_external_data, self.model.graph.initializer))
 
     def save(self, path: Path) -> None:
-        """Write the model to `path`, and weights that lie apart to `data_path(path)`."""
+        """Write the model to `path`, and weights in separate files to `data_path(path)`."""
         if not self.apart:
             path.write_bytes(self.model.SerializeToString(deterministic=True))
             return
         import onnx_ir as ir
 
-        held = ir.from_proto(self.model)
-        ir.external_data.set_base_dir(held.graph, self.folder)
-        ir.save(held, path, "protobuf", external_data=data_path(path).name, alignment=_PAGE, align_threshold=0)
+        # onnx_ir reads one tensor at a time, so a model larger than memory can be copied.
+        model = ir.from_proto(self.model)
+        ir.external_data.set_base_dir(model.graph, self.folder)
+        ir.save(model, path, "protobuf", external_data=data_path(path).name, alignment=_PAGE, align_threshold=0)
 
 
 def read_onnx(path: str | Path) -> OnnxGraph:
-    """Load an ONNX file with its external data, check it, and give a name to every node that lacks its own.
+    """Load an ONNX file with its external data, check it, and give every node a name that no other has.
 
     Raises:
         EngineError: The file is missing, or not a valid ONNX model.
     """
     folder = Path(path).parent
     try:
-        Path(path).open("rb").close()  # the checker does not say why a file cannot be read
+        Path(path).open("rb").close()  # for the reason: the checker does not say why a file cannot be read
         onnx.checker.check_model(str(path))
         model = onnx.load(path, load_external_data=False)
         if sum(initializer_bytes(model).values()) <= ONE_FILE_BYTES:
@@ -80,6 +83,7 @@ def read_onnx(path: str | Path) -> OnnxGraph:
     except (onnx.checker.ValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EngineError(f"{path} is not a valid ONNX model ({reason}). Export it again.") from None
+    # Runtimes report kernels by node name: a missing or repeated one would hide a layer from the audit.
     seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
         if not node.name or node.name in seen:
@@ -121,13 +125,13 @@ def weight_layers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
             constants.update(node.output)
         elif node.op_type in MATRIX_OPS:
             first, second = (node.input[i] in constants for i in MATRIX_OPS[node.op_type][1])
-            if first != second:
+            if first != second:  # one factor is a weight; two activations (attention) are no weight layer
                 layers[node.name] = node
     return layers
 
 
-def layer_kinds(model: onnx.ModelProto) -> dict[str, str]:
-    """Return the kind ("convolution" or "matmul") of each weight layer, by name."""
+def layer_kinds(model: onnx.ModelProto) -> dict[str, LayerKind]:
+    """Return the kind of each weight layer, by name."""
     return {name: MATRIX_OPS[node.op_type][0] for name, node in weight_layers(model).items()}
 
 

@@ -1,4 +1,4 @@
-"""What this machine has for engines: processor features, GPUs, installed packages."""
+"""What this machine offers to engines: processor features, GPUs, installed packages and their versions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engines.driver import Gpu, gpus
 
-# Feature to what it means for an engine.
+# What a processor feature, by the Linux kernel's name, means for an engine.
 CPU_FEATURES = {
     "avx2": "8 lanes of float32",
     "avx512f": "16 lanes of float32",
@@ -31,13 +31,13 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What was found.
+    """What a machine offers to engines.
 
     Attributes:
-        processor: its name.
-        features: those of `CPU_FEATURES` that it has; None where the system does not tell.
-        gpus: NVIDIA GPUs, none if there is no driver.
-        packages: version by package name, None for those not installed.
+        processor: Name of the processor.
+        features: Those of `CPU_FEATURES` that it has; None where the system does not list them.
+        gpus: NVIDIA GPUs; none if there is no driver.
+        packages: Version by package name, None for packages that are not installed.
     """
 
     processor: str
@@ -47,9 +47,9 @@ class Machine:
 
 
 def inspect_machine() -> Machine:
-    """Look at this machine; imports none of the packages."""
+    """Describe this machine; none of the packages is imported."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []  # only Linux has it
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = facts.get("flags") or facts.get("Features")
     return Machine(
@@ -61,16 +61,17 @@ def inspect_machine() -> Machine:
 
 
 def int8_sums_overflow() -> bool:
-    """Return whether runtimes add products of bytes in 16 bits here, where two of 8-bit weights may be too large.
+    """Return whether a sum of INT8 products may overflow on this processor.
 
-    So it is on x86 without VNNI; weights of 7 bits cannot overflow.
+    x86 without VNNI adds pairs of byte products in 16 bits, where two products of 8-bit weights may not fit; with
+    weights of 7 bits and fewer they always do.
     """
     features = inspect_machine().features or ()
     return "avx2" in features and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(features)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Return the version of each package, None for those not installed; imports none of them."""
+    """Return the version of each package, None for those not installed; none of them is imported."""
     return {name: _version(name) for name in packages}
 
 

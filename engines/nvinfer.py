@@ -1,6 +1,7 @@
 """What TensorRT and TensorRT-RTX share: build in a child process, audit the layer list, run on an NVIDIA GPU.
 
-The two Python modules have the same API, so the functions here are handed the module (or its name, for the child).
+The two Python modules have the same API, so the functions here take the module (or its name, for the child process) as
+an argument. The package is named after the library that both are built on.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.gpu import GpuRunner
 from engines.graph import OnnxGraph, layer_kinds
-from engines.nvinfer_child import ERROR_MARK, PARSER
+from engines.nvinfer_child import ERROR_MARK, PARSER, Job
 from engines.runner import OpenEngine
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def cannot_run(module: str, package: str) -> str | None:
-    """Return why a plan of this TensorRT cannot run here, or None."""
+    """Return the reason why an engine of this TensorRT cannot run here, or None."""
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed: pip install {package}"
     if problem := no_gpu():
@@ -41,41 +42,52 @@ def cannot_run(module: str, package: str) -> str | None:
     return None
 
 
-def build(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
-    """Build the plan in a child process and audit its layer list.
+def build(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
+    """Build an engine in a child process and audit its layer list.
 
     Raises:
-        EngineError: The parser or builder refused the model, or the child process died; with the node that it could
-            not take.
+        EngineError: The parser or builder refused the model, or the child process died; the message names the node.
     """
     if config.stripped and (problem := no_gpu()):
         raise EngineError(f"{config.backend} cannot leave out the weights without a GPU: {problem}.")
-    tried = _attempt(module, graph, plan, config)
-    if tried.status:
-        raise EngineError(_what_went_wrong(module, graph, plan, config, tried))
-    return read_layer_list(tried.log, layer_kinds(graph.model))
+    attempt = _attempt(module, graph, path, config)
+    if attempt.status:
+        reason = _reason(config.backend, attempt)
+        # The parser names its node; without a log there was no builder whose node could be searched for.
+        named = PARSER in attempt.log or not attempt.log
+        raise EngineError(reason if named else f"{reason} {_failing_node(module, graph, path, config)}")
+    return read_layer_list(attempt.log, layer_kinds(graph.model))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Attempt:
-    """How a child process ended: its exit status, TensorRT's log, and what Python said."""
+    """How a child process ended: its exit status (-n for signal n), TensorRT's log, and Python's error output."""
 
     status: int
     log: str
     stderr: str
 
 
-def _attempt(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig) -> _Attempt:
-    """Build the plan in a child process, whatever becomes of it."""
+def _attempt(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) -> _Attempt:
+    """Build an engine in a child process and return how that ended, well or not."""
     with tempfile.TemporaryDirectory() as folder:
-        source, log = Path(folder, "model.onnx"), Path(folder, "build.log")
+        source = Path(folder, "model.onnx")
+        log = Path(folder, "build.log")
         source.write_bytes(graph.model.SerializeToString(deterministic=True))
-        job: dict[str, Any] = {"module": module, "onnx": str(source), "plan": str(plan), "log": str(log)}
-        job["beside"] = str(graph.folder.resolve() / "model.onnx")
-        job |= {"batch": config.batch, "targets": config.targets, "stripped": config.stripped}
+        job = Job(
+            module=module,
+            onnx=str(source),
+            beside=str(graph.folder.resolve() / "model.onnx"),
+            engine=str(path),
+            log=str(log),
+            batch=config.batch,
+            targets=config.targets,
+            stripped=config.stripped,
+        )
+        # -P and this path first: the child imports this package, whatever lies in the working directory.
         search_path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         child = subprocess.run(
-            [sys.executable, "-P", "-m", "engines.nvinfer_child", json.dumps(job)],
+            [sys.executable, "-P", "-m", "engines.nvinfer_child", json.dumps(asdict(job))],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search_path))},
             capture_output=True,
             text=True,
@@ -86,32 +98,34 @@ def _attempt(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig) ->
     return _Attempt(status=child.returncode, log=text, stderr=child.stderr)
 
 
-def _what_went_wrong(module: str, graph: OnnxGraph, plan: Path, config: EngineConfig, tried: _Attempt) -> str:
-    """Put a failed build into one line: the node that cannot be taken, and the signal or the last error."""
-    errors = [line.removeprefix(ERROR_MARK) for line in tried.log.splitlines() if line.startswith(ERROR_MARK)]
-    said = (errors or tried.stderr.strip().splitlines() or ["nothing"])[-1].strip("- ")[:400]
-    if tried.status < 0:
-        what = f"{config.backend}: the builder crashed ({signal.Signals(-tried.status).name})"
-    else:
-        what = f"{config.backend} cannot build this model: {said}"
-    if PARSER in tried.log or not tried.log:  # the parser names its node; without a log there was no builder
-        return what
-    with tempfile.TemporaryDirectory(dir=plan.parent, prefix=".bisect.") as folder:
+def _reason(backend: str, attempt: _Attempt) -> str:
+    """Put a failed build into one line: the signal that ended it, or the last error."""
+    if attempt.status < 0:
+        return f"{backend}: the builder crashed ({signal.Signals(-attempt.status).name})"
+    errors = [line.removeprefix(ERROR_MARK) for line in attempt.log.splitlines() if line.startswith(ERROR_MARK)]
+    last = (errors or attempt.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return f"{backend} cannot build this model: {last.strip('- ')[:400]}"
+
+
+def _failing_node(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) -> str:
+    """Find the node that the builder cannot take, by building beginnings of the graph, and say it in words."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bisect.") as folder:
+        trial = Path(folder, "engine")
         node = first_failing_node(
             graph.model,
-            lambda part: _attempt(module, replace(graph, model=part), Path(folder, "plan"), config).status == 0,
+            lambda part: _attempt(module, replace(graph, model=part), trial, config).status == 0,
         )
     hint = " Its scale is computed; TensorRT wants a constant." if _computed_scale(graph.model, node) else ""
-    return f"{what} (the graph builds up to node {node.name!r}, {node.op_type}, and not with it).{hint}"
+    return f"(the graph builds up to node {node.name!r}, {node.op_type}, and not with it).{hint}"
 
 
 def _computed_scale(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
-    """Tell whether a quantizer right before `node`, or `node` itself, has a scale that is not a constant."""
+    """Return whether a quantizer right before `node`, or `node` itself, has a scale that is not a constant."""
     made = {name: producer for producer in model.graph.node for name in producer.output}
     near = [node, *(made[name] for name in node.input if name in made)]
     return any(n.op_type in _QUANTIZERS and n.input[1] in made for n in near)
 
 
 def open_file(trt: Any, file: EngineFile) -> OpenEngine:
-    """Load the plan on the first GPU."""
+    """Load an engine on the first GPU."""
     return OpenEngine(file, GpuRunner(trt, file, file.path.read_bytes()))

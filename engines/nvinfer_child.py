@@ -1,23 +1,49 @@
-"""Build one TensorRT engine; run as a process of its own because the builder can take the process down with it.
+"""Build one TensorRT engine: the program of the child process that `engines.nvinfer` starts.
 
-In: one JSON argument (the TensorRT module to import, the ONNX file, a path beside the files with weights that are not
-in it, the plan to write, the log to write, the batch profile, the targets, whether to leave out the weights). Out: the
-plan, the verbose log with the layer list, and exit status 1 with an error line in the log when the model cannot be
-built.
+A process of its own, because the builder may crash (a scale that is looked up in a table is enough), and a crash must
+become an error message. In: one JSON argument, a `Job`. Out: the engine and the verbose log with the layer list; exit
+status 1 and an error line in the log if the model cannot be built.
 """
 
 import importlib
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-ERROR_MARK = "[E] "
+ERROR_MARK = "[E] "  # starts a log line that is an error
 PARSER = f"{ERROR_MARK}parser, "
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to build; it travels to the child process as JSON.
+
+    Attributes:
+        module: TensorRT's Python module, `tensorrt` or `tensorrt_rtx`.
+        onnx: Path of the ONNX file.
+        beside: A path in the folder where the weights are that are not inside the ONNX file.
+        engine: Path of the engine to write.
+        log: Path of the log to write.
+        batch: Smallest batch, the one to tune for, and largest.
+        targets: GPU generations; empty means portable.
+        stripped: Whether to leave out the weights.
+    """
+
+    module: str
+    onnx: str
+    beside: str
+    engine: str
+    log: str
+    batch: tuple[int, int, int]
+    targets: tuple[str, ...]
+    stripped: bool
+
+
 def make_logger(trt: Any, log: TextIO) -> Any:
-    """Return a logger that writes every message to `log` at once, so that a crash leaves its last words."""
+    """Return a logger that writes every message to `log` at once, so that a crash leaves the last one before it."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -31,54 +57,66 @@ def make_logger(trt: Any, log: TextIO) -> Any:
     return Logger()
 
 
-def build_plan(trt: Any, job: dict[str, Any], log: TextIO) -> bool:
-    """Build strongly typed, with one batch profile, and write the plan; say whether it worked."""
+def build_engine(trt: Any, job: Job, log: TextIO) -> bool:
+    """Build a strongly typed engine with one batch profile and write it; return whether that worked."""
     logger = make_logger(trt, log)
     builder = trt.Builder(logger)
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode where absent
+    # Where the flag does not exist, strongly typed is the only mode: each layer computes in the type the graph says.
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(Path(job["onnx"]).read_bytes(), job["beside"]):
+    if not parser.parse(Path(job.onnx).read_bytes(), job.beside):
         for index in range(parser.num_errors):
             error = parser.get_error(index)
             log.write(f"{PARSER}node {error.node_name()!r} ({error.node_operator()}): {error.desc()}\n")
         return False
+    config = _builder_config(trt, builder, job)
+    _set_batch(builder, network, config, job.batch)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        return False
+    Path(job.engine).write_bytes(serialized)
+    # TensorRT-RTX has logged its layer list by now; standard TensorRT gives it to the inspector only.
+    if "Layers:\n" not in Path(job.log).read_text(encoding="utf-8"):
+        engine = trt.Runtime(logger).deserialize_cuda_engine(serialized)
+        inspector = engine.create_engine_inspector()
+        log.write("Layers:\n" + inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
+    return True
+
+
+def _builder_config(trt: Any, builder: Any, job: Job) -> Any:
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    no_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # what a captured CUDA graph needs
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the layer list names no ONNX nodes
+    no_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # only such engines can be captured
     if no_allocation is not None:
         config.set_flag(no_allocation)
-    if job["stripped"]:
+    if job.stripped:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    if job["targets"]:
-        config.num_compute_capabilities = len(job["targets"])
-        for index, target in enumerate(job["targets"]):
+    if job.targets:
+        config.num_compute_capabilities = len(job.targets)
+        for index, target in enumerate(job.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    return config
+
+
+def _set_batch(builder: Any, network: Any, config: Any, batch: Sequence[int]) -> None:
+    """Give the dynamic dimensions (-1) of all inputs their smallest, tuned-for and largest size."""
     profile = builder.create_optimization_profile()
     dynamic = False
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)
         dynamic |= -1 in shape
-        profile.set_shape(tensor.name, *(tuple(n if size == -1 else size for size in shape) for n in job["batch"]))
-    if dynamic:
+        profile.set_shape(tensor.name, *(tuple(n if size == -1 else size for size in shape) for n in batch))
+    if dynamic:  # a profile without a dynamic dimension is refused
         config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        return False
-    Path(job["plan"]).write_bytes(plan)
-    if "Layers:\n" not in Path(job["log"]).read_text(encoding="utf-8"):  # standard TensorRT keeps it for the inspector
-        engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-        inspector = engine.create_engine_inspector()
-        log.write("Layers:\n" + inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
-    return True
 
 
 def main() -> int:
-    """Run the job given as the one command-line argument."""
-    job = json.loads(sys.argv[1])
-    with open(job["log"], "w", encoding="utf-8") as log:
-        return 0 if build_plan(importlib.import_module(job["module"]), job, log) else 1
+    """Build what the one command-line argument says."""
+    job = Job(**json.loads(sys.argv[1]))
+    with open(job.log, "w", encoding="utf-8") as log:
+        return 0 if build_engine(importlib.import_module(job.module), job, log) else 1
 
 
 if __name__ == "__main__":

@@ -1,56 +1,79 @@
-"""ONNX Runtime, on the CPU or on an NVIDIA GPU: the plan is the ONNX file itself, weights beyond 2 GB beside it.
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU: the engine is the ONNX file itself, weights beyond 2 GB beside it.
 
-On the GPU (its CUDA execution provider) there are no INT8 convolutions: what is rounded to integers is made floats
-again and computed in FP16. It is for machines without TensorRT, and for comparison.
+On the GPU (its CUDA execution provider) there are no INT8 convolutions: integers are turned back into floats and
+computed with in FP16. That is for machines without TensorRT, and for comparison.
 """
 
 import functools
 import importlib.util
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from engines import philox
-from engines.base import Audit, EngineConfig, Kernel, Loop
+from engines.base import Audit, EngineConfig, Kernel, Loop, Optimisation
 from engines.driver import no_gpu
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.graph import MATRIX_OPS, OnnxGraph, initializer_bytes, weight_layers
 from engines.runner import Arrays, OpenEngine
 
-_LEVELS = {"basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
-_ERRORS_ONLY = 3
+
+class Device(StrEnum):
+    """Where ONNX Runtime computes, by its own names."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+_LEVELS = {Optimisation.BASIC: "ORT_ENABLE_BASIC", Optimisation.ALL: "ORT_ENABLE_ALL"}
+# Operators without a CUDA kernel fall back to the CPU.
+_PROVIDERS = {
+    Device.CPU: ["CPUExecutionProvider"],
+    Device.CUDA: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+_ERRORS_ONLY = 3  # log severity
 
 
 def missing() -> str | None:
-    """Return why ONNX Runtime cannot be used here, or None."""
+    """Return the reason why ONNX Runtime cannot be used here, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed: pip install onnxruntime"
     return None
 
 
 def missing_cuda() -> str | None:
-    """Return why ONNX Runtime cannot be used on a GPU here, or None."""
+    """Return the reason why ONNX Runtime cannot be used on a GPU here, or None."""
     if problem := missing() or no_gpu():
         return problem
     import onnxruntime
 
-    if _PROVIDERS["cuda"][0] not in onnxruntime.get_available_providers():
+    if _PROVIDERS[Device.CUDA][0] not in onnxruntime.get_available_providers():
         return "this ONNX Runtime is for CPUs: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
     return None
 
 
-def build(graph: OnnxGraph, plan: Path, config: EngineConfig, *, device: str) -> Audit:
-    """Write the plan and audit the graph ONNX Runtime's optimiser makes of it."""
-    graph.save(plan)
+def build(graph: OnnxGraph, path: Path, config: EngineConfig, *, device: Device) -> Audit:
+    """Write the engine, and audit the graph that ONNX Runtime's optimiser makes of it.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load the model.
+    """
+    graph.save(path)
     with tempfile.TemporaryDirectory() as folder:
         optimised_path = Path(folder, "optimised.onnx")
-        _session(plan, device, config.threads, config.optimisation, optimised_path)
+        options = _session_options(config.threads, config.optimisation)
+        options.optimized_model_filepath = str(optimised_path)
+        # Weights of the optimised graph go to another file, since only their types and shapes are read here.
+        external = {"file_name": f"{optimised_path.name}.data", "min_size_in_bytes": "1024"}
+        for key, value in external.items():
+            options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
+        _session(path, device, options)
         optimised = onnx.load(optimised_path, load_external_data=False)
-    # Integer operators that survive in the optimised graph run as such; a float one fed by DequantizeLinear does not.
+    # An integer operator in the optimised graph computes in integers; a float one behind DequantizeLinear does not.
     kernels = []
     for name, node in weight_layers(optimised).items():
         kind, _, precision = MATRIX_OPS[node.op_type]
@@ -59,27 +82,33 @@ def build(graph: OnnxGraph, plan: Path, config: EngineConfig, *, device: str) ->
     return Audit(
         kernels=tuple(kernels),
         weight_bytes=initializer_bytes(graph.model),
-        note=f"Bytes as stored in the plan. After ONNX Runtime's optimiser the weights are: {memory}.",
+        note=f"Bytes as stored in the engine. After ONNX Runtime's optimiser the weights are: {memory}.",
     )
 
 
-def open_file(file: EngineFile, *, device: str) -> OpenEngine:
-    """Make a session of the plan."""
-    session = _session(file.path, device, file.threads, file.optimisation)
+def open_file(file: EngineFile, *, device: Device) -> OpenEngine:
+    """Load an engine into a session.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load it.
+    """
+    session = _session(file.path, device, _session_options(file.threads, file.optimisation))
     return OpenEngine(file, _SessionRunner(file, session, device))
 
 
 class _SessionRunner:
-    """An `engines.runner.Runner`: all tensors stay on the device, and change places between iterations.
+    """An `engines.runner.Runner`: all tensors stay on the device, and swap places between iterations.
 
     Args:
-        file: what was opened.
-        session: of its plan.
-        device: "cpu" or "cuda".
+        file: The engine that is opened.
+        session: The session that holds it.
+        device: Where the session computes.
     """
 
-    def __init__(self, file: EngineFile, session: Any, device: str) -> None:
-        self._file, self._session, self._device = file, session, device
+    def __init__(self, file: EngineFile, session: Any, device: Device) -> None:
+        self._file = file
+        self._session = session
+        self._device = device
 
     def run(self, feeds: Arrays, batch: int) -> Arrays:
         """Run once and return fresh arrays by output name."""
@@ -91,7 +120,7 @@ class _SessionRunner:
         """Run `loop.count` times and return the last outputs."""
         inputs, outputs = self._inputs(feeds), self._outputs(batch)
         for i in range(loop.count):
-            if i:
+            if i:  # an output becomes the input without a copy; the old input is what the next output overwrites
                 for output, name in loop.feedback.items():
                     inputs[name], outputs[output] = outputs[output], inputs[name]
             for name, seeds in loop.noise.items():
@@ -101,7 +130,7 @@ class _SessionRunner:
         return _arrays(outputs)
 
     def free(self) -> None:
-        """Release what the runtime holds."""
+        """Release the memory of the session."""
         del self._session
 
     def _infer(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
@@ -115,35 +144,37 @@ class _SessionRunner:
     def _inputs(self, feeds: Arrays) -> dict[str, Any]:
         from onnxruntime import OrtValue
 
-        return {name: OrtValue.ortvalue_from_numpy(array.copy(), self._device, 0) for name, array in feeds.items()}
+        return {name: OrtValue.ortvalue_from_numpy(array.copy(), str(self._device), 0) for name, array in feeds.items()}
 
     def _outputs(self, batch: int) -> dict[str, Any]:
         from onnxruntime import OrtValue
 
-        make = functools.partial(OrtValue.ortvalue_from_shape_and_type, device_type=self._device)
+        make = functools.partial(OrtValue.ortvalue_from_shape_and_type, device_type=str(self._device))
         return {spec.name: make(spec.at_batch(batch), spec.dtype) for spec in self._file.outputs}
 
 
 def _arrays(values: dict[str, Any]) -> Arrays:
-    """Copy to the host: on the CPU `numpy()` is a view of memory that goes with the value."""
+    """Copy to the host; on the CPU `numpy()` is a view of memory that is freed together with the value."""
     return {name: value.numpy().copy() for name, value in values.items()}
 
 
-def _session(plan: Path, device: str, threads: int | None, optimisation: str, optimised: Path | None = None) -> Any:
+def _session_options(threads: int | None, optimisation: Optimisation) -> Any:
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, _LEVELS[optimisation])
     if threads is not None:
         options.intra_op_num_threads = threads
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
-        for key, value in {"file_name": f"{optimised.name}.data", "min_size_in_bytes": "1024"}.items():
-            options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
+    return options
+
+
+def _session(engine: Path, device: Device, options: Any) -> Any:
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
     try:
-        session = onnxruntime.InferenceSession(plan, options, providers=_PROVIDERS[device])
+        session = onnxruntime.InferenceSession(engine, options, providers=_PROVIDERS[device])
     except (  # they share no base below Exception
         failures.Fail,
         failures.InvalidArgument,
@@ -153,6 +184,6 @@ def _session(plan: Path, device: str, threads: int | None, optimisation: str, op
         failures.RuntimeException,
     ) as error:
         raise EngineError(f"onnxruntime cannot load this model: {str(error).splitlines()[0]}") from None
-    if session.get_providers()[0] != _PROVIDERS[device][0]:  # it only logs that it goes on without the one asked for
+    if session.get_providers()[0] != _PROVIDERS[device][0]:  # it only logs that the one for the GPU did not load
         raise EngineError("onnxruntime could not load its CUDA libraries; they must fit its version (see its log).")
     return session

@@ -1,7 +1,8 @@
-"""Calling an open engine, once or in a loop: what is the same for all backends.
+"""Calling an open engine, once or in a loop: the part that is the same for all backends.
 
-A loop runs the network on its own outputs. Arrays are made once: what an iteration wrote, the next one reads, and two
-sets of them change places.
+In: NumPy arrays by input name. Out: arrays by output name, after the checks that make a mistake a message instead of a
+crash inside a runtime. A loop runs the network on its own outputs: arrays are allocated once, and the output of one
+iteration becomes the input of the next by swapping the two.
 """
 
 import threading
@@ -19,11 +20,11 @@ from engines.errors import EngineError
 from engines.files import EngineFile
 
 Arrays = dict[str, npt.NDArray[Any]]
-Infer = Callable[[Arrays, Arrays], None]  # reads contiguous inputs, writes to the outputs it is given
+Infer = Callable[[Arrays, Arrays], None]  # (inputs, outputs): reads contiguous inputs, writes into the outputs
 
 
 class Runner(Protocol):
-    """What a backend makes of a plan. Inputs are checked and contiguous; `batch` is their batch size."""
+    """An engine loaded by a backend. Its inputs are checked and contiguous; `batch` is their batch size."""
 
     def run(self, feeds: Arrays, batch: int) -> Arrays:
         """Run once and return fresh arrays by output name."""
@@ -32,22 +33,23 @@ class Runner(Protocol):
         """Run `loop.count` times and return the last outputs."""
 
     def free(self) -> None:
-        """Release what the runtime holds."""
+        """Release the runtime's memory."""
 
 
 class HostRunner:
     """A `Runner` for a runtime that works in the host's memory.
 
-    A batch may be cut in equal parts that run beside each other. Each goes through a whole loop on its own, so that
-    none waits for the others between iterations.
+    A batch may be cut into equal parts that run in parallel. Each part goes through the whole loop without waiting for
+    the others between iterations.
 
     Args:
-        file: What was opened.
-        parts: Returns for a batch size what runs the network on each part of such a batch.
+        file: The engine that is opened.
+        parts: Returns, for a batch size, one function for each part of such a batch, which runs the network on it.
     """
 
     def __init__(self, file: EngineFile, parts: Callable[[int], Sequence[Infer]]) -> None:
-        self._file, self._parts = file, parts
+        self._file = file
+        self._parts = parts
 
     def run(self, feeds: Arrays, batch: int) -> Arrays:
         """Run once and return fresh arrays by output name."""
@@ -57,75 +59,77 @@ class HostRunner:
             infer(inputs, outputs)
             return outputs
 
-        return self._beside(once, feeds, batch)
+        return self._in_parallel(once, feeds, batch)
 
     def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
         """Run `loop.count` times and return the last outputs."""
         stopped = threading.Event()
 
         def repeat(infer: Infer, feeds: Arrays, rows: slice) -> Arrays:
-            inputs, outputs = {name: array.copy() for name, array in feeds.items()}, self._outputs(rows)
+            inputs = {name: array.copy() for name, array in feeds.items()}
+            outputs = self._outputs(rows)
             for i in range(loop.count):
-                if i:
+                if i:  # the old input is what the next output overwrites
                     for output, name in loop.feedback.items():
                         inputs[name], outputs[output] = outputs[output], inputs[name]
                 for name, seeds in loop.noise.items():
                     inputs[name][:] = philox.normals(seeds[rows], loop.first + i + 1, inputs[name].shape[1:])
-                if rows.start == 0:
+                if rows.start == 0:  # one of the parts reports for all
                     loop.on_step(loop.first + i)
                 infer(inputs, outputs)
                 if stopped.is_set():
                     break
             return outputs
 
-        return self._beside(repeat, feeds, batch, stopped)
+        return self._in_parallel(repeat, feeds, batch, stopped)
 
     def free(self) -> None:
-        """Release what the runtime holds: it goes with the last reference to this."""
+        """Nothing to do: the runtime's memory is freed with the last reference to this object."""
 
     def _outputs(self, rows: slice) -> Arrays:
         return {spec.name: np.empty(spec.at_batch(rows.stop - rows.start), spec.dtype) for spec in self._file.outputs}
 
-    def _beside(
+    def _in_parallel(
         self,
         work: Callable[[Infer, Arrays, slice], Arrays],
         feeds: Arrays,
         batch: int,
         stopped: threading.Event | None = None,
     ) -> Arrays:
-        """Call work(infer, feeds, rows) for each part of the batch, and put what they return together.
+        """Call work(infer, feeds, rows) for each part of the batch, and concatenate their outputs.
 
-        If one of them fails, or the user interrupts, `stopped` is set, and the others end early.
+        If one of them fails, or the user interrupts, `stopped` is set so that the others end early.
         """
         parts = self._parts(batch)
         rows = [slice(batch * i // len(parts), batch * (i + 1) // len(parts)) for i in range(len(parts))]
-        whole = {spec.name for spec in (*self._file.inputs, *self._file.outputs) if None not in spec.shape}
+        # Tensors without a batch dimension (the number of the step) go to every part as they are.
+        shared = {spec.name for spec in (*self._file.inputs, *self._file.outputs) if None not in spec.shape}
 
         def cut(rows: slice) -> Arrays:
-            return {name: array if name in whole else array[rows] for name, array in feeds.items()}
+            return {name: array if name in shared else array[rows] for name, array in feeds.items()}
 
         if len(parts) == 1:
             return work(parts[0], feeds, rows[0])
         with ThreadPoolExecutor(len(parts)) as pool:
-            started = [pool.submit(work, infer, cut(own), own) for infer, own in zip(parts, rows, strict=True)]
+            futures = [pool.submit(work, infer, cut(part), part) for infer, part in zip(parts, rows, strict=True)]
             try:
-                made = [one.result() for one in started]
+                results = [future.result() for future in futures]
             except BaseException:
                 if stopped is not None:
                     stopped.set()
                 raise
         return {
-            name: made[0][name] if name in whole else np.concatenate([outputs[name] for outputs in made])
-            for name in made[0]
+            name: results[0][name] if name in shared else np.concatenate([outputs[name] for outputs in results])
+            for name in results[0]
         }
 
 
 class OpenEngine:
-    """The part of an `Engine` all backends share: checks before a call, lifetime around it.
+    """The `Engine` of every backend: checks before a call, and a runner that is freed on closing.
 
     Args:
-        file: What was opened.
-        runner: What the backend made of it.
+        file: The engine that is opened.
+        runner: What runs it.
     """
 
     def __init__(self, file: EngineFile, runner: Runner) -> None:
@@ -171,7 +175,7 @@ class OpenEngine:
 
 
 def _contiguous(feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Return arrays without gaps, their dtypes NumPy's own: of two kinds of int64, OpenVINO knows one."""
+    """Return contiguous arrays with canonical dtypes: NumPy has two kinds of int64, of which OpenVINO takes one."""
     return {name: np.ascontiguousarray(array).view(array.dtype.name) for name, array in feeds.items()}
 
 
@@ -206,6 +210,7 @@ def check_feeds(file: EngineFile, feeds: Mapping[str, npt.NDArray[Any]]) -> int:
         EngineError: Anything differs from the engine's inputs, or the batch lies outside its profile.
     """
     expected = [spec.name for spec in file.inputs]
+    # The first input with a dynamic dimension decides the batch; the others have to agree with it.
     if sorted(feeds) != sorted(expected):
         raise EngineError(f"Found inputs {sorted(feeds)}, this engine takes {expected}.")
     batch: int | None = None

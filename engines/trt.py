@@ -1,4 +1,4 @@
-"""Standard TensorRT: builds and runs on a machine with an NVIDIA GPU; a plan fits the GPU it was built on."""
+"""Standard TensorRT: builds and runs on a machine with an NVIDIA GPU; an engine fits the GPU it was built on."""
 
 import importlib.util
 from pathlib import Path
@@ -12,24 +12,24 @@ from engines.runner import OpenEngine
 
 
 def cannot_build() -> str | None:
-    """Return why no plan can be built here, or None; the builder times kernels, so it needs the GPU."""
+    """Return the reason why no engine can be built here, or None; the builder times kernels, so it needs the GPU."""
     if importlib.util.find_spec("tensorrt") is None:
         return "tensorrt is not installed: pip install tensorrt"
     return no_gpu()
 
 
 def cannot_run() -> str | None:
-    """Return why no plan can run here, or None."""
+    """Return the reason why no engine can run here, or None."""
     return nvinfer.cannot_run("tensorrt", "tensorrt")
 
 
-def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
-    """Build the plan for the GPU of this machine."""
-    return nvinfer.build("tensorrt", graph, plan, config)
+def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
+    """Build an engine for the GPU of this machine."""
+    return nvinfer.build("tensorrt", graph, path, config)
 
 
 def open_file(file: EngineFile) -> OpenEngine:
-    """Load the plan on the first GPU."""
+    """Load the engine on the first GPU."""
     import tensorrt
 
     return nvinfer.open_file(tensorrt, file)

@@ -18,19 +18,19 @@ TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 
 def cannot_build() -> str | None:
-    """Return why no plan can be built here, or None."""
+    """Return the reason why no engine can be built here, or None."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return "tensorrt_rtx is not installed: pip install tensorrt-rtx"
     return None
 
 
 def cannot_run() -> str | None:
-    """Return why no plan can run here, or None."""
+    """Return the reason why no engine can run here, or None."""
     return nvinfer.cannot_run("tensorrt_rtx", "tensorrt-rtx")
 
 
-def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
-    """Build the plan for `config.targets`, or a portable one (Ampere and later) if there are none.
+def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
+    """Build an engine for `config.targets`, or a portable one (Ampere and later) if there are none.
 
     Raises:
         EngineError: A target is unknown, or the build failed.
@@ -40,11 +40,11 @@ def build(graph: OnnxGraph, plan: Path, config: EngineConfig) -> Audit:
     old = [target for target in config.targets or ("a portable engine",) if target not in FLOAT8_TARGETS]
     if old and any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.model.graph.initializer):
         raise EngineError(f"FP8 needs a later GPU than {old[0]}. Give targets of {list(FLOAT8_TARGETS)} only.")
-    return nvinfer.build("tensorrt_rtx", graph, plan, config)
+    return nvinfer.build("tensorrt_rtx", graph, path, config)
 
 
 def open_file(file: EngineFile) -> OpenEngine:
-    """Load the plan on the first GPU."""
+    """Load the engine on the first GPU."""
     import tensorrt_rtx
 
     return nvinfer.open_file(tensorrt_rtx, file)

@@ -1,4 +1,4 @@
-"""Weights beyond what one file can hold lie in files of their own, all the way from the ONNX file to the engine."""
+"""By topic, over `graph`, `files` and all backends: weights too large for one file, from ONNX file to engine."""
 
 import importlib.util
 
@@ -96,12 +96,12 @@ def test_the_builder_of_tensorrt_rtx_finds_weights_that_lie_apart(tiny_onnx, spr
         pytest.skip("tensorrt_rtx is not installed")
     files = [make(path, tmp_path / str(i), "tensorrt-rtx") for i, path in enumerate((tiny_onnx("int4cast"), spread))]
     assert files[0].audit == files[1].audit
-    assert files[1].data is None  # a TensorRT plan holds its weights
+    assert files[1].data is None  # TensorRT puts the weights into the engine
     assert files[0].path.stat().st_size == pytest.approx(files[1].path.stat().st_size, rel=0.05)
 
 
 @pytest.mark.rtx
-def test_weights_that_lie_apart_cannot_be_left_out_of_a_plan(spread, small_files, tmp_path):
+def test_weights_in_separate_files_cannot_be_left_out_of_an_engine(spread, small_files, tmp_path):
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt_rtx is not installed")
     with pytest.raises(EngineError, match="has weights in other files"):

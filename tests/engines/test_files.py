@@ -1,4 +1,4 @@
-"""A plan and its record are read back as written, and anything else is noticed."""
+"""An engine and its record are read back as written, and anything else is noticed."""
 
 import json
 
@@ -37,18 +37,18 @@ def test_an_engine_file_is_read_back_as_it_was_written(file):
     assert file.audit.total_weight_bytes == sum(file.audit.weight_bytes.values()) > 0
 
 
-def test_the_same_model_gives_the_same_plan(file, tiny_onnx, tmp_path):
+def test_the_same_model_gives_the_same_engine(file, tiny_onnx, tmp_path):
     again = build(tiny_onnx("int4cast"), tmp_path / "again.plan", EngineConfig(backend="onnxruntime"))
     assert again.sha256 == file.sha256
 
 
-def test_a_truncated_plan_is_refused(file):
+def test_a_truncated_engine_is_refused(file):
     file.path.write_bytes(file.path.read_bytes()[:-1])
     with pytest.raises(EngineError, match=f"its record says {file.sha256[:12]}.*Build the engine again"):
         load_engine_file(file.path)
 
 
-def test_a_plan_edited_after_it_was_loaded_is_refused(file):
+def test_an_engine_edited_after_it_was_loaded_is_refused(file):
     loaded = load_engine_file(file.path)
     content = bytearray(file.path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -57,9 +57,9 @@ def test_a_plan_edited_after_it_was_loaded_is_refused(file):
         open_engine(loaded)
 
 
-def test_a_missing_plan_or_record_is_refused(file):
+def test_a_missing_engine_or_record_is_refused(file):
     file.path.unlink()
-    with pytest.raises(EngineError, match=r"Cannot read the plan .*unet\.plan: No such file"):
+    with pytest.raises(EngineError, match=r"Cannot read the engine .*unet\.plan: No such file"):
         load_engine_file(file.path)
     record(file).unlink()
     with pytest.raises(EngineError, match=r"Cannot read the engine record .*unet\.plan\.json: No such file"):
@@ -101,7 +101,7 @@ def test_a_list_is_not_a_record(file):
         load_engine_file(file.path)
 
 
-def test_a_plan_for_a_backend_this_version_does_not_have_is_refused(file):
+def test_an_engine_for_a_backend_this_version_does_not_have_is_refused(file):
     rewrite(file, backend="onnxruntine")
     with pytest.raises(EngineError, match=r"Unknown backend 'onnxruntine'.*Did you mean 'onnxruntime'"):
         open_engine(file.path)

@@ -1,4 +1,4 @@
-"""One small graph for each rule of Q/DQ placement, and the arithmetic TensorRT-RTX must make of it.
+"""By topic, over several modules: a small graph for each rule of Q/DQ placement, and what TensorRT-RTX makes of it.
 
 These are the rules that `gaq_export.graph.qdq` follows. A new version of the builder that breaks one shows here.
 """

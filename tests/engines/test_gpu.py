@@ -1,5 +1,6 @@
-"""The loop on the GPU, on a stand-in for one: memory, streams, capture and kernels of the host, the network in ONNX
-Runtime. It shows that the right things are asked for in the right order; that a real GPU does them, `make gpu-check`.
+"""`GpuRunner` on a stand-in for a GPU: memory, streams, capture and kernels on the host, the network in ONNX Runtime.
+
+It shows that the right calls come in the right order; `make gpu-check` shows that a real GPU obeys them.
 """
 
 import hashlib
@@ -126,14 +127,14 @@ class _Device:
         yield launch
 
     def runtime(self, *, capturable: bool, caches: bool) -> Any:
-        """A TensorRT module whose plans are ONNX files."""
+        """A TensorRT module whose engines are ONNX files."""
         return SimpleNamespace(
             ILogger=type("ILogger", (), {"Severity": SimpleNamespace(ERROR=1, INTERNAL_ERROR=2)}),
             Refitter=lambda engine, logger: SimpleNamespace(refit_cuda_engine=lambda: bool(self.refitted)),
             OnnxParserRefitter=lambda refitter, logger: SimpleNamespace(refit_from_bytes=self._refit),
             ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="mine"),
             Runtime=lambda logger: SimpleNamespace(
-                deserialize_cuda_engine=lambda plan: _Engine(self, plan, capturable, caches)
+                deserialize_cuda_engine=lambda model: _Engine(self, model, capturable, caches)
             ),
         )
 
@@ -141,8 +142,8 @@ class _Device:
 class _Engine:
     device_memory_size_v2 = 2000
 
-    def __init__(self, device: _Device, plan: bytes, capturable: bool, caches: bool) -> None:
-        self._make = lambda: _Context(device, plan, capturable)
+    def __init__(self, device: _Device, model: bytes, capturable: bool, caches: bool) -> None:
+        self._make = lambda: _Context(device, model, capturable)
         if caches:
             self.create_runtime_config = lambda: SimpleNamespace(
                 set_execution_context_allocation_strategy=lambda strategy: None,
@@ -157,8 +158,8 @@ class _Engine:
 
 
 class _Context:
-    def __init__(self, device: _Device, plan: bytes, capturable: bool) -> None:
-        self._device, self._session = device, onnxruntime.InferenceSession(plan, providers=["CPUExecutionProvider"])
+    def __init__(self, device: _Device, model: bytes, capturable: bool) -> None:
+        self._device, self._session = device, onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self.is_stream_capturable = lambda stream: capturable
@@ -245,7 +246,7 @@ def test_all_memory_is_given_back(device: _Device, file: EngineFile) -> None:
     assert device.memory == {}
 
 
-def test_a_stripped_plan_gets_the_weights_beside_it(device: _Device, file: EngineFile) -> None:
+def test_a_stripped_engine_gets_the_weights_beside_it(device: _Device, file: EngineFile) -> None:
     weights = Path(f"{file.path}.onnx")
     for content in (b"weights", b"other"):
         weights.write_bytes(content)

@@ -1,4 +1,7 @@
-"""Engines agree with an independent reference, say what they run, and refuse what they cannot do."""
+"""Engines of all backends agree with an independent reference, say what they run, and refuse what they cannot do.
+
+This goes through `engines.build` and `engines.open_engine`, and so through `onnx_runtime` and `openvino_cpu` as well.
+"""
 
 import importlib.util
 
@@ -179,18 +182,18 @@ def test_a_config_that_makes_no_sense_is_refused(tiny_onnx, config, message):
 
 
 def test_a_failed_build_leaves_the_previous_engine_as_it_was(tiny_onnx, tmp_path):
-    plan = tmp_path / "unet.plan"
+    path = tmp_path / "unet.plan"
     config = EngineConfig(backend="openvino")
-    before = build(tiny_onnx("int8"), plan, config, {"note": "kept"})
+    before = build(tiny_onnx("int8"), path, config, {"note": "kept"})
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(tiny_onnx("int8").read_bytes()[:-40])
     with pytest.raises(EngineError, match=r"broken\.onnx is not a valid ONNX model"):
-        build(broken, plan, config)
+        build(broken, path, config)
     with pytest.raises(EngineError, match=r"Cannot read the ONNX file .*absent\.onnx: No such file"):
-        build(tmp_path / "absent.onnx", plan, config)
+        build(tmp_path / "absent.onnx", path, config)
     with pytest.raises(EngineError, match="`about` must hold JSON values only"):
-        build(tiny_onnx("int8"), plan, config, {"path": plan})
-    assert load_engine_file(plan) == before
+        build(tiny_onnx("int8"), path, config, {"path": path})
+    assert load_engine_file(path) == before
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -204,7 +207,7 @@ def test_an_operator_a_runtime_does_not_know_is_a_one_line_error(tiny_onnx, tmp_
         make(tmp_path / "odd.onnx", backend)
 
 
-def test_a_plan_holds_weights_that_the_onnx_file_kept_beside_it(tiny_onnx, feeds, tmp_path):
+def test_an_engine_holds_weights_that_were_beside_the_onnx_file(tiny_onnx, feeds, tmp_path):
     source = tmp_path / "external.onnx"
     onnx.save(onnx.load(tiny_onnx("int8")), source, save_as_external_data=True, location="w.bin", size_threshold=0)
     file = make(source, "openvino")

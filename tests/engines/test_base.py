@@ -1,0 +1,43 @@
+"""The types that all engines share."""
+
+import json
+
+import pytest
+
+from engines import Audit, EngineConfig, EngineError, Kernel, LayerKind, Optimisation, TensorSpec
+
+AUDIT = Audit(
+    kernels=(
+        Kernel(name="a", kind=LayerKind.CONVOLUTION, precision="int8"),
+        Kernel(name="b", kind=LayerKind.CONVOLUTION, precision="int8"),
+        Kernel(name="c", kind=LayerKind.MATMUL, precision="float32"),
+    ),
+    weight_bytes={"int8": 10, "float32": 4},
+    note="as stored",
+)
+
+
+def test_an_audit_counts_layers_and_bytes_and_survives_json() -> None:
+    assert AUDIT.counts == {("convolution", "int8"): 2, ("matmul", "float32"): 1}
+    assert AUDIT.total_weight_bytes == 14
+    again = Audit.from_json(json.loads(json.dumps(AUDIT.to_json())))
+    assert again == AUDIT
+    assert all(isinstance(kernel.kind, LayerKind) for kernel in again.kernels)
+
+
+def test_a_layer_of_an_unknown_kind_is_a_damaged_record() -> None:
+    record = AUDIT.to_json()
+    record["kernels"][0]["kind"] = "pooling"
+    with pytest.raises(ValueError, match="pooling"):
+        Audit.from_json(record)
+
+
+def test_the_dynamic_dimension_is_the_batch() -> None:
+    assert TensorSpec(name="x", dtype="float32", shape=(None, 3, 8, 8)).at_batch(5) == (5, 3, 8, 8)
+    assert TensorSpec(name="step", dtype="int64", shape=(1,)).at_batch(5) == (1,)
+
+
+def test_a_config_takes_an_optimisation_by_name_and_refuses_a_wrong_one() -> None:
+    assert EngineConfig(backend="onnxruntime", optimisation="basic").optimisation is Optimisation.BASIC
+    with pytest.raises(EngineError, match=r"Unknown optimisation 'most'\. Choose one of \['basic', 'all'\]\."):
+        EngineConfig(backend="onnxruntime", optimisation="most")

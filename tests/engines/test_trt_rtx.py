@@ -1,0 +1,79 @@
+"""TensorRT-RTX builds and is audited without a GPU, and refuses in one line what it cannot build."""
+
+import importlib.util
+
+import pytest
+
+from engines import EngineConfig, EngineError, build, open_engine
+from engines.driver import no_gpu
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: pip install tensorrt-rtx"
+)
+CODES = 16 * 16 * 9 + 16 * 16
+
+
+def make(onnx_path, **config):
+    return build(onnx_path, onnx_path.parent / "unet.plan", EngineConfig(backend="tensorrt-rtx", **config))
+
+
+@pytest.mark.rtx
+@needs_rtx
+@pytest.mark.parametrize("targets", [(), ("sm89",)])
+def test_the_int4_cast_form_keeps_int4_weights_and_runs_int8(tiny_onnx, targets):
+    audit = make(tiny_onnx("int4cast"), targets=targets).audit
+    kernels = {kernel.name: (kernel.kind, kernel.precision) for kernel in audit.kernels}
+    assert kernels == {
+        "node_conv_in": ("convolution", "float32"),
+        "node_conv": ("convolution", "int8"),
+        "node_linear": ("matmul", "int8"),
+    }
+    assert audit.weight_bytes["int4"] == CODES // 2
+    assert audit.weight_bytes.keys() == {"int4", "float32"}
+
+
+@pytest.mark.rtx
+@needs_rtx
+def test_an_engine_that_cannot_run_here_says_why(tiny_onnx):
+    file = make(tiny_onnx("int8"))
+    assert file.audit.weight_bytes["int8"] == CODES
+    if no_gpu() is None:
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(EngineError, match=r"built for tensorrt-rtx, which cannot run here: no NVIDIA \w+ here"):
+        open_engine(file)
+
+
+@pytest.mark.rtx
+@needs_rtx
+def test_a_crash_of_the_builder_is_a_one_line_error(computed_scale_onnx):
+    with pytest.raises(
+        EngineError, match=r"^tensorrt-rtx: the builder crashed \(SIGSEGV\) \(.*'node_\w+', \w+, .*computed.*\.$"
+    ):
+        make(computed_scale_onnx)
+    assert not (computed_scale_onnx.parent / "unet.plan").exists()
+
+
+@pytest.mark.skipif(no_gpu() is None, reason="this machine has an NVIDIA GPU")
+@pytest.mark.rtx
+@needs_rtx
+def test_weights_can_be_left_out_only_where_there_is_a_gpu(tiny_onnx):
+    with pytest.raises(EngineError, match=r"^tensorrt-rtx cannot leave out the weights without a GPU: no NVIDIA"):
+        make(tiny_onnx("int8"), stripped=True)
+    with pytest.raises(EngineError, match=r"^openvino keeps the weights in the engine; only tensorrt and tensorrt-rtx"):
+        build(tiny_onnx("int8"), "unet.plan", EngineConfig(backend="openvino", stripped=True))
+
+
+@pytest.mark.rtx
+@needs_rtx
+def test_a_graph_the_builder_refuses_is_a_one_line_error(tiny_onnx):
+    with pytest.raises(EngineError, match=r"^tensorrt-rtx cannot build this model: .*dtype == W\.type\(\).*$"):
+        make(tiny_onnx("int4"))
+
+
+@pytest.mark.rtx
+@needs_rtx
+def test_an_unknown_target_is_refused_with_the_list(tiny_onnx):
+    with pytest.raises(
+        EngineError, match=r"Unknown tensorrt-rtx targets \['sm90'\]\. Choose from \['sm75', .*'sm121'\]"
+    ):
+        make(tiny_onnx("float"), targets=("sm89", "sm90"))
