@@ -24,6 +24,11 @@ def unknown(what: str, name: object, choices: Iterable[str], hint: str = "") -> 
     return GaqError(" ".join([*sentences, *filter(None, [hint])]))
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of a foreign error without line breaks, cut to 200 characters; its class if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """Return the error classes that a command prints in one line instead of a traceback.
 

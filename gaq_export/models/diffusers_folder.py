@@ -1,4 +1,4 @@
-"""Read one diffusers folder: the network, its scheduler config and a fingerprint of its weights.
+"""Read a network from a diffusers folder, and fingerprint its weights.
 
 In: a folder, flat or with `unet/` or `transformer/` and `scheduler/` inside. Out: a float32 network, one of
 `ARCHITECTURES`. The files are read here and not by diffusers' `from_pretrained`, which fills missing weights with noise
@@ -12,6 +12,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, one_line
 from gaq_export.models.architectures import ARCHITECTURES, config_of
+from gaq_export.models.json_file import read_json
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 HALF = "diffusion_pytorch_model.fp16.safetensors"
-INDEX = f"{SAFETENSORS}.index.json"  # of weights in several files
+INDEX = f"{SAFETENSORS}.index.json"
 PICKLE = "diffusion_pytorch_model.bin"
-FILES = (SAFETENSORS, HALF, INDEX, PICKLE)
-PLACES = (".", "unet", "transformer")  # where a network lies in a folder
+PLACES = (".", "unet", "transformer")  # sub-folders that may hold the network
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """What the weights in a folder may be called, in the order of preference.
+
+    Attributes:
+        whole: Safetensors, all in one.
+        half: The same in half precision.
+        index: JSON that says which of several safetensors files has which tensor.
+        pickle: The old format.
+    """
+
+    whole: str = SAFETENSORS
+    half: str = HALF
+    index: str = INDEX
+    pickle: str = PICKLE
+
 
 _CLASSES = {kind.__name__: kind for kind in ARCHITECTURES}
-# Fields of a config that ask for more than `ARCHITECTURES` tells a network, and what they may say.
-_ONLY: Mapping[type[nn.Module], Mapping[str, tuple[Any, ...]]] = {
+# Fields of a config that make a network take more inputs than `ARCHITECTURES` knows, and their supported values.
+_SUPPORTED: Mapping[type[nn.Module], Mapping[str, tuple[Any, ...]]] = {
     UNet2DModel: {"class_embed_type": (None,)},
     UNet2DConditionModel: {
         "class_embed_type": (None,),
@@ -51,7 +70,7 @@ _log = logging.getLogger(__name__)
 
 
 def network_folder(folder: Path) -> Path:
-    """Return where the network lies in a diffusers folder: the folder itself, its `unet/` or its `transformer/`.
+    """Return the folder of the network in a diffusers folder: that folder itself, its `unet/` or its `transformer/`.
 
     Raises:
         GaqError: If there is no such folder, or no place holds a `config.json`.
@@ -85,16 +104,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         GaqError: If it is no JSON object, or describes a network that is none of `ARCHITECTURES`.
     """
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GaqError(f"The model config {file} cannot be read as JSON: {error}") from error
-    found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+    config = read_json(file, "model config")
+    kind = config.get("_class_name")
     # The class of diffusion transformers until diffusers 0.29.
-    if isinstance(config, dict) and (found, config.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero"):
+    if (kind, config.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero"):
         return config | {"_class_name": "DiTTransformer2DModel"}
-    if not isinstance(config, dict) or found not in _CLASSES:
-        raise GaqError(f"The model config {file} describes a {found!r}; supported are {sorted(_CLASSES)}.")
+    if kind not in _CLASSES:
+        raise GaqError(f"The model config {file} describes a {kind!r}; supported are {sorted(_CLASSES)}.")
     return config
 
 
@@ -116,24 +132,27 @@ def build_network(config: Mapping[str, Any], origin: str) -> nn.Module:
     try:
         network = kind(**{k: v for k, v in config.items() if k in known})
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise GaqError(f"diffusers cannot build the architecture in {origin}: {_one_line(error)}") from error
+        raise GaqError(f"diffusers cannot build the architecture in {origin}: {one_line(error)}") from error
     _require_drivable(network, origin)
     return network.eval().float()
 
 
 def _require_drivable(network: nn.Module, origin: str) -> None:
-    """Raise GaqError if a network wants to be told more than `ARCHITECTURES` does, or does not return noise."""
+    """Raise GaqError if a network takes more inputs than `ARCHITECTURES` knows, or does not return noise."""
     config = config_of(network)
-    for field, allowed in (item for kind, only in _ONLY.items() if isinstance(network, kind) for item in only.items()):
-        if config[field] not in allowed:
-            raise GaqError(f"The model in {origin} has {field} {config[field]!r}; supported is only {list(allowed)}.")
+    for kind, fields in _SUPPORTED.items():
+        for field, allowed in fields.items() if isinstance(network, kind) else ():
+            if config[field] not in allowed:
+                raise GaqError(
+                    f"The model in {origin} has {field} {config[field]!r}; supported is only {list(allowed)}."
+                )
     if not isinstance(config.get("cross_attention_dim", 0), int):
         raise GaqError(f"The model in {origin} has several widths of texts ({config['cross_attention_dim']}), not one.")
-    taken, given = config["in_channels"], config["out_channels"] or config["in_channels"]
-    if given not in (taken, 2 * taken):
+    inputs, outputs = config["in_channels"], config["out_channels"] or config["in_channels"]
+    if outputs not in (inputs, 2 * inputs):
         raise GaqError(
-            f"The model in {origin} turns {taken} channels into {given}; a network that predicts noise returns as many "
-            "as it takes, or with learned variances twice as many."
+            f"The model in {origin} turns {inputs} channels into {outputs}; a network that predicts noise returns as "
+            "many as it takes, or with learned variances twice as many."
         )
     if config["sample_size"] is None:
         raise GaqError(f"The model config in {origin} has no sample_size; add the image size it was trained on.")
@@ -147,10 +166,10 @@ def load_network(folder: Path, *, allow_pickle: bool = False) -> nn.Module:
         allow_pickle: Also take `diffusion_pytorch_model.bin`, read with torch's restricted unpickler.
 
     Raises:
-        GaqError: If anything about the config or the weights is not as it must be.
+        GaqError: If the config or the weights are missing, damaged, or do not fit each other.
     """
     config = read_config(folder)
-    # The random weights drawn here are all replaced; the caller's random stream must not notice.
+    # The random weights are all replaced: leave the caller's random stream alone.
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, str(folder / "config.json"))
     load_weights(network, folder, allow_pickle=allow_pickle)
@@ -162,42 +181,43 @@ def load_weights(
     folder: Path,
     *,
     allow_pickle: bool = False,
-    names: tuple[str, str, str, str] = FILES,
+    files: WeightFiles = WeightFiles(),
     rename: Callable[[str], str | None] | None = None,
 ) -> None:
-    """Give a network its weights out of a folder.
+    """Fill a network with the weights in a folder.
 
     Args:
-        network: Float32, what the `config.json` beside the weights describes.
+        network: Float32, built from the `config.json` beside the weights.
         folder: The folder that holds both.
         allow_pickle: As for `load_network`.
-        names: What the file is called: safetensors, half as wide, an index of several, a pickle.
-        rename: From a tensor's name there to its name in the network, None for one to be left out; diffusers' if None.
+        files: What the weights may be called.
+        rename: From a tensor's name in the file to its name in the network, None for one to leave out. By default the
+            names that diffusers once gave to attention layers become today's.
 
     Raises:
-        GaqError: If there are no weights, they are damaged, or as `fill`.
+        GaqError: If there are no weights, or they are damaged, or do not fit the network.
     """
-    file, state = _read_weights(folder, allow_pickle, names)
+    file, state = _read_weights(folder, allow_pickle, files)
     renamed = {(rename or _modern_name)(name): value for name, value in state.items()}
     fill(network, {name: value for name, value in renamed.items() if name is not None}, file)
 
 
 def fill(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Give a network its weights.
+    """Fill a network with weights.
 
     Args:
         network: Float32.
-        state: All of them, by the names of its own state.
+        state: All of its tensors, by the names of its `state_dict`.
         file: Where they came from, for messages.
 
     Raises:
         GaqError: If a tensor is missing, too many, of another shape or kind, or not finite.
     """
     _check(state, network, file)
-    own = network.state_dict()
+    parameters = network.state_dict()
     with torch.no_grad():
-        for name, value in state.items():  # one after the other, so that halves are never all held as float32 too
-            own[name].copy_(value)
+        for name, value in state.items():  # one by one, so that weights in half precision are never all held twice
+            parameters[name].copy_(value)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -216,39 +236,38 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_weights(
-    folder: Path, allow_pickle: bool, names: tuple[str, str, str, str]
-) -> tuple[Path, dict[str, torch.Tensor]]:
-    whole, half, index, old = (folder / name for name in names)
-    file = half if half.is_file() and not whole.is_file() else whole
-    if not file.is_file() and index.is_file():
+def _read_weights(folder: Path, allow_pickle: bool, files: WeightFiles) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Return the file of weights in a folder, the first of those there are, and what it holds by name."""
+    for file in (folder / files.whole, folder / files.half):
+        if file.is_file():
+            return file, _read_safetensors(file)
+    if (index := folder / files.index).is_file():
         return index, _read_shards(index)
-    if not file.is_file() and old.is_file():
-        if allow_pickle:
-            return old, tensors(read_pickle(old), old)
+    if not (pickled := folder / files.pickle).is_file():
+        raise GaqError(f"The model folder {folder} has no weights beside its config.json; {files.whole} is needed.")
+    if not allow_pickle:
         raise GaqError(
-            f"The weights in {folder} are a pickle ({old.name}), which can run code when read; {whole.name} is needed. "
-            "If you trust the file, convert it once with diffusers: from_pretrained(folder).save_pretrained(folder)."
+            f"The weights in {folder} are a pickle ({pickled.name}), which can run code when read; {files.whole} is "
+            "needed. If you trust the file, convert it once with diffusers: "
+            "from_pretrained(folder).save_pretrained(folder)."
         )
-    return file, _read_safetensors(file)
+    return pickled, tensors(read_pickle(pickled), pickled)
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except FileNotFoundError as error:
-        raise GaqError(
-            f"The model folder {file.parent} has no weights beside its config.json; {file.name} is needed."
-        ) from error
+        raise GaqError(f"The weights in {file.parent} are incomplete: {file.name} is needed.") from error
     except (SafetensorError, OSError) as error:
-        raise GaqError(f"The weights {file} are damaged ({_one_line(error)}). Copy them again.") from error
+        raise GaqError(f"The weights {file} are damaged ({one_line(error)}). Copy them again.") from error
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise GaqError(f"The index of weights {index} cannot be read ({_one_line(error)}). Copy it again.") from error
+        raise GaqError(f"The index of weights {index} cannot be read ({one_line(error)}). Copy it again.") from error
     state: dict[str, torch.Tensor] = {}
     for name in sorted(names):
         state |= _read_safetensors(index.parent / name)
@@ -260,11 +279,11 @@ def read_pickle(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise GaqError(f"The weights {file} are damaged ({_one_line(error)}). Fetch them again.") from error
+        raise GaqError(f"The weights {file} are damaged ({one_line(error)}). Fetch them again.") from error
 
 
 def tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:
-    """Return what `read_pickle` gave; raise GaqError if it is no table of tensors by name."""
+    """Return what `read_pickle` returned; raise GaqError if it is no table of tensors by name."""
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise GaqError(f"The weights {file} are not a plain table of tensors.")
     return state
@@ -298,7 +317,3 @@ def _check(state: Mapping[str, torch.Tensor], network: nn.Module, file: Path) ->
 
 def _some(names: list[str]) -> str:
     return "[" + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") + "]"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,9 +1,8 @@
 """Fetch a model from the Hugging Face hub, or say at once that it is out of reach.
 
-In: a repository and perhaps a commit. Out: a local folder and the commit it holds: a network's files, or a pipeline's
-with those of its decoder and its texts. A cached commit is used without
-asking the network; otherwise one short request finds out whether the hub answers, because the client's own downloads
-retry for half a minute before giving up.
+In: a repository and perhaps a commit. Out: a local folder and the commit it holds: a network's files, or those of a
+pipeline with its decoder and text encoders. A cached commit is used without a request; otherwise one short request
+comes first, because the client's downloads retry for half a minute before they give up.
 """
 
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from gaq_export.models.diffusers_folder import INDEX, PICKLE, PLACES, SAFETENSOR
 
 TIMEOUT_S = 10.0
 PARTS = ("scheduler", "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-_WEIGHTS = (SAFETENSORS, "model.safetensors", PICKLE, "pytorch_model.bin")  # the first of a folder's is fetched
+_WEIGHTS = (SAFETENSORS, "model.safetensors", PICKLE, "pytorch_model.bin")  # of a folder's, the first is fetched
 
 
 def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
-    """Return the folder of a hub model, downloading config, scheduler config and weights if need be.
+    """Return the folder of a hub model, after downloading what is not in the client's cache.
 
     Args:
         repo: Repository, "owner/name".
@@ -49,40 +48,40 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
 
 
 def papers(repo: str, revision: str | None) -> Path | None:
-    """Return a folder with a hub model's card and licences; None if they cannot be had."""
+    """Return a folder with a hub model's card and licences; None if they cannot be fetched."""
     patterns = ["README.md", "[Ll][Ii][Cc][Ee][Nn]*", "NOTICE*", "COPYING*"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_S))
-    except Exception:  # as above; it is no reason to do without the rest
+    except Exception:  # a class of the transport library, as above; a pack without a card is better than none
         return None
 
 
 def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
-    """Put a folder's files into a repository, made if there is none, and return its address.
+    """Upload a folder's files to a repository, which is created if there is none, and return its address.
 
     Args:
         folder: What to upload.
-        repo: "owner/name", or a name for the user's own.
-        private: Of a repository that is made; one that is there stays as it is.
-        message: Of the commit.
+        repo: "owner/name", or the name alone of a repository of the user's.
+        private: Whether a new repository is private; an existing one stays as it is.
+        message: Message of the commit.
 
     Raises:
-        GaqError: The hub is out of reach, or does not let this user.
+        GaqError: The hub is out of reach, or the user may not write there.
     """
     try:
         api = HfApi()
-        made = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
+        created = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
     except Exception as error:
         raise GaqError(
             f"Cannot push to {repo} on the Hugging Face hub ({_reason(error)}). `hf auth login` stores a token that "
             "may write."
         ) from error
-    return str(made)
+    return str(created)
 
 
 def download(repo: str, folder: Path, revision: str | None) -> None:
-    """Fetch all files of a repository into a folder; raise GaqError if they cannot be had."""
+    """Fetch all files of a repository into a folder; raise GaqError if they cannot be fetched."""
     try:
         snapshot_download(repo, revision=revision, local_dir=folder, etag_timeout=TIMEOUT_S)
     except Exception as error:

@@ -1,12 +1,11 @@
-"""What stands behind a denoiser that works on latents: the decoder that makes images of them.
+"""The decoder that makes images of the latents that a latent diffusion model draws.
 
-In: a diffusers pipeline folder with a `vae/` (AutoencoderKL) or a `vqvae/` (VQModel). Out: a module called with latents
-as the sampler leaves them, (N, C, h, w), that returns images, (N, 3, H, W), about in [-1, 1]. Undoing the latents'
-scale and shift, and looking codes up, are inside; the encoder is left out.
+In: a diffusers pipeline folder with a `vae/` (AutoencoderKL) or a `vqvae/` (VQModel). Out: a module from the sampler's
+latents, (N, C, h, w), to images, (N, 3, H, W), about in [-1, 1]. It undoes the latents' scale and shift and looks up
+the codebook, if there is one, so that nothing but this module is needed; the encoder is left out.
 """
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, one_line
 from gaq_export.models import diffusers_folder
+from gaq_export.models.json_file import read_json
 
-PLACES = ("vae", "vqvae")  # inside a pipeline folder
+PLACES = ("vae", "vqvae")  # sub-folders of a pipeline folder
+_FACTORS = (("latents_std", 1.0), ("latents_mean", 0.0))  # fields of a config, one number a channel, and their defaults
 KINDS: Mapping[str, Callable[..., nn.Module]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 
@@ -30,7 +31,7 @@ class LatentDecoder(nn.Module):
     with 1 / scaling_factor and shift_factor, or latents_std / scaling_factor and latents_mean, as the config says.
 
     Args:
-        autoencoder: one of `KINDS`; its encoder is taken from it.
+        autoencoder: One of `KINDS`, which loses its encoder.
     """
 
     scale: Tensor
@@ -43,7 +44,7 @@ class LatentDecoder(nn.Module):
         scale, shift = (_channels(config.get(name), default) for name, default in _FACTORS)
         if config.get("shift_factor") is not None:
             shift = shift + float(config["shift_factor"])
-        # In the state, so that a fingerprint of it says them too.
+        # Buffers are part of the state, and so of the fingerprint.
         self.register_buffer("scale", scale / float(config["scaling_factor"]))
         self.register_buffer("shift", shift)
         autoencoder.encoder, autoencoder.quant_conv = nn.Identity(), nn.Identity()
@@ -57,16 +58,14 @@ class LatentDecoder(nn.Module):
         return decode(self.scale * latents + self.shift, return_dict=False)[0]
 
 
-_FACTORS = (("latents_std", 1.0), ("latents_mean", 0.0))
-
-
 class Nearest(nn.Module):
     """Replace every vector of an image by the nearest of a codebook, as a convolution and a lookup.
 
-    |z - e|^2 is smallest where z e - |e|^2 / 2 is largest.
+    |z - e|^2 = |z|^2 - 2 z e + |e|^2 is smallest where z e - |e|^2 / 2 is largest, and that is a 1x1 convolution, which
+    every runtime has, unlike pairwise distances.
 
     Args:
-        codes: (K, C).
+        codes: The codebook, (K, C).
     """
 
     def __init__(self, codes: Tensor) -> None:
@@ -74,58 +73,56 @@ class Nearest(nn.Module):
         self.embedding = nn.Embedding(len(codes), codes.shape[1], _weight=codes.detach())
 
     def forward(self, z: Tensor) -> tuple[Tensor, None, None]:
-        """Return (N, C, h, w) codes for (N, C, h, w), and nothing in the place of VQModel's losses."""
+        """Return (N, C, h, w) vectors of the codebook for `z` (N, C, h, w), and None in place of VQModel's losses."""
         codes = self.embedding.weight
         likeness = nn.functional.conv2d(z, codes[:, :, None, None], -codes.square().sum(1) / 2)  # (N, K, h, w)
-        found: Tensor = self.embedding(likeness.argmax(1))
-        return found.movedim(3, 1), None, None
+        nearest: Tensor = self.embedding(likeness.argmax(1))  # (N, h, w, C)
+        return nearest.movedim(3, 1), None, None
 
 
 def find_decoder(folder: Path, channels: int, *, allow_pickle: bool = False) -> LatentDecoder | None:
     """Return the decoder in a pipeline folder, float32, in evaluation mode; None if it holds none.
 
     Args:
-        folder: The folder, with the denoiser beside.
-        channels: How many the denoiser's latents have.
-        allow_pickle: As for `checkpoint.load_network`.
+        folder: The pipeline folder.
+        channels: Channels of the denoiser's latents.
+        allow_pickle: As for `diffusers_folder.load_network`.
 
     Raises:
         GaqError: There are two, it is of an unknown kind, damaged, or does not fit the denoiser.
     """
-    found = [folder / place for place in PLACES if (folder / place / "config.json").is_file()]
-    if not found:
+    places = [folder / place for place in PLACES if (folder / place / "config.json").is_file()]
+    if not places:
         return None
-    if len(found) > 1:
+    if len(places) > 1:
         raise GaqError(f"{folder} holds both a {PLACES[0]}/ and a {PLACES[1]}/: remove the one that is not used.")
-    decoder = load_decoder(found[0], allow_pickle=allow_pickle)
+    decoder = load_decoder(places[0], allow_pickle=allow_pickle)
     if decoder.channels != channels:
         raise GaqError(
-            f"The decoder in {found[0]} takes latents of {decoder.channels} channels, but the denoiser beside it makes "
-            f"{channels}."
+            f"The decoder in {places[0]} takes latents of {decoder.channels} channels, but the denoiser beside it "
+            f"makes {channels}."
         )
     return decoder
 
 
 def load_decoder(folder: Path, *, allow_pickle: bool = False) -> LatentDecoder:
-    """Load the decoder of an autoencoder's folder, `config.json` and weights; see `find_decoder`."""
+    """Load the decoder of an autoencoder from its folder, with `config.json` and weights; see `find_decoder`."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise GaqError(f"The decoder's config {file} cannot be read as a JSON object: {error}") from error
+    config = read_json(file, "decoder's config")
+    kind = str(config.get("_class_name"))
     if kind not in KINDS:
         raise GaqError(f"The config {file} describes a {kind!r}; decoders of {list(KINDS)} are supported.")
     known = set(inspect.signature(KINDS[kind].__init__).parameters) - {"self"}
     try:
-        with torch.random.fork_rng(devices=[]):  # all replaced, and the caller's random stream must not notice
+        # The random weights are all replaced: leave the caller's random stream alone.
+        with torch.random.fork_rng(devices=[]):
             autoencoder = KINDS[kind](**{name: value for name, value in config.items() if name in known})
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise GaqError(f"diffusers cannot build the decoder in {file}: {' '.join(str(error).split())}") from error
+        raise GaqError(f"diffusers cannot build the decoder in {file}: {one_line(error)}") from error
     diffusers_folder.load_weights(autoencoder, folder, allow_pickle=allow_pickle)
     return LatentDecoder(autoencoder)
 
 
 def _channels(values: Any, default: float) -> Tensor:
-    """Return values of channels as (1, C, 1, 1)."""
+    """Return values of a config, one a channel or one for all, as (1, C, 1, 1)."""
     return torch.tensor([default] if values is None else values, dtype=torch.float32).reshape(1, -1, 1, 1)

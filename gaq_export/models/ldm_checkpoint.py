@@ -1,8 +1,8 @@
 """Read a network from an original checkpoint of latent diffusion or Stable Diffusion (Rombach et al. 2022).
 
-In: `model.ckpt`, as the authors published it, and a network of diffusers' with the same architecture. Out: its weights
-by diffusers' names. `BLOCKS` is the whole map. Where a checkpoint holds the moving average of the weights as well, that
-is what it gives, since the authors draw with it.
+In: `model.ckpt`, as the authors published it, and a network of diffusers' with the same architecture. Out: the weights
+by diffusers' names, for which `BLOCKS` is the whole map. Where a checkpoint also holds the moving average of the
+weights, that average is read, since the authors draw with it.
 """
 
 import re
@@ -20,7 +20,9 @@ from gaq_export.models import diffusers_folder
 from gaq_export.models.architectures import config_of
 
 FILE = "model.ckpt"
-NETWORK, AVERAGE, TABLE = "model.diffusion_model.", "model_ema.diffusion_model", "cond_stage_model.embedding.weight"
+NETWORK = "model.diffusion_model."  # prefix of the network's tensors
+AVERAGE = "model_ema.diffusion_model"  # prefix of their moving averages, whose names have no dots after it
+TABLE = "cond_stage_model.embedding.weight"  # the rows of classes
 
 _RESIDUAL = {
     "norm1": "in_layers.0",
@@ -34,7 +36,7 @@ _ATTENTION = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv",
 _EMBEDDING = {"linear_1": "0", "linear_2": "2"}
 
 # diffusers' name of a block, the original one, and the parts inside that are named differently. I is the level, J the
-# block in it; what the other capitals mean follows from those, see `_numbers`.
+# block in it; the original has one list of blocks for all levels, whose numbers `_numbers` puts for the other capitals.
 BLOCKS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     ("time_embedding", "time_embed", _EMBEDDING),
     ("add_embedding", "label_emb.0", _EMBEDDING),
@@ -53,47 +55,54 @@ BLOCKS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
 
 
 def original_names(network: nn.Module) -> dict[str, str]:
-    """Return the original name of every tensor of a network, but for a table of classes; q, k and v share one.
+    """Return the original name of every tensor of a network but the table of classes; q, k and v share one name.
 
     Args:
         network: A `UNet2DModel` or `UNet2DConditionModel`, its tensors possibly without values ("meta").
 
     Raises:
-        GaqError: If it has a tensor that latent diffusion's networks have not.
+        GaqError: If it has a tensor that no network of latent diffusion has.
     """
     config = config_of(network)
     names = [name for name in network.state_dict() if name != "class_table.weight"]
     if not isinstance(config["layers_per_block"], int):
         raise GaqError(f"Latent diffusion has as many blocks at every level, not {config['layers_per_block']}.")
-    everything = set(names)
-    return {name: _original(name, config["layers_per_block"], everything) for name in names}
+    attending = {int(name.split(".")[1]) for name in names if re.match(r"up_blocks\.\d+\.attentions\.", name)}
+    return {name: _original(name, config["layers_per_block"], attending) for name in names}
 
 
-def _original(name: str, blocks: int, names: set[str]) -> str:
+def _original(name: str, blocks: int, attending: set[int]) -> str:
+    """Return the original name of a tensor.
+
+    Args:
+        name: diffusers' name of it.
+        blocks: Residual blocks of a level on the way down; on the way up there is one more.
+        attending: Levels on the way up that have attention.
+    """
     for ours, theirs, parts in BLOCKS:
-        found = re.match(ours.replace(".", r"\.").replace("I", r"(?P<i>\d+)").replace("J", r"(?P<j>\d+)") + r"\.", name)
-        if found is None:
+        pattern = ours.replace(".", r"\.").replace("I", r"(?P<i>\d+)").replace("J", r"(?P<j>\d+)") + r"\."
+        match = re.match(pattern, name)
+        if match is None:
             continue
-        numbers = {key: int(value) for key, value in found.groupdict().items()}
-        part, _, kind = name[found.end() :].rpartition(".")
+        numbers = {key: int(value) for key, value in match.groupdict().items()}
+        part, _, kind = name[match.end() :].rpartition(".")  # kind: weight or bias
         place = theirs
-        for capital, number in _numbers(numbers.get("i", 0), numbers.get("j", 0), blocks, names).items():
+        for capital, number in _numbers(numbers.get("i", 0), numbers.get("j", 0), blocks, attending).items():
             place = place.replace(capital, str(number))
         return ".".join(filter(None, (place, parts.get(part, part), kind)))
     raise GaqError(f"The network has a tensor {name!r}, which no network of latent diffusion has.")
 
 
-def _numbers(level: int, block: int, blocks: int, names: set[str]) -> dict[str, int]:
-    """Return what the capitals in BLOCKS mean: the original numbers blocks through all levels."""
+def _numbers(level: int, block: int, blocks: int, attending: set[int]) -> dict[str, int]:
+    """Return the number for each capital in BLOCKS, for block `block` of level `level`; the rest as in `_original`."""
     last = level * (blocks + 1) + blocks
-    attends = any(name.startswith(f"up_blocks.{level}.attentions.") for name in names)
     return {
         "DOWN": 1 + level * (blocks + 1) + block,
         "NEXT": (level + 1) * (blocks + 1),
         "MIDDLE": 2 * block,
         "UP": level * (blocks + 1) + block,
         "LAST": last,
-        "BEHIND": 2 if attends else 1,
+        "BEHIND": 2 if level in attending else 1,  # upsampling comes after the block's attention, if it has one
     }
 
 
@@ -105,7 +114,7 @@ def read(file: Path, network: nn.Module) -> dict[str, Tensor]:
         network: What they are for.
 
     Returns:
-        Its weights, by its own names. Those that the file lacks are missing.
+        The weights by the network's names; what the file lacks is missing here too.
 
     Raises:
         GaqError: If the file is damaged, or holds no network of latent diffusion.
@@ -114,29 +123,31 @@ def read(file: Path, network: nn.Module) -> dict[str, Tensor]:
     averaged = any(name.startswith(AVERAGE) for name in state)
     if not averaged and not any(name.startswith(NETWORK) for name in state):
         raise GaqError(f"The checkpoint {file} holds no {NETWORK}*, so it is none of latent diffusion.")
-    found = {}
+    weights = {}
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     for name, original in original_names(network).items():
         key = f"{AVERAGE}{original.replace('.', '')}" if averaged else f"{NETWORK}{original}"
         if key in state:
-            found[name] = _part(state[key], name, shapes[name], config_of(network).get("attention_head_dim"))
+            weights[name] = _part(state[key], name, shapes[name], config_of(network).get("attention_head_dim"))
     if "class_table.weight" in shapes and TABLE in state:
-        found["class_table.weight"] = state[TABLE]
-    return found
+        weights["class_table.weight"] = state[TABLE]
+    return weights
 
 
 def _part(value: Tensor, name: str, shape: torch.Size, width: Any) -> Tensor:
-    """Return what a tensor of ours holds of the original one: q, k or v out of all three, without an axis of 1.
+    """Return the part of an original tensor that is one of ours: q, k or v out of all three, in our shape.
 
     Args:
-        value: the original one.
-        name: of ours.
-        shape: of ours.
-        width: of a head, where there are q, k and v in one.
+        value: The original tensor.
+        name: Our name of the part.
+        shape: Its shape. Linear layers of ours may be convolutions of one pixel there, with two more axes of 1.
+        width: Channels of a head, where the original has q, k and v in one tensor; None if there is one head.
     """
     which = re.search(r"attentions\.\d+\.to_([qkv])\.", name)
     if which is not None and value.numel() == 3 * shape.numel():
-        value = value.reshape(-1, 3, width or shape[0], *shape[1:])[:, "qkv".index(which[1])]  # (heads, 3, width, ...)
+        # (3C, ...) -> (heads, 3, width, ...) -> (heads, width, ...): q, k and v alternate from head to head
+        value = value.reshape(-1, 3, width or shape[0], *shape[1:])[:, "qkv".index(which[1])]
+    # One of another size is returned as it is, for `diffusers_folder.fill` to report.
     return value.reshape(shape) if value.numel() == shape.numel() else value
 
 
@@ -152,9 +163,10 @@ def _state(file: Path) -> dict[str, Tensor]:
 
 
 def _stand_ins(file: Path) -> Any:
-    """Return a context that lets a file name classes of the trainer it was written by: an empty one takes their place.
+    """Return a context in which a pickle may name classes of PyTorch Lightning; each is replaced by an empty class.
 
-    The trainer's notes beside the weights name them; nothing of it is loaded or run.
+    Checkpoints hold the trainer's state beside the weights, and name its classes there. No code of the trainer is
+    loaded or run.
     """
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)

@@ -1,7 +1,10 @@
-"""Read a `scheduler_config.json` of diffusers as a `NoiseSchedule`."""
+"""Read the `scheduler_config.json` of a diffusers folder as a `NoiseSchedule`.
+
+In: the config. Out: the noise schedule that the network was trained with. diffusers' `DDPMScheduler` computes the
+numbers, so that every beta schedule it knows is understood and images agree with its pipelines.
+"""
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,11 @@ from diffusers import DDPMScheduler
 
 from gaq_export.diffusion.schedule import NoiseSchedule
 from gaq_export.errors import GaqError
+from gaq_export.models.json_file import read_json
 
 
 def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> NoiseSchedule:
     """Read a noise schedule from a diffusers scheduler config.
-
-    diffusers' own `DDPMScheduler` computes the numbers, so every beta schedule it knows is understood and images
-    agree with its pipelines.
 
     Args:
         source: The config as a mapping, its JSON file, or the folder that holds `scheduler_config.json`.
@@ -35,9 +36,10 @@ def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> No
     if config.get("thresholding"):
         raise GaqError("The scheduler config asks for dynamic thresholding, which is not supported; set it to false.")
     fields = _fields_of(config.get("_class_name"))
-    if "clip_sample" not in fields:
+    if "clip_sample" not in fields:  # a scheduler that never clips, unlike `DDPMScheduler` by default
         config["clip_sample"] = False
-    own_last = "set_alpha_to_one" in fields and not config.get("set_alpha_to_one", fields["set_alpha_to_one"].default)
+    # With set_alpha_to_one false, the sampler's last step ends at the first timestep's alpha_bar and not at 1.
+    ends_noisy = "set_alpha_to_one" in fields and not config.get("set_alpha_to_one", fields["set_alpha_to_one"].default)
     try:
         scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in _fields_of(None)})
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
@@ -48,18 +50,18 @@ def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> No
         alpha_bar=alpha_bar,
         clip=clip,
         variance=str(scheduler.config["variance_type"]),
-        last=float(alpha_bar[0]) if own_last else 1.0,
+        last=float(alpha_bar[0]) if ends_noisy else 1.0,
     )
 
 
 def _fields_of(scheduler: str | None) -> Mapping[str, inspect.Parameter]:
-    """Return the fields that a scheduler of diffusers has; those of `DDPMScheduler` for one it does not know."""
+    """Return the fields of a scheduler of diffusers; those of `DDPMScheduler` for a class that diffusers has not."""
     kind = getattr(diffusers, scheduler or "", DDPMScheduler)
     return inspect.signature(kind.__init__).parameters
 
 
 def read_scheduler_config(path: Path) -> dict[str, Any]:
-    """Read a scheduler config as it stands.
+    """Read a scheduler config without interpreting it.
 
     Args:
         path: The JSON file, or the folder that holds `scheduler_config.json`.
@@ -67,13 +69,4 @@ def read_scheduler_config(path: Path) -> dict[str, Any]:
     Raises:
         GaqError: If it is missing, unreadable or no JSON object.
     """
-    file = path / "scheduler_config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise GaqError(f"There is no scheduler config at {file}; it says which noise schedule to use.") from error
-    except (OSError, ValueError) as error:
-        raise GaqError(f"The scheduler config {file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise GaqError(f"The scheduler config {file} must be a JSON object, not a {type(config).__name__}.")
-    return config
+    return read_json(path / "scheduler_config.json" if path.is_dir() else path, "scheduler config")

@@ -1,17 +1,19 @@
-"""Prompts as a denoiser is told them: CLIP's tokenizers and text encoders out of a pipeline folder.
+"""From prompts to a denoiser's condition, with the CLIP tokenizers and text encoders of a pipeline folder.
+
+In: K prompts. Out: tensors by name, as the denoiser takes them.
 
     encoder_hidden_states (K, L, D)   one encoder: its last states; two, as in Stable Diffusion XL: side by side, those
                                       of the last layer but one
     text_embeds (K, P)                two encoders: the second's projection of the end of the text
     time_ids (K, 6)                   two encoders: height, width, crop (0, 0), height and width of the image in pixels
 
-What stands for nothing is the empty prompt or, where `model_index.json` says so, zeros. Needs the extra `text`.
+The unconditional rows are those of the empty prompt or, where `model_index.json` says so, zeros. Needs the extra
+`text`.
 """
 
 import importlib.util
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +23,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from gaq_export.diffusion.conditioning import Conditioning
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, one_line
 from gaq_export.models import diffusers_folder, hub
 from gaq_export.models.architectures import ADDED
+from gaq_export.models.diffusers_folder import WeightFiles
+from gaq_export.models.json_file import read_json
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.source import SourceKind, WeightSource
 
@@ -32,9 +36,16 @@ if TYPE_CHECKING:
 
 STATES = "encoder_hidden_states"
 PLACES = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-FILES = ("model.safetensors", "model.fp16.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+FILES = WeightFiles(
+    whole="model.safetensors",
+    half="model.fp16.safetensors",
+    index="model.safetensors.index.json",
+    pickle="pytorch_model.bin",
+)
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 CHUNK = 16  # prompts at a time
+# Fields of a config that say how it was saved and not what the encoder is.
+_NOT_OF_THE_MODEL = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
 Run = Callable[[Tensor], Sequence[Tensor]]  # ids (N, L) to states (N, L, D) and, of a last encoder of two, (N, P)
 
@@ -42,11 +53,11 @@ _log = logging.getLogger(__name__)
 
 
 class TextEncoder(nn.Module):
-    """A CLIP text encoder's states, and the projection of its text's end if `pair`.
+    """A CLIP text encoder: from tokens to states and, if it is the second of two, the projection of the text's end.
 
     Args:
-        model: one of `CLASSES`.
-        pair: as one of the two encoders of Stable Diffusion XL.
+        model: One of `CLASSES`.
+        pair: Whether it is one of the two encoders of Stable Diffusion XL.
     """
 
     hidden: Tensor
@@ -58,17 +69,18 @@ class TextEncoder(nn.Module):
         self.length, self.pair, self.end = int(config.max_position_embeddings), pair, int(config.eos_token_id)
         self.embeddings, self.layers, self.norm = inner.embeddings, inner.encoder.layers, inner.final_layer_norm
         self.projection: nn.Module | None = getattr(model, "text_projection", None) if pair else None
+        # No token attends to a later one: the least finite number is added to its score, as transformers does.
         future = torch.full((self.length, self.length), torch.finfo(torch.float32).min).triu(1)
-        self.register_buffer("hidden", future[None, None], persistent=False)
+        self.register_buffer("hidden", future[None, None], persistent=False)  # (1, 1, L, L), like attention scores
         self.eval().requires_grad_(False)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what it returns."""
+        """Names of the tensors that it returns."""
         return ("states",) if self.projection is None else ("states", "pooled")
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Return (N, L, D) and perhaps (N, P) for `ids` (N, L) int64."""
+        """Return states (N, L, D) and perhaps a projection (N, P) for `ids` (N, L) int64."""
         x = before = self.embeddings(ids)
         for layer in self.layers:
             before, x = x, layer(x, self.hidden)
@@ -76,22 +88,23 @@ class TextEncoder(nn.Module):
         states = before if self.pair else last
         if self.projection is None:
             return (states,)
-        # Configs of the first years call 2 the end, but mean the largest number; padding may repeat it.
+        # Configs of the first years call token 2 the end, but mean the largest number; padding may repeat it.
         ends = ids == (ids.amax(1, keepdim=True) if self.end == 2 else self.end)
-        left = ends * torch.arange(self.length, 0, -1)
-        first = left == left.amax(1, keepdim=True)
+        # The first end picks its state by a product with a one-hot row, so that no index depends on data.
+        countdown = ends * torch.arange(self.length, 0, -1)
+        first = countdown == countdown.amax(1, keepdim=True)
         return states, self.projection((first[:, None].float() @ last)[:, 0])  # (N, 1, L) (N, L, D) -> (N, D)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Texts:
-    """What turns prompts into rows.
+    """What turns prompts into a condition.
 
     Attributes:
-        tokenizers: one for each encoder; they cut and pad to its length.
-        encoders: one, or two; each a `TextEncoder`, or an engine of one.
-        zeros: whether nothing is told as zeros.
-        time_ids: (1, 6) of the image's size, None with one encoder.
+        tokenizers: One for each encoder; they cut and pad to its length.
+        encoders: One or two; each a `TextEncoder`, or an engine of one.
+        zeros: Whether the unconditional rows are zeros.
+        time_ids: (1, 6) of the image's size; None with one encoder.
     """
 
     tokenizers: "tuple[Tokenizer, ...]"
@@ -101,31 +114,31 @@ class Texts:
 
 
 def encode(where: Texts | LoadedModel | Path | str, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Turn prompts into rows of what a denoiser is told, (K, ...) float32 each.
+    """Turn prompts into rows of a denoiser's condition, (K, ...) float32 each.
 
     Args:
-        where: texts, or a model or the pipeline folder that holds them.
+        where: Tokenizers and encoders, or a model or pipeline folder that has some.
         prompts: K of them; what is longer than the encoders take is cut, with a warning.
 
     Raises:
-        GaqError: no prompts, no text encoder there, or one that is not as it must be.
+        GaqError: There are no prompts, no text encoders, or ones that are damaged or not supported.
     """
     texts = _find(where)
     if not prompts:
         raise GaqError("No prompts were given; give one at least.")
-    found: list[list[Tensor]] = []
+    outputs: list[list[Tensor]] = []  # of each encoder
     with torch.no_grad():
         for tokenizer, encoder in zip(texts.tokenizers, texts.encoders, strict=True):
             parts = [encoder(part) for part in torch.split(_ids(tokenizer, prompts), CHUNK)]
-            found.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
-    rows = {STATES: torch.cat([states for states, *_ in found], dim=-1)}
+            outputs.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+    rows = {STATES: torch.cat([states for states, *_ in outputs], dim=-1)}
     if texts.time_ids is None:
         return rows
-    return rows | dict(zip(ADDED, (found[-1][-1], texts.time_ids.repeat(len(prompts), 1)), strict=True))
+    return rows | dict(zip(ADDED, (outputs[-1][-1], texts.time_ids.repeat(len(prompts), 1)), strict=True))
 
 
 def empty_prompt(where: Texts | LoadedModel | Path | str) -> dict[str, Tensor]:
-    """Return what stands for nothing, (1, ...) each; see `encode`."""
+    """Return the unconditional rows, (1, ...) each; see `encode`."""
     texts = _find(where)
     rows = encode(texts, [""])
     if not texts.zeros:
@@ -146,11 +159,11 @@ def load(folder: Path, *, allow_pickle: bool = False) -> Texts | None:
     """Read the tokenizers and text encoders of a pipeline folder; None if it holds none.
 
     Args:
-        folder: with `text_encoder/` and `tokenizer/`, perhaps `text_encoder_2/` and `tokenizer_2/`.
-        allow_pickle: as for `checkpoint.load_network`.
+        folder: With `text_encoder/` and `tokenizer/`, perhaps `text_encoder_2/` and `tokenizer_2/`.
+        allow_pickle: As for `diffusers_folder.load_network`.
 
     Raises:
-        GaqError: transformers is not installed; an encoder is of another kind, damaged, or has no tokenizer.
+        GaqError: transformers is not installed, or an encoder is of another kind, damaged, or has no tokenizer.
     """
     present = [(folder / tokens, folder / encoder) for tokens, encoder in PLACES if (folder / encoder).is_dir()]
     if not present:
@@ -161,7 +174,8 @@ def load(folder: Path, *, allow_pickle: bool = False) -> Texts | None:
     encoders = tuple(_encoder(place, pair, allow_pickle) for _, place in present)
     if pair and encoders[1].projection is None:
         raise GaqError(f"{present[1][1]} is no {CLASSES[1]}, as a second text encoder must be.")
-    index = _read(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index_file = folder / "model_index.json"
+    index = read_json(index_file, "index of the pipeline") if index_file.is_file() else {}
     return Texts(
         tokenizers=tuple(
             _tokenizer(place, encoder.length) for (place, _), encoder in zip(present, encoders, strict=True)
@@ -173,7 +187,7 @@ def load(folder: Path, *, allow_pickle: bool = False) -> Texts | None:
 
 
 def installed() -> bool:
-    """Return whether transformers is there."""
+    """Return whether transformers is installed, without importing it."""
     return importlib.util.find_spec("transformers") is not None
 
 
@@ -185,7 +199,7 @@ def folder_of(source: WeightSource) -> Path | None:
 
 
 def of(model: LoadedModel) -> Texts | None:
-    """Return what turns prompts into what a model is told, None if there is nothing in its folder."""
+    """Return the tokenizers and text encoders in a model's folder; None if it has no folder, or none are there."""
     folder = folder_of(model.source)
     return None if folder is None else load(folder, allow_pickle=model.source.kind is SourceKind.HUB)
 
@@ -193,20 +207,20 @@ def of(model: LoadedModel) -> Texts | None:
 def _find(where: Texts | LoadedModel | Path | str) -> Texts:
     if isinstance(where, Texts):
         return where
-    found = of(where) if isinstance(where, LoadedModel) else load(Path(where))
-    if found is None:
+    texts = of(where) if isinstance(where, LoadedModel) else load(Path(where))
+    if texts is None:
         name = where.source if isinstance(where, LoadedModel) else where
         raise GaqError(f"{name} has no text_encoder/ beside its network: give a pipeline folder that takes prompts.")
-    return found
+    return texts
 
 
 def _ids(tokenizer: "Tokenizer", prompts: Sequence[str]) -> Tensor:
     """Return the prompts' tokens, (K, L) int64, cut and padded."""
-    found = tokenizer.encode_batch(list(prompts))
-    for prompt, tokens in zip(prompts, found, strict=True):
+    encodings = tokenizer.encode_batch(list(prompts))
+    for prompt, tokens in zip(prompts, encodings, strict=True):
         if tokens.overflowing:
             _log.warning("the prompt %r is longer than %d tokens, and is cut", prompt[:60], len(tokens.ids))
-    return torch.tensor([tokens.ids for tokens in found])
+    return torch.tensor([tokens.ids for tokens in encodings])
 
 
 def _tokenizer(folder: Path, length: int) -> "Tokenizer":
@@ -215,7 +229,7 @@ def _tokenizer(folder: Path, length: int) -> "Tokenizer":
     try:
         read = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise GaqError(f"No tokenizer can be read from {folder} ({' '.join(str(error).split())[:200]}).") from error
+        raise GaqError(f"No tokenizer can be read from {folder} ({one_line(error)}).") from error
     tokenizer: Tokenizer = read.backend_tokenizer
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=read.pad_token_id, pad_token=read.pad_token)
@@ -225,49 +239,35 @@ def _tokenizer(folder: Path, length: int) -> "Tokenizer":
 def _encoder(folder: Path, pair: bool, allow_pickle: bool) -> TextEncoder:
     import transformers
 
-    fields = _read(folder / "config.json")
+    fields = read_json(folder / "config.json", "text encoder's config")
     kind = (fields.get("architectures") or [None])[0]
     if kind not in CLASSES:
         raise GaqError(f"The text encoder in {folder} is a {kind!r}; supported are {list(CLASSES)}.")
     try:
         config = transformers.CLIPTextConfig(**{k: v for k, v in fields.items() if k not in _NOT_OF_THE_MODEL})
-        config._attn_implementation = "eager"
-        with torch.random.fork_rng(devices=[]):  # all replaced, and the caller's random stream must not notice
+        config._attn_implementation = "eager"  # it adds the mask of `TextEncoder` as it is
+        with torch.random.fork_rng(devices=[]):  # the random weights are all replaced: leave the caller's stream alone
             model: nn.Module = getattr(transformers, kind)(config)
     except (StrictDataclassError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise GaqError(f"transformers cannot build the text encoder in {folder}: {reason}") from error
+        raise GaqError(f"transformers cannot build the text encoder in {folder}: {one_line(error)}") from error
     model = model.float()
     names = set(model.state_dict())
 
     def rename(name: str) -> str | None:
-        """Return the name that this version has for a tensor, None for the positions, which were kept as a tensor."""
+        """Return this version's name of a tensor; None for the positions, which older versions stored as weights."""
         if name.endswith("position_ids"):
             return None
         return name if name in names else name.removeprefix("text_model.")
 
-    diffusers_folder.load_weights(model, folder, allow_pickle=allow_pickle, names=FILES, rename=rename)
+    diffusers_folder.load_weights(model, folder, allow_pickle=allow_pickle, files=FILES, rename=rename)
     return TextEncoder(model, pair=pair)
-
-
-_NOT_OF_THE_MODEL = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
 
 def _time_ids(folder: Path) -> Tensor:
     """Return (1, 6): the image's height and width, no crop, and the size again."""
-    size = _read(folder / "unet" / "config.json").get("sample_size")
-    levels = _read(folder / "vae" / "config.json").get("block_out_channels", ())
+    size = read_json(folder / "unet" / "config.json", "model config").get("sample_size")
+    levels = read_json(folder / "vae" / "config.json", "decoder's config").get("block_out_channels", ())
     if size is None or not levels:
         raise GaqError(f"{folder} does not say how large its images are: unet/config.json or vae/config.json lack it.")
     height, width = (n * 2 ** (len(levels) - 1) for n in ((size, size) if isinstance(size, int) else size))
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GaqError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise GaqError(f"{file} holds no JSON object.")
-    return fields

@@ -206,7 +206,7 @@ def _only_pickle(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "describes a 'list'"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object, not a list"),
     "wrong class": (
         lambda f: _config(f, _class_name="VQModel"),
         "a 'VQModel'; supported are .*'UNet2DModel'",
