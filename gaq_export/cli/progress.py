@@ -216,6 +216,8 @@ class Display:
     def collect(self, done: int, total: int) -> None:
         """Show how many network calls of the float sampler are done."""
         self._show("collect", f"collecting {done}/{total}", done / total)
+        if done == total:  # the blocks are found and timed before calibration reports for the first time
+            self.stage("preparing")
 
     def calibrate(self, progress: "CalibrationProgress") -> None:
         """Show the block at work, and a line for each finished one."""
@@ -271,4 +273,6 @@ def duration(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -57,8 +57,8 @@ def test_a_log_has_a_line_every_30_seconds_with_stage_share_and_time_left(watche
         watched.display.collect(second, 100)
     assert watched.lines == [
         "collecting 30/100 (30%), 1 min 10 s left",
-        "collecting 60/100 (60%), 0 min 40 s left",
-        "collecting 90/100 (90%), 0 min 10 s left",
+        "collecting 60/100 (60%), 40 s left",
+        "collecting 90/100 (90%), 10 s left",
     ]
 
 
@@ -70,8 +70,8 @@ def test_a_stage_that_reports_rarely_still_has_its_lines(watched: Watched) -> No
         watched.clock.now = float(second)
         watched.log.beat()
     assert watched.lines == [
-        "collecting 50/100 (50%), 0 min 50 s left",
-        "collecting 50/100 (50%), 0 min 20 s left",  # 30 s later, and no news since
+        "collecting 50/100 (50%), 50 s left",
+        "collecting 50/100 (50%), 20 s left",  # 30 s later, and no news since
         "collecting 50/100 (50%), 1 min 50 s so far",  # later than it should have ended
         "collecting 50/100 (50%), 2 min 20 s so far",
         "collecting 50/100 (50%), 2 min 50 s so far",
@@ -115,7 +115,7 @@ def test_a_stage_that_begins_again_is_timed_again(watched: Watched) -> None:
     watched.display.calibrate(block(0, 0.0))  # of the next recipe
     watched.clock.now = 1030.0
     watched.display.calibrate(block(1, 0.5))
-    assert watched.lines[-1] == "2/4 block 1 (50%), 0 min 30 s left"
+    assert watched.lines[-1] == "2/4 block 1 (50%), 30 s left"
 
 
 def test_drawing_shows_images_a_second_of_this_process(watched: Watched) -> None:
@@ -132,7 +132,7 @@ def test_the_clock_is_watched_by_a_thread_that_ends_with_the_command() -> None:
         assert log._watch.is_alive()
         display.stage("building")
     assert not log._watch.is_alive()
-    assert lines == ["building, 0 min 00 s so far"]
+    assert lines == ["building, 0 s so far"]
 
 
 def test_a_terminal_shows_a_bar_with_the_time_left_and_finished_blocks_above_it() -> None:
