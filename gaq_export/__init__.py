@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
     from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, linear_schedule
     from gaq_export.errors import GaqError
-    from gaq_export.evaluation.evaluate import Evaluation, evaluate_engines, evaluate_sets
+    from gaq_export.evaluation.evaluate import DrawingOptions, Evaluation, evaluate_engines, evaluate_sets
     from gaq_export.models.loader import LoadedModel, load_model, wrap
     from gaq_export.models.registry import MODELS
     from gaq_export.models.text_encoder import prompt_conditioning
@@ -59,7 +59,7 @@ _NAMES = {
     "gaq_export.diffusion.conditioning": ("Conditioning", "class_conditioning"),
     "gaq_export.diffusion.schedule": ("NoiseSchedule", "SamplerSpec", "linear_schedule"),
     "gaq_export.errors": ("GaqError",),
-    "gaq_export.evaluation.evaluate": ("Evaluation", "evaluate_engines", "evaluate_sets"),
+    "gaq_export.evaluation.evaluate": ("DrawingOptions", "Evaluation", "evaluate_engines", "evaluate_sets"),
     "gaq_export.models.loader": ("LoadedModel", "load_model", "wrap"),
     "gaq_export.models.registry": ("MODELS",),
     "gaq_export.models.text_encoder": ("prompt_conditioning",),
@@ -80,6 +80,7 @@ __all__ = [
     "CalibError",
     "CalibrationOptions",
     "Conditioning",
+    "DrawingOptions",
     "EngineConfig",
     "EngineError",
     "EngineFile",
