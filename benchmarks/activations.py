@@ -25,12 +25,11 @@ from calib.plan import QuantPlan, save_plan
 from calib.sqnr import sqnr_db
 from command import write_markdown
 from engines import EngineConfig, EngineFile
-from gaq_export.deploy import step_loop
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.deploy import session, step_loop
+from gaq_export.diffusion import loop
 from gaq_export.evaluation.timing import take_turns
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.models.provenance import Provenance
 from gaq_export.pipeline import build_engine
 from gaq_export.quantize.presets import preset
 from gaq_export.quantize.trajectories import collect, image_seed
@@ -101,7 +100,7 @@ def main(
 
 def learn(model: LoadedModel, data: CalibrationSet, config: QuantConfig, folder: Path) -> QuantPlan:
     """Calibrate, keeping the blocks in the folder."""
-    about = provenance.describe(model, model.spec.sampler)
+    about = Provenance.of(model, model.spec.sampler).to_json()
     blocks = folder / "blocks"
     return calibrate(model.network, data, config, timesteps=model.schedule.num_train, provenance=about, folder=blocks)
 
@@ -114,7 +113,7 @@ def held_out(model: LoadedModel, images: int) -> list[tuple[Tensor, Tensor, Tens
         seen.append((x.clone(), t, model.network(x, t)))
 
     seeds = [image_seed(0, i, "held-out activations") for i in range(images)]
-    samplers.run(model.network, seeds, model.shape, model.schedule, model.spec.sampler, keep)
+    loop.run(model.network, seeds, model.sampling(), keep)
     return seen
 
 
@@ -134,8 +133,8 @@ def _engine(model: LoadedModel, plan: QuantPlan, folder: Path, batch: int) -> En
 
 
 def _loop(model: LoadedModel, file: EngineFile, batch: int) -> Callable[[], object]:
-    engine, steps = engines.open_engine(file), SamplerSpec.from_json(file.about["sampler"]).steps
-    return lambda: step_loop.run(engine, range(batch), model.shape, steps)
+    engine = engines.open_engine(file)
+    return lambda: step_loop.run(engine, range(batch), session.sampling_of(file))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.sqnr import sqnr_db
 from command import write_markdown
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.images import psnr
 from gaq_export.models.loader import LoadedModel, load_model
@@ -76,7 +76,7 @@ def _measured(
     def keep(step: int, x: Tensor, t: Tensor) -> None:
         seen.append((x.clone(), t))
 
-    exact = samplers.run(model.network, seeds, model.shape, model.schedule, spec, keep)
+    exact = loop.run(model.network, seeds, model.sampling(spec), keep)
     with torch.no_grad():
         noise = [(model.network(x, t), quantized(x, t)) for x, t in seen]
     for rule in CORRECTIONS:
@@ -84,7 +84,7 @@ def _measured(
         if rule != "none":
             chosen = replace(config, correction=replace(config.correction, rule=rule, images=calibrating))
             found = noise_correction.measure(model, quantized, spec, data, chosen)
-        drawn = samplers.run(quantized, seeds, model.shape, model.schedule, spec, correction=found)
+        drawn = loop.run(quantized, seeds, replace(model.sampling(spec), correction=found))
         near = sorted(psnr(exact, drawn).tolist())
         yield (
             rule,

@@ -27,7 +27,7 @@ from engines import EngineConfig, EngineFile
 from engines.driver import gpus, no_gpu
 from engines.machine import inspect_machine
 from gaq_export.deploy import session
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import user_errors
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, export_onnx, load_model, preset
@@ -128,7 +128,7 @@ def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, comp
 def _loops(file: EngineFile, model: LoadedModel, spec: SamplerSpec, batch: int) -> dict[str, Any]:
     before = _memory()
     with engines.open_engine(file) as engine:
-        draw = session.by_engine(engine, file, model.schedule, model.shape, spec)
+        draw = session.draw_with_engine(engine, file, session.sampling_of(file))
         together = draw(range(batch), lambda: None)
         seconds = []
         for _ in range(ROUNDS):
@@ -165,7 +165,7 @@ def _by_polygraphy(file: EngineFile, model: LoadedModel, spec: SamplerSpec, run:
             self.milliseconds.append(milliseconds)
 
     def feeds(batch: int) -> dict[str, Any]:
-        x = samplers.noise(range(batch), 0, model.shape).numpy()
+        x = loop.noise(range(batch), 0, model.shape).numpy()
         return {"x": x, "step": np.zeros(1, np.int64)}
 
     times, profiler = [], Profiler()
@@ -192,7 +192,7 @@ def _pytorch(model: LoadedModel, spec: SamplerSpec, batch: int) -> tuple[str, fl
 
     for _ in range(ROUNDS + 1):
         started = time.perf_counter()
-        samplers.run(denoise, range(batch), model.shape, model.schedule, spec)
+        loop.run(denoise, range(batch), model.sampling(spec))
         seconds.append(time.perf_counter() - started)
     model.network.to("cpu")
     return device, statistics.median(seconds[1:])

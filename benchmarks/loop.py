@@ -30,11 +30,13 @@ from command import write_markdown
 from engines import EngineConfig
 from engines.machine import CPU_FEATURES, inspect_machine
 from gaq_export.deploy import session, step_loop
-from gaq_export.diffusion import samplers
+from gaq_export.deploy.record import EngineRecord, GraphKind
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.evaluation.timing import take_turns
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
+from gaq_export.models.provenance import Provenance
 from gaq_export.pipeline import LoadedModel, build_engine, calibrate, load_model, preset
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.report.markdown import machine, markdown_table
@@ -124,8 +126,9 @@ def _pytorch(job: Job, float_graph: Path, *, compiled: bool) -> Loop:
 
 def _float_engine(job: Job, float_graph: Path, *, backend: str) -> Loop:
     config = EngineConfig(backend=backend, **job.config)
-    file = engines.build(float_graph, job.folder / f"{backend}-float.plan", config, {"graph": "eps"})
-    draw = session.by_engine(engines.open_engine(file), file, job.model.schedule, job.model.shape, job.spec)
+    record = EngineRecord(provenance=Provenance.of(job.model, job.spec), graph=GraphKind.EPS, bits="float")
+    file = engines.build(float_graph, job.folder / f"{backend}-float.plan", config, record.to_json())
+    draw = session.draw_with_engine(engines.open_engine(file), file, session.sampling_of(file))
     return lambda: draw(range(job.batch), lambda: None)
 
 
@@ -135,7 +138,7 @@ def _peer(job: Job, float_graph: Path, *, make: Callable[[peers.Order], peers.De
     denoise = make(
         peers.Order(network=network, graph=float_graph, folder=job.folder, samples=samples, static=job.batch)
     )
-    return lambda: samplers.run(denoise, range(job.batch), job.model.shape, job.model.schedule, job.spec)
+    return lambda: loop.run(denoise, range(job.batch), job.model.sampling(job.spec))
 
 
 def _ours(job: Job, float_graph: Path, *, backend: str, wbits: int, compute: str = "float32") -> Loop:
@@ -143,7 +146,7 @@ def _ours(job: Job, float_graph: Path, *, backend: str, wbits: int, compute: str
     out = job.folder / f"{backend}-w{wbits}-{compute}.plan"
     built = build_engine(folder=_run(job, wbits), out=out, config=config, sampler=job.spec, model=job.model)
     engine = engines.open_engine(built.file)
-    return lambda: step_loop.run(engine, range(job.batch), job.model.shape, job.spec.steps)
+    return lambda: step_loop.run(engine, range(job.batch), job.model.sampling(job.spec))
 
 
 def _run(job: Job, wbits: int) -> Path:

@@ -21,8 +21,9 @@ from calib.sqnr import sqnr_db
 from command import write_markdown
 from gaq_export.deploy import session
 from gaq_export.deploy.parity import PERTURBATION, perturbed
-from gaq_export.diffusion import samplers
-from gaq_export.models import provenance
+from gaq_export.deploy.record import record_of
+from gaq_export.diffusion import loop, samplers
+from gaq_export.models.provenance import find_model, provenance_of
 from gaq_export.report.markdown import markdown_table
 from options import Out
 
@@ -44,20 +45,21 @@ def main(
 ) -> None:
     """Print one row a step, in dB."""
     file, plan = engines.load_engine_file(engine), load_plan(run / "plan.safetensors")
-    model = provenance.model_of(plan.provenance, None, run)
-    spec = session.sampler_of(file, None)
+    model = find_model(provenance_of(plan), None, run)
+    record = record_of(file)
+    spec = record.provenance.sampler
     seen: list[tuple[Tensor, Tensor]] = []
     seeds = list(range(10_000, 10_000 + images))
-    samplers.run(model.network, seeds, model.shape, model.schedule, spec, lambda _, x, t: seen.append((x, t)))
+    loop.run(model.network, seeds, model.sampling(spec), lambda _, x, t: seen.append((x, t)))
     rows = []
-    left = {name: layer for name, layer in plan.layers.items() if name not in file.about["baked"]}
+    left = {name: layer for name, layer in plan.layers.items() if name not in record.tables}
     quantized = fake_quantized(model.network, plan)
     sampler = samplers.table(model.schedule, spec)
     with engines.open_engine(file) as opened, torch.no_grad():
         for step, (x, t) in enumerate(seen):
             with perturbed(quantized, left, PERTURBATION["float32"], seed=step):
                 nudged = quantized(x, t)
-            expected, found = quantized(x, t), session.noise_of(opened, file, model.schedule)(x, t)
+            expected, found = quantized(x, t), session.noise_predictor(opened, file)(x, t)
             after = [
                 samplers.update(sampler[step], model.schedule.clip, x, e, torch.zeros_like(x), None)[0]
                 for e in (expected, found)
@@ -69,8 +71,8 @@ def main(
                 sqnr_db(model.network(x, t), found),
             ]
             rows.append((step, int(t[0]), *measured))
-    name = plan.provenance["model"]["name"]
-    title = f"{name} {file.about['bits']}, {file.backend}, {images} held-out images, SQNR in dB."
+    name = record.provenance.name
+    title = f"{name} {record.bits}, {file.backend}, {images} held-out images, SQNR in dB."
     columns = list(zip(*rows, strict=True))
     table = [(str(step), str(t), *(f"{v:.1f}" for v in measured)) for step, t, *measured in rows]
     table += [

@@ -45,7 +45,7 @@ __all__ = [
 
 
 def build(
-    onnx_path: str | Path, engine_path: str | Path, config: EngineConfig, about: dict[str, Any] | None = None
+    onnx_path: str | Path, engine_path: str | Path, config: EngineConfig, metadata: dict[str, Any] | None = None
 ) -> EngineFile:
     """Build an engine and its record from an ONNX file; if that fails, the files that were there before stay.
 
@@ -53,7 +53,7 @@ def build(
         onnx_path: The ONNX file, in the Q/DQ profile that the backend takes.
         engine_path: Where the engine goes; its record goes to `<engine_path>.json`.
         config: Backend, batch sizes and options.
-        about: Any JSON object, stored in the record.
+        metadata: Any JSON object, stored in the record.
 
     Raises:
         EngineError: The backend is unknown or not installed, or it cannot build this model.
@@ -63,9 +63,9 @@ def build(
     compute = backend.compute(config.compute)
     config = replace(config, compute=compute)
     try:
-        about = json.loads(json.dumps(about or {}, allow_nan=False))
+        metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise EngineError(f"`about` must hold JSON values only: {error}.") from None
+        raise EngineError(f"The metadata must hold JSON values only: {error}.") from None
     graph = read_onnx(onnx_path)
     if config.stripped and graph.apart:
         raise EngineError(f"{onnx_path} has weights in other files; only those inside it can be left out of an engine.")
@@ -81,7 +81,7 @@ def build(
         sha256=built.sha256,
         audit=built.audit,
         build_seconds=built.seconds,
-        about=about,
+        metadata=metadata,
         targets=config.targets,
         threads=config.threads,
         optimisation=config.optimisation,

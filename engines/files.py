@@ -16,7 +16,7 @@ import numpy as np
 from engines.base import Audit, Compute, Optimisation, TensorSpec
 from engines.errors import EngineError
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class EngineFile:
         sha256: Checksum of the file at `path`.
         audit: What the runtime says it computes and holds.
         build_seconds: How long the build took.
-        about: The caller's JSON.
+        metadata: the caller's JSON, which `engines` stores and does not read.
         targets: GPU generations it was built for; empty means portable.
         threads: CPU threads; None leaves the choice to the runtime.
         optimisation: How far ONNX Runtime rewrites the graph.
@@ -50,7 +50,7 @@ class EngineFile:
     sha256: str
     audit: Audit
     build_seconds: float
-    about: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     threads: int | None = None
     optimisation: Optimisation = Optimisation.ALL
@@ -180,7 +180,7 @@ def _from_record(engine: Path, record: dict[str, Any]) -> EngineFile:
         sha256=str(record["sha256"]),
         audit=Audit.from_json(record["audit"]),
         build_seconds=float(record["build_seconds"]),
-        about=dict(record["about"]),
+        metadata=dict(record["metadata"]),
         targets=tuple(record["targets"]),
         threads=None if record["threads"] is None else int(record["threads"]),
         optimisation=Optimisation(record["optimisation"]),

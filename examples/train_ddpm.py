@@ -33,8 +33,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.conditioning import bind, class_conditioning
+from gaq_export.diffusion import loop
+from gaq_export.diffusion.conditioning import class_conditioning
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, under_guidance
 from gaq_export.errors import GaqError
 from gaq_export.images import save_grid
@@ -332,9 +333,9 @@ def _write_model(
         if unconditional is None
         else class_conditioning(range(unconditional - 1), unconditional=unconditional - 1, guidance=3.0)
     )
-    drawer = bind(as_denoiser(unet), conditioning, seeds)
     sampler = under_guidance(SamplerSpec(steps=20), schedule, 1.0 if conditioning is None else conditioning.guidance)
-    drawn = samplers.run(drawer, seeds, shape, schedule, sampler)
+    sampling = Sampling(schedule=schedule, shape=shape, sampler=sampler, conditioning=conditioning)
+    drawn = loop.run(as_denoiser(unet), seeds, sampling)
     save_grid(out / "samples.png", [("", drawn[:10]), ("", drawn[10:])])
 
 

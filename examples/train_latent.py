@@ -25,7 +25,8 @@ from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 from train_ddpm import load_images
 
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import psnr, save_grid
@@ -194,7 +195,8 @@ def draw(out: Path, unet: UNet2DModel) -> None:
     decoder: LatentDecoder = load_decoder(out / "vqvae")
     schedule, shape = schedule_from_scheduler_config(SCHEDULER), (CHANNELS, SIZE // 4, SIZE // 4)
     decode = torch.no_grad()(decoder)
-    drawn = samplers.run(as_denoiser(unet), range(32), shape, schedule, SamplerSpec(steps=50), decode=decode)
+    sampling = Sampling(schedule=schedule, shape=shape, sampler=SamplerSpec(steps=50), decode=decode)
+    drawn = loop.run(as_denoiser(unet), range(32), sampling)
     save_grid(out / "samples.png", [("", drawn[:16]), ("", drawn[16:])])
     typer.echo(f"Model, decoded.png and samples.png are in {out}")
 

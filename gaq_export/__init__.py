@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from gaq_export.quantize.presets import CalibrationOptions, Preset, preset
     from gaq_export.quantize.recipes import RECIPES
     from gaq_export.report.inspect import inspect
-    from gaq_export.sampling.batches import Sampled, Streamed
     from gaq_export.sampling.diffusers_unet import EngineUNet
-    from gaq_export.sampling.sample import sample, sample_shards
+    from gaq_export.sampling.png_folder import Sampled
+    from gaq_export.sampling.sample import Streamed, sample, sample_shards
 
 # Which module has which names. No name may be that of a sub-package: importing it would hide the function.
 _NAMES = {
@@ -67,9 +67,9 @@ _NAMES = {
     "gaq_export.quantize.presets": ("CalibrationOptions", "Preset", "preset"),
     "gaq_export.quantize.recipes": ("RECIPES",),
     "gaq_export.report.inspect": ("inspect",),
-    "gaq_export.sampling.batches": ("Sampled", "Streamed"),
+    "gaq_export.sampling.png_folder": ("Sampled",),
     "gaq_export.sampling.diffusers_unet": ("EngineUNet",),
-    "gaq_export.sampling.sample": ("sample", "sample_shards"),
+    "gaq_export.sampling.sample": ("Streamed", "sample", "sample_shards"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -21,8 +21,8 @@ from gaq_export import run as runs
 from gaq_export.deploy.build import Built, build_engine
 from gaq_export.deploy.onnx_artifact import export_onnx
 from gaq_export.diffusion.schedule import SamplerSpec
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel, load_model, wrap
+from gaq_export.models.provenance import Provenance, provenance_of
 from gaq_export.quantize import latency
 from gaq_export.quantize.presets import Preset, preset
 from gaq_export.quantize.quantize import learn
@@ -30,7 +30,7 @@ from gaq_export.quantize.trajectories import collect
 from gaq_export.report.inspect import inspect
 from gaq_export.run import Run
 from gaq_export.sampling import prompts
-from gaq_export.sampling.batches import Sampled
+from gaq_export.sampling.png_folder import Sampled
 from gaq_export.sampling.sample import sample, sample_shards
 
 __all__ = [
@@ -75,14 +75,14 @@ def calibrate(
     """
     run, model = Run(folder=Path(folder)), prompts.condition_model(model)
     spec = sampler or model.spec.sampler
-    about = provenance.describe(model, spec)
-    settings = {"model": about["model"], "sampler": about["sampler"], "images": chosen.images}
+    provenance = Provenance.of(model, spec)
+    settings = {"model": provenance.model_record, "sampler": spec.to_json(), "images": chosen.images}
     if model.conditioning is not None:
         conditioning = model.conditioning
         settings |= {
-            "told": list(conditioning.names),
+            "conditioning": list(conditioning.names),
             "guidance": conditioning.guidance,
-            "told_sha256": conditioning.sha256,
+            "conditioning_sha256": conditioning.sha256,
         }
     runs.claim(run, settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))})
     if run.plan.exists():
@@ -104,7 +104,7 @@ def calibrate(
         data,
         chosen.config,
         spec,
-        about=about,
+        about=provenance.to_json(),
         folder=run.blocks,
         clock=partial(latency.step_times, model, kept=run.times),
         on_progress=keep,
@@ -124,4 +124,4 @@ def calibrate(
 
 def sampler_of(folder: str | Path = runs.DEFAULT) -> SamplerSpec:
     """Return the sampler that the calibration in the run folder followed; raise CalibError if there is none."""
-    return SamplerSpec.from_json(load_plan(Run(folder=Path(folder)).plan).provenance["sampler"])
+    return provenance_of(load_plan(Run(folder=Path(folder)).plan)).sampler

@@ -71,7 +71,7 @@ def sample(
 
         import engines
         from gaq_export import pipeline
-        from gaq_export.diffusion.schedule import SamplerSpec
+        from gaq_export.deploy.record import record_of
         from gaq_export.errors import GaqError
         from gaq_export.sampling.prompts import ConditioningRequest, condition_engine
 
@@ -79,8 +79,8 @@ def sample(
         if many and compare:
             raise GaqError("--compare writes one PNG an image: ask for fewer of them, without --shard or --workers.")
         file = engines.load_engine_file(engine)
-        own = SamplerSpec.from_json(file.about["sampler"])
-        spec = replace_options(own, steps=steps, name=sampler, spacing=spacing, eta=eta)
+        recorded = record_of(file).provenance
+        spec = replace_options(recorded.sampler, steps=steps, name=sampler, spacing=spacing, eta=eta)
         with Display(quiet) as display:
             display.stage("loading the engine")
             request = ConditioningRequest(classes=classes, prompts=prompts, guidance=guidance)
@@ -112,7 +112,7 @@ def sample(
                     conditioning=conditioning,
                     on_step=display.draw,
                 )
-        warn_if_meaningless(file.about["model"]["meaningless"])
+        warn_if_meaningless(recorded.random_weights)
         if many:
             digest = streamed.digest[:16]
             typer.echo(f"{streamed.drawn} of {num} images in {streamed.seconds:.1f} s, sha256 {digest} -> {out}")

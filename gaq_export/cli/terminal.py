@@ -25,18 +25,21 @@ def print_audit(built: "Built") -> None:
     console.print(
         f"weights: {', '.join(held)}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}", highlight=False
     )
-    wanted = {"int8": "int8", "fp8": "float8"}[built.file.about["numbers"]]
+    from gaq_export.deploy.record import record_of
+
+    record = record_of(built.file)
+    wanted = {"int8": "int8", "fp8": "float8"}[record.numbers]
     done = sum(count for (_, precision), count in audit.counts.items() if precision == wanted)
     reasons: dict[str, int] = {}
     for reason in built.plan.float_layers.values():
         reasons[reason] = reasons.get(reason, 0) + 1
-    if baked := built.file.about["baked"]:
-        console.print(f"{len(baked)} layers depend on the step alone and are tables", highlight=False)
+    if record.tables:
+        console.print(f"{len(record.tables)} layers depend on the step alone and are tables", highlight=False)
     kept = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
     console.print(f"in {wanted} arithmetic: {done} of the plan's {len(built.plan.layers)} layers", highlight=False)
     console.print(f"kept float by the plan: {kept}", highlight=False)
     for other in built.others:
-        console.print(f"{other.path.name} takes over where {other.about['bits']} is enough", highlight=False)
+        console.print(f"{other.path.name} takes over where {record_of(other).bits} is enough", highlight=False)
     if built.decoder is not None:
         checked = built.decoder.parity
         near = "" if checked is None else f"; against PyTorch: {checked.sqnr_db[0]:.1f} dB"

@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from calib.surgery import apply_surgery
 from engines import EngineConfig
 from gaq_export.deploy import session
 from gaq_export.deploy.step_loop import engine_denoiser
+from gaq_export.diffusion.batching import draw_in_batches
 from gaq_export.diffusion.conditioning import ConditionalNetwork, bind
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet
@@ -43,7 +44,6 @@ from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import insert_qdq
 from gaq_export.images import psnr, to_uint8_tensor
 from gaq_export.models.loader import LoadedModel
-from gaq_export.sampling import batches
 
 HELD_OUT = 16  # trajectories on which the predicted noise is compared
 BATCH = 8  # samples a call: more leave the cache and take a fifth longer
@@ -188,19 +188,9 @@ def image_scores(yardstick: Yardstick, images: Tensor) -> dict[str, Any]:
 def _draw(
     yardstick: Yardstick, network: ConditionalNetwork, seeds: Sequence[int], correction: Correction | None = None
 ) -> Tensor:
-    model = yardstick.model
-    spec = model.spec.sampler
-    some = session.by_network(
-        network,
-        model.schedule,
-        model.shape,
-        spec,
-        correction,
-        model.conditioning,
-        session.decoding(model.decoder),
-        apart=True,
-    )
-    return batches.draw(some, seeds, BATCH, spec.steps, lambda done, total: None)
+    sampling = replace(yardstick.model.image_sampling(), correction=correction)
+    draw = session.draw_with_network(network, sampling, apart=True)
+    return draw_in_batches(draw, seeds, BATCH, sampling.sampler.steps, lambda done, total: None)
 
 
 def _held_out(yardstick: Yardstick) -> Trajectory:
@@ -210,7 +200,7 @@ def _held_out(yardstick: Yardstick) -> Trajectory:
         return Trajectory(**read_safetensors(path)[1])
     model = yardstick.model
     network = bind(model.network, model.conditioning, HELD_OUT_SEEDS, apart=True)
-    trajectory = record(network, HELD_OUT_SEEDS, model.shape, model.schedule, model.spec.sampler)
+    trajectory = record(network, HELD_OUT_SEEDS, model.sampling())
     write_atomically(path, save({"x": trajectory.x, "t": trajectory.t, "epsilon": trajectory.epsilon}))
     return trajectory
 

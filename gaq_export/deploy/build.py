@@ -1,10 +1,13 @@
-"""From a plan to an engine: export the backend's graph, build it, audit it, check what it computes."""
+"""From a plan to an engine: export the backend's graph, build it, audit it, check what it computes.
+
+Everything is built in a folder beside the target and moved there when all of it has passed, so that a failed build
+leaves the engine that was there before.
+"""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import engines
 from calib.data import CalibrationSet
@@ -14,9 +17,20 @@ from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
 from engines.files import data_path
 from gaq_export import run as runs
-from gaq_export.deploy import parity, session, submodels, verify
-from gaq_export.deploy.onnx_artifact import correction_of, export_onnx
+from gaq_export.deploy import parity, submodels, verify
+from gaq_export.deploy.onnx_artifact import GraphOptions, correction_for, write_graph
 from gaq_export.deploy.parity import Parity
+from gaq_export.deploy.record import (
+    EngineRecord,
+    GraphKind,
+    LinkedFile,
+    Numbers,
+    PlanLink,
+    Switching,
+    TextEncoders,
+    link,
+    parse_choice,
+)
 from gaq_export.deploy.submodels import Part
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
@@ -24,20 +38,20 @@ from gaq_export.graph.export import export_float
 from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.graph.profiles import PROFILES, find_profile
 from gaq_export.graph.step import make_step
-from gaq_export.models import provenance, text_encoder
+from gaq_export.models import text_encoder
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import Provenance, find_model, provenance_of
 from gaq_export.run import Run
 
-# What weights and activations are rounded to, and what that makes of a backend's profile.
-NUMBERS = {"int8": "", "fp8": "-fp8"}
+_PROFILE_SUFFIX = {Numbers.INT8: "", Numbers.FP8: "-fp8"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
     """A built engine; `parity` is None where it cannot run here, and `not_run` says why.
 
-    `others` take over from it at the steps whose activations have fewer bits, if there are such; `decoder` makes images
-    of its latents, if it draws latents; `texts` encode prompts, if it is told such.
+    `others` are engines that take turns with it, where steps differ in activation bits; `decoder` makes images of its
+    latents, if it draws latents; `texts` encode prompts, if it takes prompts.
     """
 
     file: EngineFile
@@ -49,17 +63,38 @@ class Built:
     texts: tuple[Part, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What to build of a plan.
+
+    Attributes:
+        config: backend and batch profile; the best backend present if None.
+        graph: whole steps, or the network alone.
+        sampler: what the engine will draw with; the plan's if None.
+        numbers: integers, or E4M3 floats for TensorRT and plans of 8-bit activations only.
+        correct: with the plan's correction of the noise, if it has one.
+        rows: a step index for each image in place of one for all, see `make_step`.
+        step_name: what the run's journal calls this build.
+    """
+
+    config: EngineConfig | None = None
+    graph: GraphKind = GraphKind.STEP
+    sampler: SamplerSpec | None = None
+    numbers: Numbers = Numbers.INT8
+    correct: bool = True
+    rows: bool = False
+    step_name: str = "build-engine"
+
+
 def build_engine(
     *,
     folder: str | Path = runs.DEFAULT,
     out: str | Path = "unet.plan",
     config: EngineConfig | None = None,
-    graph: str = "step",
+    graph: str = GraphKind.STEP,
     sampler: SamplerSpec | None = None,
-    numbers: str = "int8",
+    numbers: str = Numbers.INT8,
     correct: bool = True,
-    rows: bool = False,
-    noted: str = "build-engine",
     model: LoadedModel | None = None,
 ) -> Built:
     """Build an engine from the run's plan, audit it, and check it against fake-quantized PyTorch on the same inputs.
@@ -70,70 +105,45 @@ def build_engine(
         folder: run folder with a finished plan.
         out: the engine file; its record goes to `<out>.json`.
         config: backend and batch profile; the best backend present if None.
-        graph: a key of `GRAPHS`.
-        sampler: what it will draw with; the plan's if None.
-        numbers: a key of `NUMBERS`; "fp8" for TensorRT and plans of 8-bit activations only.
+        graph: whole steps, or the network alone; a value of `GraphKind`.
+        sampler: what the engine will draw with; the plan's if None.
+        numbers: a value of `Numbers`; "fp8" for TensorRT and plans of 8-bit activations only.
         correct: with the plan's correction of the noise, if it has one.
-        rows: as for `make_step`.
-        noted: what the journal calls it.
-        model: the float model; found again from the plan if None.
+        model: the float model; loaded again from the plan's record if None.
 
     Raises:
         GaqError, CalibError, EngineError: no plan, no backend, numbers that it does not take, a failed build, or an
             engine below the parity floor.
     """
-    run, out = Run(folder=Path(folder)), Path(out)
-    config = config or EngineConfig(backend=engines.best_backend())
-    backend = engines.find_backend(config.backend)
-    if reason := backend.can_build():
-        raise GaqError(f"{backend.name} cannot build here: {reason}")
-    plan = load_plan(run.plan)
-    profile = _profile(backend, numbers, plan)
-    model = provenance.model_of(plan.provenance, model, run.folder)
-    spec = sampler or SamplerSpec.from_json(plan.provenance["sampler"])
-    turns = _turns(plan, spec, model.schedule.num_train, graph)
-    correction = correction_of(plan, spec) if correct else None
-    about = {
-        **plan.provenance,
-        "sampler": spec.to_json(),
-        "graph": graph,
-        "bits": _bits(plan, turns),
-        "numbers": numbers,
-        "correction": correction and correction.to_json(),
-        "plan": {"sha256": engines.sha256_of(run.plan), "layers": len(plan.layers)},
-    }
-    not_run, files, checks = backend.can_run(), list[EngineFile](), list[Parity]()
-    data = None if not_run else verify.samples(model, spec, plan, run, config)
+    options = BuildOptions(
+        config=config,
+        graph=parse_choice("graph", graph, GraphKind),
+        sampler=sampler,
+        numbers=parse_choice("numbers", numbers, Numbers),
+        correct=correct,
+    )
+    return build(Run(folder=Path(folder)), Path(out), options, model)
+
+
+def build(run: Run, out: Path, options: BuildOptions, model: LoadedModel | None = None) -> Built:
+    """Build an engine; see `build_engine`, which is this with its options spelled out."""
+    job = _prepare(run, options, model)
+    not_run = job.backend.can_run()
+    data = None if not_run else verify.samples(job.model, job.sampler, job.plan, job.run, job.config)
     with runs.staging(out) as staged:
-        if model.conditioning is not None:
-            model.conditioning.save(staged)
-        decoder = _with_decoder(model, staged / out.name, config, about, data)
-        encoders = add_texts(model, staged / out.name, config, about, check=data is not None)
-        for abits in sorted(set(turns)):  # the most last, since that engine's record names the others
-            exported = export_onnx(
-                profile,
-                graph=graph,
-                sampler=spec,
-                compute=backend.compute(config.compute) if backend.typed else "float32",
-                correct=correct,
-                abits=None if plan.step_bits is None else abits,
-                rows=rows,
-                folder=run.folder,
-                model=model,
-            )
-            last = abits == max(turns)
-            path = staged / (out.name if last else f"{out.stem}-a{abits}{out.suffix}")
-            relay = session.describe_relay(files, turns) if last and files else None
-            files.append(engines.build(exported.path, path, config, about | {"baked": exported.baked, "relay": relay}))
-            if data is not None:
-                checks.append(verify.check(files[-1], at_bits(plan, abits), model, data, profile, turns, abits))
+        if job.model.conditioning is not None:
+            job.model.conditioning.save(staged)
+        decoder = build_decoder(job.model, staged / out.name, job.config, data)
+        texts, encoders = build_texts(job.model, staged / out.name, job.config, check=data is not None)
+        record = replace(job.record, decoder=_link_to(decoder), text_encoders=encoders)
+        files, checks = _build_graphs(job, record, staged / out.name, data)
         _put(staged, out)
     checked = parity.merge(checks) if checks else None
     runs.add_entry(
-        run,
-        noted,
-        engine=os.path.relpath(out, run.folder),
-        backend=backend.name,
+        job.run,
+        options.step_name,
+        engine=os.path.relpath(out, job.run.folder),
+        backend=job.backend.name,
         seconds=round(sum(file.build_seconds for file in files), 1),
         sqnr_db=checked and checked.sqnr_db,
     )
@@ -141,12 +151,89 @@ def build_engine(
     return Built(
         file=file,
         others=tuple(others),
-        plan=plan,
+        plan=job.plan,
         parity=checked,
         not_run=not_run,
         decoder=decoder and _moved(decoder, out),
-        texts=tuple(_moved(encoder, out) for encoder in encoders),
+        texts=tuple(_moved(encoder, out) for encoder in texts),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A build with everything it needs in memory; `turns` are the activation bits of each step."""
+
+    run: Run
+    options: BuildOptions
+    config: EngineConfig
+    backend: engines.Backend
+    profile: str
+    plan: QuantPlan
+    model: LoadedModel
+    sampler: SamplerSpec
+    turns: tuple[int, ...]
+    record: EngineRecord = field(repr=False)
+
+
+def _prepare(run: Run, options: BuildOptions, model: LoadedModel | None) -> _Job:
+    """Read the plan, find the model, and settle everything that can be wrong before anything is built."""
+    config = options.config or EngineConfig(backend=engines.best_backend())
+    backend = engines.find_backend(config.backend)
+    if reason := backend.can_build():
+        raise GaqError(f"{backend.name} cannot build here: {reason}")
+    plan, sha256 = load_plan(run.plan), engines.sha256_of(run.plan)
+    profile = _profile(backend, options.numbers, plan)
+    provenance = provenance_of(plan)
+    model = find_model(provenance, model, run.folder)
+    sampler = options.sampler or provenance.sampler
+    turns = _turns(plan, sampler, model.schedule.num_train, options.graph)
+    record = EngineRecord(
+        provenance=replace(provenance, sampler=sampler),
+        graph=options.graph,
+        bits=_bits(plan, turns),
+        numbers=options.numbers,
+        plan=PlanLink(sha256=sha256, layers=len(plan.layers)),
+        correction=correction_for(plan, sampler) if options.correct else None,
+    )
+    return _Job(
+        run=run,
+        options=options,
+        config=config,
+        backend=backend,
+        profile=profile,
+        plan=plan,
+        model=model,
+        sampler=sampler,
+        turns=turns,
+        record=record,
+    )
+
+
+def _build_graphs(
+    job: _Job, record: EngineRecord, out: Path, data: CalibrationSet | None
+) -> tuple[list[EngineFile], list[Parity]]:
+    """Build an engine for each activation width of the steps, and check each on its own steps."""
+    files, checks = list[EngineFile](), list[Parity]()
+    order = sorted(set(job.turns))  # the widest last, since its record names the others
+    for abits in order:
+        last = abits == order[-1]
+        options = GraphOptions(
+            graph=job.options.graph,
+            sampler=job.sampler,
+            compute=job.backend.compute(job.config.compute) if job.backend.typed else "float32",
+            correct=job.options.correct,
+            abits=None if job.plan.step_bits is None else abits,
+            rows=job.options.rows,
+        )
+        exported = write_graph(job.profile, job.plan, job.model, options, folder=job.run.folder)
+        switching = Switching(engines=tuple(map(link, files)), turns=tuple(order.index(bits) for bits in job.turns))
+        mine = replace(record, tables=exported.tables, switching=switching if last and files else None)
+        path = out if last else out.with_name(f"{out.stem}-a{abits}{out.suffix}")
+        files.append(engines.build(exported.path, path, job.config, mine.to_json()))
+        if data is not None:
+            target = verify.Target(profile=job.profile, turns=job.turns, abits=abits)
+            checks.append(verify.check(files[-1], at_bits(job.plan, abits), job.model, data, target))
+    return files, checks
 
 
 def build_float(
@@ -166,58 +253,64 @@ def build_float(
     make_step(network, model.schedule, spec, guided=model.conditioning is not None and model.conditioning.guided)
     if find_profile(engines.find_backend(config.backend).profile).openvino_forms:
         rewrite_for_openvino(network)
-    about = provenance.describe(model, spec)
-    about |= {"graph": "step", "bits": "float", "numbers": "int8", "correction": None, "baked": [], "relay": None}
     with runs.staging(out) as staged:
         if model.conditioning is not None:
             model.conditioning.save(staged)
-        _with_decoder(model, staged / out.name, config, about, None)
-        submodels.build_graph(network, staged / out.name, config, about)
+        decoder = build_decoder(model, staged / out.name, config, None)
+        record = EngineRecord(
+            provenance=Provenance.of(model, spec),
+            graph=GraphKind.STEP,
+            bits="float",
+            decoder=_link_to(decoder),
+        )
+        submodels.build_graph(network, staged / out.name, config, record.to_json())
         _put(staged, out)
     return engines.load_engine_file(out)
 
 
-def _with_decoder(
-    model: LoadedModel, out: Path, config: EngineConfig, about: dict[str, Any], data: CalibrationSet | None
-) -> Part | None:
-    """Build the decoder of a model's latents, if it has one, check it on `data`, and name it in `about`."""
-    about.pop("decoder", None)
+def build_decoder(model: LoadedModel, out: Path, config: EngineConfig, data: CalibrationSet | None) -> Part | None:
+    """Build the decoder of a model's latents beside `out`, and check it on the last step of `data`; None if none."""
     if model.decoder is None:
         return None
     file = submodels.build_decoder(model.decoder, model.shape, submodels.decoder_path(out), config)
-    about["decoder"] = provenance.describe_decoder(model) | {"engine": session.named(file)}
     if data is None:
         return Part(file=file, parity=None)
     last = (data.step == data.step.max()).nonzero()[: max(file.batch[0], min(file.batch[2], parity.IMAGES)), 0]
     return Part(file=file, parity=submodels.check_decoder(model.decoder, file, data.x[last]))
 
 
-def add_texts(
-    model: LoadedModel, out: Path, config: EngineConfig, about: dict[str, Any], *, check: bool
-) -> tuple[Part, ...]:
-    """Build the text encoders of a model that is told prompts, if its folder has them, and name them in `about`."""
-    about.pop("texts", None)
-    found = (
+def build_texts(
+    model: LoadedModel, out: Path, config: EngineConfig, *, check: bool
+) -> tuple[tuple[Part, ...], TextEncoders | None]:
+    """Build the text encoders of a model that takes prompts beside `out`.
+
+    Returns:
+        The encoders, and what the engine's record says of them; none where the model takes no prompts, its folder has
+        no encoders, or transformers is not installed.
+    """
+    texts = (
         text_encoder.of(model) if text_encoder.STATES in model.condition_inputs and text_encoder.installed() else None
     )
-    if found is None:
-        return ()
-    parts, tokens = [], []
-    for index, (tokenizer, encoder) in enumerate(zip(found.tokenizers, found.encoders, strict=True)):
+    if texts is None:
+        return (), None
+    parts, tokenizers = [], []
+    for index, (tokenizer, encoder) in enumerate(zip(texts.tokenizers, texts.encoders, strict=True)):
         assert isinstance(encoder, text_encoder.TextEncoder)
         path = submodels.text_path(out, index)
         file = submodels.build_text(encoder, path, config)
         parts.append(Part(file=file, parity=submodels.check_text(encoder, file) if check else None))
-        words = path.with_name(f"{path.name}.tokens.json")
-        words.write_text(tokenizer.to_str(), encoding="utf-8")
-        tokens.append({"file": words.name, "sha256": engines.sha256_of(words)})
-    about["texts"] = {
-        "engines": [session.named(part.file) for part in parts],
-        "tokens": tokens,
-        "zeros": found.zeros,
-        "time_ids": None if found.time_ids is None else found.time_ids.tolist(),
-    }
-    return tuple(parts)
+        tokenizers.append(submodels.write_tokenizer(tokenizer.to_str(), path))
+    record = TextEncoders(
+        engines=tuple(link(part.file) for part in parts),
+        tokenizers=tuple(tokenizers),
+        zeros=texts.zeros,
+        time_ids=None if texts.time_ids is None else texts.time_ids.tolist(),
+    )
+    return tuple(parts), record
+
+
+def _link_to(part: Part | None) -> LinkedFile | None:
+    return None if part is None else link(part.file)
 
 
 def _moved(part: Part, out: Path) -> Part:
@@ -230,17 +323,17 @@ def _put(staged: Path, out: Path) -> None:
     made = sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json"))
     for path in made:
         os.replace(path, out.with_name(path.name))
-    for plan in (out.with_name(path.stem) for path in made if path.suffix == ".json"):
-        if data_path(plan).name not in {path.name for path in made}:
-            data_path(plan).unlink(missing_ok=True)  # of the engine that was here before
+    for built in (out.with_name(path.stem) for path in made if path.suffix == ".json"):
+        if data_path(built).name not in {path.name for path in made}:
+            data_path(built).unlink(missing_ok=True)  # of the engine that was here before
 
 
-def _turns(plan: QuantPlan, spec: SamplerSpec, num_train: int, graph: str) -> tuple[int, ...]:
-    """Return the activation bits of each of the sampler's steps; raise GaqError if the graph cannot tell steps."""
+def _turns(plan: QuantPlan, spec: SamplerSpec, num_train: int, graph: GraphKind) -> tuple[int, ...]:
+    """Return the activation bits of each of the sampler's steps; raise GaqError if the graph does not know steps."""
     visited = timesteps(spec, num_train)
     if plan.step_bits is None or plan.timesteps is None:
         return (plan.config.activation.bits,) * len(visited)
-    if graph != "step":
+    if graph is not GraphKind.STEP:
         raise GaqError("Steps differ in activation bits in this plan, and --graph eps does not know steps; use step.")
     return tuple(plan.step_bits.bits[k] for k in nearest_step(plan.timesteps, visited))
 
@@ -251,13 +344,11 @@ def _bits(plan: QuantPlan, turns: Sequence[int]) -> str:
     return "".join(f"{what}{'/'.join(map(str, sorted(w)))}" for what, w in (("W", weights), ("A", activations)))
 
 
-def _profile(backend: engines.Backend, numbers: str, plan: QuantPlan) -> str:
+def _profile(backend: engines.Backend, numbers: Numbers, plan: QuantPlan) -> str:
     """Return the profile of the backend's graph; raise GaqError if it has none of such numbers."""
-    if numbers not in NUMBERS:
-        raise GaqError(f"Unknown numbers {numbers!r}. Choose one of {list(NUMBERS)}.")
-    profile = backend.profile + NUMBERS[numbers]
+    profile = backend.profile + _PROFILE_SUFFIX[numbers]
     if profile not in PROFILES:
         raise GaqError(f"{backend.name} does not compute in {numbers}; tensorrt and tensorrt-rtx do.")
-    if numbers == "fp8" and widths(plan) != (8,):
+    if numbers is Numbers.FP8 and widths(plan) != (8,):
         raise GaqError(f"FP8 has 8 bits, this plan's activations {list(widths(plan))}: use --numbers int8.")
     return profile

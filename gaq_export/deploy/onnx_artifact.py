@@ -1,4 +1,4 @@
-"""The quantized graph of a plan, as one backend wants it."""
+"""The quantized graph of a plan, as one backend wants it, written as an ONNX file."""
 
 import gc
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from calib.step_bits import at_bits
 from gaq_export import run as runs
+from gaq_export.deploy.record import GraphKind, parse_choice
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.graph.export import export_float
@@ -20,34 +21,52 @@ from gaq_export.graph.precision import compute_in
 from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import StepInfo, insert_qdq
 from gaq_export.graph.step import make_step
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import find_model, provenance_of, rewritten
 from gaq_export.run import Run
 
-# Graph to what it computes.
-GRAPHS = {
-    "step": "one whole denoising step of a fixed sampler: (x, step) -> x_next",
-    "eps": "the network alone, for any sampler: (x, t) -> eps",
-}
+
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions:
+    """Which graph to write of a plan.
+
+    Attributes:
+        graph: whole steps, or the network alone.
+        sampler: whose steps a graph of whole steps takes; the plan's if None.
+        compute: type of what is not integer, a key of `gaq_export.graph.precision.COMPUTE`.
+        correct: with the plan's correction of the noise, if it has one and the graph is of whole steps.
+        abits: of a plan whose steps differ in activation bits, the width of this graph; the widest if None.
+        rows: a step index for each image in place of one for all, see `make_step`.
+    """
+
+    graph: GraphKind = GraphKind.STEP
+    sampler: SamplerSpec | None = None
+    compute: str = "float32"
+    correct: bool = True
+    abits: int | None = None
+    rows: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What tells the graph from others of the same plan and profile in its file's name."""
+        return self.graph + (".rows" if self.rows else "") + ("" if self.abits is None else f".a{self.abits}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """An ONNX file, and the modules of the network that are tables in it."""
+    """An ONNX file, and the modules of the network that are time tables in it."""
 
     path: Path
-    baked: tuple[str, ...]
+    tables: tuple[str, ...]
 
 
 def export_onnx(
     profile: str,
     *,
-    graph: str = "step",
+    graph: str = GraphKind.STEP,
     sampler: SamplerSpec | None = None,
     compute: str = "float32",
     correct: bool = True,
-    abits: int | None = None,
-    rows: bool = False,
     folder: str | Path = runs.DEFAULT,
     model: LoadedModel | None = None,
     out: Path | None = None,
@@ -56,64 +75,78 @@ def export_onnx(
 
     Args:
         profile: a key of `gaq_export.graph.profiles.PROFILES`.
-        graph: a key of `GRAPHS`.
-        sampler: whose steps a "step" graph takes; the plan's if None.
+        graph: whole steps, or the network alone; a value of `GraphKind`.
+        sampler: whose steps a graph of whole steps takes; the plan's if None.
         compute: type of what is not integer, a key of `gaq_export.graph.precision.COMPUTE`.
-        correct: with the plan's correction of the noise, if it has one and `graph` is "step".
-        abits: of a plan whose steps differ in activation bits, which it is to have; the most if None.
-        rows: as for `make_step`.
+        correct: with the plan's correction of the noise, if it has one and the graph is of whole steps.
         folder: run folder with a finished plan.
-        model: the float model; found again from the plan if None.
+        model: the float model; loaded again from the plan's record if None.
         out: where to write; a file in the run folder if None.
 
     Raises:
         GaqError, CalibError: no plan, another model, or a graph that does not hold all its layers.
     """
-    if graph not in GRAPHS:
-        raise GaqError(f"Unknown graph {graph!r}. Choose one of {list(GRAPHS)}.")
-    run, profile_spec = Run(folder=Path(folder)), find_profile(profile)
+    options = GraphOptions(
+        graph=parse_choice("graph", graph, GraphKind), sampler=sampler, compute=compute, correct=correct
+    )
+    find_profile(profile)  # an unknown one is refused before anything is read
+    run = Run(folder=Path(folder))
     plan = load_plan(run.plan)
-    plan = at_bits(plan, abits or plan.config.activation.bits)
-    model = provenance.rewritten(provenance.model_of(plan.provenance, model, run.folder), plan)
-    spec = sampler or SamplerSpec.from_json(plan.provenance["sampler"])
-    if graph == "step":
-        network, step = _step(model, plan, spec, correction_of(plan, spec) if correct else None, rows)
+    model = find_model(provenance_of(plan), model, run.folder)
+    return write_graph(profile, plan, model, options, folder=run.folder, out=out)
+
+
+def write_graph(
+    profile: str,
+    plan: QuantPlan,
+    model: LoadedModel,
+    options: GraphOptions,
+    *,
+    folder: Path,
+    out: Path | None = None,
+) -> Exported:
+    """Write the quantized graph of a plan and its model; `out` as for `export_onnx`, by default in `folder`."""
+    target = find_profile(profile)
+    plan = at_bits(plan, options.abits or plan.config.activation.bits)
+    model = rewritten(model, plan)
+    if options.graph is GraphKind.STEP:
+        network, step = _step(model, plan, options)
     else:
         network, step = export_float(model.network, model.shape, model.condition_inputs), None
-    path = out or run.onnx(profile, graph + (".rows" if rows else "") + ("" if abits is None else f".a{abits}"))
-    insert_qdq(network, plan, profile_spec, step)
-    if profile_spec.openvino_forms:
+    path = out or Run(folder=folder).onnx(profile, options.kind)
+    insert_qdq(network, plan, target, step)
+    if target.openvino_forms:
         rewrite_for_openvino(network)
-    save_onnx(compute_in(network, compute), path)
+    save_onnx(compute_in(network, options.compute), path)
     del network
     gc.collect()  # nodes and values refer to each other, and would keep the weights until the engine is built
-    return Exported(path=path, baked=tuple(sorted(step.baked)) if step else ())
+    return Exported(path=path, tables=tuple(sorted(step.baked)) if step else ())
 
 
-def _step(
-    model: LoadedModel, plan: QuantPlan, spec: SamplerSpec, correction: Correction | None, rows: bool
-) -> tuple[ir.Model, StepInfo]:
+def _step(model: LoadedModel, plan: QuantPlan, options: GraphOptions) -> tuple[ir.Model, StepInfo]:
     """Return the graph of a step, still float but for the layers that became tables.
 
-    If the plan rounds some of those, the tables hold what comes of that: the other layers were fitted to it.
+    If the plan rounds some of those, the tables hold the rounded values: the other layers were fitted to them.
     """
+    sampler = options.sampler or provenance_of(plan).sampler
+    correction = correction_for(plan, sampler) if options.correct else None
     guided = model.conditioning is not None and model.conditioning.guided
     network = export_float(model.network, model.shape, model.condition_inputs)
-    step = make_step(network, model.schedule, spec, correction, guided=guided, rows=rows)
+    step = make_step(network, model.schedule, sampler, correction, guided=guided, rows=options.rows)
     rounded = {name: layer for name, layer in plan.layers.items() if name in step.baked}
     if not rounded:
         return network, step
     fake = fake_quantized(model.network, replace(plan, layers=rounded, products={}))
     network = export_float(fake, model.shape, model.condition_inputs)
-    return network, make_step(network, model.schedule, spec, correction, guided=guided, rows=rows)
+    return network, make_step(network, model.schedule, sampler, correction, guided=guided, rows=options.rows)
 
 
-def correction_of(plan: QuantPlan, spec: SamplerSpec) -> Correction | None:
+def correction_for(plan: QuantPlan, sampler: SamplerSpec) -> Correction | None:
     """Return the plan's correction of the noise; raise GaqError if it was measured for another sampler."""
-    own = SamplerSpec.from_json(plan.provenance["sampler"])
-    if plan.correction is not None and spec != own:
+    measured = provenance_of(plan).sampler
+    if plan.correction is not None and sampler != measured:
         raise GaqError(
-            f"This plan's correction ({plan.correction.rule}) was measured for {own}; asked for {spec}. Calibrate with "
-            "that sampler, or build without the correction (--no-correction)."
+            f"This plan's correction ({plan.correction.rule}) was measured for {measured}; asked for {sampler}. "
+            "Calibrate with that sampler, or build without the correction (--no-correction)."
         )
     return plan.correction

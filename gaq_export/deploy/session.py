@@ -1,62 +1,66 @@
-"""Who draws, and with which sampler: an engine of whole steps, an engine of the network alone, or the float network."""
+"""From an engine file to something that draws: open it with the files it needs, and say how it samples.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+An engine computes whole denoising steps, or the predicted noise alone (`GraphKind`). `draw_with_engine` and
+`draw_with_network` make a `Draw` of either kind, and of a PyTorch network, so whoever draws need not know which.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import engines
-from calib.correction import Correction
-from calib.data import NO_CONDITION
 from engines import Engine, EngineFile
 from engines.engine_switch import EngineSwitch
 from gaq_export.deploy import step_loop
+from gaq_export.deploy.record import LinkedFile, record_of
 from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.deploy.submodels import IMAGES, LATENTS, run_text
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.conditioning import Conditioning, bind
+from gaq_export.diffusion import loop
+from gaq_export.diffusion.batching import Draw
+from gaq_export.diffusion.conditioning import ConditionalNetwork, Conditioning, bind
 from gaq_export.diffusion.denoiser import Denoiser
-from gaq_export.diffusion.samplers import Decode
-from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
+from gaq_export.diffusion.loop import Decode, Sampling
+from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.models.provenance import conditioning_of, shape_of
+from gaq_export.models.provenance import load_conditioning
 from gaq_export.models.text_encoder import Texts
 
-Draw = Callable[[Sequence[int], Callable[[], None]], Tensor]  # draws an image for each seed, and tells of every step
 
-
-def sampler_of(file: EngineFile, asked: SamplerSpec | None) -> SamplerSpec:
-    """Return the sampler to draw with: the engine's, or the one asked for.
-
-    Raises:
-        GaqError: an engine of whole steps has another one.
-    """
-    own = SamplerSpec.from_json(file.about["sampler"])
-    if asked not in (None, own) and file.about.get("correction"):
-        raise GaqError(f"{file.path} corrects its noise for {own} only; asked for {asked}. Build with --no-correction.")
-    if asked not in (None, own) and file.about["graph"] == "step":
-        raise GaqError(
-            f"{file.path} holds the steps of {own}; asked for {asked}. Build another engine for it, or one with "
-            "--graph eps, which takes any sampler."
-        )
-    return asked or own
-
-
-def describe_relay(others: Sequence[EngineFile], turns: Sequence[int]) -> dict[str, Any]:
-    """Return what the record of the engine for the largest of `turns` says of the others, which have the smaller.
+def sampling_of(
+    file: EngineFile, sampler: SamplerSpec | None = None, conditioning: Conditioning | None = None
+) -> Sampling:
+    """Return how an engine draws, but for its decoder, which has to be opened.
 
     Args:
-        others: those engines, by rising bits.
-        turns: activation bits of each step.
+        file: the engine file.
+        sampler: another sampler; the engine's if None.
+        conditioning: what to draw; what the engine's record says if None.
+
+    Raises:
+        GaqError: an engine of whole steps, or one that corrects its noise, cannot use another sampler.
+        CalibError, GaqError: the file with the record's text states is missing, damaged or another one.
     """
-    order = sorted(set(turns))
-    return {
-        "engines": [named(file) for file in others],
-        "turns": [order.index(bits) for bits in turns],
-    }
+    record = record_of(file)
+    built_for = record.provenance.sampler
+    if sampler not in (None, built_for) and record.correction is not None:
+        raise GaqError(
+            f"{file.path} corrects its noise for {built_for} only; asked for {sampler}. Build with --no-correction."
+        )
+    if sampler not in (None, built_for) and record.whole_steps:
+        raise GaqError(
+            f"{file.path} holds the steps of {built_for}; asked for {sampler}. Build another engine for it, or one "
+            "with --graph eps, which takes any sampler."
+        )
+    return Sampling(
+        schedule=record.provenance.schedule,
+        shape=record.provenance.shape,
+        sampler=sampler or built_for,
+        conditioning=conditioning or load_conditioning(record.provenance, file.path.parent),
+        correction=record.correction,
+    )
 
 
 def open_engines(file: EngineFile) -> Engine:
@@ -66,38 +70,34 @@ def open_engines(file: EngineFile) -> Engine:
         GaqError: one of the others is of another build.
         EngineError: one is missing, damaged, or cannot run here.
     """
-    others = others_of(file)
-    if not others:
+    switching = record_of(file).switching
+    if switching is None:
         return engines.open_engine(file)
     with ExitStack() as stack:
-        files = (*(replace(other, threads=file.threads) for other in others), file)
+        files = (*(replace(other, threads=file.threads) for other in others_of(file)), file)
         opened = [stack.enter_context(engines.open_engine(one)) for one in files]
         stack.pop_all()
-    return EngineSwitch(opened, file.about["relay"]["turns"], "step")
+    return EngineSwitch(opened, switching.turns, "step")
 
 
 def others_of(file: EngineFile) -> tuple[EngineFile, ...]:
     """Return the engine files that take turns with this one; raise as `open_engines` does."""
-    return tuple(_beside(file, other) for other in (file.about.get("relay") or {"engines": ()})["engines"])
+    switching = record_of(file).switching
+    return () if switching is None else tuple(_linked(file, other) for other in switching.engines)
 
 
-def _beside(file: EngineFile, named: Mapping[str, str]) -> EngineFile:
+def _linked(file: EngineFile, link: LinkedFile) -> EngineFile:
     """Return an engine file that the record of another names; raise GaqError if it is of another build."""
-    other = engines.load_engine_file(file.path.with_name(named["file"]))
-    if other.sha256 != named["sha256"]:
+    other = engines.load_engine_file(file.path.with_name(link.file))
+    if other.sha256 != link.sha256:
         raise GaqError(f"{other.path} and {file.path} are of different builds: run build-engine again.")
     return other
 
 
-def named(file: EngineFile) -> dict[str, str]:
-    """Return what the record of another engine, in the same folder, says of this one."""
-    return {"file": file.path.name, "sha256": file.sha256}
-
-
 def decoder_of(file: EngineFile) -> EngineFile | None:
-    """Return the engine file of the decoder of the latents this one draws, if there is one; raise as `others_of`."""
-    kept = (file.about.get("decoder") or {}).get("engine")
-    return None if kept is None else _beside(file, kept)
+    """Return the engine file of the decoder of an engine's latents, None if it has none; raise as `others_of`."""
+    link = record_of(file).decoder
+    return None if link is None else _linked(file, link)
 
 
 @contextmanager
@@ -111,8 +111,17 @@ def open_decoder(file: EngineFile) -> Iterator[Decode | None]:
         yield lambda x: torch.from_numpy(opened({LATENTS: x.numpy()})[IMAGES])
 
 
+def image_shape(file: EngineFile) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images that an engine file draws, after its decoder if it has one."""
+    other = decoder_of(file)
+    if other is None:
+        return record_of(file).provenance.shape
+    _, channels, height, width = other.outputs[0].at_batch(1)
+    return channels, height, width
+
+
 def require_pictures(file: EngineFile) -> None:
-    """Raise GaqError if what an engine file draws are latents, with no decoder beside it that makes images of them."""
+    """Raise GaqError if an engine file draws latents and has no decoder that makes images of them."""
     channels = image_shape(file)[0]
     if channels not in (1, 3):
         raise GaqError(
@@ -123,14 +132,14 @@ def require_pictures(file: EngineFile) -> None:
 
 @contextmanager
 def open_texts(file: EngineFile) -> Iterator[Texts]:
-    """Open the text encoders that belong to an engine file, for `texts.encode` and `texts.told`.
+    """Open the text encoders that belong to an engine file, for `text_encoder.prompt_conditioning`.
 
     Raises:
         GaqError: it has none, they are of another build, or the tokenizers' library is not installed.
         EngineError: one is missing, damaged, or cannot run here.
     """
-    kept = file.about.get("texts")
-    if kept is None:
+    texts = record_of(file).text_encoders
+    if texts is None:
         raise GaqError(
             f"{file.path} has no text encoders beside it: build it where transformers is installed, from a model whose "
             "folder has a text_encoder/."
@@ -139,121 +148,67 @@ def open_texts(file: EngineFile) -> Iterator[Texts]:
         from tokenizers import Tokenizer
     except ImportError:
         raise GaqError("Prompts need a tokenizer: pip install 'gaq-export[text]'.") from None
-    files = [replace(_beside(file, named), threads=file.threads) for named in kept["engines"]]
-    tokens = [_tokens(file, named) for named in kept["tokens"]]
+    files = [replace(_linked(file, link), threads=file.threads) for link in texts.engines]
+    tokenizers = [_read_tokenizer(file, link) for link in texts.tokenizers]
     with ExitStack() as stack:
         opened = [stack.enter_context(engines.open_engine(one)) for one in files]
         yield Texts(
-            tokenizers=tuple(Tokenizer.from_str(text) for text in tokens),
+            tokenizers=tuple(Tokenizer.from_str(text) for text in tokenizers),
             encoders=tuple(run_text(engine, one) for engine, one in zip(opened, files, strict=True)),
-            zeros=kept["zeros"],
-            time_ids=None if kept["time_ids"] is None else torch.tensor(kept["time_ids"]),
+            zeros=texts.zeros,
+            time_ids=None if texts.time_ids is None else torch.tensor(texts.time_ids),
         )
 
 
-def _tokens(file: EngineFile, named: Mapping[str, str]) -> str:
-    path = file.path.with_name(named["file"])
+def _read_tokenizer(file: EngineFile, link: LinkedFile) -> str:
+    path = file.path.with_name(link.file)
     try:
-        content = path.read_bytes()
+        sha256, text = engines.sha256_of(path), path.read_text(encoding="utf-8")
     except OSError as error:
         raise GaqError(f"Cannot read {path}: {error.strerror}. Run build-engine again.") from error
-    if engines.sha256_of(path) != named["sha256"]:
+    if sha256 != link.sha256:
         raise GaqError(f"{path} and {file.path} are of different builds: run build-engine again.")
-    return content.decode()
+    return text
 
 
-def decoding(decoder: nn.Module | None) -> Decode | None:
-    """Return what makes images with a decoder of PyTorch's, None if there is none."""
-    return None if decoder is None else torch.no_grad()(decoder)
-
-
-def image_shape(file: EngineFile) -> tuple[int, int, int]:
-    """Return (C, H, W) of the images an engine file draws, its decoder behind it if it has one."""
-    other = decoder_of(file)
-    if other is None:
-        return shape_of(file.about)
-    _, channels, height, width = other.outputs[0].at_batch(1)
-    return channels, height, width
-
-
-def default_conditioning(file: EngineFile) -> Conditioning | None:
-    """Return what the engine's images are told unless asked otherwise, None if that is nothing."""
-    return conditioning_of(file.about, file.path.parent)
-
-
-def by_engine(
-    engine: Engine,
-    file: EngineFile,
-    schedule: NoiseSchedule,
-    shape: tuple[int, int, int],
-    spec: SamplerSpec,
-    decode: Decode | None = None,
-    conditioning: Conditioning | None = None,
-) -> Draw:
-    """Draw with an open engine.
+def draw_with_engine(engine: Engine, file: EngineFile, sampling: Sampling) -> Draw:
+    """Return what draws with an open engine.
 
     Args:
-        engine: the engine.
-        file: it was opened from.
-        schedule: the noise schedule.
-        shape: (C, H, W) of what the loop draws.
-        spec: the sampler.
-        decode: makes images of latents, see `open_decoder`.
-        conditioning: what to draw; what the file says if None.
+        engine: the engine, see `open_engines`.
+        file: the file it was opened from.
+        sampling: how to draw, see `sampling_of`; with `decode` where the engine draws latents.
     """
-    conditioning = conditioning or default_conditioning(file)
-    if file.about["graph"] == "step":
-        return lambda seeds, report_step: step_loop.run(
-            engine,
-            seeds,
-            shape,
-            spec.steps,
-            lambda step: report_step(),
-            NO_CONDITION if conditioning is None else conditioning.feeds(seeds),
-            decode,
-            schedule.clip,
-        )
-    kept = file.about.get("correction")
-    correction, network = kept and Correction.from_json(kept), engine_denoiser(engine)
-    return by_network(network, schedule, shape, spec, correction, conditioning, decode, apart=True)
+    if record_of(file).whole_steps:
+        return lambda seeds, on_step: step_loop.run(engine, seeds, sampling, lambda step: on_step())
+    # An engine's largest batch may be the images' own, so guidance calls it twice.
+    return draw_with_network(engine_denoiser(engine), sampling, apart=True)
 
 
-def by_network(
-    network: Callable[..., Tensor],
-    schedule: NoiseSchedule,
-    shape: tuple[int, int, int],
-    spec: SamplerSpec,
-    correction: Correction | None = None,
-    conditioning: Conditioning | None = None,
-    decode: Decode | None = None,
-    *,
-    apart: bool = False,
-) -> Draw:
-    """Draw with anything called as (x, t), or (x, t, cond) if it is told something; its noise corrected.
+def draw_with_network(network: ConditionalNetwork, sampling: Sampling, *, apart: bool = False) -> Draw:
+    """Return what draws with anything called as (x, t), or (x, t, cond); `apart` as for `loop.run`."""
 
-    With `apart` it is called twice for guidance, as engines are whose batch has an end.
-    """
-
-    def draw(seeds: Sequence[int], report_step: Callable[[], None]) -> Tensor:
-        bound = bind(network, conditioning, seeds, apart=apart)
-        return samplers.run(
-            bound, seeds, shape, schedule, spec, lambda step, x, t: report_step(), correction=correction, decode=decode
-        )
+    def draw(seeds: Sequence[int], on_step: Callable[[], None]) -> Tensor:
+        return loop.run(network, seeds, sampling, lambda step, x, t: on_step(), apart=apart)
 
     return draw
 
 
-def noise_for(engine: Engine, file: EngineFile, schedule: NoiseSchedule, seeds: Sequence[int]) -> Denoiser:
-    """Make an open engine of either kind a denoiser for images of these seeds, with guidance if there is any."""
-    network, conditioning = noise_of(engine, file, schedule), default_conditioning(file)
-    if conditioning is None or file.about["graph"] != "step":
-        return bind(network, conditioning, seeds, apart=True)
-    feeds = conditioning.feeds(seeds)
-    return lambda x, t, /: network(x, t, feeds)
-
-
-def noise_of(engine: Engine, file: EngineFile, schedule: NoiseSchedule) -> Callable[..., Tensor]:
-    """Make an open engine of either kind a denoiser, which an engine of whole steps is at its own timesteps only."""
-    if file.about["graph"] != "step":
+def noise_predictor(engine: Engine, file: EngineFile) -> ConditionalNetwork:
+    """Return an open engine as a network that predicts noise; one of whole steps does so at its own timesteps only."""
+    record = record_of(file)
+    if not record.whole_steps:
         return engine_denoiser(engine)
-    return step_loop.step_denoiser(engine, timesteps(sampler_of(file, None), schedule.num_train))
+    visited = timesteps(record.provenance.sampler, record.provenance.schedule.num_train)
+    return step_loop.step_denoiser(engine, visited)
+
+
+def denoiser_for(engine: Engine, file: EngineFile, seeds: Sequence[int]) -> Denoiser:
+    """Return an open engine of either kind as a denoiser for images of these seeds, with guidance if there is any."""
+    network = noise_predictor(engine, file)
+    record = record_of(file)
+    conditioning = load_conditioning(record.provenance, file.path.parent)
+    if conditioning is None or not record.whole_steps:
+        return bind(network, conditioning, seeds, apart=True)
+    feeds = conditioning.feeds(seeds)  # guidance is inside the engine
+    return lambda x, t, /: network(x, t, feeds)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from calib.data import NO_CONDITION
 from engines import Engine, Loop
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.denoiser import Condition
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.errors import GaqError
 from gaq_export.graph.step import FEEDBACK
 
@@ -19,57 +20,51 @@ from gaq_export.graph.step import FEEDBACK
 def run(
     engine: Engine,
     seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    steps: int,
+    sampling: Sampling,
     on_step: Callable[[int], None] = lambda step: None,
-    condition: Mapping[str, Tensor] = NO_CONDITION,
-    decode: samplers.Decode | None = None,
-    clip: float | None = 1.0,
 ) -> Tensor:
-    """Draw one image for each seed, as `samplers.run` does, the whole loop inside the engine.
+    """Draw one image for each seed, as `loop.run` does, the whole loop inside the engine.
 
     Args:
-        engine: one that holds steps.
+        engine: one that computes whole steps.
         seeds: one per image.
-        shape: (C, H, W) of an image.
-        steps: how many the engine has.
-        on_step: told the number of each.
-        condition: what the network is told, by the names of the engine's inputs.
-        decode: makes images of what the loop ends with, if that is latents.
-        clip: the schedule's, see `samplers.finish`.
+        sampling: how to draw; its sampler has to be the one that the engine was built for.
+        on_step: called with the number of each step.
 
     Returns:
-        Images in [-1, 1], or what `samplers.finish` says, (N, C, H, W) float32.
+        Images in [-1, 1], or what `loop.finish` says, (N, C, H, W) float32.
 
     Raises:
         GaqError: no seeds, or images that are not finite.
     """
-    x = samplers.noise(seeds, 0, shape).numpy()
+    x = loop.noise(seeds, 0, sampling.shape).numpy()
     feeds = {"x": x, "step": np.zeros(1, np.int64), "previous": np.zeros_like(x)}
-    feeds |= {name: tensor.numpy() for name, tensor in condition.items()}
-    taken, given = {spec.name for spec in engine.inputs}, {spec.name for spec in engine.outputs}
-    loop = Loop(
-        count=steps,
-        feedback={output: name for output, name in FEEDBACK.items() if output in given},
-        noise={"noise": seeds} if "noise" in taken else {},
+    if sampling.conditioning is not None:
+        feeds |= {name: tensor.numpy() for name, tensor in sampling.conditioning.feeds(seeds).items()}
+    inputs = {spec.name for spec in engine.inputs}
+    outputs = {spec.name for spec in engine.outputs}
+    turns = Loop(
+        count=sampling.sampler.steps,
+        feedback={output: name for output, name in FEEDBACK.items() if output in outputs},
+        noise={"noise": seeds} if "noise" in inputs else {},
         on_step=on_step,
     )
-    outputs = engine.loop(as_taken(engine, feeds, len(x)), loop)
-    return samplers.finish(seeds, torch.from_numpy(outputs["x_next"]), decode, clip=clip)
+    last = engine.loop(as_taken(engine, feeds, len(x)), turns)
+    return loop.finish(seeds, torch.from_numpy(last["x_next"]), sampling)
 
 
 def as_taken(engine: Engine, feeds: Mapping[str, npt.NDArray[Any]], batch: int) -> dict[str, npt.NDArray[Any]]:
-    """Return those of `feeds` that the engine takes; what is one for all, (1,), for each image where it has rows."""
+    """Return those of `feeds` that the engine takes; a value for all images, (1,), is repeated where it wants rows."""
     specs = {spec.name: spec for spec in engine.inputs if spec.name in feeds}
     single = {name for name in specs if feeds[name].shape == (1,)}
     return {n: np.resize(feeds[n], s.at_batch(batch)) if n in single else feeds[n] for n, s in specs.items()}
 
 
 def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
-    """Make the engine callable as (x, t), or (x, t, told), at the timesteps it knows.
+    """Make the engine callable as (x, t), or (x, t, cond), at the timesteps it knows.
 
     Args:
-        engine: one that holds steps; the caller keeps it open and closes it.
+        engine: one that computes whole steps; the caller closes it.
         visited: (S,) timesteps of its steps.
     """
 
@@ -77,9 +72,10 @@ def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
         step = (visited == t[0]).nonzero()[:1, 0]
         if len(step) == 0 or bool((t != t[0]).any()):
             raise GaqError(f"This engine knows the timesteps {visited.tolist()}, one at a time; found {t.tolist()}.")
+        # The noise and the previous x0 do not change the predicted noise: zeros stand in for them.
         blank = {spec.name: np.zeros(spec.at_batch(len(x)), np.float32) for spec in engine.inputs}
-        given = {name: tensor[: blank[name].shape[0]].numpy() for name, tensor in condition.items() if name in blank}
-        feeds = as_taken(engine, {**blank, **given, "x": x.numpy(), "step": step.numpy()}, len(x))
+        rows = {name: tensor[: blank[name].shape[0]].numpy() for name, tensor in condition.items() if name in blank}
+        feeds = as_taken(engine, {**blank, **rows, "x": x.numpy(), "step": step.numpy()}, len(x))
         return torch.from_numpy(engine(feeds)["eps"])
 
     return denoise
@@ -89,7 +85,7 @@ def engine_denoiser(engine: Engine) -> Callable[..., Tensor]:
     """Make an open engine callable as `(x, t)`, or `(x, t, cond)`.
 
     Args:
-        engine: takes `x`, `t` and what it is told by name, gives `eps`; the caller keeps it open and closes it.
+        engine: takes `x`, `t` and the condition by name, returns `eps`; the caller closes it.
     """
 
     def denoise(x: Tensor, t: Tensor, cond: Condition | None = None, /) -> Tensor:

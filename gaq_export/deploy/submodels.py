@@ -1,4 +1,4 @@
-"""Float engines of what stands around a denoiser, by the same backends: checked against PyTorch, named in its record.
+"""Float engines of a model's decoder and text encoders, by the same backends, each checked against PyTorch.
 
     decoder        latents (N, C, h, w) -> images (N, 3, H, W)
     text encoder   ids (N, L) -> states (N, L, D) [, pooled (N, P)]
@@ -20,6 +20,8 @@ import engines
 from engines import Engine, EngineConfig, EngineFile
 from gaq_export.deploy import parity
 from gaq_export.deploy.parity import Parity, Tolerance
+from gaq_export.deploy.record import LinkedFile
+from gaq_export.diffusion.batching import split_rows
 from gaq_export.errors import GaqError
 from gaq_export.graph.export import export_submodel
 from gaq_export.graph.files import save_onnx
@@ -34,7 +36,7 @@ TOLERANCE = Tolerance(floor_db=40.0, margin_db=6.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part's engine, and its parity if it runs here."""
+    """The engine of a decoder or text encoder, and its parity if it runs here."""
 
     file: EngineFile
     parity: Parity | None
@@ -73,6 +75,13 @@ def text_path(out: Path, index: int) -> Path:
     return out.with_name(f"{out.stem}-text{f'-{index + 1}' if index else ''}{out.suffix}")
 
 
+def write_tokenizer(text: str, encoder_path: Path) -> LinkedFile:
+    """Write a tokenizer, JSON of the `tokenizers` library, beside its encoder's engine; return the link to it."""
+    path = encoder_path.with_name(f"{encoder_path.name}.tokens.json")
+    path.write_text(text, encoding="utf-8")
+    return LinkedFile(file=path.name, sha256=engines.sha256_of(path))
+
+
 def build_text(encoder: TextEncoder, out: Path, config: EngineConfig) -> EngineFile:
     """Build the engine of a text encoder; arguments as for `build_decoder`."""
     ids = torch.arange(encoder.length)[None] % encoder.embeddings.token_embedding.num_embeddings
@@ -90,15 +99,14 @@ def check_text(encoder: TextEncoder, file: EngineFile) -> Parity:
 
 
 def run_text(opened: Engine, file: EngineFile) -> Run:
-    """Make an open engine of a text encoder what `texts.encode` takes; the last batch is filled up to its least."""
+    """Return an open engine of a text encoder as a function of ids (N, L), any N, for `text_encoder.encode`."""
 
     def run(ids: Tensor) -> list[Tensor]:
         parts = []
-        for part in torch.split(ids, file.batch[2]):
-            filled = torch.cat((part, part[-1:].repeat(max(0, file.batch[0] - len(part)), 1)))
-            found = opened({IDS: filled.numpy()})
-            parts.append([torch.from_numpy(found[spec.name])[: len(part)] for spec in file.outputs])
-        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        for part in split_rows({IDS: ids}, file.batch[0], file.batch[2]):
+            outputs = opened({IDS: part[IDS].contiguous().numpy()})
+            parts.append([torch.from_numpy(outputs[spec.name]) for spec in file.outputs])
+        return [torch.cat(tensors)[: len(ids)] for tensors in zip(*parts, strict=True)]
 
     return run
 
@@ -124,11 +132,11 @@ def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> Engin
     return build_graph(graph, out, replace(config, compute="float32", stripped=False), {"part": part})
 
 
-def build_graph(graph: ir.Model, out: Path, config: EngineConfig, about: dict[str, Any]) -> EngineFile:
+def build_graph(graph: ir.Model, out: Path, config: EngineConfig, metadata: dict[str, Any]) -> EngineFile:
     """Build the engine `out` of a float graph, which is written down only for as long as that takes."""
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         save_onnx(compute_in(graph, "float32"), Path(folder, "unet.onnx"))
-        return engines.build(Path(folder, "unet.onnx"), out, config, about)
+        return engines.build(Path(folder, "unet.onnx"), out, config, metadata)
 
 
 def _checked(network: nn.Module, given: Tensor, found: Tensor, file: EngineFile) -> Parity:
@@ -138,7 +146,7 @@ def _checked(network: nn.Module, given: Tensor, found: Tensor, file: EngineFile)
     result = Parity(steps=(0,), sqnr_db=(measured,), resolution_db=(resolution,), tolerance=TOLERANCE)
     if not result.passed:
         raise GaqError(
-            f"The {file.backend} engine of the {file.about['part']} differs from PyTorch: SQNR {measured:.1f} dB, at "
-            f"least {result.required_db(0):.1f} dB expected. Nothing was replaced; try another --backend."
+            f"The {file.backend} engine of the {file.metadata['part']} differs from PyTorch: SQNR {measured:.1f} dB, "
+            f"at least {result.required_db(0):.1f} dB expected. Nothing was replaced; try another --backend."
         )
     return result

@@ -65,7 +65,7 @@ class Conditioning:
     def file(self) -> str | None:
         """What the file is called that `save` writes; None if a record has room for all of it, as for classes."""
         texts = any(row.is_floating_point() for row in self.rows.values())
-        return f"told-{self.sha256[:12]}.safetensors" if texts else None
+        return f"conditioning-{self.sha256[:12]}.safetensors" if texts else None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, the rows among them unless they are in a file."""

@@ -1,9 +1,8 @@
-"""From noise to images: every sampler is a table of coefficients, and one loop over any `Denoiser` applies it.
+"""Every sampler is a table of coefficients, one row a step, and one update applies a row.
 
-In: a denoiser, one seed per image, a noise schedule and a `SamplerSpec`. Out: images in [-1, 1]. The state is float32,
-as the network wants it; the coefficients are computed in float64 from `alpha_bar` at the timesteps actually visited, so
-uneven spacings need no special case. What an image looks like depends on its seed and never on its batch. An exported
-step (`gaq_export.graph.step`) holds the same table.
+In: a noise schedule and a `SamplerSpec`. Out: `Coefficients` for every step. They are computed in float64 from
+`alpha_bar` at the timesteps actually visited, so uneven spacings need no special case. The loop in PyTorch
+(`gaq_export.diffusion.loop`) and an exported step (`gaq_export.graph.step`) use the same table.
 
 Letters, as in Ho et al. 2020 and Song et al. 2021: `a` and `a_prev` are alpha_bar at this and the next visited
 timestep (1 after the last, unless the schedule says otherwise), `x0` the predicted clean image, `epsilon` the
@@ -19,13 +18,8 @@ import torch
 from torch import Tensor
 
 from calib.correction import Correction
-from engines import philox
-from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
 from gaq_export.errors import GaqError
-
-OnStep = Callable[[int, Tensor, Tensor], None]
-Decode = Callable[[Tensor], Tensor]  # makes images (N, C, H, W) of latents (N, C, h, w)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,64 +87,6 @@ def _corrected(row: Coefficients, correction: Correction, step: int) -> Coeffici
     )
 
 
-def run(
-    denoiser: Denoiser,
-    seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    schedule: NoiseSchedule,
-    spec: SamplerSpec,
-    on_step: OnStep | None = None,
-    *,
-    correction: Correction | None = None,
-    decode: Decode | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Draw one image for each seed.
-
-    Args:
-        denoiser: The network, see `Denoiser`.
-        seeds: One seed per image.
-        shape: (C, H, W) of an image.
-        schedule: The noise schedule the network was trained with.
-        spec: Which sampler, how many steps.
-        on_step: Called before each network call with `step`, `x` and `t`, exactly what the network is about to see.
-        correction: Of the network's noise, if it is a quantized one.
-        decode: Makes images of what the loop ends with, if that is latents.
-        device: Where the loop runs. Noise is drawn on the CPU, so images do not depend on it.
-
-    Returns:
-        Images in [-1, 1], or what `finish` says, (N, C, H, W) float32.
-
-    Raises:
-        GaqError: If `seeds` is empty, the network returns the wrong shape, or the images are not finite.
-    """
-    rows = table(schedule, spec, correction)
-    x = noise(seeds, 0, shape).to(device)
-    previous = torch.zeros_like(x)
-    with torch.no_grad():
-        for step, (t, row) in enumerate(zip(timesteps(spec, schedule.num_train), rows, strict=True)):
-            t_batch = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
-            if on_step is not None:
-                on_step(step, x, t_batch)
-            epsilon = denoiser(x, t_batch)
-            if epsilon.shape != x.shape:
-                raise GaqError(f"The network returned shape {tuple(epsilon.shape)} for images of {tuple(x.shape)}.")
-            fresh = noise(seeds, step + 1, shape).to(x.device) if row.fresh else None
-            x, previous = update(row, schedule.clip, x, epsilon, previous, fresh)
-    return finish(seeds, x, decode, clip=schedule.clip)
-
-
-def noise(seeds: Sequence[int], stream: int, shape: tuple[int, int, int]) -> Tensor:
-    """Return (N, C, H, W) standard normal noise: what the loop starts from (stream 0), what step i adds (i + 1).
-
-    Raises:
-        GaqError: there are no seeds.
-    """
-    if not seeds:
-        raise GaqError("No seeds were given, so there is nothing to draw; give one per image.")
-    return torch.from_numpy(philox.normals(seeds, stream, shape))
-
-
 def update(
     row: Coefficients, clip: float | None, x: Tensor, epsilon: Tensor, previous: Tensor, fresh: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -175,29 +111,6 @@ def update(
 def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:
     """Return values of channels as (1, C, 1, 1)."""
     return torch.tensor(values, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
-
-
-def finish(seeds: Sequence[int], x: Tensor, decode: Decode | None = None, *, clip: float | None = 1.0) -> Tensor:
-    """Return the images of a finished loop, clamped to [-1, 1].
-
-    Args:
-        seeds: One per image.
-        x: What the loop ended with.
-        decode: Makes images of it, if it is latents.
-        clip: The schedule's; with neither a decoder nor a clip, `x` may be latents, and stays as it is.
-
-    Raises:
-        GaqError: Some of them are not finite.
-    """
-    broken = [seed for seed, image in zip(seeds, x, strict=True) if not bool(image.isfinite().all())]
-    if broken:
-        raise GaqError(
-            f"The network produced numbers that are not finite (NaN or infinite) for seeds {broken[:8]}; its weights "
-            "or its precision (FP16 overflow) are the usual cause."
-        )
-    if decode is None and clip is None:
-        return x
-    return (x if decode is None else decode(x)).clamp(-1, 1)
 
 
 def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:

@@ -13,6 +13,7 @@ from engines import EngineConfig, EngineFile
 from engines.machine import versions
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
+from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import noise_sqnr, scores
@@ -20,8 +21,8 @@ from gaq_export.evaluation.feature_extractors import Extractor
 from gaq_export.evaluation.image_sets import ImageSet, open_images
 from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.evaluation.scores import LEFT_OUT, Score
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import find_model
 from gaq_export.run import command_and_versions
 from gaq_export.sampling.sample import sample_shards
 
@@ -110,7 +111,8 @@ def evaluate_engines(
     """
     opened = _open(files)
     first = next(iter(opened.values()))
-    model, spec = provenance.model_of(first.about, model, first.path.parent), session.sampler_of(first, None)
+    origin = record_of(first).provenance
+    model, spec = find_model(origin, model, first.path.parent), origin.sampler
     exact = build_float(model, drawing.out / "float.plan", sampler=spec, config=EngineConfig(backend=first.backend))
     same = _draw("float", exact.path, drawing, on_step)
     reference = _reference(exact, drawing, on_step) if data is None else open_images(data, session.image_shape(exact))
@@ -129,12 +131,10 @@ def evaluate_engines(
         seeds = range(drawing.seed, drawing.seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
         with session.open_engines(file) as engine:
             steps[name] = noise_sqnr.along_both(
-                session.noise_for(engine, file, model.schedule, seeds),
+                session.denoiser_for(engine, file, seeds),
                 bind(model.network, model.conditioning, seeds),
-                model.schedule,
-                model.shape,
-                spec,
                 seeds,
+                model.sampling(spec),
             )
     return write_evaluation(drawing.out, rows, steps)
 
@@ -144,13 +144,13 @@ def _open(files: Sequence[Path]) -> dict[str, EngineFile]:
     opened = {file.name.removesuffix(".plan"): engines.load_engine_file(file) for file in files}
     if len(opened) != len(files):
         raise GaqError(f"Found engines of one name among {[str(file) for file in files]}: rename one.")
-    specs = {str(session.sampler_of(file, None)) for file in opened.values()}
-    if len(specs) != 1 or len({file.about["model"]["fingerprint"] for file in opened.values()}) != 1:
+    origins = [record_of(file).provenance for file in opened.values()]
+    specs = {str(origin.sampler) for origin in origins}
+    if len(specs) != 1 or len({origin.fingerprint for origin in origins}) != 1:
         raise GaqError(
             f"These engines are of different models or samplers ({sorted(specs)}); evaluate them one by one."
         )
-    first = next(iter(opened.values()))
-    if any(file.about.get("conditions") != first.about.get("conditions") for file in opened.values()):
+    if any(origin.conditioning != origins[0].conditioning for origin in origins):
         raise GaqError("These engines have different conditioning or guidance; evaluate them one by one.")
     return opened
 

@@ -97,7 +97,7 @@ def _of_shards(path: Path) -> ImageSet:
             yield images
 
     first = next(parts())
-    made = {**record["conditions"], "seed": record["seed"], "num": record["num"], "batch": record["batch"]}
+    made = {**record["identity"], "seed": record["seed"], "num": record["num"], "batch": record["batch"]}
     return ImageSet(
         name=str(path), count=record["num"], shape=_shape(first), parts=parts, sha256=_digest(parts), made=made
     )

@@ -7,7 +7,7 @@ by the float network, the errors of earlier steps do not add up, so that each st
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
 from calib.sqnr import sqnr_db
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.diffusion.denoiser import Denoiser
-from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
-from gaq_export.models import provenance
+from gaq_export.diffusion.loop import Sampling
+from gaq_export.diffusion.schedule import timesteps
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import provenance_of
 from gaq_export.quantize.trajectories import GROUP, image_seed
 
 OnStage = Callable[[str, int, int], None]  # called with what is being done, how much of it is done, and in all
@@ -59,22 +60,13 @@ class NoiseSqnr:
     both: Tensor
 
 
-def follow(
-    leader: Denoiser,
-    seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    schedule: NoiseSchedule,
-    spec: SamplerSpec,
-    visit: Visit,
-) -> None:
+def follow(leader: Denoiser, seeds: Sequence[int], sampling: Sampling, visit: Visit) -> None:
     """Run a sampler, and call `visit` with what the leader saw and predicted at each step.
 
     Args:
         leader: the denoiser whose predictions the sampler takes.
         seeds: one per image.
-        shape: (C, H, W).
-        schedule: the noise schedule.
-        spec: the sampler.
+        sampling: how to draw; its conditioning is the leader's own business.
         visit: called with `x` and `epsilon` (N, C, H, W) and `t` (N,).
     """
 
@@ -83,15 +75,13 @@ def follow(
         visit(x, t, epsilon)
         return epsilon
 
-    samplers.run(denoise, seeds, shape, schedule, spec)
+    loop.run(denoise, seeds, replace(sampling, conditioning=None))
 
 
-def record(
-    leader: Denoiser, seeds: Sequence[int], shape: tuple[int, int, int], schedule: NoiseSchedule, spec: SamplerSpec
-) -> Trajectory:
+def record(leader: Denoiser, seeds: Sequence[int], sampling: Sampling) -> Trajectory:
     """Return the whole trajectory of a denoiser; arguments as for `follow`."""
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
-    follow(leader, seeds, shape, schedule, spec, lambda *step: steps.append(step))
+    follow(leader, seeds, sampling, lambda *step: steps.append(step))
     x, t, epsilon = (torch.stack(part) for part in zip(*steps, strict=True))  # S x (N, ...) -> (S, N, ...)
     return Trajectory(x=x, t=t, epsilon=epsilon)
 
@@ -117,22 +107,15 @@ def squared_errors(trajectory: Trajectory, denoiser: Denoiser, correction: Corre
 
 
 def along_both(
-    quantized: Denoiser,
-    exact: Denoiser,
-    schedule: NoiseSchedule,
-    shape: tuple[int, int, int],
-    spec: SamplerSpec,
-    seeds: Sequence[int],
+    quantized: Denoiser, exact: Denoiser, seeds: Sequence[int], sampling: Sampling
 ) -> dict[str, list[float]]:
     """Return the SQNR in dB at each step, over all images together, along the trajectories of both denoisers.
 
     Args:
         quantized: a quantized network, or an engine.
         exact: the float network.
-        schedule: the noise schedule.
-        shape: (C, H, W).
-        spec: the sampler.
         seeds: one per image.
+        sampling: as for `follow`.
 
     Returns:
         A value per step by the trajectory's name, FLOAT or QUANTIZED.
@@ -145,8 +128,8 @@ def along_both(
     def visit_quantized(x: Tensor, t: Tensor, epsilon: Tensor) -> None:
         rows[QUANTIZED].append(sqnr_db(exact(x, t), epsilon))  # the float network is the signal whoever leads
 
-    follow(exact, seeds, shape, schedule, spec, visit_float)
-    follow(quantized, seeds, shape, schedule, spec, visit_quantized)
+    follow(exact, seeds, sampling, visit_float)
+    follow(quantized, seeds, sampling, visit_quantized)
     return rows
 
 
@@ -161,8 +144,7 @@ def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnStage) 
         images: trajectories to draw.
         on_step: called with what is being done, and the steps done and in all.
     """
-    schedule = provenance.schedule_of(plan.provenance)
-    spec = SamplerSpec.from_json(plan.provenance["sampler"])
+    spec = provenance_of(plan).sampler
     quantized = [fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True)]
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
     groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]
@@ -175,7 +157,7 @@ def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnStage) 
             rows.append([[sqnr_db(e, o) for e, o in zip(epsilon, net(x, t), strict=True)] for net in others])
             on_step("following fresh trajectories, step", len(rows), len(groups) * spec.steps)
 
-        follow(exact, group, model.shape, schedule, spec, visit)
+        follow(exact, group, model.sampling(spec), visit)
     parts = [torch.tensor(rows[i * spec.steps : (i + 1) * spec.steps]) for i in range(len(groups))]  # (S, 2, n) each
     weights, both = torch.cat(parts, 2).unbind(1)  # (S, 2, N) -> 2 x (S, N)
-    return NoiseSqnr(t=timesteps(spec, schedule.num_train), weights=weights, both=both)
+    return NoiseSqnr(t=timesteps(spec, model.schedule.num_train), weights=weights, both=both)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gaq_export.diffusion.conditioning import Conditioning
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, under_guidance
 from gaq_export.errors import GaqError, unknown
 from gaq_export.models import diffusers_folder, hub, ldm_checkpoint
@@ -71,6 +72,20 @@ class LoadedModel:
         size = self.spec.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.spec.config["in_channels"]), int(height), int(width)
+
+    def sampling(self, sampler: SamplerSpec | None = None) -> Sampling:
+        """Return how the network is sampled, with its own sampler if None; latents are not decoded."""
+        return Sampling(
+            schedule=self.schedule,
+            shape=self.shape,
+            sampler=sampler or self.spec.sampler,
+            conditioning=self.conditioning,
+        )
+
+    def image_sampling(self, sampler: SamplerSpec | None = None) -> Sampling:
+        """Return how images are drawn: as `sampling`, and latents are decoded."""
+        decode = None if self.decoder is None else torch.no_grad()(self.decoder)
+        return replace(self.sampling(sampler), decode=decode)
 
 
 def load_model(name: str | None = None, weights: str | Path | WeightSource | None = None) -> LoadedModel:

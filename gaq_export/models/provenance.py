@@ -1,10 +1,14 @@
-"""What a plan and an engine file say of the model they came from, and how to find it again from that."""
+"""What a plan and an engine record about the float model they came from, and how to load that model again.
+
+In: a `LoadedModel` and its sampler. Out: a `Provenance`, written as JSON into the plan (which treats it as opaque) and
+into the engine record. `find_model` goes the other way and refuses any model but the one recorded.
+"""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -16,99 +20,202 @@ from gaq_export.errors import GaqError
 from gaq_export.models.architectures import class_rows
 from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import LoadedModel, load_model
-from gaq_export.models.source import MODULE
+from gaq_export.models.source import MODULE, WeightSource
+
+_PARTS = {"conditioning", "decoder", "model", "architecture", "sampler", "schedule"}
 
 
-def describe(model: LoadedModel, spec: SamplerSpec) -> dict[str, Any]:
-    """Return what a plan and an engine say of the model and its sampler."""
-    schedule, conditioning = model.schedule, model.conditioning
-    architecture = getattr(model.module, "config", model.spec.config)
-    further: dict[str, Any] = {} if conditioning is None else {"conditions": conditioning.to_json()}
-    if model.decoder is not None:
-        further["decoder"] = describe_decoder(model)
-    return further | {
-        "model": {
-            "name": model.spec.name,
-            "source": str(model.source),
-            "fingerprint": model.fingerprint,
-            "shape": list(model.shape),
-            "classes": class_rows(model.module),
-            "meaningless": model.random_weights,
-        },
-        "architecture": json.loads(json.dumps({k: v for k, v in architecture.items() if not k.startswith("_")})),
-        "sampler": asdict(spec),
-        "schedule": {
-            "alpha_bar": schedule.alpha_bar.tolist(),
-            "clip": schedule.clip,
-            "variance": schedule.variance,
-            "last": schedule.last,
-        },
-    }
+@dataclass(frozen=True, kw_only=True)
+class DecoderProvenance:
+    """Where the decoder of a model's latents was loaded from, and the sha256 of its weights."""
+
+    source: WeightSource
+    fingerprint: str
 
 
-def describe_decoder(model: LoadedModel) -> dict[str, Any]:
-    """Return where a model's decoder was found, and the sha256 of its weights."""
-    assert model.decoder is not None
-    return {"source": str(model.source), "fingerprint": fingerprint(model.decoder)}
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Provenance:
+    """The float model behind a plan or an engine, and the sampler it is drawn with.
+
+    Attributes:
+        name: what the model is called.
+        source: where its weights can be got again.
+        fingerprint: sha256 of its weights.
+        shape: (C, H, W) of what the network denoises.
+        classes: rows of its class table, the unconditional one included; None if it has none.
+        random_weights: whether the weights are random, so that pictures show nothing.
+        architecture: the network's config; empty for a module of the caller's.
+        sampler: the sampler.
+        schedule: the noise schedule.
+        conditioning: as `Conditioning.to_json` writes it; None for an unconditional model. Text states lie in a file
+            in the same folder, see `load_conditioning`.
+        decoder: of latents; None if the network denoises images.
+    """
+
+    name: str
+    source: WeightSource
+    fingerprint: str
+    shape: tuple[int, int, int]
+    classes: int | None
+    random_weights: bool
+    architecture: Mapping[str, Any]
+    sampler: SamplerSpec
+    schedule: NoiseSchedule
+    conditioning: Mapping[str, Any] | None = None
+    decoder: DecoderProvenance | None = None
+
+    @classmethod
+    def of(cls, model: LoadedModel, sampler: SamplerSpec) -> Self:
+        """Describe a model that is drawn with `sampler`."""
+        config = getattr(model.module, "config", model.spec.config)
+        public = {name: value for name, value in config.items() if not name.startswith("_")}
+        return cls(
+            name=model.spec.name,
+            source=model.source,
+            fingerprint=model.fingerprint,
+            shape=model.shape,
+            classes=class_rows(model.module),
+            random_weights=model.random_weights,
+            architecture=json.loads(json.dumps(public)),  # tuples become lists, as they will be when read again
+            sampler=sampler,
+            schedule=model.schedule,
+            conditioning=None if model.conditioning is None else model.conditioning.to_json(),
+            decoder=None
+            if model.decoder is None
+            else DecoderProvenance(source=model.source, fingerprint=fingerprint(model.decoder)),
+        )
+
+    @property
+    def model_record(self) -> dict[str, Any]:
+        """What identifies the model, as JSON."""
+        return {
+            "name": self.name,
+            "source": str(self.source),
+            "fingerprint": self.fingerprint,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "meaningless": self.random_weights,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; their order is part of the plan's bytes."""
+        optional: dict[str, Any] = {}
+        if self.conditioning is not None:
+            optional["conditioning"] = dict(self.conditioning)
+        if self.decoder is not None:
+            optional["decoder"] = {"source": str(self.decoder.source), "fingerprint": self.decoder.fingerprint}
+        return optional | {
+            "model": self.model_record,
+            "architecture": dict(self.architecture),
+            "sampler": self.sampler.to_json(),
+            "schedule": {
+                "alpha_bar": self.schedule.alpha_bar.tolist(),
+                "clip": self.schedule.clip,
+                "variance": self.schedule.variance,
+                "last": self.schedule.last,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Read what `to_json` returned, the schedule to the bit.
+
+        Raises:
+            GaqError: a part is missing, unknown or of the wrong kind.
+        """
+        unknown = sorted(fields.keys() - _PARTS)
+        if unknown:
+            raise GaqError(f"The record of the float model has unknown parts {unknown}: calibrate and build again.")
+        try:
+            model, schedule, decoder = fields["model"], fields["schedule"], fields.get("decoder")
+            channels, height, width = model["shape"]
+            return cls(
+                name=model["name"],
+                source=WeightSource.parse(model["source"]),
+                fingerprint=model["fingerprint"],
+                shape=(channels, height, width),
+                classes=model["classes"],
+                random_weights=model["meaningless"],
+                architecture=fields["architecture"],
+                sampler=SamplerSpec.from_json(fields["sampler"]),
+                schedule=NoiseSchedule(
+                    alpha_bar=torch.tensor(schedule["alpha_bar"], dtype=torch.float64),
+                    clip=schedule["clip"],
+                    variance=schedule["variance"],
+                    last=schedule["last"],
+                ),
+                conditioning=fields.get("conditioning"),
+                decoder=decoder
+                and DecoderProvenance(source=WeightSource.parse(decoder["source"]), fingerprint=decoder["fingerprint"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise GaqError(
+                f"The record of the float model is incomplete ({error!r}): calibrate and build again."
+            ) from error
+
+    @property
+    def network_config(self) -> dict[str, Any]:
+        """The network's config: all of it if it is one of diffusers', else its channels and image size."""
+        channels, height, width = self.shape
+        size = height if height == width else [height, width]
+        return {"in_channels": channels, "out_channels": channels, "sample_size": size} | dict(self.architecture)
+
+    def moved_to(self, source: WeightSource) -> Self:
+        """Return the same record for weights, the decoder's too, that now lie at `source`."""
+        decoder = self.decoder and replace(self.decoder, source=source)
+        return replace(self, source=source, decoder=decoder)
 
 
-def schedule_of(about: Mapping[str, Any]) -> NoiseSchedule:
-    """Return the noise schedule that `describe` wrote down, to the bit."""
-    fields = about["schedule"]
-    alpha_bar = torch.tensor(fields["alpha_bar"], dtype=torch.float64)
-    last = fields.get("last", 1.0)
-    return NoiseSchedule(alpha_bar=alpha_bar, clip=fields["clip"], variance=fields["variance"], last=last)
+def provenance_of(plan: QuantPlan) -> Provenance:
+    """Return what a plan records about its float model; raise GaqError if that is incomplete."""
+    return Provenance.from_json(plan.provenance)
 
 
-def conditioning_of(about: Mapping[str, Any], folder: Path) -> Conditioning | None:
-    """Return what images are told, None if that is nothing; `folder` is the plan's or the engine file's."""
-    kept = about.get("conditions")
-    return None if kept is None else Conditioning.from_json(kept, folder)
-
-
-def shape_of(about: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return (C, H, W)."""
-    channels, height, width = about["model"]["shape"]
-    return channels, height, width
-
-
-def architecture_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the network's config: all of it if it is one of diffusers', else its channels and image size."""
-    channels, height, width = shape_of(about)
-    size = height if height == width else [height, width]
-    known: dict[str, Any] = about.get("architecture", {})
-    return {"in_channels": channels, "out_channels": channels, "sample_size": size} | known
-
-
-def model_of(about: Mapping[str, Any], model: LoadedModel | None, folder: Path) -> LoadedModel:
-    """Return the float model that `about` describes, told the same; raise GaqError if it is not to be had.
+def load_conditioning(provenance: Provenance, folder: Path) -> Conditioning | None:
+    """Return the recorded conditioning, None for an unconditional model.
 
     Args:
-        about: what a plan or an engine file says.
-        model: the model; found again if None.
-        folder: the plan's or the engine file's.
+        provenance: of a plan or an engine.
+        folder: where the plan or the engine lies, and beside it the file with text states if there are any.
+
+    Raises:
+        CalibError, GaqError: that file is missing, damaged, or another one.
     """
-    wanted = about["model"]
+    record = provenance.conditioning
+    return None if record is None else Conditioning.from_json(record, folder)
+
+
+def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) -> LoadedModel:
+    """Return the recorded float model with the recorded conditioning.
+
+    Args:
+        provenance: of a plan or an engine.
+        model: the model, which is checked; loaded again if None.
+        folder: where the plan or the engine lies.
+
+    Raises:
+        GaqError: it is another model, has another decoder, or cannot be loaded.
+    """
     if model is None:
-        if wanted["source"] == str(MODULE):
-            raise GaqError(f"{wanted['name']!r} is a module of your own: call this from Python with model=wrap(...).")
-        model = load_model(wanted["name"], wanted["source"])
-    if model.fingerprint != wanted["fingerprint"]:
+        if provenance.source == MODULE:
+            raise GaqError(f"{provenance.name!r} is a module of your own: call this from Python with model=wrap(...).")
+        model = load_model(provenance.name, provenance.source)
+    if model.fingerprint != provenance.fingerprint:
         raise GaqError(
-            f"This plan belongs to another model: it was made from {wanted['name']} with weights "
-            f"{wanted['fingerprint'][:12]}, found {model.spec.name} with {model.fingerprint[:12]}. Calibrate again."
+            f"This plan belongs to another model: it was made from {provenance.name} with weights "
+            f"{provenance.fingerprint[:12]}, found {model.spec.name} with {model.fingerprint[:12]}. Calibrate again."
         )
-    decoder = about.get("decoder")
-    if decoder is not None and (model.decoder is None or fingerprint(model.decoder) != decoder["fingerprint"]):
-        found = "another" if model.decoder is not None else "none"
+    decoder = provenance.decoder
+    if decoder is not None and (model.decoder is None or fingerprint(model.decoder) != decoder.fingerprint):
+        present = "another" if model.decoder is not None else "none"
         raise GaqError(
-            f"{wanted['name']} was calibrated with a decoder of latents, weights {decoder['fingerprint'][:12]}, from "
-            f"{decoder['source']}; found {found} with this model. Calibrate again, in another run folder."
+            f"{provenance.name} was calibrated with a decoder of latents, weights {decoder.fingerprint[:12]}, from "
+            f"{decoder.source}; found {present} with this model. Calibrate again, in another run folder."
         )
-    return replace(model, conditioning=conditioning_of(about, folder))
+    return replace(model, conditioning=load_conditioning(provenance, folder))
 
 
 def rewritten(model: LoadedModel, plan: QuantPlan) -> LoadedModel:
-    """Return the model with its network as the plan's layers name it; the one it has if the plan rewrites nothing."""
+    """Return the model with its network as the plan's layers name it; the same model if the plan rewrites no layer."""
     network = apply_surgery(model.network, plan.surgery)
     return model if network is model.network else replace(model, module=network)

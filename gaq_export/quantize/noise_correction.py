@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from calib.config import CorrectionConfig, QuantConfig
 from calib.correction import Correction, channel_gain, regress
 from calib.data import CalibrationSet
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.conditioning import Conditioning, Guided, bind
-from gaq_export.diffusion.denoiser import Denoiser
+from gaq_export.diffusion import loop, samplers
+from gaq_export.diffusion.batching import bind_in_batches
+from gaq_export.diffusion.conditioning import Guided
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.trajectories import image_seed, with_step_conditioning
@@ -81,9 +81,11 @@ def _tac(
     on_step: OnStep,
 ) -> Correction:
     rows, visited = samplers.table(model.schedule, spec), timesteps(spec, model.schedule.num_train)
-    exact = drawn = samplers.noise(seeds, 0, model.shape)
+    exact = drawn = loop.noise(seeds, 0, model.shape)
     before = [torch.zeros_like(exact)] * 2
-    exact_network, quantized_network = (_in_parts(net, model.conditioning, seeds) for net in (model.network, quantized))
+    exact_network, quantized_network = (
+        bind_in_batches(net, model.conditioning, seeds, BATCH) for net in (model.network, quantized)
+    )
     gains, shifts, explained = [], [], []
     for step, row in enumerate(rows):
         shift = (drawn - exact).double().mean((0, 2, 3))
@@ -93,7 +95,7 @@ def _tac(
         gain = channel_gain(given, wanted, relative=config.relative, ridge=config.ridge, floor=config.floor)
         corrected = given * gain.float().reshape(1, -1, 1, 1)
         left, whole = ((part - wanted).square().sum().double() for part in (corrected, given))
-        fresh = samplers.noise(seeds, step + 1, model.shape) if row.fresh else None
+        fresh = loop.noise(seeds, step + 1, model.shape) if row.fresh else None
         ahead: list[tuple[Tensor, Tensor]] = [
             samplers.update(row, model.schedule.clip, x, epsilon, previous, fresh)
             for x, epsilon, previous in zip((exact, drawn), (exact_network(exact, t), corrected), before, strict=True)
@@ -115,14 +117,3 @@ def _tac(
 
 def _predict(network: nn.Module, data: CalibrationSet, index: Tensor) -> Tensor:
     return torch.cat([network(*data.inputs(part)) for part in torch.split(index, BATCH)])
-
-
-def _in_parts(network: nn.Module, conditioning: Conditioning | None, seeds: list[int]) -> Denoiser:
-    """Return the network as one for images of these seeds, BATCH of them at a time."""
-    parts = [bind(network, conditioning, seeds[start : start + BATCH]) for start in range(0, len(seeds), BATCH)]
-
-    def denoise(x: Tensor, t: Tensor, /) -> Tensor:
-        rows = zip(parts, torch.split(x, BATCH), torch.split(t, BATCH), strict=True)
-        return torch.cat([part(some, times) for part, some, times in rows])
-
-    return denoise

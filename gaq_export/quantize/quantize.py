@@ -21,8 +21,8 @@ from calib.mixed_precision import Clock
 from calib.plan import QuantPlan, StepBits
 from calib.progress import Progress
 from calib.quantized_trajectory import ObservingNetwork
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.conditioning import Guided, bind
+from gaq_export.diffusion import loop
+from gaq_export.diffusion.conditioning import Guided
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize import noise_correction
@@ -87,8 +87,7 @@ def _finish(
     if config.activation.trajectory == "quantized":
         network = ObservingNetwork(model.network, plan)
         seeds = [image_seed(config.seed, i) for i in range(_images(model, data))]
-        bound = bind(network, model.conditioning, seeds)
-        samplers.run(bound, seeds, model.shape, model.schedule, spec, lambda step, x, t: on_step(step + 1, spec.steps))
+        loop.run(network, seeds, model.sampling(spec), lambda step, x, t: on_step(step + 1, spec.steps))
         plan = network.plan
     if config.correction.rule != "none":
         fake = fake_quantized(model.network, plan)

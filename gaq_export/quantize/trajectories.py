@@ -18,8 +18,8 @@ from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.seeds import derive_seed
-from gaq_export.diffusion import samplers
-from gaq_export.diffusion.conditioning import GUIDANCE, UNCONDITIONAL, Conditioning, bind
+from gaq_export.diffusion import loop
+from gaq_export.diffusion.conditioning import GUIDANCE, UNCONDITIONAL, Conditioning
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
@@ -115,8 +115,7 @@ def _trajectories(model: LoadedModel, seeds: list[int], spec: SamplerSpec, on_st
         seen.append(x.clone())
         on_step(step)
 
-    network = bind(model.network, model.conditioning, seeds)
-    samplers.run(network, seeds, model.shape, model.schedule, spec, keep)
+    loop.run(model.network, seeds, model.sampling(spec), keep)
     return torch.stack(seen)
 
 

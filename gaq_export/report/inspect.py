@@ -7,9 +7,8 @@ from pathlib import Path
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan
 from gaq_export import run as runs
-from gaq_export.diffusion.schedule import SamplerSpec
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import find_model, provenance_of
 from gaq_export.quantize.trajectories import collect
 from gaq_export.report import inspection, inspection_page
 from gaq_export.report.inspection import Inspection
@@ -40,7 +39,7 @@ def inspect(
     """
     run = Run(folder=Path(folder))
     plan, path = load_plan(run.plan), Path(out or run.inspection)
-    model = provenance.model_of(plan.provenance, model, run.folder)
+    model = find_model(provenance_of(plan), model, run.folder)
     found, origin = examine(run, plan, model, path, block=block, images=images, on_step=on_step)
     write_atomically(path, inspection_page.render(plan, found, origin).encode())
     return path
@@ -61,7 +60,7 @@ def examine(
     with runs.staging(out) as staged:
         data = collect(
             model,
-            SamplerSpec.from_json(plan.provenance["sampler"]),
+            provenance_of(plan).sampler,
             images=record.settings["images"],
             seed=plan.config.seed,
             folder=run.calibration,

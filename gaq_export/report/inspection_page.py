@@ -20,6 +20,7 @@ from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
 from gaq_export._version import __version__
 from gaq_export.evaluation.noise_sqnr import NoiseSqnr
+from gaq_export.models.provenance import provenance_of
 from gaq_export.report import charts, html
 from gaq_export.report.inspection import Inspection, LayerRange
 
@@ -43,12 +44,12 @@ def render(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
 
 def title(plan: QuantPlan) -> str:
     """Return the model's name and the bits."""
-    return f"{plan.provenance['model']['name']}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
+    return f"{provenance_of(plan).name}, W{plan.config.weight.bits}A{plan.config.activation.bits}"
 
 
 def warning(plan: QuantPlan) -> str:
     """Return what a reader must know before all else, "" if there is nothing."""
-    return "The weights are random: every figure is about noise." if plan.provenance["model"]["meaningless"] else ""
+    return "The weights are random: every figure is about noise." if provenance_of(plan).random_weights else ""
 
 
 def what_was_done(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
@@ -92,14 +93,14 @@ def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]
 
 
 def _conditioning_facts(plan: QuantPlan) -> dict[str, str]:
-    """Return what images are told, if they are told anything."""
-    conditioning = plan.provenance.get("conditions")
+    """Return what images are conditioned on, if anything."""
+    conditioning = provenance_of(plan).conditioning
     if conditioning is None:
         return {}
     names = conditioning["names"]
     names = names if len(names) <= LISTED else [*names[:LISTED], "...", names[-1]]
     guidance = "no guidance" if conditioning["guidance"] == 1 else f"guidance {conditioning['guidance']:g}"
-    return {"told": f"{', '.join(names)}; {guidance}"}
+    return {"conditioning": f"{', '.join(names)}; {guidance}"}
 
 
 def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from typing import Any
 from torch import Tensor
 
 import engines
-from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from engines import EngineConfig, EngineFile
 from gaq_export import run as runs
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
-from gaq_export.deploy.session import Draw
+from gaq_export.deploy.record import record_of
+from gaq_export.diffusion.batching import Draw, draw_in_batches
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.diffusion.schedule import SamplerSpec
@@ -34,13 +34,12 @@ from gaq_export.evaluation import noise_sqnr
 from gaq_export.evaluation.evaluate import DEFAULT, RECORD, Evaluation, read_evaluation
 from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.evaluation.timing import take_turns
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import find_model, provenance_of
 from gaq_export.report import inspect
 from gaq_export.report.inspection import Inspection
 from gaq_export.report.inspection_page import Origin
 from gaq_export.run import Run, RunRecord
-from gaq_export.sampling import batches
 
 NoiseFor = Callable[[Sequence[int]], Denoiser]  # what predicts the noise in images of these seeds
 PYTORCH = "PyTorch, float"
@@ -142,12 +141,12 @@ def measure(
     run = Run(folder=folder)
     plan, record = load_plan(run.plan), runs.read_record(run)
     file = engine_of(run, record, engine)
-    found, model = evaluation_of(judged, file), provenance.model_of(plan.provenance, model, folder)
+    found, model = evaluation_of(judged, file), find_model(provenance_of(plan), model, folder)
     others = session.others_of(file)
     inside, origin = inspect.examine(run, plan, model, out, block=block, images=images, on_step=on_step)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         config = EngineConfig(backend=file.backend, batch=file.batch, targets=file.targets, threads=file.threads)
-        spec = session.sampler_of(file, None)
+        spec = record_of(file).provenance.sampler
         exact = build_float(model, Path(scratch) / "float.plan", sampler=spec, config=config)
         with _opened(file, model, plan) as (draw, noise_for):
             drawn = _draw(file, model, draw, noise_for, images, on_step)
@@ -173,9 +172,10 @@ def engine_of(run: Run, record: RunRecord, asked: Path | None) -> EngineFile:
     last = record.last("build-engine").get("engine")
     path = asked or (last and Path(os.path.normpath(run.folder / last)))
     if path is None:
-        raise GaqError(f"{run.folder} tells of no engine: run `gaq-export build-engine --run {run.folder}` first.")
+        raise GaqError(f"{run.folder} records no engine: run `gaq-export build-engine --run {run.folder}` first.")
     file = engines.load_engine_file(path)
-    if file.about.get("plan", {}).get("sha256") != engines.sha256_of(run.plan):
+    built_from = record_of(file).plan
+    if built_from is None or built_from.sha256 != engines.sha256_of(run.plan):
         raise GaqError(f"{file.path} was not built from the plan in {run.folder}: build it again, or give --engine.")
     return file
 
@@ -196,37 +196,32 @@ def evaluation_of(folder: Path | None, file: EngineFile) -> Evaluation | None:
 @contextmanager
 def _opened(file: EngineFile, model: LoadedModel, plan: QuantPlan) -> Iterator[tuple[Draw, NoiseFor]]:
     """Yield what draws, and what predicts for images of given seeds: the engine, or PyTorch where it cannot run."""
-    spec, schedule = session.sampler_of(file, None), model.schedule
     if not engines.find_backend(file.backend).can_run():
         with session.open_engines(file) as engine, session.open_decoder(file) as decode:
-            draw = session.by_engine(engine, file, schedule, model.shape, spec, decode)
-            yield draw, partial(session.noise_for, engine, file, schedule)
+            sampling = replace(session.sampling_of(file), decode=decode)
+            yield session.draw_with_engine(engine, file, sampling), partial(session.denoiser_for, engine, file)
         return
-    network, kept = fake_quantized(model.network, plan), file.about["correction"]
-    correction, decode = kept and Correction.from_json(kept), session.decoding(model.decoder)
-    draw = session.by_network(network, schedule, model.shape, spec, correction, model.conditioning, decode)
-    yield draw, partial(bind, network, model.conditioning)
+    network, record = fake_quantized(model.network, plan), record_of(file)
+    sampling = replace(model.image_sampling(record.provenance.sampler), correction=record.correction)
+    yield session.draw_with_network(network, sampling), partial(bind, network, model.conditioning)
 
 
 def _by_float(model: LoadedModel, spec: SamplerSpec) -> Draw:
-    decode = session.decoding(model.decoder)
-    return session.by_network(
-        model.network, model.schedule, model.shape, spec, conditioning=model.conditioning, decode=decode
-    )
+    return session.draw_with_network(model.network, model.image_sampling(spec))
 
 
 def _draw(
     file: EngineFile, model: LoadedModel, draw: Draw, noise_for: NoiseFor, images: int, on_step: OnStage
 ) -> Drawn:
-    spec, seeds = session.sampler_of(file, None), tuple(range(images))
+    spec, seeds = record_of(file).provenance.sampler, tuple(range(images))
     by_float = _by_float(model, spec)
     pictures, exact = (
-        batches.draw(by, seeds, file.batch[1], spec.steps, partial(on_step, f"drawing ({who}), step"))
+        draw_in_batches(by, seeds, file.batch[1], spec.steps, partial(on_step, f"drawing ({who}), step"))
         for who, by in (("quantized", draw), ("float", by_float))
     )
     together = range(max(file.batch[0], min(images, file.batch[2])))
     exactly = bind(model.network, model.conditioning, together)
-    steps = noise_sqnr.along_both(noise_for(together), exactly, model.schedule, model.shape, spec, together)
+    steps = noise_sqnr.along_both(noise_for(together), exactly, together, model.sampling(spec))
     captions = () if model.conditioning is None else tuple(map(model.conditioning.name_of, seeds))
     return Drawn(seeds=seeds, captions=captions, quantized=pictures, exact=exact, steps=steps)
 
@@ -244,7 +239,7 @@ def _time(
     if not rounds or engines.find_backend(file.backend).can_run():
         return None
     seeds, done = range(file.batch[1]), 0
-    by_float = _by_float(model, session.sampler_of(file, None))
+    by_float = _by_float(model, record_of(file).provenance.sampler)
 
     def loop(by: Draw) -> None:
         nonlocal done
@@ -253,7 +248,7 @@ def _time(
         on_step("timing the loop", done, 3 * (rounds + 1))
 
     with _opened(exact, model, plan) as (by_exact, _):
-        loops = {PYTORCH: by_float, f"{file.backend}, float": by_exact, f"{file.backend}, {file.about['bits']}": draw}
+        loops = {PYTORCH: by_float, f"{file.backend}, float": by_exact, f"{file.backend}, {record_of(file).bits}": draw}
         seconds = take_turns({who: partial(loop, by) for who, by in loops.items()}, rounds)
     return Speed(batch=len(seeds), seconds=seconds)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.evaluation import scores
 from gaq_export.evaluation.scores import PAIR_METRICS, Score
@@ -21,7 +22,7 @@ LITTLE = 5000  # bytes of a type, and fewer, are not listed
 
 def render(found: Report) -> str:
     """Return the whole page."""
-    name = f"{found.plan.provenance['model']['name']}, {found.file.about['bits']}, {found.file.backend}"
+    name = f"{record_of(found.file).provenance.name}, {record_of(found.file).bits}, {found.file.backend}"
     header = html.header(
         "From floating point to an engine",
         name,
@@ -131,8 +132,7 @@ def _noise_section(found: Report) -> str:
         "prediction over that of the difference. Along the float network's trajectory errors do not add up; along the "
         "quantized one's, both see what the quantized network has made so far."
     )
-    spec = SamplerSpec.from_json(found.file.about["sampler"])
-    t = timesteps(spec, found.plan.num_train)
+    t = timesteps(record_of(found.file).provenance.sampler, found.plan.num_train)
     means = "; ".join(
         f"along the {name} {scores.mean_db(values):.1f} dB, lowest {min(values):.1f} dB"
         for name, values in found.drawn.steps.items()
@@ -147,7 +147,7 @@ def _noise_section(found: Report) -> str:
 def _sizes_section(found: Report) -> str:
     ours, exact = found.sizes
     kinds = sorted(k for k, size in (Counter(exact.weights) | Counter(ours.weights)).items() if size >= LITTLE)
-    columns = (("float", exact), (found.file.about["bits"], ours))
+    columns = (("float", exact), (record_of(found.file).bits, ours))
 
     def row(what: str, sizes: Sequence[int]) -> tuple[str, ...]:
         return (what, *(_mb(size) for size in sizes), f"{sizes[0] / sizes[1]:.2f}" if all(sizes) else "")
@@ -169,13 +169,13 @@ def _widths(found: Report) -> str:
 
 
 def _audit_section(found: Report) -> str:
-    audit, baked = found.file.audit, found.file.about["baked"]
+    audit, tables = found.file.audit, record_of(found.file).tables
     text = (
         "What the runtime says it made of each layer with weights. Asking for integers is no promise: a runtime may "
         "fall back to floats and say nothing, which is what this table is for."
     )
     rows = [(kind, how, f"{count}") for (kind, how), count in sorted(audit.counts.items())]
-    said = [f"{len(baked)} layers depend on the step alone and are tables."] if baked else []
+    said = [f"{len(tables)} layers depend on the step alone and are tables."] if tables else []
     reasons = Counter(found.plan.float_layers.values())
     said += (
         [f"Kept float by the plan: {'; '.join(f'{n} x {reason}' for reason, n in reasons.items())}."] if reasons else []
@@ -229,11 +229,13 @@ def _again_section(found: Report) -> str:
         "What was done in the run folder, then this report. With the same seed on the same machine, the plan is the "
         "same to the bit."
     )
+    record = record_of(found.file)
+    origin = record.provenance
     lines = [*found.journal, {"step": "report", **command_and_versions()}]
     commands = [line.get("command") or f"# {line['step']}: from Python; its settings are above" for line in lines]
     facts = {
-        "model": f"{found.plan.provenance['model']['source']}, weights {found.plan.provenance['model']['fingerprint']}",
-        "plan": found.file.about["plan"]["sha256"],
+        "model": f"{origin.source}, weights {origin.fingerprint}",
+        "plan": record.plan.sha256 if record.plan else "",
         "engine": found.file.sha256,
         "calibrated with": _versions(found.origin.journal),
         "this report": _versions(command_and_versions()),

@@ -2,11 +2,12 @@
 
     pipe = DDIMPipeline.from_pretrained("google/ddpm-cifar10-32", unet=EngineUNet("unet.plan"))
 
-An engine of the network alone (`--graph eps`) takes any scheduler. One of whole steps gives its noise too, at its own
-timesteps only. Guidance and corrections are of our own loop: a pipeline does its own guidance, and corrects nothing.
+An engine of the network alone (`--graph eps`) takes any scheduler that visits whole timesteps. One of whole steps
+predicts noise too, at its sampler's timesteps only. Guidance and noise corrections belong to our own loop: a pipeline
+does its own guidance, and corrects nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,23 +20,24 @@ from torch import Tensor
 
 from engines import EngineFile, load_engine_file
 from gaq_export.deploy import session
+from gaq_export.deploy.record import record_of
+from gaq_export.diffusion.batching import split_rows
 from gaq_export.diffusion.conditioning import GUIDANCE, UNCONDITIONAL
 from gaq_export.errors import GaqError
-from gaq_export.models import provenance
 
-OWN = ("x", "t", "step", "noise", "previous", GUIDANCE)  # inputs that are not what the network is told
+LOOP_INPUTS = ("x", "t", "step", "noise", "previous", GUIDANCE)  # inputs of an engine that are no condition
 TEXT = "encoder_hidden_states"
 
 
 class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """An open engine, called as `UNet2DModel` and `UNet2DConditionModel` are.
 
-    It keeps the engine open; `close` it, or use it in a `with` statement. `to` says where its outputs are wanted and in
-    which type; where and in what the engine computes was settled when it was built.
+    It keeps the engine open; `close` it, or use it in a `with` statement. `to` sets the device and type of its outputs;
+    where and in which type the engine computes was settled when it was built.
 
     Attributes:
         file: the engine file.
-        noise_of: the engine, called as (x, t), or (x, t, told), as it was built.
+        predict_noise: the engine, called as (x, t), or (x, t, cond).
 
     Args:
         source: the engine file.
@@ -49,15 +51,16 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(self, source: str | Path | EngineFile) -> None:
         super().__init__()
         self.file = source if isinstance(source, EngineFile) else load_engine_file(source)
-        self.register_to_config(**provenance.architecture_of(self.file.about))
+        provenance = record_of(self.file).provenance
+        self.register_to_config(**provenance.network_config)
         self.register_buffer("place", torch.zeros(()), persistent=False)  # what `to`, `device` and `dtype` go by
         self._engine = session.open_engines(self.file)
-        schedule = provenance.schedule_of(self.file.about)
-        self.noise_of, self._timesteps = session.noise_of(self._engine, self.file, schedule), schedule.num_train
+        self.predict_noise = session.noise_predictor(self._engine, self.file)
+        self._timesteps = provenance.schedule.num_train
         inputs = {spec.name: getattr(torch, spec.dtype) for spec in self._engine.inputs}
         self._guided = GUIDANCE in inputs
         self._condition_specs = {
-            n: kind for n, kind in inputs.items() if n not in OWN and not n.startswith(UNCONDITIONAL)
+            n: kind for n, kind in inputs.items() if n not in LOOP_INPUTS and not n.startswith(UNCONDITIONAL)
         }
 
     def forward(
@@ -76,14 +79,14 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             sample: (N, C, H, W); any N, in parts of the engine's batch.
             timestep: whole training timestep, one for all or (N,).
-            encoder_hidden_states: (N, tokens, channels), if the network is told a text.
-            class_labels: (N,), if it is told a class.
-            added_cond_kwargs: what else it is told, by name.
+            encoder_hidden_states: (N, tokens, channels), if the network takes prompts.
+            class_labels: (N,), if it takes classes.
+            added_cond_kwargs: further conditions, by name.
             return_dict: False for a tuple.
-            others: what some pipelines pass on, None all of it.
+            others: what some pipelines pass on; each has to be None.
 
         Returns:
-            The noise, with the shape, type and place of `sample`, as diffusers' networks return theirs.
+            The noise, with the shape, type and device of `sample`, wrapped as diffusers' networks wrap theirs.
 
         Raises:
             GaqError: a timestep that the engine does not have, or anything else that it does not take.
@@ -95,13 +98,15 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         given = {TEXT: encoder_hidden_states, "class_labels": class_labels, **(added_cond_kwargs or {})}
         condition = self._rows({name: value for name, value in given.items() if value is not None}, count)
         parts = {"x": sample.detach().to("cpu", torch.float32), "t": self._whole(timestep, count), **condition}
-        noise = torch.cat([self._part(part) for part in self._parts(parts)])[:count].to(sample)
+        noise = torch.cat([self._part(part) for part in split_rows(parts, self.file.batch[0], self.file.batch[2])])[
+            :count
+        ].to(sample)
         if not return_dict:
             return (noise,)
         return UNet2DConditionOutput(sample=noise) if TEXT in self._condition_specs else UNet2DOutput(sample=noise)
 
     def _rows(self, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-        """Return what the network is told, (N, ...) each, in the engine's types."""
+        """Return the condition, (N, ...) each, in the engine's types."""
         if given.keys() != self._condition_specs.keys():
             raise GaqError(
                 f"{self.file.path} takes {sorted(self._condition_specs) or 'no condition'} beside sample and timestep; "
@@ -120,24 +125,12 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         return t.to(torch.int64).expand(count)
 
-    def _parts(self, rows: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Cut rows to the engine's largest batch; the last part is filled up to its smallest with its last row."""
-        least, _, most = self.file.batch
-        for start in range(0, len(rows["x"]), most):
-            part = {name: row[start : start + most] for name, row in rows.items()}
-            short = least - len(part["x"])
-            yield (
-                {n: torch.cat((row, row[-1:].expand(short, *row.shape[1:]))) for n, row in part.items()}
-                if (short > 0)
-                else part
-            )
-
     def _part(self, rows: Mapping[str, Tensor]) -> Tensor:
         condition = {name: rows[name].contiguous() for name in self._condition_specs}
-        if self._guided:  # between a thing and the same thing, guidance has nothing to do
+        if self._guided:  # with the same condition on both sides, guidance of any scale returns the plain noise
             condition |= {f"{UNCONDITIONAL}{name}": row for name, row in condition.items()} | {GUIDANCE: torch.ones(1)}
         args = (rows["x"].contiguous(), rows["t"].contiguous())
-        noise: Tensor = self.noise_of(*args, condition) if condition else self.noise_of(*args)
+        noise: Tensor = self.predict_noise(*args, condition) if condition else self.predict_noise(*args)
         return noise
 
     def save_pretrained(self, *args: object, **options: object) -> None:

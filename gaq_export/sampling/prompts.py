@@ -1,4 +1,4 @@
-"""What the commands' options ask for: classes by number or prompts by line, and the scale of guidance."""
+"""What the commands' options ask to draw: classes by number or prompts by line, and the guidance scale."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,22 +8,27 @@ from diffusers import UNet2DModel
 
 from engines import EngineFile
 from gaq_export.deploy import session
+from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.conditioning import LABELS, Conditioning, class_conditioning
 from gaq_export.diffusion.schedule import under_guidance
 from gaq_export.errors import GaqError
 from gaq_export.models import text_encoder
 from gaq_export.models.architectures import class_rows
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import load_conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditioningRequest:
-    """Options as they were given, None for each that was not.
+    """The options of a command, None for each that was left out.
 
     Attributes:
         classes: "all", or numbers and ranges of them, as in 0-4,7.
-        prompts: file with one a line.
+        prompts: file with one prompt a line.
         guidance: scale of classifier-free guidance; 1 is none.
+
+    Raises:
+        GaqError: the scale is not a finite number.
     """
 
     classes: str | None = None
@@ -36,66 +41,67 @@ class ConditioningRequest:
 
     @property
     def options(self) -> list[str]:
-        """What was given."""
+        """The options that were given, as the user wrote them."""
         return [f"--{name}" for name, value in vars(self).items() if value is not None]
 
 
-def condition_model(model: LoadedModel, asked: ConditioningRequest = ConditioningRequest()) -> LoadedModel:
-    """Return the model with conditions: those asked for, or all classes with the guidance of the model table.
+def condition_model(model: LoadedModel, request: ConditioningRequest = ConditioningRequest()) -> LoadedModel:
+    """Return the model with conditioning: as requested, or all classes with the guidance of the model table.
 
-    Its sampler becomes one that guidance suits, see `schedule.under_guidance`.
+    Its sampler becomes one that suits the guidance, see `schedule.under_guidance`.
 
     Args:
-        model: a model of `load_model`; one that has its conditions, or is told nothing, is returned as it is.
-        asked: what to draw.
+        model: a model of `load_model`; one with conditioning, or an unconditional one, is returned as it is.
+        request: what to draw.
 
     Raises:
-        GaqError: what was asked for is not what the network is told, or it needs prompts and there are none.
+        GaqError: the request does not suit the network, or the network needs prompts and there are none.
     """
     if model.conditioning is not None:
         return model
-    _refuse_other(asked, f"The network of {model.spec.name!r}", set(model.condition_inputs))
+    _refuse_unsuitable(request, f"The network of {model.spec.name!r}", set(model.condition_inputs))
     if not model.condition_inputs:
         return model
-    scale = model.spec.guidance if asked.guidance is None else asked.guidance
+    scale = model.spec.guidance if request.guidance is None else request.guidance
     rows = class_rows(model.module)
     if rows is not None and set(model.condition_inputs) == {LABELS}:
-        # Only of a plain U-Net one cannot know that its last class stands for nothing, unless guidance is asked for.
-        spare = scale != 1 or model.spec.guidance != 1 or not isinstance(model.module, UNet2DModel)
-        count, unconditional = (rows - 1, rows - 1) if spare else (rows, None)
-        conditioning = class_conditioning(
-            parse_classes(asked.classes or "all", count), unconditional=unconditional, guidance=scale
-        )
-    elif asked.prompts is None:
-        raise GaqError(f"{model.spec.name!r} draws what a text says: give --prompts FILE, one a line.")
+        # A plain U-Net's config does not say whether its last class is the unconditional one: guidance implies it.
+        has_null = scale != 1 or model.spec.guidance != 1 or not isinstance(model.module, UNet2DModel)
+        count, null = (rows - 1, rows - 1) if has_null else (rows, None)
+        chosen = parse_classes(request.classes or "all", count)
+        conditioning = class_conditioning(chosen, unconditional=null, guidance=scale)
+    elif request.prompts is None:
+        raise GaqError(f"{model.spec.name!r} draws from prompts: give --prompts FILE, one a line.")
     else:
-        conditioning = text_encoder.prompt_conditioning(model, read_prompts(asked.prompts), scale)
+        conditioning = text_encoder.prompt_conditioning(model, read_prompts(request.prompts), scale)
     sampler = under_guidance(model.spec.sampler, model.schedule, scale)
     return replace(model, conditioning=conditioning, spec=replace(model.spec, sampler=sampler))
 
 
-def condition_engine(file: EngineFile, asked: ConditioningRequest) -> Conditioning | None:
-    """Return what to draw with an engine: what its file says, with what was asked for put in; None if nothing was.
+def condition_engine(file: EngineFile, request: ConditioningRequest) -> Conditioning | None:
+    """Return what to draw with an engine: its record's conditioning, changed as requested; None for no request.
 
     Raises:
-        GaqError: it is not what the network is told, or the engine has no guidance and some was asked for.
+        GaqError: the request does not suit the network, or it has guidance and the engine has none.
     """
-    own = session.default_conditioning(file)
-    _refuse_other(asked, str(file.path), set() if own is None else set(own.rows))
-    if own is None or not asked.options:
+    record = record_of(file)
+    default = load_conditioning(record.provenance, file.path.parent)
+    _refuse_unsuitable(request, str(file.path), set() if default is None else set(default.rows))
+    if default is None or not request.options:
         return None
-    scale = own.guidance if asked.guidance is None else asked.guidance
-    if scale != 1 and not own.guided and (file.about["graph"] == "step" or not own.unconditional):
+    scale = default.guidance if request.guidance is None else request.guidance
+    if scale != 1 and not default.guided and (record.whole_steps or not default.unconditional):
         raise GaqError(f"{file.path} has no guidance: calibrate with --guidance {scale:g}, and build again.")
-    if asked.prompts is not None:
-        prompts = read_prompts(asked.prompts)
-        with session.open_texts(file) as found:
-            return text_encoder.prompt_conditioning(found, prompts, scale)
-    if asked.classes is None:
-        return replace(own, guidance=scale)
-    unconditional = int(own.unconditional[LABELS]) if own.unconditional else None
-    chosen = parse_classes(asked.classes, file.about["model"]["classes"] if unconditional is None else unconditional)
-    return class_conditioning(chosen, unconditional=unconditional, guidance=scale)
+    if request.prompts is not None:
+        prompts = read_prompts(request.prompts)
+        with session.open_texts(file) as texts:
+            return text_encoder.prompt_conditioning(texts, prompts, scale)
+    if request.classes is None:
+        return replace(default, guidance=scale)
+    null = int(default.unconditional[LABELS]) if default.unconditional else None
+    count = record.provenance.classes if null is None else null
+    assert count is not None
+    return class_conditioning(parse_classes(request.classes, count), unconditional=null, guidance=scale)
 
 
 def parse_classes(text: str, count: int) -> list[int]:
@@ -108,12 +114,12 @@ def parse_classes(text: str, count: int) -> list[int]:
         return list(range(count))
     try:
         ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-        found = [number for first, *last in ends for number in range(first, (last[0] if last else first) + 1)]
+        numbers = [number for first, *last in ends for number in range(first, (last[0] if last else first) + 1)]
     except ValueError:
-        found = []
-    if not found or not 0 <= min(found) <= max(found) < count:
+        numbers = []
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < count:
         raise GaqError(f"Found classes {text!r}; write all, or numbers of 0 to {count - 1}, as in 3,7 or 0-9.")
-    return found
+    return numbers
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -128,11 +134,11 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def _refuse_other(asked: ConditioningRequest, who: str, conditioning: set[str]) -> None:
-    """Raise GaqError if something was asked for that a network is not told."""
-    if not conditioning and asked.options:
-        raise GaqError(f"{who} is told nothing: leave out {', '.join(asked.options)}.")
-    if asked.classes is not None and conditioning != {LABELS}:
-        raise GaqError(f"{who} is told texts, not classes: give --prompts FILE in place of --classes.")
-    if asked.prompts is not None and text_encoder.STATES not in conditioning:
-        raise GaqError(f"{who} is told classes, not texts: give --classes in place of --prompts.")
+def _refuse_unsuitable(request: ConditioningRequest, who: str, inputs: set[str]) -> None:
+    """Raise GaqError if a request names what a network with these condition inputs does not take."""
+    if not inputs and request.options:
+        raise GaqError(f"{who} is unconditional: leave out {', '.join(request.options)}.")
+    if request.classes is not None and inputs != {LABELS}:
+        raise GaqError(f"{who} takes prompts, not classes: give --prompts FILE in place of --classes.")
+    if request.prompts is not None and text_encoder.STATES not in inputs:
+        raise GaqError(f"{who} takes classes, not prompts: give --classes in place of --prompts.")

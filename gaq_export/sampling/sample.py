@@ -2,133 +2,181 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import engines
+from engines import EngineFile
 from gaq_export.deploy import session
+from gaq_export.deploy.record import record_of
+from gaq_export.diffusion.batching import OnProgress, draw_in_batches
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
-from gaq_export.sampling import batches, shards
-from gaq_export.sampling.batches import Sampled, Streamed
-from gaq_export.sampling.workers import choose
+from gaq_export.models.provenance import find_model
+from gaq_export.sampling import png_folder, shards
+from gaq_export.sampling.png_folder import Drawn, Sampled
+from gaq_export.sampling.workers import Job, choose_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What `sample_shards` did: `drawn` images in `seconds`; `digest` is the sha256 of all images in the folder."""
+
+    folder: Path
+    grid: Path
+    drawn: int
+    seconds: float
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Which images to draw; `sample` and `sample_shards` take its fields as keywords.
+
+    Attributes:
+        num: number of images; image i has seed `seed + i`.
+        seed: of the first image.
+        batch: images at a time, within the engine's profile; its best batch if None.
+        sampler: what to draw with; the engine's if None. An engine of whole steps has no other.
+        conditioning: what to draw; what the engine's record says if None.
+
+    Raises:
+        GaqError: no images, or none at a time.
+    """
+
+    num: int = 16
+    seed: int = 0
+    batch: int | None = None
+    sampler: SamplerSpec | None = None
+    conditioning: Conditioning | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one(("images to draw", self.num), ("images at a time", self.batch))
+
+
+class RequestFields(TypedDict, total=False):
+    """The fields of a `Request` as keywords."""
+
+    num: int
+    seed: int
+    batch: int | None
+    sampler: SamplerSpec | None
+    conditioning: Conditioning | None
 
 
 def sample(
     engine: str | Path = "unet.plan",
     *,
-    num: int = 16,
-    seed: int = 0,
-    batch: int | None = None,
-    sampler: SamplerSpec | None = None,
     out: str | Path = "samples",
     compare: bool = False,
-    conditioning: Conditioning | None = None,
     model: LoadedModel | None = None,
     on_step: Callable[[str, int, int], None] = lambda who, done, total: None,
+    **fields: Unpack[RequestFields],
 ) -> Sampled:
     """Run the whole denoising loop and write PNGs, a grid and samples.json.
 
     Args:
         engine: the engine file.
-        num: number of images; image i has seed `seed + i`.
-        seed: of the first image.
-        batch: images at a time, within the engine's profile; its best batch if None.
-        sampler: how to draw; what the engine file says if None. An engine of steps knows no other.
         out: folder for the pictures.
         compare: draw the same images with the float model too, side by side with PSNR.
-        conditioning: what to draw; what the engine file says if None.
-        model: the float model for `compare`; found again from the engine file if None.
-        on_step: told who draws ("engine" or "float") and how many network calls are done, of how many.
+        model: the float model for `compare`; loaded again from the engine's record if None.
+        on_step: called with who draws ("engine" or "float"), network calls done, and network calls in all.
+        fields: which images, the fields of `Request`: num, seed, batch, sampler, conditioning.
 
     Raises:
-        GaqError, EngineError: no images asked for, a batch outside the profile, a sampler that the engine does not
-            have, an engine that cannot run here.
+        GaqError, EngineError: a batch outside the profile, a sampler that the engine does not have, an engine that
+            cannot run here.
     """
-    for what, count in (("images to draw", num), ("images at a time", batch)):
-        if count is not None and count < 1:
-            raise GaqError(f"Found {count} {what}; ask for 1 or more.")
-    file = engines.load_engine_file(engine)
+    request, file = Request(**fields), engines.load_engine_file(engine)
     session.require_pictures(file)
-    spec = session.sampler_of(file, sampler)
-    schedule, shape = provenance.schedule_of(file.about), provenance.shape_of(file.about)
-    size = file.batch[1] if batch is None else batch
-    seeds = tuple(range(seed, seed + num))
-    batches.check_writable(Path(out))
-    conditioning = conditioning or session.default_conditioning(file)
-    float_model = provenance.model_of(file.about, model, file.path.parent) if compare else None
+    sampling = session.sampling_of(file, request.sampler, request.conditioning)
+    batch = file.batch[1] if request.batch is None else request.batch
+    seeds, steps = tuple(range(request.seed, request.seed + request.num)), sampling.sampler.steps
+    png_folder.check_writable(Path(out))
+    exact = find_model(record_of(file).provenance, model, file.path.parent) if compare else None
     with session.open_engines(file) as opened, session.open_decoder(file) as decode:
         started = time.perf_counter()
-        some = session.by_engine(opened, file, schedule, shape, spec, decode, conditioning)
-        drawn = batches.draw(some, seeds, size, spec.steps, partial(on_step, "engine"))
+        draw = session.draw_with_engine(opened, file, replace(sampling, decode=decode))
+        images = draw_in_batches(draw, seeds, batch, steps, partial(on_step, "engine"))
         seconds = time.perf_counter() - started
     reference = None
-    if float_model is not None:
-        decode = session.decoding(float_model.decoder)
-        some = session.by_network(float_model.network, schedule, shape, spec, conditioning=conditioning, decode=decode)
-        reference = batches.draw(some, seeds, size, spec.steps, partial(on_step, "float"))
-    return batches.write(Path(out), file, spec, conditioning, seeds, drawn, reference, seconds)
+    if exact is not None:
+        exact = replace(exact, conditioning=sampling.conditioning)
+        draw = session.draw_with_network(exact.network, exact.image_sampling(sampling.sampler))
+        reference = draw_in_batches(draw, seeds, batch, steps, partial(on_step, "float"))
+    drawn = Drawn(seeds=seeds, images=images, reference=reference, seconds=seconds)
+    return png_folder.write_pngs(Path(out), file, sampling, drawn)
 
 
 def sample_shards(
     engine: str | Path = "unet.plan",
     *,
-    num: int,
-    seed: int = 0,
-    batch: int | None = None,
-    sampler: SamplerSpec | None = None,
     out: str | Path = "samples",
     shard: int = 256,
-    conditioning: Conditioning | None = None,
     workers: int = 1,
     ray: str | None = None,
-    on_images: Callable[[int, int], None] = lambda done, total: None,
+    on_images: OnProgress = lambda done, total: None,
+    **fields: Unpack[RequestFields],
 ) -> Streamed:
     """Draw any number of images to files of `shard` images each; the same call again draws what is missing.
 
     Args:
         engine: the engine file.
-        num: number of images; image i has seed `seed + i`.
-        seed: of the first image.
-        batch: images at a time, within the engine's profile; its best batch if None.
-        sampler: as for `sample`.
         out: folder for the files, see `gaq_export.sampling.shards`.
         shard: images in a file.
-        conditioning: as for `sample`.
         workers: processes that draw, one thread each.
-        ray: address of a Ray cluster that draws instead, or "local".
-        on_images: told how many images there are, of how many.
+        ray: address of a Ray cluster that draws in their place, or "local".
+        on_images: called with (images drawn, images in all).
+        fields: which images, the fields of `Request`; `num` has to be given.
 
     Raises:
         GaqError, EngineError: as for `sample`; a folder that holds other images; a worker that died.
     """
-    for what, count in (("images to draw", num), ("images a shard", shard), ("workers", workers)):
-        if count < 1:
-            raise GaqError(f"Found {count} {what}; ask for 1 or more.")
-    file, out = engines.load_engine_file(engine), Path(out)
+    _at_least_one(("images a shard", shard), ("workers", workers))
+    request, file, out = Request(**fields), engines.load_engine_file(engine), Path(out)
     session.require_pictures(file)
-    spec = session.sampler_of(file, sampler)
-    size = file.batch[1] if batch is None else batch
-    if not file.batch[0] <= size <= file.batch[2]:
-        raise GaqError(f"Found {size} images at a time; this engine takes {file.batch[0]} to {file.batch[2]}.")
-    batches.check_writable(out)
-    conditioning = conditioning or session.default_conditioning(file)
-    identity = batches.provenance_record(file, spec, conditioning)
-    order = shards.Order(num=num, seed=seed, shard=shard, batch=size, identity=identity)
+    sampling = session.sampling_of(file, request.sampler, request.conditioning)
+    batch = _batch_within(file, request.batch)
+    png_folder.check_writable(out)
+    order = shards.Order(
+        num=request.num,
+        seed=request.seed,
+        shard=shard,
+        batch=batch,
+        identity=png_folder.image_facts(file, sampling),
+    )
     shards.claim(out, order)
     todo = shards.missing(out, order)
-    done = num - sum(len(order.seeds(index)) for index in todo)
+    done = order.num - sum(len(order.seeds(index)) for index in todo)
     started, drawn = time.perf_counter(), 0
-    on_images(done, num)
-    draw = choose(file, spec, size, conditioning, min(workers, len(todo)), ray)
+    on_images(done, order.num)
+    draw = choose_workers(Job(file=file, sampling=sampling, batch=batch), min(workers, len(todo)), ray)
     for index, images in draw([(index, order.seeds(index)) for index in todo]) if todo else ():
         shards.write_shard(out, order, index, images)
         drawn += len(images)
-        on_images(done + drawn, num)
-    grid = batches.write_overview(out, file, identity, conditioning, *next(shards.read_shards(out)))
+        on_images(done + drawn, order.num)
     return Streamed(
-        folder=out, grid=grid, drawn=drawn, seconds=time.perf_counter() - started, digest=shards.digest(out)
+        folder=out,
+        grid=png_folder.write_overview(out, file, sampling, *next(shards.read_shards(out))),
+        drawn=drawn,
+        seconds=time.perf_counter() - started,
+        digest=shards.digest(out),
     )
+
+
+def _batch_within(file: EngineFile, batch: int | None) -> int:
+    """Return the batch to draw with; raise GaqError if the engine does not take it."""
+    least, best, most = file.batch
+    if batch is not None and not least <= batch <= most:
+        raise GaqError(f"Found {batch} images at a time; this engine takes {least} to {most}.")
+    return best if batch is None else batch
+
+
+def _at_least_one(*counts: tuple[str, int | None]) -> None:
+    for what, count in counts:
+        if count is not None and count < 1:
+            raise GaqError(f"Found {count} {what}; ask for 1 or more.")

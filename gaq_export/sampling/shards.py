@@ -1,6 +1,6 @@
-"""Images in shards: files of as many images each, so that a long drawing can stop, go on, and be shared out.
+"""Images in shards: files of equally many images, so that a long run can stop, continue, and be divided.
 
-    OUT/samples.json               what was asked for: engine, sampler, seeds, images a shard
+    OUT/samples.json               the request: engine, sampler, seeds, images a shard
     OUT/shard-000000.safetensors   images (N, C, H, W) uint8, seeds (N,) int64
 
 A shard is written whole or not at all. Which images are in it, and the arithmetic of each, depend on what was asked for
@@ -33,7 +33,7 @@ class Order:
         seed: of the first.
         shard: images in a file, but for the last.
         batch: images drawn at a time.
-        conditions: everything else that the images depend on, JSON values.
+        identity: everything else that the images depend on, JSON values.
     """
 
     num: int
@@ -59,7 +59,7 @@ class Order:
             "seed": self.seed,
             "shard": self.shard,
             "batch": self.batch,
-            "conditions": dict(self.identity),
+            "identity": dict(self.identity),
         }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -24,43 +24,48 @@ from torch import Tensor
 import engines
 from engines import EngineFile
 from gaq_export.deploy import session
-from gaq_export.diffusion.conditioning import Conditioning
-from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.deploy.record import record_of
+from gaq_export.diffusion.batching import draw_in_batches
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.errors import GaqError
 from gaq_export.images import to_uint8_tensor
-from gaq_export.models import provenance
-from gaq_export.sampling import batches
 
 Task = tuple[int, tuple[int, ...]]  # number of a shard, seeds of its images
 Drawn = tuple[int, Tensor]  # number of a shard, its images (N, C, H, W) uint8
 
 
-class Worker:
-    """An open engine that draws shards.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker needs to know.
 
-    Args:
-        path: the engine file.
-        spec: the sampler.
+    Attributes:
+        file: the engine.
+        sampling: how to draw, but for a decoder, which each worker opens itself.
         batch: images at a time.
-        conditioning: what to draw; what the engine file says if None.
     """
 
-    def __init__(self, path: Path, spec: SamplerSpec, batch: int, conditioning: Conditioning | None) -> None:
+    file: EngineFile
+    sampling: Sampling
+    batch: int
+
+
+class Worker:
+    """An open engine that draws shards on one thread."""
+
+    def __init__(self, job: Job) -> None:
         torch.set_num_threads(1)
-        file = engines.load_engine_file(path)
-        file = replace(file, threads=1)
-        schedule, shape = provenance.schedule_of(file.about), provenance.shape_of(file.about)
+        file = replace(engines.load_engine_file(job.file.path), threads=1)
         with ExitStack() as stack:
             opened = stack.enter_context(session.open_engines(file))
             decode = stack.enter_context(session.open_decoder(file))
             self._engines = stack.pop_all()
-        self._some = session.by_engine(opened, file, schedule, shape, spec, decode, conditioning)
-        self._batch, self._steps = batch, spec.steps
+        self._draw = session.draw_with_engine(opened, file, replace(job.sampling, decode=decode))
+        self._batch, self._steps = job.batch, job.sampling.sampler.steps
 
     def draw(self, task: Task) -> Drawn:
         """Draw one shard."""
         index, seeds = task
-        images = batches.draw(self._some, seeds, self._batch, self._steps, lambda done, total: None)
+        images = draw_in_batches(self._draw, seeds, self._batch, self._steps, lambda done, total: None)
         return index, to_uint8_tensor(images)
 
     def close(self) -> None:
@@ -68,24 +73,22 @@ class Worker:
         self._engines.close()
 
 
-def here(
-    file: EngineFile, spec: SamplerSpec, batch: int, conditioning: Conditioning | None, tasks: Sequence[Task]
-) -> Iterator[Drawn]:
+def draw_here(job: Job, tasks: Sequence[Task]) -> Iterator[Drawn]:
     """Draw in this process, in order."""
-    worker = Worker(file.path, spec, batch, conditioning)
+    worker = Worker(job)
     try:
         yield from map(worker.draw, tasks)
     finally:
         worker.close()
 
 
-_worker: Worker  # of a process of `beside`
+_worker: Worker  # of a process of `draw_in_processes`
 
 
-def _start(path: Path, spec: SamplerSpec, batch: int, conditioning: Conditioning | None) -> None:
+def _start(job: Job) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = Worker(path, spec, batch, conditioning)
+    _worker = Worker(job)
 
 
 def _end_with_parent() -> None:
@@ -100,25 +103,19 @@ def _draw(task: Task) -> Drawn:
     return _worker.draw(task)
 
 
-def beside(
-    file: EngineFile,
-    spec: SamplerSpec,
-    batch: int,
-    conditioning: Conditioning | None,
-    tasks: Sequence[Task],
-    workers: int,
-) -> Iterator[Drawn]:
+def draw_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Drawn]:
     """Draw in several processes on this machine, in the order in which they finish.
 
     Raises:
         GaqError: a process died; what was yielded before stays good.
     """
-    context, start = get_context("spawn"), (file.path, spec, batch, conditioning)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=start) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job,)) as pool:
         waiting: set[Future[Drawn]] = set()
         left = iter(tasks)
         try:
             while True:
+                # Two tasks a worker: none idles, and a killed run has few shards under way.
                 waiting |= {pool.submit(_draw, task) for task in islice(left, 2 * workers - len(waiting))}
                 if not waiting:
                     return
@@ -134,23 +131,13 @@ def beside(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def on_ray(
-    file: EngineFile,
-    spec: SamplerSpec,
-    batch: int,
-    conditioning: Conditioning | None,
-    tasks: Sequence[Task],
-    address: str,
-) -> Iterator[Drawn]:
+def draw_on_ray(job: Job, tasks: Sequence[Task], address: str) -> Iterator[Drawn]:
     """Draw on a Ray cluster, an actor on each of its CPUs; what a lost actor was drawing is drawn again elsewhere.
 
     Args:
-        file: the engine; its files travel to the actors.
-        spec: the sampler.
-        batch: images at a time.
-        conditioning: what to draw; what the engine file says if None.
-        tasks: what to draw.
-        address: of the cluster, or "local" for one of this machine's own.
+        job: the engine, whose files travel to the actors, and how to draw.
+        tasks: the shards.
+        address: of the cluster, or "local" to start one on this machine.
 
     Raises:
         GaqError: Ray is not installed, or there is no cluster at the address.
@@ -168,62 +155,46 @@ def on_ray(
     try:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         count = min(len(tasks), max(1, int(resources.get("CPU", 1))))
-        content = ray.put({path.name: path.read_bytes() for path in files_of(file)})
+        content = ray.put({path.name: path.read_bytes() for path in files_of(job.file)})
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Actor)
         pool = ActorPool([actor.remote() for _ in range(count)])
-        yield from pool.map_unordered(
-            lambda one, task: one.draw.remote(content, file.path.name, spec, batch, conditioning, task), list(tasks)
-        )
+        yield from pool.map_unordered(lambda one, task: one.draw.remote(content, job, task), list(tasks))
     finally:
         ray.shutdown()
 
 
 class _Actor:
-    """A `Worker` on another machine: writes the engine's files down when it is first asked, and opens them."""
+    """A `Worker` on another machine: on its first task it writes the engine's files down and opens them."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._worker: Worker | None = None
 
-    def draw(
-        self,
-        content: Mapping[str, bytes],
-        name: str,
-        spec: SamplerSpec,
-        batch: int,
-        conditioning: Conditioning | None,
-        task: Task,
-    ) -> Drawn:
-        """Draw one shard with the engine `name` out of the files in `content`."""
+    def draw(self, content: Mapping[str, bytes], job: Job, task: Task) -> Drawn:
+        """Draw one shard with the job's engine, out of the files in `content`."""
         if self._worker is None:
-            for file, data in content.items():
-                Path(self._folder.name, file).write_bytes(data)
-            self._worker = Worker(Path(self._folder.name, name), spec, batch, conditioning)
+            for name, data in content.items():
+                Path(self._folder.name, name).write_bytes(data)
+            here = replace(job.file, path=Path(self._folder.name, job.file.path.name))
+            self._worker = Worker(replace(job, file=here))
         return self._worker.draw(task)
 
 
 def files_of(file: EngineFile) -> list[Path]:
-    """Return all files that an engine needs: plan, record, weights, texts, and those of engines its record names."""
-    decoder, texts = (
-        (file.about.get(part) or {}).get(key) for part, key in (("decoder", "engine"), ("conditions", "file"))
-    )
-    beside = [*(file.about.get("relay") or {}).get("engines", ()), *([decoder] if decoder else [])]
-    plans = [file.path, *(file.path.with_name(one["file"]) for one in beside)]
-    found = [path for plan in plans for path in engines.files_of(plan) if path.exists()]
-    return [*found, file.path.with_name(texts)] if texts else found
+    """Return all files that an engine needs to draw images: engine, record, weights, and those its record names."""
+    record = record_of(file)
+    texts = record.provenance.conditioning and record.provenance.conditioning["file"]
+    switching = record.switching.engines if record.switching else ()
+    linked = [*switching, *([record.decoder] if record.decoder else [])]
+    built = [file.path, *(file.path.with_name(one.file) for one in linked)]
+    present = [path for one in built for path in engines.files_of(one) if path.exists()]
+    return [*present, file.path.with_name(texts)] if texts else present
 
 
-def choose(
-    file: EngineFile,
-    spec: SamplerSpec,
-    batch: int,
-    conditioning: Conditioning | None,
-    workers: int,
-    address: str | None,
-) -> Callable[[Sequence[Task]], Iterator[Drawn]]:
+def choose_workers(job: Job, workers: int, address: str | None) -> Callable[[Sequence[Task]], Iterator[Drawn]]:
     """Return who draws: Ray if there is an address, else as many processes as `workers`."""
     if address is not None:
-        return lambda tasks: on_ray(file, spec, batch, conditioning, tasks, address)
+        return lambda tasks: draw_on_ray(job, tasks, address)
     if workers > 1:
-        return lambda tasks: beside(file, spec, batch, conditioning, tasks, workers)
-    return lambda tasks: here(file, spec, batch, conditioning, tasks)
+        return lambda tasks: draw_in_processes(job, tasks, workers)
+    return lambda tasks: draw_here(job, tasks)

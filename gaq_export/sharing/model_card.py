@@ -8,10 +8,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from calib.plan import QuantPlan
 from calib.step_bits import widths
 from gaq_export._version import __version__
-from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.evaluation.evaluate import Evaluation
 from gaq_export.evaluation.scores import Score, table
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import provenance_of
 from gaq_export.models.source import SourceKind
 from gaq_export.report.markdown import markdown_table
 
@@ -102,12 +102,12 @@ def _use() -> list[str]:
 
 
 def _made(plan: QuantPlan, settings: Mapping[str, Any]) -> list[str]:
-    config, spec = plan.config, SamplerSpec.from_json(plan.provenance["sampler"])
+    config, spec = plan.config, provenance_of(plan).sampler
     lines = [
         f"sampler: {spec}",
         f"calibration: {settings['images']} images drawn by the float network, seed {config.seed}",
         f"rounding: {config.reconstruction.iterations} iterations a block, samples weighted by {config.omega.rule}",
-        f"weights of the source: sha256 {plan.provenance['model']['fingerprint']}",
+        f"weights of the source: sha256 {provenance_of(plan).fingerprint}",
     ]
     return [f"- {line}" for line in lines]
 

@@ -17,7 +17,6 @@ says.
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,9 +30,10 @@ from gaq_export import run as runs
 from gaq_export.deploy.onnx_artifact import export_onnx
 from gaq_export.errors import GaqError
 from gaq_export.evaluation.evaluate import DEFAULT, RECORD, Evaluation
-from gaq_export.models import hub, provenance, text_encoder
+from gaq_export.models import hub, text_encoder
 from gaq_export.models.architectures import ARCHITECTURES
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import find_model, load_conditioning, provenance_of
 from gaq_export.models.source import BUNDLED, MODULE, PACK, SourceKind, WeightSource
 from gaq_export.report import report
 from gaq_export.run import Run
@@ -80,7 +80,7 @@ def write_pack(
         GaqError, CalibError: no plan, another model, one that cannot be loaded again, or a place that is taken.
     """
     plan, settings = load_plan(run.plan), runs.read_record(run).settings
-    model, out = provenance.model_of(plan.provenance, model, run.folder), out or run.folder / FOLDER
+    model, out = find_model(provenance_of(plan), model, run.folder), out or run.folder / FOLDER
     runs.check_replaceable(out, MARK)
     whole = whole or not model.source.public
     if whole and (model.source == MODULE or type(model.module) not in ARCHITECTURES):
@@ -90,7 +90,10 @@ def write_pack(
     terms = _terms(home, model.source) if licence is None else {"license": licence}
     with runs.staging(out) as staged:
         made = staged / FOLDER
-        save_plan(replace(plan, provenance=_moved(plan.provenance, source)), made / run.plan.name)
+        save_plan(
+            replace(plan, provenance=provenance_of(plan).moved_to(WeightSource.parse(source)).to_json()),
+            made / run.plan.name,
+        )
         if model.conditioning is not None:
             model.conditioning.save(made)
         export_onnx(profile, folder=run.folder, model=model, out=made / "onnx" / run.onnx(profile, "step").name)
@@ -147,10 +150,10 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
     """
     record, plan = read_pack(folder), load_plan(folder / run.plan.name)
     source = str(folder.resolve()) if record["source"] == str(PACK) else record["source"]
-    plan = replace(plan, provenance=_moved(plan.provenance, source))
+    plan = replace(plan, provenance=provenance_of(plan).moved_to(WeightSource.parse(source)).to_json())
     settings = record["settings"]
     runs.claim(run, settings | {"model": {**settings["model"], "source": source}})
-    if (conditioning := provenance.conditioning_of(plan.provenance, folder)) is not None:
+    if (conditioning := load_conditioning(provenance_of(plan), folder)) is not None:
         conditioning.save(run.folder)
     with runs.staging(run.plan) as staged:
         save_plan(plan, staged / run.plan.name)
@@ -167,12 +170,6 @@ def float_model(folder: Path) -> tuple[str, str]:
     record = read_pack(folder)
     source = str(folder.resolve()) if record["source"] == str(PACK) else str(record["source"])
     return str(record["settings"]["model"]["name"]), source
-
-
-def _moved(about: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return what a plan says of its model, found at another place."""
-    moved = dict(about) | {"model": {**about["model"], "source": source}}
-    return moved | ({"decoder": {**about["decoder"], "source": source}} if about.get("decoder") else {})
 
 
 def _save_float(model: LoadedModel, folder: Path) -> None:

@@ -24,12 +24,13 @@ from calib.step_bits import widths
 from engines import EngineConfig, EngineFile, TensorSpec, philox
 from engines.files import data_path
 from gaq_export import run as runs
-from gaq_export.deploy.build import Built, build_engine
+from gaq_export.deploy.build import BuildOptions, Built, build
+from gaq_export.deploy.record import TextEncoders, record_of
 from gaq_export.diffusion.conditioning import LABELS, Conditioning
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import load_conditioning, provenance_of
 from gaq_export.run import Run
 
 MARK = "client.py"
@@ -85,21 +86,20 @@ def write(
         raise GaqError(
             "Steps differ in activation bits in this plan, so they are several engines: it cannot be served."
         )
-    conditioning = provenance.conditioning_of(plan.provenance, run.folder)
+    conditioning = load_conditioning(provenance_of(plan), run.folder)
     config = EngineConfig(backend=backend, batch=(1, min(4, most), most))
     with runs.staging(out) as staged:
         engine, made = staged / "engine" / server.file, staged / "repository"
         engine.parent.mkdir()
-        built = build_engine(
-            folder=run.folder, out=engine, config=config, sampler=sampler, rows=True, noted="triton", model=model
-        )
-        spec = SamplerSpec.from_json(built.file.about["sampler"])
-        texts = built.file.about.get("texts")
+        options = BuildOptions(config=config, sampler=sampler, rows=True, step_name="triton")
+        built = build(run, engine, options, model)
+        record = record_of(built.file)
+        spec, texts = record.provenance.sampler, record.text_encoders
         known = {"steps": spec.steps, "sampler": str(spec), **_conditioning_facts(conditioning, texts)}
         if built.decoder is not None:
             known |= {"decoder": DECODER}
             _install(DECODER, built.decoder.file, made, {})
-        tokens = [] if texts is None else [engine.with_name(each["file"]) for each in texts["tokens"]]
+        tokens = [] if texts is None else [engine.with_name(each.file) for each in texts.tokenizers]
         for name, part, words in zip(known.get("texts", ()), built.texts, tokens, strict=True):
             _install(name, part.file, made, {})
             shutil.move(words, made / f"{name}.tokens.json")
@@ -172,7 +172,7 @@ def client_text() -> str:
     return text.replace("from engines import philox", "import philox")
 
 
-def _conditioning_facts(conditioning: Conditioning | None, texts: Mapping[str, Any] | None) -> dict[str, Any]:
+def _conditioning_facts(conditioning: Conditioning | None, texts: TextEncoders | None) -> dict[str, Any]:
     """Return what the client has to know of what images are told; `texts` is what the engine's record says of them."""
     if conditioning is None:
         return {}
@@ -185,15 +185,15 @@ def _conditioning_facts(conditioning: Conditioning | None, texts: Mapping[str, A
             f"The network is conditioned on {sorted(conditioning.rows)}, and there are no text encoders in its model's "
             "folder, or transformers is not installed: a client could give it no prompts."
         )
-    names = [TEXT if index == 0 else f"{TEXT}-{index + 1}" for index in range(len(texts["engines"]))]
-    kept = {"zeros": texts["zeros"], "time_ids": texts["time_ids"]}
+    names = [TEXT if index == 0 else f"{TEXT}-{index + 1}" for index in range(len(texts.engines))]
+    kept = {"zeros": texts.zeros, "time_ids": texts.time_ids}
     return {"prompts": list(conditioning.names), "texts": names, **kept, **guided}
 
 
 def _readme(built: Built, spec: SamplerSpec) -> str:
-    about, server = built.file.about, SERVERS[built.file.backend]
+    record, server = record_of(built.file), SERVERS[built.file.backend]
     needs = "'tritonclient[http]' numpy pillow" + (" tokenizers" if built.texts else "")
-    return f"""# {about["model"]["name"]}, {about["bits"]}, on a Triton Inference Server
+    return f"""# {record.provenance.name}, {record.bits}, on a Triton Inference Server
 
 `models/` is a model repository whose model `{NAME}` is a denoising step ({spec}). Start a server that has the
 {server.backend} backend:

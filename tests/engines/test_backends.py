@@ -191,7 +191,7 @@ def test_a_failed_build_leaves_the_previous_engine_as_it_was(tiny_onnx, tmp_path
         build(broken, path, config)
     with pytest.raises(EngineError, match=r"Cannot read the ONNX file .*absent\.onnx: No such file"):
         build(tmp_path / "absent.onnx", path, config)
-    with pytest.raises(EngineError, match="`about` must hold JSON values only"):
+    with pytest.raises(EngineError, match="The metadata must hold JSON values only"):
         build(tiny_onnx("int8"), path, config, {"path": path})
     assert load_engine_file(path) == before
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -33,7 +33,7 @@ def test_an_engine_file_is_read_back_as_it_was_written(file):
         TensorSpec(name="t", dtype="int64", shape=(None,)),
     )
     assert file.outputs == (TensorSpec(name="eps", dtype="float32", shape=(None, 16, 8, 8)),)
-    assert file.about == {"sampler": {"steps": 20}, "seeds": [1, 2]}
+    assert file.metadata == {"sampler": {"steps": 20}, "seeds": [1, 2]}
     assert file.audit.total_weight_bytes == sum(file.audit.weight_bytes.values()) > 0
 
 
@@ -85,7 +85,7 @@ def test_a_record_that_is_not_json_is_refused(file, content):
         ({"inputs": [{"name": "x"}]}, "a value of the wrong kind"),
         ({"inputs": [{"name": "x", "dtype": "float31", "shape": [1]}]}, "float31"),
         ({"audit": {"kernels": []}}, "weight_bytes"),
-        ({"about": 3}, "a value of the wrong kind"),
+        ({"metadata": 3}, "a value of the wrong kind"),
     ],
 )
 def test_a_record_of_another_shape_is_refused(file, changes, message):

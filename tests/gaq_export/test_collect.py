@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calib.data import CalibrationSet
-from gaq_export.diffusion.samplers import noise, run
+from gaq_export.diffusion.loop import noise, run
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
@@ -63,7 +63,7 @@ def test_samples_are_ordered_by_step_and_carry_what_the_network_saw(draw, tiny_m
     assert data.t.tolist() == timesteps(SPEC, tiny_model.schedule.num_train).repeat_interleave(2).tolist()
     seeds = [image_seed(0, i) for i in range(GROUP)]
     seen: list[torch.Tensor] = []
-    run(tiny_model.network, seeds, SHAPE, tiny_model.schedule, SPEC, lambda step, x, t: seen.append(x.clone()))
+    run(tiny_model.network, seeds, tiny_model.sampling(SPEC), lambda step, x, t: seen.append(x.clone()))
     assert torch.equal(data.x, torch.cat([x[:2] for x in seen]))
     assert torch.equal(data.x[0], noise(seeds[:1], 0, SHAPE)[0])
 

@@ -22,8 +22,9 @@ from engines import EngineConfig
 from gaq_export import pipeline
 from gaq_export.deploy import step_loop
 from gaq_export.deploy.parity import TOLERANCES, compare
+from gaq_export.deploy.record import record_of
 from gaq_export.deploy.step_loop import engine_denoiser
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.conditioning import Conditioning, bind, class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
@@ -33,6 +34,7 @@ from gaq_export.graph.qdq import insert_qdq
 from gaq_export.graph.step import make_step
 from gaq_export.images import psnr
 from gaq_export.models.loader import LoadedModel, wrap
+from gaq_export.models.provenance import load_conditioning
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.sampling import shards, workers
@@ -127,7 +129,7 @@ def test_engines_are_told_too(kind: str, backend: str, exported: Callable[..., i
         assert found.passed
         seeds = [image_seed(0, i, "fresh") for i in range(2)]
         drawn, exact = (
-            samplers.run(bind(network, conditioning, seeds), seeds, model.shape, model.schedule, SPEC)
+            loop.run(network, seeds, model.sampling(SPEC))
             for network in (engine_denoiser(engine), fake_quantized(model.network, plan))
         )
     assert sqnr_db(exact, drawn) > 20
@@ -156,11 +158,11 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(
     with engines.open_engine(file) as engine:
         for scale, seeds in ((3.0, range(4)), (1.5, range(2, 5))):
             asked = replace(conditioning, guidance=scale)
-            drawn = step_loop.run(engine, seeds, model.shape, spec.steps, condition=asked.feeds(seeds))
-            exact = samplers.run(bind(model.network, asked, seeds), seeds, model.shape, model.schedule, spec)
+            drawn = step_loop.run(engine, seeds, replace(model, conditioning=asked).sampling(spec))
+            exact = loop.run(model.network, seeds, replace(model, conditioning=asked).sampling(spec))
             torch.testing.assert_close(drawn, exact, atol=1e-4, rtol=0)
         feeds = {name: value.numpy() for name, value in conditioning.feeds(range(2)).items()}
-        feeds |= {"x": samplers.noise((0, 1), 0, model.shape).numpy(), "noise": np.ones((2, *model.shape), np.float32)}
+        feeds |= {"x": loop.noise((0, 1), 0, model.shape).numpy(), "noise": np.ones((2, *model.shape), np.float32)}
         alone = [engine(feeds | {"step": np.array([i])})["x_next"][row] for row, i in enumerate((3, 1))]
     rows = ir.from_proto(proto)
     make_step(rows, model.schedule, spec, guided=True, rows=True)
@@ -170,14 +172,14 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(
         own = {"step": np.array([3, 1]), "guidance": np.array([3.0, 3.0], np.float32)}
         np.testing.assert_allclose(engine(feeds | own)["x_next"], alone, atol=1e-4)
         torch.testing.assert_close(
-            step_loop.run(engine, seeds, model.shape, spec.steps, condition=asked.feeds(seeds)),
+            step_loop.run(engine, seeds, replace(model, conditioning=asked).sampling(spec)),
             drawn,
             atol=1e-4,
             rtol=0,
         )
     assert not torch.allclose(
         drawn[:2],
-        samplers.run(bind(model.network, conditioning, seeds), seeds, model.shape, model.schedule, spec)[:2],
+        loop.run(model.network, seeds, replace(model, conditioning=conditioning).sampling(spec))[:2],
         atol=1e-3,
     )
 
@@ -193,7 +195,7 @@ def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
         )
         assert built.parity is not None
         assert built.parity.passed
-        assert Conditioning.from_json(built.file.about["conditions"], tmp_path).sha256 == conditioning.sha256
+        assert load_conditioning(record_of(built.file).provenance, tmp_path).sha256 == conditioning.sha256
         drawn = pipeline.sample(built.file.path, num=3, out=tmp_path / graph, compare=True, model=model)
         assert drawn.psnr_db is not None
         assert min(drawn.psnr_db) > 10
@@ -203,7 +205,7 @@ def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
     conditioning = texts(3.0)
     model, run, home = made("text", conditioning), tmp_path / "run", tmp_path / "engine"
     pipeline.calibrate(model, pipeline.preset("tiny", CalibrationOptions(recipe="rtn")), folder=run)
-    assert "rows" not in load_plan(run / "plan.safetensors").provenance["conditions"]
+    assert "rows" not in load_plan(run / "plan.safetensors").provenance["conditioning"]
     settings = EngineConfig(backend="openvino", threads=1)
     home.mkdir()
     file = pipeline.build_engine(folder=run, out=home / "unet.plan", config=settings, model=model).file
@@ -213,7 +215,7 @@ def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
     assert min(drawn.psnr_db) > 10
     made_of = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert [row["file"] for row in made_of["images"]][2:] == ["000002-a-tree.png", "000003-a-cat.png"]
-    assert made_of["images"][3]["told"] == "a cat"
+    assert made_of["images"][3]["condition"] == "a cat"
     only_dogs = replace(
         conditioning, names=("a dog",), rows={name: row[1:2] for name, row in conditioning.rows.items()}
     )
@@ -225,5 +227,5 @@ def test_texts_lie_beside_the_plan_and_the_engine(tmp_path: Path) -> None:
     assert float(psnr(dog[None].float() / 127.5 - 1, drawn.images[1:2])[0]) > 40
     assert home / conditioning.file in workers.files_of(file)
     (home / conditioning.file).write_bytes(b"")
-    with pytest.raises(CalibError, match="told-"):
+    with pytest.raises(CalibError, match="conditioning-"):
         pipeline.sample(file.path, num=1, out=tmp_path / "samples", model=model)

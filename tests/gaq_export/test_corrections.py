@@ -17,8 +17,8 @@ from calib.data import CalibrationSet
 from calib.plan import load_plan
 from engines import EngineConfig, open_engine
 from gaq_export import pipeline
-from gaq_export.deploy.session import by_engine, sampler_of
-from gaq_export.diffusion import samplers
+from gaq_export.deploy.session import draw_with_engine, sampling_of
+from gaq_export.diffusion import loop, samplers
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
 from gaq_export.graph.step import make_step
@@ -105,12 +105,12 @@ def test_ptqd_finds_a_known_error(tiny_model: LoadedModel) -> None:
 @pytest.mark.parametrize("rule", ["ptqd", "tac"])
 def test_a_corrected_sampler_draws_nearer_to_the_float_network(rule: str, tiny_model: LoadedModel) -> None:
     spec = SamplerSpec(steps=5)
-    shape, schedule = tiny_model.shape, replace(tiny_model.schedule, clip=None)
-    wrong = _Wrong(tiny_model.network, 0.0)
-    found = _measured(replace(tiny_model, schedule=schedule), rule, 0.0, spec)
-    exact = samplers.run(tiny_model.network, SEEDS, shape, schedule, spec)
-    plain = samplers.run(wrong, SEEDS, shape, schedule, spec)
-    corrected = samplers.run(wrong, SEEDS, shape, schedule, spec, correction=found)
+    model = replace(tiny_model, schedule=replace(tiny_model.schedule, clip=None))
+    wrong, sampling = _Wrong(model.network, 0.0), model.sampling(spec)
+    found = _measured(model, rule, 0.0, spec)
+    exact = loop.run(model.network, SEEDS, sampling)
+    plain = loop.run(wrong, SEEDS, sampling)
+    corrected = loop.run(wrong, SEEDS, replace(sampling, correction=found))
     assert torch.linalg.norm(corrected - exact) < 0.5 * torch.linalg.norm(plain - exact)
 
 
@@ -120,14 +120,14 @@ def test_an_exported_step_corrects_its_noise_too(spec: SamplerSpec, tiny_model: 
     make_step(graph, tiny_model.schedule, spec, made)
     proto = ir.to_proto(graph)
     onnx.checker.check_model(proto, full_check=True)
-    runtime, x = session(proto), samplers.noise(SEEDS, 0, tiny_model.shape).numpy()
+    runtime, x = session(proto), loop.noise(SEEDS, 0, tiny_model.shape).numpy()
     for step in range(5):
         feeds = {"x": x, "step": np.array([step])}
         if "noise" in {port.name for port in runtime.get_inputs()}:
-            feeds["noise"] = samplers.noise(SEEDS, step + 1, tiny_model.shape).numpy()
+            feeds["noise"] = loop.noise(SEEDS, step + 1, tiny_model.shape).numpy()
         x = runtime.run(["x_next"], feeds)[0]
-    expected = samplers.run(tiny_model.network, SEEDS, tiny_model.shape, tiny_model.schedule, spec, correction=made)
-    found = samplers.finish(SEEDS, torch.from_numpy(x))
+    expected = loop.run(tiny_model.network, SEEDS, replace(tiny_model.sampling(spec), correction=made))
+    found = loop.finish(SEEDS, torch.from_numpy(x), tiny_model.sampling(spec))
     assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
@@ -166,14 +166,14 @@ def test_a_plan_keeps_its_correction_and_both_kinds_of_engine_apply_it(
                 model=tiny_model,
             ).file
             with open_engine(file) as engine:
-                spec = sampler_of(file, None)
-                draw = by_engine(engine, file, tiny_model.schedule, tiny_model.shape, spec)
+                sampling = sampling_of(file)
+                draw = draw_with_engine(engine, file, sampling)
                 drawn[graph, correct] = draw((1, 2), lambda: None)  # with seed 4 a value lies on the edge of a code
     assert torch.allclose(drawn["step", True], drawn["eps", True], atol=0.02)
     assert torch.allclose(drawn["step", False], drawn["eps", False], atol=0.02)
     assert not torch.allclose(drawn["step", True], drawn["step", False], atol=1e-4)
     with pytest.raises(GaqError, match=r"corrects its noise for .* only; asked for .*Build with --no-correction"):
-        sampler_of(engines.load_engine_file(tmp_path / "eps-True.plan"), SamplerSpec(steps=9))
+        sampling_of(engines.load_engine_file(tmp_path / "eps-True.plan"), SamplerSpec(steps=9))
 
 
 def test_a_correction_is_of_one_sampler(corrected_run: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The pipelines are diffusers' own, with the engine where they expect a U-Net."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,15 @@ import engines
 from engines import EngineConfig, EngineFile
 from gaq_export import EngineUNet, images
 from gaq_export.deploy import build, session
+from gaq_export.deploy.record import EngineRecord, GraphKind, record_of
 from gaq_export.deploy.step_loop import engine_denoiser
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop, samplers
 from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.graph.files import save_onnx
-from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel, wrap
+from gaq_export.models.provenance import Provenance
 from gaq_export.models.scheduler_config import schedule_from_scheduler_config
 from gaq_export.sampling.diffusers_unet import TEXT
 
@@ -65,8 +67,7 @@ def as_pipelines_draw_it(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def _by_us(opened: EngineUNet, spec: SamplerSpec, num: int) -> Tensor:
     """Return pictures in [-1, 1] by our own loop, with the same open engine."""
-    schedule, shape = provenance.schedule_of(opened.file.about), provenance.shape_of(opened.file.about)
-    return samplers.run(opened.noise_of, range(num), shape, schedule, spec)
+    return loop.run(opened.predict_noise, range(num), session.sampling_of(opened.file, spec))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_ddpm_pipeline_draws_what_our_sampler_does(
 def test_an_engine_of_steps_serves_a_pipeline_of_the_same_steps_and_no_other(
     tiny_step_engine: EngineFile, as_pipelines_draw_it: Callable[[], None]
 ) -> None:
-    spec = SamplerSpec.from_json(tiny_step_engine.about["sampler"])
+    spec = record_of(tiny_step_engine).provenance.sampler
     with EngineUNet(tiny_step_engine.path) as unet:
         pipe = DDIMPipeline(unet=unet, scheduler=DDIMScheduler(**TRAINED))
         found = _drawn(pipe, batch_size=2, num_inference_steps=spec.steps, eta=spec.eta)
@@ -158,10 +159,10 @@ def test_what_the_engine_does_not_take_is_one_line(unet: EngineUNet) -> None:
 
 def _network_engine(model: LoadedModel, out: Path, batch: tuple[int, int, int] = (1, 2, 4)) -> EngineFile:
     """Return a float engine of the network alone."""
-    about = provenance.describe(model, model.spec.sampler) | {"graph": "eps", "bits": "float", "correction": None}
+    record = EngineRecord(provenance=Provenance.of(model, model.spec.sampler), graph=GraphKind.EPS, bits="float")
     save_onnx(build.export_float(model.network, model.shape, model.condition_inputs), out.with_suffix(".onnx"))
     config = EngineConfig(backend="openvino", threads=1, batch=batch)
-    return engines.build(out.with_suffix(".onnx"), out, config, about)
+    return engines.build(out.with_suffix(".onnx"), out, config, record.to_json())
 
 
 def test_a_latent_pipeline_decodes_what_our_sampler_draws(
@@ -206,7 +207,7 @@ def test_a_stable_diffusion_pipeline_draws_what_our_sampler_does_with_guidance(
     decoder = AutoencoderKL(
         in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(8,), norm_num_groups=4
     ).eval()
-    x = samplers.noise((0, 1), 0, (4, 8, 8))
+    x = loop.noise((0, 1), 0, (4, 8, 8))
     spec = SamplerSpec(steps=5, spacing="from-1")
     with EngineUNet(file) as unet:
         parts = {"vae": decoder, **_words(), "unet": unet, "safety_checker": None, "feature_extractor": None}
@@ -217,9 +218,8 @@ def test_a_stable_diffusion_pipeline_draws_what_our_sampler_does_with_guidance(
     table, unconditional = {TEXT: rows}, {TEXT: unconditional[:1]}
     conditioning = Conditioning(names=("a six", "one"), rows=table, unconditional=unconditional, guidance=3.0)
     with engines.open_engine(file) as opened:
-        draw = session.by_network(
-            engine_denoiser(opened), text_model.schedule, (4, 8, 8), spec, conditioning=conditioning
-        )
+        sampling = replace(text_model, conditioning=conditioning).sampling(spec)
+        draw = session.draw_with_network(engine_denoiser(opened), sampling)
         latents = draw((0, 1), lambda: None)
     with torch.no_grad():
         expected = decoder.decode(latents / decoder.config.scaling_factor).sample

@@ -18,12 +18,14 @@ from gaq_export import pipeline
 from gaq_export.deploy import session, submodels
 from gaq_export.deploy.build import build_float
 from gaq_export.deploy.parity import Tolerance
-from gaq_export.diffusion import samplers
+from gaq_export.deploy.record import LinkedFile, record_of
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import to_uint8_tensor
-from gaq_export.models import diffusers_folder, latent_decoder, provenance
+from gaq_export.models import diffusers_folder, latent_decoder
 from gaq_export.models.loader import LoadedModel, load_model, wrap
+from gaq_export.models.provenance import Provenance, find_model
 from gaq_export.sampling import shards, workers
 
 SIZE = {
@@ -147,7 +149,7 @@ def test_from_noise_to_pictures_through_two_engines(built: pipeline.Built, tmp_p
     assert built.decoder.parity is not None
     assert built.decoder.parity.passed
     assert built.decoder.file.path.name == "unet-decoder.plan"
-    assert built.file.about["decoder"]["engine"] == {"file": "unet-decoder.plan", "sha256": built.decoder.file.sha256}
+    assert record_of(built.file).decoder == LinkedFile(file="unet-decoder.plan", sha256=built.decoder.file.sha256)
     assert built.decoder.file.path in workers.files_of(built.file)
     assert session.image_shape(built.file) == (3, 16, 16)
     drawn = pipeline.sample(built.file.path, num=5, out=tmp_path / "pngs", compare=True)
@@ -170,12 +172,13 @@ def test_latents_are_not_clamped_on_their_way(built: pipeline.Built, pipelines: 
         return x
 
     with session.open_engines(built.file) as engine:
-        draw = session.by_engine(engine, built.file, model.schedule, model.shape, SPEC, decode)
+        sampling = session.sampling_of(built.file)
+        draw = session.draw_with_engine(engine, built.file, replace(sampling, decode=decode))
         assert draw((0, 1), lambda: None).abs().max() == 1
-        plain = session.by_engine(engine, built.file, model.schedule, model.shape, SPEC)((0, 1), lambda: None)
+        plain = session.draw_with_engine(engine, built.file, sampling)((0, 1), lambda: None)
     assert torch.equal(plain, ends[0])
     assert ends[0].abs().max() > 1
-    exact = samplers.run(model.network, (0, 1), model.shape, model.schedule, SPEC)
+    exact = loop.run(model.network, (0, 1), model.sampling(SPEC))
     assert exact.abs().max() > 1
 
 
@@ -217,14 +220,14 @@ def test_codes_are_looked_up_in_the_engine(pipelines: dict[str, Path], tmp_path:
 def test_the_same_decoder_is_found_again_or_missed(pipelines: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(pipelines["vae"], folder)
-    about = provenance.describe(load_model(weights=folder), SPEC)
-    assert provenance.model_of(about, None, tmp_path).decoder is not None
+    recorded = Provenance.of(load_model(weights=folder), SPEC)
+    assert find_model(recorded, None, tmp_path).decoder is not None
     autoencoder(AutoencoderKL, scaling_factor=0.6).save_pretrained(folder / "vae")
     with pytest.raises(GaqError, match=r"calibrated with a decoder of latents, weights .*; found another"):
-        provenance.model_of(about, None, tmp_path)
+        find_model(recorded, None, tmp_path)
     shutil.rmtree(folder / "vae")
     with pytest.raises(GaqError, match="found none with this model"):
-        provenance.model_of(about, None, tmp_path)
+        find_model(recorded, None, tmp_path)
 
 
 def test_a_module_of_ones_own_has_a_decoder_of_ones_own(pipelines: dict[str, Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from engines import EngineConfig, EngineError
 from gaq_export import images, pipeline
 from gaq_export.deploy import verify
 from gaq_export.deploy.parity import Tolerance
+from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.quantize.presets import CalibrationOptions
@@ -63,9 +64,9 @@ def test_a_run_folder_holds_one_run(tiny_run: Path, tiny_model) -> None:
 
 def test_an_engine_knows_its_model_its_bits_and_its_layers(tiny_engine, tiny_run: Path, tiny_model) -> None:
     plan = load_plan(tiny_run / "plan.safetensors")
-    assert tiny_engine.about["model"]["fingerprint"] == tiny_model.fingerprint
-    assert tiny_engine.about["bits"] == "W4A8"
-    assert tiny_engine.about["plan"]["layers"] == len(plan.layers)
+    assert record_of(tiny_engine).provenance.fingerprint == tiny_model.fingerprint
+    assert record_of(tiny_engine).bits == "W4A8"
+    assert record_of(tiny_engine).plan.layers == len(plan.layers)
     counts = tiny_engine.audit.counts
     weighted = len(plan.layers) + len(plan.float_layers)
     assert sum(counts.values()) == weighted
@@ -87,7 +88,7 @@ def test_the_whole_loop_draws_pictures_that_say_how_they_were_made(tiny_engine, 
     )
     assert drawn.images.shape == (3, 1, 16, 16)
     assert drawn.seeds == (7, 8, 9)
-    assert not drawn.meaningless
+    assert not drawn.random_weights
     assert steps == [(who, i + 1, 5) for who in ("engine", "float") for i in range(5)]
     names = {f"{seed:06d}{which}.png" for seed in (7, 8, 9) for which in ("", "-float")}
     assert {p.name for p in (tmp_path / "s").iterdir()} == names | {"grid.png", "samples.json"}
@@ -130,8 +131,10 @@ def test_an_engine_of_steps_draws_what_one_of_the_network_draws(tiny_step_engine
     assert images.psnr(drawn.images[:3], drawn.images[3:]).max() < 20
     alone = pipeline.sample(tiny_step_engine.path, num=2, seed=4, out=tmp_path / "alone")
     assert torch.equal(alone.images, drawn.images[4:])
-    assert tiny_step_engine.about["baked"]
-    assert len(tiny_step_engine.audit.kernels) == len(tiny_engine.audit.kernels) - len(tiny_step_engine.about["baked"])
+    assert record_of(tiny_step_engine).tables
+    assert len(tiny_step_engine.audit.kernels) == len(tiny_engine.audit.kernels) - len(
+        record_of(tiny_step_engine).tables
+    )
 
 
 def test_an_engine_of_steps_has_one_sampler(tiny_step_engine, tmp_path: Path) -> None:
@@ -227,7 +230,7 @@ def test_export_writes_where_it_is_told(tiny_run: Path, tiny_model, tmp_path: Pa
     made = pipeline.export_onnx("reference", folder=tiny_run, model=tiny_model, out=out)
     assert made.path == out
     assert out.stat().st_size > 10_000
-    assert len(made.baked) == 10
+    assert len(made.tables) == 10
     assert not list(tiny_run.glob("unet.*.reference.onnx"))
 
 
@@ -237,7 +240,7 @@ def test_tables_hold_the_rounded_embedding_where_the_plan_rounds_it(tiny_model, 
         tiny_model, pipeline.preset("tiny", CalibrationOptions(convention="tfmq")), folder=folder, sampler=spec
     )
     made = pipeline.export_onnx("reference", folder=folder, model=tiny_model, out=tmp_path / "step.onnx")
-    exact = {name: layer for name, layer in plan.layers.items() if name not in made.baked}
+    exact = {name: layer for name, layer in plan.layers.items() if name not in made.tables}
     assert exact.keys() < plan.layers.keys()
     visited, x = timesteps(spec, tiny_model.schedule.num_train), noisy(16).x
     runtime = session(onnx.load(made.path))

@@ -13,6 +13,7 @@ from calib.plan import load_plan
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
 from gaq_export.deploy.build import Built
+from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.presets import CalibrationOptions
@@ -43,7 +44,7 @@ def build(folder: Path, model: LoadedModel, config: EngineConfig) -> Built:
 
 def quantized(folder: Path, file: EngineFile) -> int:
     """Return how many layers are quantized and no tables in the engine."""
-    return len(load_plan(folder / "plan.safetensors").layers.keys() - set(file.about["baked"]))
+    return len(load_plan(folder / "plan.safetensors").layers.keys() - set(record_of(file).tables))
 
 
 def test_on_openvino_it_computes_what_pytorch_does(folder: Path, tiny_model: LoadedModel) -> None:

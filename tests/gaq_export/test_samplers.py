@@ -6,16 +6,21 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
-from gaq_export.diffusion.samplers import finish, noise, run, table
+from gaq_export.diffusion.loop import Sampling, finish, noise, run
+from gaq_export.diffusion.samplers import table
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.models import provenance
 from gaq_export.models.architectures import EpsilonModel, as_denoiser
 from gaq_export.models.loader import wrap
+from gaq_export.models.provenance import Provenance
 from gaq_export.models.scheduler_config import schedule_from_scheduler_config
 
 SHAPE = (1, 16, 16)
 SEEDS = [3, 14, 15]
+
+
+def sampling_on(schedule: NoiseSchedule, spec: SamplerSpec, shape: tuple[int, int, int] = SHAPE) -> Sampling:
+    return Sampling(schedule=schedule, shape=shape, sampler=spec)
 
 
 def _smooth(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -38,7 +43,7 @@ def test_ddim_equals_diffusers_over_a_full_loop(clip: float | None, steps: int) 
     reference = DDIMScheduler(clip_sample=clip is not None)
     reference.set_timesteps(steps)
     expected = _diffusers_loop(reference.timesteps, lambda e, t, x, _: reference.step(e, t, x).prev_sample)
-    images = run(_smooth, SEEDS, SHAPE, linear_schedule(clip=clip), SamplerSpec(steps=steps))
+    images = run(_smooth, SEEDS, sampling_on(linear_schedule(clip=clip), SamplerSpec(steps=steps)))
     assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
 
 
@@ -51,12 +56,12 @@ def test_ddim_as_latent_diffusion_runs_it_equals_diffusers_over_a_full_loop(step
     expected = _diffusers_loop(reference.timesteps, lambda e, t, x, _: reference.step(e, t, x).prev_sample)
     schedule = schedule_from_scheduler_config(config | {"_class_name": "DDIMScheduler"})
     assert schedule.last == schedule.alpha_bar[0]
-    images = run(_smooth, SEEDS, SHAPE, schedule, SamplerSpec(steps=steps, spacing="from-1"))
+    images = run(_smooth, SEEDS, sampling_on(schedule, SamplerSpec(steps=steps, spacing="from-1")))
     assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
-    noisy = run(_smooth, SEEDS, SHAPE, replace(schedule, last=1.0), SamplerSpec(steps=steps, spacing="from-1"))
+    noisy = run(_smooth, SEEDS, sampling_on(replace(schedule, last=1.0), SamplerSpec(steps=steps, spacing="from-1")))
     assert not torch.allclose(noisy.clamp(-1, 1), expected, atol=1e-4)
     model = wrap(torch.nn.Identity(), shape=SHAPE, schedule=schedule)
-    assert provenance.schedule_of(provenance.describe(model, model.spec.sampler)).last == schedule.last
+    assert Provenance.from_json(Provenance.of(model, model.spec.sampler).to_json()).schedule.last == schedule.last
 
 
 @pytest.mark.parametrize(("name", "eta"), [("ddim", 0.3), ("ddim", 1.0), ("ddim-clipped", 0.0), ("ddim-clipped", 0.3)])
@@ -71,18 +76,18 @@ def test_ddim_with_noise_equals_diffusers_over_a_full_loop(name: str, eta: float
         return result
 
     expected = _diffusers_loop(reference.timesteps, step)
-    images = run(_smooth, SEEDS, SHAPE, linear_schedule(), SamplerSpec(name=name, steps=20, eta=eta))
+    images = run(_smooth, SEEDS, sampling_on(linear_schedule(), SamplerSpec(name=name, steps=20, eta=eta)))
     assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
 
 
 def test_without_clipping_both_kinds_of_ddim_are_one() -> None:
     plain, clipped = (
-        run(_smooth, SEEDS, SHAPE, linear_schedule(clip=None), SamplerSpec(name=name, steps=20))
+        run(_smooth, SEEDS, sampling_on(linear_schedule(clip=None), SamplerSpec(name=name, steps=20)))
         for name in ("ddim", "ddim-clipped")
     )
     assert torch.allclose(plain, clipped, atol=1e-5)
     plain, clipped = (
-        run(_smooth, SEEDS, SHAPE, linear_schedule(), SamplerSpec(name=name, steps=20))
+        run(_smooth, SEEDS, sampling_on(linear_schedule(), SamplerSpec(name=name, steps=20)))
         for name in ("ddim", "ddim-clipped")
     )
     assert not torch.allclose(plain, clipped, atol=1e-2)
@@ -105,7 +110,7 @@ def test_ancestral_sampling_equals_diffusers_over_a_full_loop(
 
     expected = _diffusers_loop(reference.timesteps, step)
     schedule = linear_schedule(variance=variance)
-    images = run(_smooth, SEEDS, SHAPE, schedule, SamplerSpec(name="ddpm", steps=steps))
+    images = run(_smooth, SEEDS, sampling_on(schedule, SamplerSpec(name="ddpm", steps=steps)))
     assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
 
 
@@ -118,7 +123,7 @@ def test_dpm_solver_equals_diffusers_over_a_full_loop(steps: int, spacing: str) 
     reference = DPMSolverMultistepScheduler(lower_order_final=False)  # the last step is of first order all the same
     reference.set_timesteps(timesteps=visited.tolist())
     expected = _diffusers_loop(visited, lambda e, t, x, _: reference.step(e, t, x).prev_sample)
-    images = run(_smooth, SEEDS, SHAPE, linear_schedule(clip=None), spec)
+    images = run(_smooth, SEEDS, sampling_on(linear_schedule(clip=None), spec))
     assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
 
 
@@ -140,7 +145,7 @@ def test_uneven_spacing_uses_the_timestep_it_really_goes_to() -> None:
         noises.append((x - a.sqrt() * clean) / (1 - a).sqrt())
         return noises[-1]
 
-    images = run(oracle, [0], (1, 2, 2), schedule, SamplerSpec(steps=3, spacing="quad"))
+    images = run(oracle, [0], sampling_on(schedule, SamplerSpec(steps=3, spacing="quad"), (1, 2, 2)))
     assert len(noises) == 3
     for other in noises[1:]:
         assert torch.allclose(other, noises[0], atol=1e-3)
@@ -154,15 +159,15 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(
         return torch.cat([as_denoiser(tiny_unet)(*one) for one in zip(x.split(1), t.split(1), strict=True)])
 
     for spec in (SamplerSpec(steps=4), SamplerSpec(steps=4, eta=1.0), SamplerSpec(name="ddpm", steps=4)):
-        together = run(denoiser, [7, 8, 9], SHAPE, tiny_schedule, spec)
-        alone = run(denoiser, [9], SHAPE, tiny_schedule, spec)
+        together = run(denoiser, [7, 8, 9], sampling_on(tiny_schedule, spec))
+        alone = run(denoiser, [9], sampling_on(tiny_schedule, spec))
         assert torch.equal(together[2:], alone)
         assert not torch.allclose(together[0], together[2], atol=1e-2)
 
 
 def test_sampling_leaves_the_global_random_stream_alone(tiny_schedule: NoiseSchedule) -> None:
     before = torch.random.get_rng_state()
-    run(_smooth, SEEDS, SHAPE, tiny_schedule, SamplerSpec(name="ddpm", steps=3))
+    run(_smooth, SEEDS, sampling_on(tiny_schedule, SamplerSpec(name="ddpm", steps=3)))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -175,7 +180,7 @@ def test_on_step_sees_what_the_network_sees_noisiest_first(tiny_schedule: NoiseS
         return _smooth(x, t)
 
     spec = SamplerSpec(steps=5)
-    run(network, SEEDS, SHAPE, tiny_schedule, spec, lambda step, x, t: seen.append((step, x, t)))
+    run(network, SEEDS, sampling_on(tiny_schedule, spec), lambda step, x, t: seen.append((step, x, t)))
     assert [step for step, _, _ in seen] == [0, 1, 2, 3, 4]
     assert [int(t[0]) for _, _, t in seen] == timesteps(spec, 100).tolist() == [80, 60, 40, 20, 0]
     for (_, x, t), (x_called, t_called) in zip(seen, called, strict=True):
@@ -185,14 +190,14 @@ def test_on_step_sees_what_the_network_sees_noisiest_first(tiny_schedule: NoiseS
 
 
 def test_images_are_within_range_even_when_nothing_was_clipped_but_latents_stay_as_they_are() -> None:
-    latents = run(lambda x, t: -x, SEEDS, SHAPE, linear_schedule(clip=None), SamplerSpec(steps=5))
+    latents = run(lambda x, t: -x, SEEDS, sampling_on(linear_schedule(clip=None), SamplerSpec(steps=5)))
     assert latents.abs().max() > 1
-    assert torch.equal(finish(SEEDS, latents), latents.clamp(-1, 1))
+    assert torch.equal(finish(SEEDS, latents, sampling_on(linear_schedule(), SamplerSpec())), latents.clamp(-1, 1))
 
 
 def test_a_network_of_the_wrong_shape_is_refused(tiny_schedule: NoiseSchedule) -> None:
     with pytest.raises(GaqError, match=r"shape \(3, 2, 16, 16\) for images of \(3, 1, 16, 16\)"):
-        run(lambda x, t: x.repeat(1, 2, 1, 1), SEEDS, SHAPE, tiny_schedule, SamplerSpec(steps=2))
+        run(lambda x, t: x.repeat(1, 2, 1, 1), SEEDS, sampling_on(tiny_schedule, SamplerSpec(steps=2)))
 
 
 def test_images_that_are_not_finite_are_refused_by_seed(tiny_schedule: NoiseSchedule) -> None:
@@ -200,17 +205,17 @@ def test_images_that_are_not_finite_are_refused_by_seed(tiny_schedule: NoiseSche
         return torch.where(torch.arange(3).view(3, 1, 1, 1) == 1, torch.nan, x)
 
     with pytest.raises(GaqError, match=r"not finite .* for seeds \[14\]"):
-        run(network, SEEDS, SHAPE, tiny_schedule, SamplerSpec(steps=2))
+        run(network, SEEDS, sampling_on(tiny_schedule, SamplerSpec(steps=2)))
 
 
 def test_a_loop_without_seeds_is_refused(tiny_schedule: NoiseSchedule) -> None:
     with pytest.raises(GaqError, match="No seeds"):
-        run(_smooth, [], SHAPE, tiny_schedule, SamplerSpec())
+        run(_smooth, [], sampling_on(tiny_schedule, SamplerSpec()))
 
 
 def test_ancestral_sampling_refuses_a_variance_it_does_not_know() -> None:
     with pytest.raises(GaqError, match=r"\['fixed_large', 'fixed_small'\].*'learned'"):
-        run(_smooth, SEEDS, SHAPE, linear_schedule(variance="learned"), SamplerSpec(name="ddpm", steps=2))
+        run(_smooth, SEEDS, sampling_on(linear_schedule(variance="learned"), SamplerSpec(name="ddpm", steps=2)))
 
 
 def test_a_unet_becomes_a_denoiser_and_a_plain_module_stays_itself(tiny_unet: UNet2DModel) -> None:

@@ -17,7 +17,7 @@ from gaq_export import pipeline
 from gaq_export.errors import GaqError
 from gaq_export.images import to_uint8_tensor
 from gaq_export.sampling import shards
-from gaq_export.sampling.batches import Streamed
+from gaq_export.sampling.sample import Streamed
 
 NUM, SHARD = 14, 3  # five files, the last of two images
 

@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import engines
+from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.conditioning import LABELS
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
@@ -95,9 +96,9 @@ def test_what_a_network_is_not_told_is_refused(labelled: Path, tiny_model: Loade
         (
             tiny_model,
             ConditioningRequest(classes="1", guidance=2.0),
-            "is told nothing: leave out --classes, --guidance",
+            "is unconditional: leave out --classes, --guidance",
         ),
-        (model, ConditioningRequest(prompts=prompts), "is told classes, not texts"),
+        (model, ConditioningRequest(prompts=prompts), "takes classes, not prompts"),
         (
             model,
             ConditioningRequest(classes="0-11"),
@@ -105,8 +106,8 @@ def test_what_a_network_is_not_told_is_refused(labelled: Path, tiny_model: Loade
         ),
         (model, ConditioningRequest(classes="3-1"), "Found classes '3-1'"),
         (model, ConditioningRequest(classes="some"), "Found classes 'some'"),
-        (text, ConditioningRequest(classes="1"), "is told texts, not classes"),
-        (text, ConditioningRequest(), "draws what a text says: give --prompts FILE"),
+        (text, ConditioningRequest(classes="1"), "takes prompts, not classes"),
+        (text, ConditioningRequest(), "draws from prompts: give --prompts FILE"),
         (text, ConditioningRequest(prompts=prompts), "has no text_encoder/ beside its network"),
     ):
         with pytest.raises(GaqError, match=words):
@@ -120,9 +121,9 @@ def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_
     assert first.exit_code == 0, first.output
     names = sorted(path.name for path in (tmp_path / "own").glob("0*[0-9].png"))
     assert names == ["000000-0.png", "000001-4.png", "000002-7.png", "000003-0.png"]
-    assert read_metadata(tmp_path / "own" / "000001-4.png")["told"] == "4"
+    assert read_metadata(tmp_path / "own" / "000001-4.png")["condition"] == "4"
     record = json.loads((tmp_path / "own" / "samples.json").read_text())
-    assert (record["told"], record["guidance"]) == (["0", "4", "7"], 3.0)
+    assert (record["conditioning"], record["guidance"]) == (["0", "4", "7"], 3.0)
     assert min(image["psnr_db"] for image in record["images"]) > 10
 
     def drawn(folder: str, *words: object) -> bytes:
@@ -140,7 +141,7 @@ def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_
         "sample", "--engine", engine, "-n", 2, "--shard", 2, "--classes", "9,4", "--out", tmp_path / "s", "-q"
     )
     assert streamed.exit_code == 0, streamed.output
-    assert json.loads((tmp_path / "s" / "samples.json").read_text())["conditions"]["told"] == ["9", "4"]
+    assert json.loads((tmp_path / "s" / "samples.json").read_text())["identity"]["conditioning"] == ["9", "4"]
 
 
 GUIDED = {"class_labels", "unconditional_class_labels", "guidance"}
@@ -151,8 +152,10 @@ def test_an_engine_refuses_what_it_cannot_be_told(engine: Path, tmp_path: Path) 
     assert "numbers of 0 to 9" in refused(tmp_path, *words, "--classes", "10")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
-    assert "is told classes, not texts" in refused(tmp_path, *words, "--prompts", prompts)
+    assert "takes classes, not prompts" in refused(tmp_path, *words, "--prompts", prompts)
     file = engines.load_engine_file(engine)
-    about = {**file.about, "conditions": {**file.about["conditions"], "guidance": 1.0}}
+    record = record_of(file)
+    unguided = {**record.provenance.conditioning, "guidance": 1.0}
+    record = replace(record, provenance=replace(record.provenance, conditioning=unguided))
     with pytest.raises(GaqError, match="has no guidance: calibrate with --guidance 2, and build again"):
-        condition_engine(replace(file, about=about), ConditioningRequest(guidance=2.0))
+        condition_engine(replace(file, metadata=record.to_json()), ConditioningRequest(guidance=2.0))

@@ -18,10 +18,13 @@ import engines
 from engines import EngineConfig
 from gaq_export import pipeline
 from gaq_export.deploy import build, session
+from gaq_export.deploy.record import EngineRecord, GraphKind
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import read_metadata
 from gaq_export.models import text_encoder
 from gaq_export.models.loader import LoadedModel, load_model
+from gaq_export.models.provenance import Provenance
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.run import Run
 from gaq_export.sharing import pack, triton_repository
@@ -155,12 +158,14 @@ def test_two_encoders_give_what_stable_diffusion_xls_pipeline_tells(write: Calla
 def test_engines_of_text_encoders_need_neither_the_folder_nor_pytorchs(
     write: Callable[[bool], Path], pair: bool, tmp_path: Path
 ) -> None:
-    model, about = load_model(weights=write(pair)), dict[str, object]()
+    model = load_model(weights=write(pair))
     settings = replace(SETTINGS, backend="onnxruntime") if pair else SETTINGS
-    parts = build.add_texts(model, tmp_path / "unet.plan", settings, about, check=True)
+    parts, encoders = build.build_texts(model, tmp_path / "unet.plan", settings, check=True)
     assert [part.file.path.name for part in parts] == ["unet-text.plan", "unet-text-2.plan"][: 1 + pair]
     assert all(part.parity is not None and part.parity.sqnr_db[0] > 60 for part in parts)
-    file = replace(parts[0].file, path=tmp_path / "unet.plan", about=about)
+    provenance = Provenance.of(model, SamplerSpec())
+    record = EngineRecord(provenance=provenance, graph=GraphKind.STEP, bits="float", text_encoders=encoders)
+    file = replace(parts[0].file, path=tmp_path / "unet.plan", metadata=record.to_json())
     with session.open_texts(file) as found:
         for prompts in (PROMPTS[:1], [*PROMPTS, "one more"]):  # below the least batch, above the largest
             rows, expected = text_encoder.encode(found, prompts), text_encoder.encode(model, prompts)
@@ -174,7 +179,7 @@ def test_engines_of_text_encoders_need_neither_the_folder_nor_pytorchs(
     (tmp_path / "unet-text.plan.tokens.json").write_text("{}")
     for wrong, message in (
         (file, "tokens.json and .* are of different builds"),
-        (replace(file, about={}), "has no text encoders beside it"),
+        (replace(file, metadata=replace(record, text_encoders=None).to_json()), "has no text encoders beside it"),
     ):
         with pytest.raises(GaqError, match=message), session.open_texts(wrong):
             pass
@@ -184,8 +189,8 @@ def test_engines_of_text_encoders_need_neither_the_folder_nor_pytorchs(
 @pytest.mark.skipif(engines.find_backend("tensorrt-rtx").can_build() is not None, reason="no TensorRT-RTX: make rtx")
 @pytest.mark.parametrize("pair", [False, True])
 def test_tensorrt_rtx_builds_text_encoders(write: Callable[[bool], Path], pair: bool, tmp_path: Path) -> None:
-    settings, about = replace(SETTINGS, backend="tensorrt-rtx", threads=None), dict[str, object]()
-    parts = build.add_texts(load_model(weights=write(pair)), tmp_path / "unet.plan", settings, about, check=False)
+    settings = replace(SETTINGS, backend="tensorrt-rtx", threads=None)
+    parts, _ = build.build_texts(load_model(weights=write(pair)), tmp_path / "unet.plan", settings, check=False)
     assert [part.file.compute for part in parts] == ["float32"] * (1 + pair)
     assert [spec.shape for part in parts for spec in part.file.outputs][:1] == [(None, LENGTH, 16)]
 
@@ -244,7 +249,7 @@ def test_commands_take_prompts(write: Callable[[bool], Path], tmp_path: Path) ->
         done = gaq(*command)
         assert done.exit_code == 0, done.output
     assert (tmp_path / "own" / "000001-the-dog-at-night.png").is_file()
-    drawn = [read_metadata(tmp_path / "other" / f"00000{seed}-an-elk.png")["told"] for seed in (0, 1)]
+    drawn = [read_metadata(tmp_path / "other" / f"00000{seed}-an-elk.png")["condition"] for seed in (0, 1)]
     assert drawn == ["an elk", "an elk"]
     pixels = [Image.open(path).tobytes() for path in sorted(tmp_path.glob("o*/000000-*.png"))]
     assert pixels[0] != pixels[1]

@@ -16,6 +16,7 @@ from gaq_export import pipeline
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import Comparison, claim
 from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.conditioning import bind, class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
@@ -75,7 +76,7 @@ def test_the_bundled_model_draws_the_digits_that_it_is_told_quantized_too(tmp_pa
 def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: LoadedModel) -> None:
     found = noise_sqnr.of_plan(model, plan, 2, lambda what, done, total: None)
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(2)]
-    start = noise_correction.samplers.noise(seeds, 0, model.shape)
+    start = loop.noise(seeds, 0, model.shape)
     t = torch.full((2,), int(found.t[0]))
     networks = (model.network, fake_quantized(model.network, plan))
     with torch.no_grad():

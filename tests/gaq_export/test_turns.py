@@ -19,7 +19,8 @@ from gaq_export import pipeline
 from gaq_export.deploy import session
 from gaq_export.deploy.build import Built
 from gaq_export.deploy.parity import PERTURBATION, TOLERANCES, perturbed
-from gaq_export.diffusion import samplers
+from gaq_export.deploy.record import record_of
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
@@ -46,8 +47,8 @@ def built(folder: Path, tiny_model: LoadedModel) -> Built:
 
 def test_every_width_has_its_engine_and_every_step_was_checked(folder: Path, built: Built) -> None:
     assert [file.path.name for file in built.others] == ["unet-a6.plan"]
-    assert built.file.about["relay"]["turns"] == [0, 0, 0, 0, 1]
-    assert built.file.about["bits"] == "W4A6/8"
+    assert record_of(built.file).switching.turns == (0, 0, 0, 0, 1)
+    assert record_of(built.file).bits == "W4A6/8"
     assert built.parity is not None
     assert built.parity.steps == (0, 1, 2, 3, 4)
     assert built.parity.passed
@@ -58,9 +59,9 @@ def test_the_engines_together_draw_what_the_plan_says(folder: Path, built: Built
     plan, seeds = load_plan(folder / "plan.safetensors"), range(3)
     drawn = pipeline.sample(built.file.path, num=3, out=folder / "samples", model=tiny_model).images
     network = fake_quantized(tiny_model.network, plan)
-    expected = samplers.run(network, seeds, tiny_model.shape, tiny_model.schedule, SPEC)
+    expected = loop.run(network, seeds, tiny_model.sampling(SPEC))
     with perturbed(network, plan.layers, PERTURBATION["float32"], seed=0):
-        again = samplers.run(network, seeds, tiny_model.shape, tiny_model.schedule, SPEC)
+        again = loop.run(network, seeds, tiny_model.sampling(SPEC))
     margin = TOLERANCES["openvino"].margin_db
     assert sqnr_db(expected, drawn) > min(20, sqnr_db(expected, again) - margin)  # as every engine is held to
     assert sqnr_db(expected.roll(1, 0), drawn) < 6  # of other seeds
@@ -109,8 +110,8 @@ def test_where_few_bits_are_enough_at_every_step_there_is_one_engine_of_those(
     config = EngineConfig(backend="openvino", threads=1)
     built = pipeline.build_engine(folder=tmp_path, out=tmp_path / "unet.plan", config=config, model=tiny_model)
     assert built.others == ()
-    assert built.file.about["relay"] is None
-    assert built.file.about["bits"] == "W4A6"
+    assert record_of(built.file).switching is None
+    assert record_of(built.file).bits == "W4A6"
     assert {p.name for p in tmp_path.glob("*.onnx")} == {"unet.step.a6.openvino.onnx"}
 
 
@@ -128,5 +129,5 @@ def test_on_tensorrt_rtx_both_multiply_int8_by_int8(folder: Path, tiny_model: Lo
     built = pipeline.build_engine(folder=folder, out=tmp_path / "rtx.plan", config=config, model=tiny_model)
     for file in (built.file, *built.others):
         counts = file.audit.counts
-        layers = load_plan(folder / "plan.safetensors").layers.keys() - set(file.about["baked"])
+        layers = load_plan(folder / "plan.safetensors").layers.keys() - set(record_of(file).tables)
         assert sum(n for (_, precision), n in counts.items() if precision == "int8") == len(layers) > 0

@@ -10,7 +10,7 @@ from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from calib.sqnr import sqnr_db
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.evaluation import noise_sqnr
 from gaq_export.models.loader import LoadedModel
@@ -28,7 +28,7 @@ def test_a_recorded_trajectory_is_what_the_sampler_shows_its_network(tiny_model:
     model = tiny_model
     trajectory = noise_sqnr.record(model.network, range(3), model.shape, model.schedule, SPEC)
     seen: list[tuple[Tensor, Tensor]] = []
-    samplers.run(model.network, range(3), model.shape, model.schedule, SPEC, lambda _, x, t: seen.append((x, t)))
+    loop.run(model.network, range(3), model.sampling(SPEC), lambda _, x, t: seen.append((x, t)))
     assert trajectory.x.shape == trajectory.epsilon.shape == (4, 3, *model.shape)
     assert all(torch.equal(a, x) for a, (x, _) in zip(trajectory.x, seen, strict=True))
     assert all(torch.equal(a, t) for a, (_, t) in zip(trajectory.t, seen, strict=True))
@@ -73,7 +73,7 @@ def test_steps_are_compared_where_either_network_comes_by(tiny_model: LoadedMode
     assert all(row == pytest.approx([20.0] * 4, abs=1e-3) for row in rows.values())
     drawn: list[Tensor] = []
     for network in (model.network, lambda x, t: 1.1 * model.network(x, t)):
-        samplers.run(network, range(2), model.shape, model.schedule, SPEC, lambda s, x, t: drawn.append(x))
+        loop.run(network, range(2), model.sampling(SPEC), lambda s, x, t: drawn.append(x))
     assert all(torch.equal(a, b) for a, b in zip(visited, drawn, strict=True))
 
 

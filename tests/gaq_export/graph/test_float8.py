@@ -17,6 +17,7 @@ from calib.plan import Grid
 from engines import EngineConfig, EngineError
 from gaq_export import pipeline
 from gaq_export.deploy import parity
+from gaq_export.deploy.record import record_of
 from gaq_export.errors import GaqError
 from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import insert_qdq
@@ -102,7 +103,7 @@ def test_tensorrt_rtx_multiplies_in_fp8(tiny_run: Path, tiny_model: LoadedModel,
         with pytest.raises(EngineError, match=rf"FP8 needs a later GPU than {old}\. Give targets of"):
             build(*targets)
     built = build("sm89")
-    baked = set(built.file.about["baked"])
+    baked = set(record_of(built.file).tables)
     quantized = [kernel for kernel in built.file.audit.kernels if kernel.precision == "float8"]
     assert len(quantized) == len(built.plan.layers.keys() - baked)
     assert built.file.audit.weight_bytes["float8"] == sum(

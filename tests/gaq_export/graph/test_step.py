@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
 from gaq_export.deploy import parity
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.graph import files
@@ -43,10 +44,10 @@ def bundled(exported: Callable[..., ir.Model]) -> tuple[LoadedModel, Callable[[]
 
 def _loop(runtime: onnxruntime.InferenceSession, shape: tuple[int, int, int], steps: int) -> Tensor:
     taken, given = ([v.name for v in values] for values in (runtime.get_inputs(), runtime.get_outputs()))
-    x = samplers.noise(SEEDS, 0, shape).numpy()
+    x = loop.noise(SEEDS, 0, shape).numpy()
     feeds = {"x": x, "step": np.zeros(1, np.int64), "previous": np.zeros_like(x)}
     for i in range(steps):
-        feeds["noise"] = samplers.noise(SEEDS, i + 1, shape).numpy()
+        feeds["noise"] = loop.noise(SEEDS, i + 1, shape).numpy()
         out = dict(zip(given, runtime.run(None, {name: feeds[name] for name in taken}), strict=True))
         feeds |= {FEEDBACK[name]: value for name, value in out.items() if name in FEEDBACK}
     assert feeds["step"].tolist() == [steps]
@@ -61,7 +62,7 @@ def test_a_step_graph_run_over_and_over_draws_what_the_loop_in_pytorch_draws(spe
     proto = ir.to_proto(graph)
     onnx.checker.check_model(proto, full_check=True)
     found = _loop(session(proto), model.shape, spec.steps)
-    expected = samplers.run(model.network, SEEDS, model.shape, model.schedule, spec)
+    expected = loop.run(model.network, SEEDS, model.sampling(spec))
     assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
@@ -182,7 +183,7 @@ def test_a_batch_that_is_counted_by_t_is_counted_by_x() -> None:
     network, spec, schedule = _Counting().eval(), SamplerSpec(steps=3), linear_schedule()
     graph = export_float(network, (1, 8, 8))
     make_step(graph, schedule, spec)
-    expected = samplers.run(network, SEEDS, (1, 8, 8), schedule, spec)
+    expected = loop.run(network, SEEDS, Sampling(schedule=schedule, shape=(1, 8, 8), sampler=spec))
     assert torch.allclose(_loop(session(ir.to_proto(graph)), (1, 8, 8), 3), expected, atol=1e-5)
 
 
@@ -205,6 +206,6 @@ def test_a_foreign_network_becomes_a_step_too() -> None:
     network, spec, schedule = _Plain().eval(), SamplerSpec(steps=5), linear_schedule()
     graph = export_float(network, (1, 8, 8))
     assert make_step(graph, schedule, spec).baked == {"first"}
-    expected = samplers.run(network, SEEDS, (1, 8, 8), schedule, spec)
+    expected = loop.run(network, SEEDS, Sampling(schedule=schedule, shape=(1, 8, 8), sampler=spec))
     assert torch.allclose(_loop(session(ir.to_proto(graph)), (1, 8, 8), 5), expected, atol=1e-5)
     assert timesteps(spec, 1000).tolist() == [800, 600, 400, 200, 0]

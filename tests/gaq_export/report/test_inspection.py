@@ -10,7 +10,7 @@ from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from calib.sqnr import sqnr_db
 from gaq_export import pipeline
-from gaq_export.diffusion import samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import noise_sqnr
@@ -44,12 +44,10 @@ def test_noise_is_compared_on_the_float_models_own_trajectories(tiny_model, plan
     spec = SamplerSpec.from_json(plan.provenance["sampler"])
     networks = [fake_quantized(tiny_model.network, plan, activations=rounded) for rounded in (False, True)]
     seen = []
-    samplers.run(
+    loop.run(
         tiny_model.network,
         [image_seed(plan.config.seed, 4, "inspection")],
-        tiny_model.shape,
-        tiny_model.schedule,
-        spec,
+        tiny_model.sampling(spec),
         lambda step, x, t: seen.append((x.clone(), t)),
     )
     with torch.no_grad():

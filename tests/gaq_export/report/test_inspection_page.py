@@ -16,7 +16,9 @@ from calib.plan import Grid, LayerQuant, QuantPlan, load_plan
 from calib.reconstruct import BlockResult
 from gaq_export import pipeline
 from gaq_export.cli.app import app
+from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.evaluation.noise_sqnr import NoiseSqnr
+from gaq_export.models.provenance import Provenance
 from gaq_export.report import charts
 from gaq_export.report.inspection import Inspection, LayerRange
 from gaq_export.report.inspection_page import Origin, render
@@ -52,10 +54,17 @@ def small(**changes: object) -> QuantPlan:
         input=Grid(scale=1.0, bits=8),
         output_scale=1.0,
     )
-    about = {
-        "model": {"name": NASTY, "source": "module", "fingerprint": "f" * 64, "meaningless": True},
-        "sampler": {"name": "ddim", "steps": 3, "spacing": "uniform", "eta": 0.5},
-    }
+    provenance = Provenance(
+        name=NASTY,
+        source="module",
+        fingerprint="f" * 64,
+        shape=(1, 8, 8),
+        classes=None,
+        random_weights=True,
+        architecture={},
+        sampler=SamplerSpec(steps=3, eta=0.5),
+        schedule=linear_schedule(num_train=100),
+    )
     blocks = (
         BlockResult(name="first", layers=("first",), loss_before=2.0, loss_after=0.5, rounding="adaround"),
         BlockResult(name=NASTY, layers=(NASTY,), loss_before=0.1, loss_after=0.1, rounding="nearest"),
@@ -68,7 +77,7 @@ def small(**changes: object) -> QuantPlan:
         blocks=blocks,
         scores=torch.arange(6.0),
         config=QuantConfig(keep_float=(NASTY,)),
-        provenance=about,
+        provenance=provenance.to_json(),
     )
     return dataclasses.replace(plan, **changes)
 

@@ -14,6 +14,7 @@ from calib.plan import load_plan, save_plan
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
 from gaq_export.cli.app import app
+from gaq_export.deploy.record import record_of
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import evaluate
 from gaq_export.evaluation.scores import Score
@@ -41,7 +42,12 @@ TITLES = [
 
 def judged(file: EngineFile, out: Path, sha256: str | None = None) -> Path:
     """Write an evaluation of two engines, one of them this one."""
-    context = {"images": 8, "images_sha256": "1" * 64, "seeds": [0, 7], "sampler": file.about["sampler"]}
+    context = {
+        "images": 8,
+        "images_sha256": "1" * 64,
+        "seeds": [0, 7],
+        "sampler": record_of(file).provenance.sampler.to_json(),
+    }
     sets = {"features": "eyes", "features_sha256": "2" * 64, "reference": "real", "reference_sha256": "3" * 64}
     sets |= {"reference_images": 16, "floor_images": 8}
 

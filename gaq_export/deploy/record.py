@@ -1,0 +1,211 @@
+"""The engine record: what an engine file was made from and how to draw with it, read and written here alone.
+
+`engines` stores a JSON object beside each engine without knowing what it means (`EngineFile.metadata`). This module
+gives it its meaning: `EngineRecord.to_json` when an engine is built, `record_of` when one is used.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self, TypeVar
+
+from calib.correction import Correction
+from engines import EngineFile
+from gaq_export.errors import GaqError, unknown
+from gaq_export.models.provenance import Provenance
+
+FORMAT = 1
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+class GraphKind(StrEnum):
+    """What a graph computes; the values are what `--graph` takes."""
+
+    STEP = "step"
+    EPS = "eps"
+
+    @property
+    def meaning(self) -> str:
+        """One line for a help text."""
+        return {
+            GraphKind.STEP: "one whole denoising step of a fixed sampler: (x, step) -> x_next",
+            GraphKind.EPS: "the network alone, for any sampler: (x, t) -> eps",
+        }[self]
+
+
+class Numbers(StrEnum):
+    """What weights and activations are rounded to; the values are what `--numbers` takes."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+def parse_choice(what: str, value: str, choices: type[Choice]) -> Choice:
+    """Return the member of an enumeration with this value; raise GaqError, naming all of them, if there is none."""
+    try:
+        return choices(value)
+    except ValueError:
+        raise unknown(what, value, choices) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkedFile:
+    """A file in the engine's folder, by name and sha256."""
+
+    file: str
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return JSON values."""
+        return {"file": self.file, "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, str]) -> Self:
+        """Read what `to_json` returned."""
+        return cls(file=fields["file"], sha256=fields["sha256"])
+
+
+def link(file: EngineFile) -> LinkedFile:
+    """Return the link by which another engine's record, in the same folder, names this engine."""
+    return LinkedFile(file=file.path.name, sha256=file.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switching:
+    """Engines that take turns in one loop, since steps differ in activation bits.
+
+    Attributes:
+        engines: all but the engine with this record, by rising activation bits.
+        turns: for each step, the index of its engine; the engine with this record comes last.
+    """
+
+    engines: tuple[LinkedFile, ...]
+    turns: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoders:
+    """The text encoders of an engine that takes prompts.
+
+    Attributes:
+        engines: their engines, in the order of the pipeline's.
+        tokenizers: JSON files of the `tokenizers` library, one for each.
+        zeros: whether zeros stand for the empty prompt.
+        time_ids: sizes and crop that Stable Diffusion XL takes, (1, 6); None for other models.
+    """
+
+    engines: tuple[LinkedFile, ...]
+    tokenizers: tuple[LinkedFile, ...]
+    zeros: bool
+    time_ids: Sequence[Sequence[float]] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanLink:
+    """The plan that an engine was built from: the sha256 of its file, and how many layers it quantizes."""
+
+    sha256: str
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EngineRecord:
+    """How an engine was made and how to draw with it.
+
+    Attributes:
+        provenance: the float model; its sampler is the one that the engine was built for.
+        graph: what the engine computes.
+        bits: bits of weights and activations, such as W4A8; "float" for an engine of the float network.
+        numbers: what those bits are.
+        plan: None for an engine of the float network.
+        correction: of the predicted noise; None if there is none.
+        tables: modules of the network that are time tables in the engine.
+        switching: engines that take turns with this one; None if it does all steps.
+        decoder: engine of the decoder of its latents; None if it draws images, or latents nobody decodes.
+        text_encoders: None if it takes no prompts, or its folder had no encoders.
+    """
+
+    provenance: Provenance
+    graph: GraphKind
+    bits: str
+    numbers: Numbers = Numbers.INT8
+    plan: PlanLink | None = None
+    correction: Correction | None = None
+    tables: tuple[str, ...] = ()
+    switching: Switching | None = None
+    decoder: LinkedFile | None = None
+    text_encoders: TextEncoders | None = None
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether the engine computes whole denoising steps rather than the predicted noise alone."""
+        return self.graph is GraphKind.STEP
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        switching, texts = self.switching, self.text_encoders
+        return {
+            "format": FORMAT,
+            "provenance": self.provenance.to_json(),
+            "graph": str(self.graph),
+            "bits": self.bits,
+            "numbers": str(self.numbers),
+            "plan": self.plan and {"sha256": self.plan.sha256, "layers": self.plan.layers},
+            "correction": self.correction and self.correction.to_json(),
+            "tables": list(self.tables),
+            "switching": switching
+            and {"engines": [one.to_json() for one in switching.engines], "turns": list(switching.turns)},
+            "decoder": self.decoder and self.decoder.to_json(),
+            "text_encoders": texts
+            and {
+                "engines": [one.to_json() for one in texts.engines],
+                "tokenizers": [one.to_json() for one in texts.tokenizers],
+                "zeros": texts.zeros,
+                "time_ids": texts.time_ids,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Read what `to_json` returned; raises KeyError, TypeError or ValueError on anything else."""
+        plan, correction, decoder = fields["plan"], fields["correction"], fields["decoder"]
+        switching, texts = fields["switching"], fields["text_encoders"]
+        return cls(
+            provenance=Provenance.from_json(fields["provenance"]),
+            graph=GraphKind(fields["graph"]),
+            bits=str(fields["bits"]),
+            numbers=Numbers(fields["numbers"]),
+            plan=plan and PlanLink(sha256=plan["sha256"], layers=int(plan["layers"])),
+            correction=correction and Correction.from_json(correction),
+            tables=tuple(fields["tables"]),
+            switching=switching and Switching(engines=_links(switching["engines"]), turns=tuple(switching["turns"])),
+            decoder=decoder and LinkedFile.from_json(decoder),
+            text_encoders=texts
+            and TextEncoders(
+                engines=_links(texts["engines"]),
+                tokenizers=_links(texts["tokenizers"]),
+                zeros=bool(texts["zeros"]),
+                time_ids=texts["time_ids"],
+            ),
+        )
+
+
+def _links(rows: Sequence[Mapping[str, str]]) -> tuple[LinkedFile, ...]:
+    return tuple(map(LinkedFile.from_json, rows))
+
+
+def record_of(file: EngineFile) -> EngineRecord:
+    """Return the record of an engine file.
+
+    Raises:
+        GaqError: it was written by another version, or is incomplete.
+    """
+    version = file.metadata.get("format")
+    if version != FORMAT:
+        raise GaqError(
+            f"The record of {file.path} has format {version!r}; this version reads {FORMAT}. Build the engine again."
+        )
+    try:
+        return EngineRecord.from_json(file.metadata)
+    except (KeyError, TypeError, ValueError) as error:
+        raise GaqError(f"The record of {file.path} is incomplete ({error!r}). Build the engine again.") from error
