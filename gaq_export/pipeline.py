@@ -82,7 +82,7 @@ def calibrate(
         settings |= {
             "conditioning": list(conditioning.names),
             "guidance": conditioning.guidance,
-            "conditioning_sha256": conditioning.sha256,
+            "tables_sha256": conditioning.sha256,
         }
     runs.claim(run, settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))})
     if run.plan.exists():

@@ -187,12 +187,12 @@ def test_the_files_of_one_build_belong_together(built: pipeline.Built, tmp_path:
     plan, other = tmp_path / "moved" / "unet.plan", tmp_path / "moved" / "unet-decoder.plan"
     record = record_path(plan)
     fields = json.loads(record.read_text())
-    fields["about"]["decoder"]["engine"]["sha256"] = "0" * 64
+    fields["metadata"]["decoder"]["sha256"] = "0" * 64
     record.write_text(json.dumps(fields))
     with pytest.raises(GaqError, match="are of different builds: run build-engine again"):
         pipeline.sample(plan, num=1, out=tmp_path / "s")
-    fields["about"]["decoder"] = None
-    fields["about"]["model"]["shape"][0] = 4
+    fields["metadata"]["decoder"] = None
+    fields["metadata"]["provenance"]["model"]["shape"][0] = 4
     record.write_text(json.dumps(fields))
     for draw in (pipeline.sample, pipeline.sample_shards):
         with pytest.raises(GaqError, match="draws latents of 4 channels and has no decoder of them beside it"):

@@ -96,7 +96,7 @@ def test_engines_of_different_builds_do_not_take_turns(folder: Path, built: Buil
     for name in ("unet.plan", "unet.plan.json", "unet-a6.plan", "unet-a6.plan.json"):
         shutil.copy(folder / name, tmp_path / name)
     record = json.loads((tmp_path / "unet.plan.json").read_text())
-    record["about"]["relay"]["engines"][0]["sha256"] = "0" * 64
+    record["metadata"]["switching"]["engines"][0]["sha256"] = "0" * 64
     (tmp_path / "unet.plan.json").write_text(json.dumps(record))
     with pytest.raises(GaqError, match=r"are of different builds: run build-engine again"):
         session.open_engines(engines.load_engine_file(tmp_path / "unet.plan"))
