@@ -18,8 +18,7 @@ import numpy as np
 import typer
 
 import engines
-from calib.config import MixedConfig
-from calib.cost import FLOAT_BITS
+from calib.config import FLOAT_BITS, MixedConfig
 from calib.plan import QuantPlan
 from command import command_line, write_markdown
 from engines import EngineConfig, EngineFile

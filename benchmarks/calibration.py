@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import verdicts
+from calib.choices import OmegaRule, RangeRule, RoundingStart
 from calib.config import QuantConfig
 from command import command_line, one_line_errors, write_markdown
 from gaq_export.comparison import curves, runner, tables
@@ -90,23 +91,24 @@ def rung(name: str) -> Row:
     if name == RTN:
         return _round_to_nearest
     if name == "gptq":
-        return partial(_not_learned, start="gptq")
-    return lambda config: dataclasses.replace(config, omega=dataclasses.replace(config.omega, rule=name))
+        return partial(_not_learned, start=RoundingStart.GPTQ)
+    rule = OmegaRule(name)
+    return lambda config: dataclasses.replace(config, omega=dataclasses.replace(config.omega, rule=rule))
 
 
-def _not_learned(config: QuantConfig, start: str) -> QuantConfig:
+def _not_learned(config: QuantConfig, start: RoundingStart) -> QuantConfig:
     return dataclasses.replace(
         config,
         reconstruction=dataclasses.replace(config.reconstruction, iterations=0, start=start),
-        omega=dataclasses.replace(config.omega, rule="uniform"),
+        omega=dataclasses.replace(config.omega, rule=OmegaRule.UNIFORM),
     )
 
 
 def _round_to_nearest(config: QuantConfig) -> QuantConfig:
     return dataclasses.replace(
-        _not_learned(config, start="float"),
+        _not_learned(config, start=RoundingStart.FLOAT),
         weight=dataclasses.replace(config.weight, candidates=1),
-        activation=dataclasses.replace(config.activation, rule="minmax"),
+        activation=dataclasses.replace(config.activation, rule=RangeRule.MINMAX),
     )
 
 

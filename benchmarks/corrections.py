@@ -17,7 +17,8 @@ import typer
 from torch import Tensor, nn
 
 from activations import learn
-from calib.config import CORRECTIONS, QuantConfig
+from calib.choices import CorrectionRule
+from calib.config import QuantConfig
 from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.sqnr import sqnr_db
@@ -79,7 +80,7 @@ def _measured(
     exact = loop.run(model.network, seeds, model.sampling(spec), keep)
     with torch.no_grad():
         noise = [(model.network(x, t), quantized(x, t)) for x, t in seen]
-    for rule in CORRECTIONS:
+    for rule in CorrectionRule:
         found = None
         if rule != "none":
             chosen = replace(config, correction=replace(config.correction, rule=rule, images=calibrating))

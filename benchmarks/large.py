@@ -26,6 +26,7 @@ import typer
 import engines
 from calib.affine import quantize_weight, search_weight_scale
 from calib.calibrate import calibrate
+from calib.choices import RoundingStart
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
@@ -109,7 +110,7 @@ def nearest(place: Place) -> str:
 def learned(place: Place) -> str:
     """Calibrate block by block, two iterations each."""
     config = preset("tiny", CalibrationOptions(recipe="adaround")).config
-    shorter = replace(config.reconstruction, iterations=2, batch=2, start="float")
+    shorter = replace(config.reconstruction, iterations=2, batch=2, start=RoundingStart.FLOAT)
     weight = replace(config.weight, candidates=4)
     return _calibrated(place, replace(config, reconstruction=shorter, weight=weight, micro_batch=2), "learned")
 

@@ -17,6 +17,7 @@ import torch
 import typer
 
 from calib.calibrate import calibrate, weight_samples
+from calib.choices import RoundingStart
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.progress import Progress
@@ -87,7 +88,7 @@ def _shortened(model: LoadedModel, names: list[str], iterations: int) -> QuantCo
     return replace(
         config,
         keep_float=tuple(others),
-        reconstruction=replace(config.reconstruction, iterations=iterations, start="gptq"),
+        reconstruction=replace(config.reconstruction, iterations=iterations, start=RoundingStart.GPTQ),
         omega=replace(config.omega, meta_steps=5),
         activation=replace(config.activation, batches=4),
     )

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from calib.choices import BudgetUnit
 from calib.config import QuantConfig
 from command import command_line, one_line_errors, write_markdown
 from gaq_export.comparison import runner, tables
@@ -38,7 +39,7 @@ MEANING = {
 
 
 def _own_weights(config: QuantConfig) -> QuantConfig:
-    return replace(config, mixed=replace(config.mixed, budget=float(config.weight.bits), unit="bits"))
+    return replace(config, mixed=replace(config.mixed, budget=float(config.weight.bits), unit=BudgetUnit.BITS))
 
 
 def _own_steps(config: QuantConfig) -> QuantConfig:

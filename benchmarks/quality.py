@@ -20,6 +20,7 @@ import torch
 import typer
 
 import peers
+from calib.choices import Convention
 from calib.files import write_atomically
 from calib.float_layers import float_reasons
 from calib.sqnr import ratio_db
@@ -124,7 +125,9 @@ def _ours(bench: Bench, wbits: int) -> None:
 
 def _theirs(bench: Bench, name: str, peer: Peer, wbits: int) -> None:
     """Ask a peer twice, as it comes and with our float layers, and measure what it gives."""
-    own = float_reasons(trace(bench.model.network, bench.model.shape, bench.model.schedule.num_train), "deploy")
+    own = float_reasons(
+        trace(bench.model.network, bench.model.shape, bench.model.schedule.num_train), Convention.DEPLOY
+    )
     for kept in (frozenset[str](), frozenset(own)):
         path = bench.row(name, wbits, kept=bool(kept))
         if path.exists():

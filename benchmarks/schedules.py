@@ -20,6 +20,7 @@ from calib import adaround, affine, gptq, omega, reconstruct
 from calib.block_recording import open_recorder
 from calib.blocks import Block, BlockIO, find_blocks
 from calib.calibrate import weight_samples
+from calib.choices import OmegaRule, RoundingStart
 from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.float_layers import float_reasons
 from calib.reconstruct import LayerWeight
@@ -36,7 +37,7 @@ HELD_OUT = 0.25  # of the images of each step
 HEAD = ("block", "schedule", "iterations x batch", "fitted", "held out", "seconds")
 FAST = preset("fast").config.reconstruction
 SCHEDULES = {
-    "GPTQ alone": ReconstructionConfig(iterations=0, start="gptq"),
+    "GPTQ alone": ReconstructionConfig(iterations=0, start=RoundingStart.GPTQ),
     "fast": FAST,
     "fast, from the float weight": ReconstructionConfig(
         iterations=FAST.iterations, batch=FAST.batch, learning_rate=FAST.learning_rate
@@ -63,10 +64,10 @@ def main(
     loaded = load_model(model)
     network, shape = loaded.network, loaded.shape
     data = collect(loaded, loaded.spec.sampler, images=images)
-    config = QuantConfig(weight_steps=10, omega=OmegaConfig(rule="uniform", validation=HELD_OUT))
+    config = QuantConfig(weight_steps=10, omega=OmegaConfig(rule=OmegaRule.UNIFORM, validation=HELD_OUT))
     subset = weight_samples(data, config, network)
     found = trace(network, shape, loaded.schedule.num_train)
-    reasons = float_reasons(found, "deploy")
+    reasons = float_reasons(found, config.convention)
     order, _ = find_blocks(found, [layer.name for layer in found.layers if layer.name not in reasons])
     rounded = copy.deepcopy(network)
     rows: list[tuple[str, ...]] = []
@@ -116,7 +117,7 @@ def _fitted(
     module: nn.Module, layers: Sequence[LayerWeight], io: BlockIO, config: ReconstructionConfig
 ) -> list[torch.Tensor]:
     """Return the codes that the schedule ends with."""
-    weighting = OmegaConfig(rule="uniform")
+    weighting = OmegaConfig(rule=OmegaRule.UNIFORM)
     generator = torch.Generator().manual_seed(0)
     start = gptq.STARTS[config.start](module, layers, io, generator)
     scores = omega.initial_scores(weighting, len(io), generator)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from calib import affine, gptq, learned_grids, omega, reconstruct
 from calib.block_state import BlockState
 from calib.blocks import Block, BlockIO
+from calib.choices import ActivationLearning
 from calib.config import QuantConfig
 from calib.data import Split
 from calib.learned_grids import LearnedGrid
@@ -49,7 +50,7 @@ def calibrate_block(
     loss = reconstruct.per_sample_loss(module, layers)
     if train.reference is not None and r.fine:
         loss = reconstruct.fine_grained_loss(module, calibration.model.get_submodule(block.name), layers, r.fine)
-    learned = _first_grids(calibration, block, module, train) if r.activations == "qdrop" else []
+    learned = _first_grids(calibration, block, module, train) if r.activations is ActivationLearning.QDROP else []
     with meter.phase("meta"):
         drawn = generator_for(config.seed, block.name, "meta")
         scores = omega.align_scores(
@@ -63,7 +64,7 @@ def calibrate_block(
         logits = reconstruct.fit_rounding(loss, logits, train, scores, config.omega, r, drawn, on_iteration, steps)
     with meter.phase("decide"), learned_grids.rounded_inputs(module, learned):
         codes, result = reconstruct.harden(module, block.name, block.layers, layers, logits, train)
-    if r.activations == "lsq":
+    if r.activations is ActivationLearning.LSQ:
         with meter.phase("activations"):
             learned = _grids_after(calibration, block, module, layers, codes, train, on_iteration)
     grids = {name: grid.grid for grid in learned for name in block.layers if block.inner(name) in grid.layers}

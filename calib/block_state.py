@@ -47,5 +47,5 @@ def load_block_state(folder: Path, index: int, key: str) -> BlockState | None:
         codes={name.removeprefix("codes."): v for name, v in tensors.items() if name != "scores"},
         grids={n: Grid(**{**grid, "zero": tuple(grid["zero"])}) for n, grid in json.loads(header["grids"]).items()},
         scores=tensors["scores"],
-        result=BlockResult(**{**result, "layers": tuple(result["layers"])}),
+        result=BlockResult.from_json(result),
     )

@@ -25,15 +25,15 @@ from calib.block_calibration import Calibration, calibrate_block
 from calib.block_recording import open_recorder
 from calib.block_state import BlockState
 from calib.blocks import Block
-from calib.config import QuantConfig
-from calib.cost import FLOAT_BITS
+from calib.choices import ActivationLearning, Rounding, RoundingStart, StepScales
+from calib.config import FLOAT_BITS, QuantConfig
 from calib.data import CalibrationSet, Split, split
 from calib.errors import CalibError
 from calib.fakequant import round_input
 from calib.float_layers import float_reasons, quantized_products, require_batch_first
 from calib.mixed_precision import BitAssignment, Clock
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
-from calib.progress import Progress, ProgressMeter, expected_times
+from calib.progress import Progress, ProgressMeter, Stage, expected_times
 from calib.ranges import Reach
 from calib.reconstruct import BlockResult
 from calib.seeds import generator_for
@@ -106,7 +106,7 @@ def calibrate(
     codes |= {name: integer for state in states for name, integer in state.codes.items()}
     together = group_by_input(found, quantized)
     grids = _share(together, {name: grid for state in states for name, grid in state.grids.items()})
-    if config.activation.sizes != "ranges":
+    if config.activation.sizes is not StepScales.RANGES:
         grids = step_scales.learn_step_grids(network, together, data, config.activation, timesteps, config.seed)
     seen = _reaches(calibration, quantized, products, data)
     tailed = frozenset[str]()
@@ -159,7 +159,7 @@ def _bits(
 
     def report_step(done: int, total: int) -> None:
         on_progress(
-            Progress(stage="bits", name=f"bits, layer {done}/{total}", index=0, total=0, fraction=0.0, seconds={})
+            Progress(stage=Stage.BITS, name=f"bits, layer {done}/{total}", index=0, total=0, fraction=0.0, seconds={})
         )
 
     return mixed_precision.assign_bits(model, data, layers, config, timesteps, clock, report_step)
@@ -172,7 +172,7 @@ def _cut(
 
     Without iterations from the float weight there is nothing to reconstruct, and every layer is in none.
     """
-    if config.reconstruction.iterations == 0 and config.reconstruction.start == "float":
+    if config.reconstruction.iterations == 0 and config.reconstruction.start is RoundingStart.FLOAT:
         return [], quantized
     first = temporal.find_block(model, found, quantized, tuple(data.x.shape[1:]), data.cond)
     apart = {n for block in first for n in block.layers}
@@ -212,7 +212,7 @@ def _calibrate_blocks(calibration: Calibration, order: Sequence[Block]) -> list[
                     block_state.save_block_state(calibration.folder, i, calibration.key, state)
             _put(calibration.network, state.codes, calibration.scales)
             if (
-                calibration.config.reconstruction.activations == "qdrop"
+                calibration.config.reconstruction.activations is ActivationLearning.QDROP
             ):  # what follows is fitted to rounded activations too
                 for name, grid in state.grids.items():
                     round_input(calibration.network.get_submodule(name), name, grid)
@@ -250,7 +250,7 @@ def _first_scores(calibration: Calibration) -> Tensor:
 
 
 def _untouched(name: str) -> BlockResult:
-    return BlockResult(name=name, layers=(name,), loss_before=None, loss_after=None, rounding="nearest")
+    return BlockResult(name=name, layers=(name,), loss_before=None, loss_after=None, rounding=Rounding.NEAREST)
 
 
 def _put(network: nn.Module, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
@@ -288,7 +288,7 @@ def _key(
     Those are ranged after the last block, so finished blocks serve any activation bits, unless they learn grids too.
     """
     settings = configs.to_json(config)
-    if config.reconstruction.activations == "float":
+    if config.reconstruction.activations is ActivationLearning.FLOAT:
         del settings["activation"]
     identity = [settings, [(b.name, b.layers) for b in order], dict(bits)]
     sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())

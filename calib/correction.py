@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.choices import CorrectionRule
+
 Table = tuple[tuple[float, ...], ...]  # (S, C)
 
 
@@ -25,7 +27,7 @@ class Correction:
     """One row a sampling step.
 
     Attributes:
-        rule: who asked for it, one of `config.CORRECTIONS`.
+        rule: the method, a member of `choices.CorrectionRule`.
         gain: (S, C) factor of the predicted noise, once the bias is off.
         bias: (S, C) mean error of the predicted noise.
         shift: (S, C) mean error of x.
@@ -33,7 +35,7 @@ class Correction:
         explained: (S,) share of the error that the gain takes away: R^2 of PTQD's regression, or of TAC's square.
     """
 
-    rule: str
+    rule: CorrectionRule
     gain: Table
     bias: Table
     shift: Table
@@ -49,7 +51,14 @@ class Correction:
         """Undo `to_json`."""
         gain, bias, shift = (tuple(tuple(row) for row in fields[name]) for name in ("gain", "bias", "shift"))
         variance, explained = (tuple(fields[name]) for name in ("variance", "explained"))
-        return cls(rule=fields["rule"], gain=gain, bias=bias, shift=shift, variance=variance, explained=explained)
+        return cls(
+            rule=CorrectionRule(fields["rule"]),
+            gain=gain,
+            bias=bias,
+            shift=shift,
+            variance=variance,
+            explained=explained,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calib.config import FLOAT_BITS
 from calib.data import NO_CONDITION, example_inputs
 from calib.plan import QuantPlan
-
-FLOAT_BITS = 32
 
 
 def layer_macs(

@@ -13,7 +13,6 @@ cosine of the two halves says how much agreement such samples could show at all.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from calib import affine, gptq
 from calib.blocks import Block, BlockIO
 from calib.data import NO_CONDITION
-from calib.errors import CalibError
+from calib.errors import CalibError, did_you_mean
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult, LayerWeight, block_loss, layer_weights, per_sample_loss
 from calib.trace import trace
@@ -91,9 +90,8 @@ def choose_block(candidates: Sequence[BlockResult], name: str | None) -> BlockRe
         return max(candidates, key=lambda b: -1.0 if b.loss_before is None else b.loss_before, default=None)
     found = {b.name: b for b in candidates}
     if name not in found:
-        near = get_close_matches(name, found, n=1, cutoff=0)
-        hint = f"The nearest is {near[0]!r}." if near else "This plan has none that can be looked at alone."
-        raise CalibError(f"No block is called {name!r}; {len(found)} can be looked at. {hint}")
+        hint = did_you_mean(name, list(found), cutoff=0) if found else " This plan has none to inspect alone."
+        raise CalibError(f"No block is called {name!r}; {len(found)} can be inspected.{hint}")
     return found[name]
 
 

@@ -3,25 +3,24 @@
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
+from calib.choices import Convention
 from calib.errors import CalibError
 from calib.trace import Layer, Trace
 
 
-def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
+def float_reasons(found: Trace, convention: Convention, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
     """Return layer name -> why it stays float; layers not in it are quantized.
 
     Where the convention quantizes the products inside attention, the modules that keep them float are in it too.
 
     Args:
         found: what `trace` saw.
-        convention: a key of CONVENTIONS.
+        convention: which layers an engine, or a paper, keeps float.
         keep_float: shell patterns of further layer names.
 
     Raises:
-        CalibError: unknown convention, a pattern that matches no layer, or nothing left to quantize.
+        CalibError: a pattern that matches no layer, or nothing left to quantize.
     """
-    if convention not in CONVENTIONS:
-        raise CalibError(f"Unknown convention {convention!r}. Choose one of {sorted(CONVENTIONS)}.")
     reasons: dict[str, str] = {}
     for layer in found.layers:
         if layer.calls == 0:
@@ -44,7 +43,7 @@ def float_reasons(found: Trace, convention: str, keep_float: tuple[str, ...] = (
     return reasons
 
 
-def quantized_products(found: Trace, convention: str, reasons: Mapping[str, str]) -> list[str]:
+def quantized_products(found: Trace, convention: Convention, reasons: Mapping[str, str]) -> list[str]:
     """Return the modules whose products inside attention are quantized; `reasons` is what `float_reasons` gave."""
     return [name for name in found.attentions if convention in WITH_PRODUCTS and name not in reasons]
 
@@ -84,5 +83,8 @@ def _ends(layers: tuple[Layer, ...]) -> dict[str, str]:
     return {spatial[0]: "first layer", spatial[-1]: "last layer"} if spatial else {}
 
 
-CONVENTIONS: dict[str, Callable[[tuple[Layer, ...]], dict[str, str]]] = {"deploy": _deploy, "tfmq": _tfmq}
-WITH_PRODUCTS = ("tfmq",)  # the conventions that quantize the products inside attention
+CONVENTIONS: dict[Convention, Callable[[tuple[Layer, ...]], dict[str, str]]] = {
+    Convention.DEPLOY: _deploy,
+    Convention.TFMQ: _tfmq,
+}
+WITH_PRODUCTS = (Convention.TFMQ,)  # the conventions that quantize the products inside attention

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calib import adaround
 from calib.affine import dequantize_weight, integer_range, per_channel
 from calib.blocks import BlockIO
+from calib.choices import RoundingStart
 from calib.config import QuantConfig
 from calib.reconstruct import LayerWeight
 from calib.seeds import generator_for
@@ -138,4 +139,4 @@ def _float_start(
     return [adaround.initial_logits(w.weight, w.scale) for w in layers]
 
 
-STARTS = {"float": _float_start, "gptq": gptq_logits}
+STARTS = {RoundingStart.FLOAT: _float_start, RoundingStart.GPTQ: gptq_logits}

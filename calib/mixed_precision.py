@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from calib import affine, ranges
-from calib.config import MixedConfig, QuantConfig
-from calib.cost import FLOAT_BITS, layer_macs
+from calib.choices import BudgetUnit
+from calib.config import FLOAT_BITS, MixedConfig, QuantConfig
+from calib.cost import layer_macs
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.fakequant import round_input
@@ -63,9 +64,9 @@ def assign_bits(
         CalibError: not even the fewest bits keep to the budget, or nothing measures milliseconds.
     """
     macs = layer_macs(model, tuple(data.x.shape[1:]), timesteps, data.cond)
-    if config.mixed.unit == "ms" and clock is None:
+    if config.mixed.unit is BudgetUnit.MILLISECONDS and clock is None:
         raise CalibError("A budget of milliseconds needs something that measures them: give a clock.")
-    if config.mixed.unit == "ms" and clock is not None:
+    if config.mixed.unit is BudgetUnit.MILLISECONDS and clock is not None:
         times, whole = clock(model, layers, config.mixed.choices), sum(macs[name] for name in layers)
         costs = {n: {bits: ms * macs[n] / whole for bits, ms in times.items()} for n in layers}
         budget = config.mixed.budget
@@ -146,12 +147,12 @@ def _costs(
     """Return what each layer costs at each width, and what they may cost together, in the unit of the budget."""
     mixed, activation = config.mixed, config.activation.bits
     sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in layers}
-    if mixed.unit == "Gbit-ops":
+    if mixed.unit is BudgetUnit.GIGA_BIT_OPERATIONS:
         done = {name: macs.get(name, 0) / 1e9 for name in layers}
         costs = {n: {b: done[n] * b * (b if b == FLOAT_BITS else activation) for b in mixed.choices} for n in layers}
         rest = sum(count for name, count in macs.items() if name not in sizes) * FLOAT_BITS**2 / 1e9
         return costs, mixed.budget - rest
-    if mixed.unit == "MB":
+    if mixed.unit is BudgetUnit.MEGABYTES:
         scales = 4 * sum(len(model.get_parameter(f"{name}.weight")) for name in layers)
         rest = 4 * (sum(p.numel() for p in model.parameters()) - sum(sizes.values())) + scales
         return {n: {b: sizes[n] * b / 8e6 for b in mixed.choices} for n in layers}, mixed.budget - rest / 1e6

@@ -32,6 +32,7 @@ from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calib.blocks import BlockIO
+from calib.choices import OmegaRule, SoftmaxOver
 from calib.config import OmegaConfig
 
 CHUNK = 8  # samples whose gradients are held at once while J is computed
@@ -51,7 +52,7 @@ def initial_scores(config: OmegaConfig, samples: int, generator: torch.Generator
 
     Equal scores 1/batch, the paper's start, give uniform weights; rule "random" draws them from a standard normal.
     """
-    if config.rule == "random":
+    if config.rule is OmegaRule.RANDOM:
         return torch.randn(samples, generator=generator, dtype=torch.float64)
     return torch.full((samples,), 1 / config.batch, dtype=torch.float64)
 
@@ -62,14 +63,14 @@ def sample_weights(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor
     With `softmax` "batch" they are softmax(s / tau) over the mini-batch and sum to 1; with "set" the softmax runs over
     all N samples, times N / n, so that a mini-batch of heavy samples moves the rounding more than one of light ones.
     """
-    if config.softmax == "set":
+    if config.softmax is SoftmaxOver.SET:
         return (torch.softmax(scores / config.temperature, 0)[index] * (len(scores) / len(index))).float()
     return torch.softmax(scores[index] / config.temperature, 0).float()
 
 
 def score_gradient(omega: Tensor, gradient: Tensor, config: OmegaConfig, samples: int) -> Tensor:
     """Carry dL/domega (n,) of a mini-batch back to its scores through the softmax over `samples` or the mini-batch."""
-    share = len(omega) / samples if config.softmax == "set" else 1.0
+    share = len(omega) / samples if config.softmax is SoftmaxOver.SET else 1.0
     return omega * (gradient - share * (omega * gradient).sum()) / config.temperature
 
 
@@ -172,7 +173,7 @@ def fish(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], ome
 
 
 FISH_STEP = 0.1
-RULES = {"mse": mse, "gac": surrogate, "gac-exact": exact, "fish": fish}
+RULES = {OmegaRule.MSE: mse, OmegaRule.GAC: surrogate, OmegaRule.GAC_EXACT: exact, OmegaRule.FISH: fish}
 
 
 def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:

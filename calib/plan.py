@@ -230,7 +230,7 @@ def load_plan(path: Path) -> QuantPlan:
             for name, fields in data["products"].items()
         },
         float_layers=data["float_layers"],
-        blocks=tuple(BlockResult(**{**b, "layers": tuple(b["layers"])}) for b in data["blocks"]),
+        blocks=tuple(BlockResult.from_json(b) for b in data["blocks"]),
         scores=tensors["omega_scores"],
         config=configs.from_json(data["config"]),
         provenance=data["about"],

@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import nn
 
 from calib.blocks import Block
+from calib.choices import OmegaRule
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.ranges import draw_batches
@@ -17,7 +19,16 @@ from calib.reconstruct import BlockResult
 
 BACKWARD = 4.0  # a training iteration, in forward passes of its mini-batch
 JACOBIAN = 4.0  # J, in forward passes of its mini-batch
-META = {"mse": 4.0, "fish": 4.0, "gac": 12.0, "gac-exact": 12.0}  # a meta-step, in passes of its validation samples
+# A meta-step, in passes of its validation samples.
+META = {OmegaRule.MSE: 4.0, OmegaRule.FISH: 4.0, OmegaRule.GAC: 12.0, OmegaRule.GAC_EXACT: 12.0}
+
+
+class Stage(StrEnum):
+    """What a calibration is doing."""
+
+    BITS = "bits"  # measuring how much each layer's bits matter
+    BLOCK = "block"  # learning the rounding of a block
+    RANGES = "ranges"  # observing activation ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +38,7 @@ class Progress:
     `seconds` is the time spent so far in each phase: record, start, meta, fit, decide, ranges.
     """
 
-    stage: str  # "bits", "block" or "ranges"
+    stage: Stage
     name: str
     index: int
     total: int
@@ -128,23 +139,23 @@ class ProgressMeter:
 
     def block(self, index: int, name: str, iterations: int) -> Callable[[int], None]:
         """Return what to call with the number of finished iterations of block `index`."""
-        return lambda done: self._send(index, stage="block", name=name, share=done / iterations)
+        return lambda done: self._send(index, stage=Stage.BLOCK, name=name, share=done / iterations)
 
     def finished(self, index: int, result: BlockResult, resumed: bool) -> None:
         """Report a finished block."""
-        self._send(index, stage="block", name=result.name, share=1.0, result=result, resumed=resumed)
+        self._send(index, stage=Stage.BLOCK, name=result.name, share=1.0, result=result, resumed=resumed)
 
     def ranges(self, batches: int) -> Callable[[int], None]:
         """Return what to call with the number of observed batches."""
         return lambda done: self._send(
-            len(self._costs) - 1, stage="ranges", name="activation ranges", share=done / batches
+            len(self._costs) - 1, stage=Stage.RANGES, name="activation ranges", share=done / batches
         )
 
     def _send(
         self,
         index: int,
         *,
-        stage: str,
+        stage: Stage,
         name: str,
         share: float,
         result: BlockResult | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from calib.affine import integer_range
 from calib.attention import intercept_attention
+from calib.choices import RangeRule
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
 from calib.plan import Grid
@@ -42,7 +43,10 @@ def running_max(so_far: float | None, value: float, momentum: float) -> float:
     return value if so_far is None else max(so_far, value)
 
 
-RULES: dict[str, Callable[[float | None, float, float], float]] = {"ema": ema, "minmax": running_max}
+RULES: dict[RangeRule, Callable[[float | None, float, float], float]] = {
+    RangeRule.EMA: ema,
+    RangeRule.MINMAX: running_max,
+}
 
 
 def nearest_step(timesteps: Tensor, t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from calib import adaround, affine
 from calib.blocks import Block, BlockIO
+from calib.choices import ActivationLearning, Rounding
 from calib.config import OmegaConfig, ReconstructionConfig
 from calib.omega import PerSample, sample_weights
 
@@ -29,7 +30,12 @@ class BlockResult:
     layers: tuple[str, ...]
     loss_before: float | None
     loss_after: float | None
-    rounding: str
+    rounding: Rounding
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "BlockResult":
+        """Read what `dataclasses.asdict` and JSON made of one."""
+        return cls(**{**fields, "layers": tuple(fields["layers"]), "rounding": Rounding(fields["rounding"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +149,7 @@ def fit_rounding(
         steps: step sizes of activations that `loss` depends on, learned along with the logits, in place.
     """
     values = [v.detach().clone().requires_grad_() for v in logits]
-    share = config.drop if config.activations == "qdrop" else 0.0
+    share = config.drop if config.activations is ActivationLearning.QDROP else 0.0
     groups: list[dict[str, Any]] = [{"params": values, "lr": config.learning_rate}, {"params": [*steps]}]
     optimiser = torch.optim.Adam(groups)
     for i in range(config.iterations):
@@ -181,7 +187,7 @@ def harden(
         layers=names,
         loss_before=before,
         loss_after=after if keep else before,
-        rounding="adaround" if keep else "nearest",
+        rounding=Rounding.ADAROUND if keep else Rounding.NEAREST,
     )
     return (learned if keep else nearest), result
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calib.choices import SelectionRule
 from calib.config import QuantConfig, SelectionConfig
 from calib.data import CalibrationSet, thin_steps
 from calib.errors import CalibError
@@ -30,7 +31,7 @@ def select(data: CalibrationSet, config: QuantConfig, model: nn.Module) -> Calib
         model: the float network, whose features the rule "density" compares.
     """
     uniform = thin_steps(data, config.weight_steps)
-    if config.selection.rule == "uniform":
+    if config.selection.rule is SelectionRule.UNIFORM:
         return uniform
     steps, position = torch.unique(data.step, return_inverse=True)
     shares = RULES[config.selection.rule](data, config.selection, model)
@@ -131,4 +132,4 @@ def _unit(values: Tensor) -> Tensor:
     return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
 
 
-RULES: dict[str, Shares] = {"gaussian": gaussian, "density": density}
+RULES: dict[SelectionRule, Shares] = {SelectionRule.GAUSSIAN: gaussian, SelectionRule.DENSITY: density}

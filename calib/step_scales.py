@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.affine import integer_range, round_straight_through
+from calib.choices import StepScales
 from calib.config import ActivationConfig
 from calib.data import CalibrationSet
 from calib.plan import Grid
@@ -170,7 +171,7 @@ def _descend(parameters: Sequence[Tensor], objective: Callable[[], Tensor]) -> N
         optimiser.step()
 
 
-RULES: Mapping[str, Callable[[Tensor, Tensor, int, torch.Generator], Tensor]] = {
-    "network": scales_by_network,
-    "groups": scales_by_groups,
+RULES: Mapping[StepScales, Callable[[Tensor, Tensor, int, torch.Generator], Tensor]] = {
+    StepScales.NETWORK: scales_by_network,
+    StepScales.GROUPS: scales_by_groups,
 }

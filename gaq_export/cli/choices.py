@@ -41,7 +41,6 @@ BACKENDS = Names("engines:BACKENDS", ("tensorrt", "tensorrt-rtx", "openvino", "o
 COMPUTE = Names("gaq_export.graph.precision:COMPUTE", ("float32", "float16", "bfloat16"))
 NUMBERS = Names("gaq_export.deploy.build:NUMBERS", ("int8", "fp8"))
 GRAPHS = Names("gaq_export.deploy.onnx_artifact:GRAPHS", ("step", "eps"))
-CONVENTIONS = Names("calib.float_layers:CONVENTIONS", ("deploy", "tfmq"))
 EXTRACTORS = Names(
     "gaq_export.evaluation.feature_extractors:EXTRACTORS", ("digits", "resnet56", "inception", "inception-clean")
 )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calib.config import BITS, CORRECTIONS, OMEGA_RULES
-from gaq_export.cli.choices import CONVENTIONS, GRAPHS, SAMPLERS, SPACINGS, either
+from calib import choices as settings
+from calib.config import BITS
+from gaq_export.cli.choices import GRAPHS, SAMPLERS, SPACINGS, either
 from gaq_export.graph.profiles import PROFILES
 from gaq_export.quantize.presets import PRESETS
 
@@ -67,22 +68,22 @@ PresetName = Annotated[
 OmegaRule = Annotated[
     str | None,
     _option(
-        f"How calibration samples are weighted: {either(OMEGA_RULES)}. By default gac, gradient alignment.",
+        f"How calibration samples are weighted: {either(settings.OmegaRule)}. By default gac, gradient alignment.",
         panel=_QUANTIZATION,
     ),
 ]
 Convention = Annotated[
     str | None,
     _option(
-        f"Which layers stay float: {CONVENTIONS}. By default deploy: the first and last layer and the time embedding. "
-        "tfmq follows the papers.",
+        f"Which layers stay float: {either(settings.Convention)}. By default deploy: the first and last layer and the "
+        "time embedding. tfmq follows the papers.",
         panel=_QUANTIZATION,
     ),
 ]
 CorrectionRule = Annotated[
     str | None,
     _option(
-        f"Which error of the predicted noise the sampler corrects: {either(CORRECTIONS)}. By default none.",
+        f"Which error of the predicted noise the sampler corrects: {either(settings.CorrectionRule)}. By default none.",
         panel=_QUANTIZATION,
     ),
 ]

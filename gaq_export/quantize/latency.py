@@ -15,8 +15,7 @@ from torch import nn
 
 import engines
 from calib import affine
-from calib.config import QuantConfig
-from calib.cost import FLOAT_BITS
+from calib.config import FLOAT_BITS, QuantConfig
 from calib.files import write_atomically
 from calib.plan import Grid, LayerQuant, QuantPlan
 from engines import EngineConfig

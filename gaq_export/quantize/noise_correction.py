@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from calib.choices import CorrectionRule
 from calib.config import CorrectionConfig, QuantConfig
 from calib.correction import Correction, channel_gain, regress
 from calib.data import CalibrationSet
@@ -42,7 +43,7 @@ def measure(
         config: says which rule.
         on_step: told how many steps are measured, of how many.
     """
-    if config.correction.rule == "ptqd":
+    if config.correction.rule is CorrectionRule.PTQD:
         return _ptqd(model, quantized, spec, data, on_step)
     seeds = [image_seed(config.seed, i, "correction") for i in range(config.correction.images)]
     return _tac(model, quantized, spec, seeds, config.correction, on_step)
@@ -62,7 +63,7 @@ def _ptqd(
         on_step(step + 1, spec.steps)
     channels = model.shape[0]
     return Correction(
-        rule="ptqd",
+        rule=CorrectionRule.PTQD,
         gain=tuple((1 / (1 + f.k),) * channels for f in found),
         bias=tuple(tuple(f.bias.tolist()) for f in found),
         shift=((0.0,) * channels,) * spec.steps,
@@ -106,7 +107,7 @@ def _tac(
         explained.append(float(1 - left / whole.clamp(min=1e-300)))
         on_step(step + 1, spec.steps)
     return Correction(
-        rule="tac",
+        rule=CorrectionRule.TAC,
         gain=tuple(gains),
         bias=((0.0,) * model.shape[0],) * spec.steps,
         shift=tuple(shifts),

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from calib.choices import BudgetUnit, RoundingStart, SoftmaxOver
 from calib.config import (
-    BUDGET_UNITS,
     ActivationConfig,
     MixedConfig,
     OmegaConfig,
@@ -45,9 +45,9 @@ class CalibrationOptions:
         wbits: Bits of a weight.
         abits: Bits of an activation; of several widths each sampling step takes the one it needs (`calib.step_bits`).
         recipe: A published method, a key of `RECIPES`.
-        omega: How samples are weighted, one of `calib.config.OMEGA_RULES`.
-        convention: Which layers stay float, a key of `calib.float_layers.CONVENTIONS`.
-        correction: What the sampler corrects of the predicted noise, one of `calib.config.CORRECTIONS`.
+        omega: How samples are weighted, a member of `calib.choices.OmegaRule`.
+        convention: Which layers stay float, a member of `calib.choices.Convention`.
+        correction: What the sampler corrects of the predicted noise, a member of `calib.choices.CorrectionRule`.
         keep_float: Shell patterns of further layers to keep float.
         per_step: Whether every sampling step has its own activation grids.
         symmetric: Whether every activation grid has 0 in the middle.
@@ -76,7 +76,7 @@ PRESETS: dict[str, Preset] = {
         images=4,
         config=QuantConfig(
             reconstruction=ReconstructionConfig(
-                iterations=4, batch=4, learning_rate=1e-2, start="gptq", activation_iterations=4
+                iterations=4, batch=4, learning_rate=1e-2, start=RoundingStart.GPTQ, activation_iterations=4
             ),
             omega=OmegaConfig(meta_steps=1, batch=4, validation_batch=2),
             activation=ActivationConfig(batches=2, batch=4),
@@ -89,10 +89,15 @@ PRESETS: dict[str, Preset] = {
         images=64,
         config=QuantConfig(
             reconstruction=ReconstructionConfig(
-                iterations=200, batch=8, learning_rate=0.1, start="gptq", activation_iterations=200
+                iterations=200, batch=8, learning_rate=0.1, start=RoundingStart.GPTQ, activation_iterations=200
             ),
             omega=OmegaConfig(  # the best of docs/results/omega-scan-ddpm-mnist.md, if by little
-                softmax="set", meta_steps=6, meta_learning_rate=0.1, inner_step=0.1, batch=32, validation_batch=2
+                softmax=SoftmaxOver.SET,
+                meta_steps=6,
+                meta_learning_rate=0.1,
+                inner_step=0.1,
+                batch=32,
+                validation_batch=2,
             ),
             activation=ActivationConfig(batches=60),
             weight_steps=10,
@@ -134,7 +139,7 @@ def preset(name: str, options: CalibrationOptions = CalibrationOptions()) -> Pre
         omega=replace(config.omega, **_set(rule=options.omega)),
         correction=replace(config.correction, **_set(rule=options.correction)),
         mixed=config.mixed if options.budget is None else _within(config.mixed, options.budget),
-        convention=options.convention or config.convention,
+        **_set(convention=options.convention),
         keep_float=options.keep_float,
         seed=options.seed,
     )
@@ -171,7 +176,7 @@ def _within(mixed: MixedConfig, budget: str) -> MixedConfig:
     (2.5, 'MB')
     """
     match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z-]+)", budget.strip())
-    units = {unit.lower(): unit for unit in BUDGET_UNITS}
+    units = {unit.lower(): unit for unit in BudgetUnit}
     if match is None or match[2].lower() not in units or match[1].count(".") > 1 or float(match[1]) == 0:
         raise GaqError(f"Found a budget of {budget!r}; write it as 5bits, 2.5MB, 300Gbit-ops or 12ms.")
     return replace(mixed, budget=float(match[1]), unit=units[match[2].lower()])

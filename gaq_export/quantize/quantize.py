@@ -14,6 +14,7 @@ import torch
 
 from calib import step_bits
 from calib.calibrate import calibrate
+from calib.choices import CorrectionRule, Trajectory
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
@@ -84,12 +85,12 @@ def _finish(
     config = plan.config
     if config.activation.narrower:
         plan = replace(plan, step_bits=_step_bits(model, plan, data))
-    if config.activation.trajectory == "quantized":
+    if config.activation.trajectory is Trajectory.QUANTIZED:
         network = ObservingNetwork(model.network, plan)
         seeds = [image_seed(config.seed, i) for i in range(_images(model, data))]
         loop.run(network, seeds, model.sampling(spec), lambda step, x, t: on_step(step + 1, spec.steps))
         plan = network.plan
-    if config.correction.rule != "none":
+    if config.correction.rule is not CorrectionRule.NONE:
         fake = fake_quantized(model.network, plan)
         plan = replace(plan, correction=noise_correction.measure(model, fake, spec, data, config, on_step))
     return plan

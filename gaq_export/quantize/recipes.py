@@ -8,6 +8,17 @@ changes durations only in proportion.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from calib.choices import (
+    ActivationLearning,
+    Convention,
+    CorrectionRule,
+    OmegaRule,
+    RangeRule,
+    RoundingStart,
+    SelectionRule,
+    StepScales,
+    Trajectory,
+)
 from calib.config import QuantConfig
 from gaq_export.errors import unknown
 
@@ -29,38 +40,40 @@ def _rtn(config: QuantConfig) -> QuantConfig:
     return replace(
         config,
         weight=replace(config.weight, candidates=1),
-        activation=replace(config.activation, rule="minmax", symmetric=True),
-        reconstruction=replace(config.reconstruction, iterations=0, start="float"),
-        omega=replace(config.omega, rule="uniform"),
+        activation=replace(config.activation, rule=RangeRule.MINMAX, symmetric=True),
+        reconstruction=replace(config.reconstruction, iterations=0, start=RoundingStart.FLOAT),
+        omega=replace(config.omega, rule=OmegaRule.UNIFORM),
     )
 
 
 def _adaround(config: QuantConfig) -> QuantConfig:
-    return replace(config, omega=replace(config.omega, rule="uniform"))
+    return replace(config, omega=replace(config.omega, rule=OmegaRule.UNIFORM))
 
 
 def _tfmq(config: QuantConfig) -> QuantConfig:
-    return replace(_adaround(config), convention="tfmq", activation=replace(config.activation, per_step=True))
+    return replace(_adaround(config), convention=Convention.TFMQ, activation=replace(config.activation, per_step=True))
 
 
 def _gac(config: QuantConfig) -> QuantConfig:
-    return replace(_tfmq(config), omega=replace(config.omega, rule="gac"))
+    return replace(_tfmq(config), omega=replace(config.omega, rule=OmegaRule.GAC))
 
 
 def _ptqd(config: QuantConfig) -> QuantConfig:
-    return replace(_adaround(config), correction=replace(config.correction, rule="ptqd"))
+    return replace(_adaround(config), correction=replace(config.correction, rule=CorrectionRule.PTQD))
 
 
 def _tac(config: QuantConfig) -> QuantConfig:
-    return replace(_adaround(config), correction=replace(config.correction, rule="tac"))
+    return replace(_adaround(config), correction=replace(config.correction, rule=CorrectionRule.TAC))
 
 
 def _qdrop(config: QuantConfig) -> QuantConfig:
-    return replace(_adaround(config), reconstruction=replace(config.reconstruction, activations="qdrop"))
+    return replace(
+        _adaround(config), reconstruction=replace(config.reconstruction, activations=ActivationLearning.QDROP)
+    )
 
 
 def _pqd(config: QuantConfig) -> QuantConfig:
-    return replace(_qdrop(config), selection=replace(config.selection, rule="gaussian"))
+    return replace(_qdrop(config), selection=replace(config.selection, rule=SelectionRule.GAUSSIAN))
 
 
 def _ptq4dm(config: QuantConfig) -> QuantConfig:
@@ -68,13 +81,13 @@ def _ptq4dm(config: QuantConfig) -> QuantConfig:
 
 
 def _q_diffusion(config: QuantConfig) -> QuantConfig:
-    reconstruction = replace(config.reconstruction, activations="lsq")
+    reconstruction = replace(config.reconstruction, activations=ActivationLearning.LSQ)
     return replace(_adaround(config), reconstruction=reconstruction, surgery=replace(config.surgery, split=True))
 
 
 def _eda_dm(config: QuantConfig) -> QuantConfig:
-    reconstruction = replace(config.reconstruction, activations="qdrop", fine=0.8, regulariser=0.0)
-    selection = replace(config.selection, rule="density")
+    reconstruction = replace(config.reconstruction, activations=ActivationLearning.QDROP, fine=0.8, regulariser=0.0)
+    selection = replace(config.selection, rule=SelectionRule.DENSITY)
     return replace(_adaround(config), reconstruction=reconstruction, selection=selection)
 
 
@@ -91,16 +104,16 @@ def _tcaq(config: QuantConfig) -> QuantConfig:
 
 
 def _tdq(config: QuantConfig) -> QuantConfig:
-    return replace(_adaround(config), activation=replace(config.activation, per_step=True, sizes="network"))
+    return replace(_adaround(config), activation=replace(config.activation, per_step=True, sizes=StepScales.NETWORK))
 
 
 def _adp(config: QuantConfig) -> QuantConfig:
-    return replace(_adaround(config), activation=replace(config.activation, per_step=True, sizes="groups"))
+    return replace(_adaround(config), activation=replace(config.activation, per_step=True, sizes=StepScales.GROUPS))
 
 
 def _pcr(config: QuantConfig) -> QuantConfig:
     # Of several activation widths, the last fifth of the steps takes the widest (the paper's activation relaxing).
-    activation = replace(config.activation, per_step=True, trajectory="quantized", wide_window=(0.8, 1.0))
+    activation = replace(config.activation, per_step=True, trajectory=Trajectory.QUANTIZED, wide_window=(0.8, 1.0))
     return replace(_adaround(config), activation=activation)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import calibration
-from calib.config import OMEGA_RULES
+from calib.choices import OmegaRule
 from gaq_export.comparison import runner
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
@@ -20,7 +20,7 @@ def model(make_foreign, tiny_schedule) -> LoadedModel:
 
 
 def test_every_omega_rule_is_a_rung_that_says_what_it_is() -> None:
-    assert set(OMEGA_RULES) <= set(calibration.MEANING)
+    assert set(OmegaRule) <= set(calibration.MEANING)
 
 
 def test_a_page_shows_every_row_and_says_what_is_missing(model, tmp_path: Path, monkeypatch) -> None:

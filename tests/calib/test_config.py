@@ -5,9 +5,8 @@ import json
 import pytest
 
 from calib import omega, ranges
+from calib.choices import OmegaRule, RangeRule
 from calib.config import (
-    OMEGA_RULES,
-    RANGE_RULES,
     ActivationConfig,
     OmegaConfig,
     QuantConfig,
@@ -70,7 +69,7 @@ def test_bits_from_two_to_eight_are_taken(bits: int) -> None:
 def test_an_unknown_omega_rule_is_refused_by_name() -> None:
     with pytest.raises(CalibError, match=r"Unknown omega rule 'best'. Choose one of \['fish', 'gac', 'gac-exact', "):
         QuantConfig(omega=OmegaConfig(rule="best"))
-    assert {QuantConfig(omega=OmegaConfig(rule=rule)).omega.rule for rule in OMEGA_RULES} == {
+    assert {QuantConfig(omega=OmegaConfig(rule=rule)).omega.rule for rule in OmegaRule} == {
         "uniform",
         "random",
         *omega.RULES,
@@ -87,4 +86,4 @@ def test_an_unknown_softmax_or_rounding_start_is_refused_by_name() -> None:
 def test_an_unknown_activation_rule_is_refused_by_name() -> None:
     with pytest.raises(CalibError, match=r"Unknown activation rule 'max'. Choose one of \['ema', 'minmax'\]"):
         QuantConfig(activation=ActivationConfig(rule="max"))
-    assert set(ranges.RULES) == set(RANGE_RULES)
+    assert set(ranges.RULES) == set(RangeRule)

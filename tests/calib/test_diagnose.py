@@ -220,7 +220,7 @@ def test_the_block_with_the_largest_loss_is_chosen_unless_one_is_named(network, 
     assert blocks == list(plan.blocks)
     assert diagnose.choose_block(blocks, None).loss_before == max(b.loss_before for b in blocks)
     assert diagnose.choose_block(blocks, ATTENTION).name == ATTENTION
-    with pytest.raises(CalibError, match=f"No block is called 'mid_block.attention'; .* The nearest is '{ATTENTION}'"):
+    with pytest.raises(CalibError, match=f"No block is called 'mid_block.attention'; .* Did you mean '{ATTENTION}'"):
         diagnose.choose_block(blocks, "mid_block.attention")
     unmeasured = [dataclasses.replace(b, loss_before=None, loss_after=None) for b in blocks]
     assert diagnose.choose_block(unmeasured, None) == unmeasured[0]

@@ -201,5 +201,5 @@ def test_learning_the_grids_helps_where_they_are_coarse(net) -> None:
 
 
 def test_learned_grids_cannot_be_per_step() -> None:
-    with pytest.raises(CalibError, match="one for all steps"):
+    with pytest.raises(CalibError, match="the same for all steps"):
         dataclasses.replace(_config("qdrop"), activation=ActivationConfig(per_step=True))

@@ -95,5 +95,5 @@ def _reaches(network, plan: QuantPlan, x: Tensor, t: Tensor) -> dict[tuple[str, 
 
 
 def test_it_needs_grids_of_each_step() -> None:
-    with pytest.raises(CalibError, match="are of each step: ask for those"):
+    with pytest.raises(CalibError, match="need a grid for each step: set `per_step`"):
         dataclasses.replace(_config(), activation=ActivationConfig(trajectory="quantized"))

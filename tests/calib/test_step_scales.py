@@ -101,5 +101,5 @@ def test_a_plan_has_a_size_for_each_step() -> None:
     assert again.layers["body"].input == grid
     with torch.no_grad():
         assert torch.isfinite(fake_quantized(net, plan)(data.x, data.t)).all()
-    with pytest.raises(CalibError, match="of learned sizes, are of each step"):
+    with pytest.raises(CalibError, match="learned step scales, need a grid for each step"):
         dataclasses.replace(config, activation=ActivationConfig(sizes="groups"))

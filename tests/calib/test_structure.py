@@ -5,6 +5,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from calib.blocks import find_blocks
+from calib.config import QuantConfig
 from calib.errors import CalibError
 from calib.float_layers import float_reasons
 from calib.trace import trace
@@ -87,7 +88,7 @@ def test_what_is_asked_to_stay_float_stays_float(make_foreign) -> None:
     with pytest.raises(CalibError, match="Nothing left to quantize"):
         float_reasons(found, "deploy", ("*",))
     with pytest.raises(CalibError, match=r"Unknown convention 'x'. Choose one of \['deploy', 'tfmq'\]"):
-        float_reasons(found, "x")
+        QuantConfig(convention="x")
 
 
 def test_a_network_with_another_output_shape_is_refused() -> None:

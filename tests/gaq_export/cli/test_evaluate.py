@@ -12,9 +12,9 @@ from tests.gaq_export.commands import refused
     [
         (
             ("--block", "unet.mid_block.resnet.1"),
-            "No block is called 'unet.mid_block.resnet.1'; 14 can be looked at. The",
+            "No block is called 'unet.mid_block.resnet.1'; 14 can be inspected. Did",
         ),
-        (("--block", "unet.mid_block.resnet.1"), "The nearest is 'unet.mid_block.resnets.1'."),
+        (("--block", "unet.mid_block.resnet.1"), "Did you mean 'unet.mid_block.resnets.1'?"),
         (("--images", 0), "Found 0 images to measure with; ask for 1 or more."),
     ],
 )
