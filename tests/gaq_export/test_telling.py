@@ -19,7 +19,7 @@ from gaq_export.models.loader import LoadedModel, load_model, random_model, wrap
 from gaq_export.models.registry import MODELS, reduced
 from gaq_export.sampling.prompts import ConditioningRequest, condition_engine, condition_model
 from tests.gaq_export.commands import gaq, refused
-from tests.gaq_export.test_kinds import SMALL
+from tests.gaq_export.models.test_architectures import SMALL
 
 
 @pytest.fixture(scope="module")
