@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 from typer.main import get_command
 
-from calib.config import CORRECTIONS, OMEGA_RULES
+from calib import choices as settings
 from gaq_export.cli import choices
 from gaq_export.cli.app import app
 from gaq_export.cli.choices import Names, either
@@ -15,9 +15,9 @@ from gaq_export.quantize.presets import PRESETS
 LISTS = {name: value for name, value in vars(choices).items() if isinstance(value, Names)}
 OPTIONS = [
     ("calibrate", "--preset", tuple(PRESETS)),
-    ("calibrate", "--omega", OMEGA_RULES),
-    ("calibrate", "--convention", choices.CONVENTIONS.names),
-    ("calibrate", "--correct", CORRECTIONS),
+    ("calibrate", "--omega", tuple(settings.OmegaRule)),
+    ("calibrate", "--convention", tuple(settings.Convention)),
+    ("calibrate", "--correct", tuple(settings.CorrectionRule)),
     ("build-engine", "--backend", choices.BACKENDS.names),
     ("build-engine", "--graph", choices.GRAPHS.names),
     ("build-engine", "--compute", choices.COMPUTE.names),
