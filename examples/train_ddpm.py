@@ -1,19 +1,19 @@
-"""Train one of the known architectures on images of your own; the result is a folder that `--weights` accepts.
+"""Train one of the known architectures on your images; the result is a folder that `--weights` accepts.
 
     python examples/train_ddpm.py --images mnist.npz --arch ddpm-mnist --out my-model --minutes 85
     gaq-export calibrate --weights my-model
 
 In: an .npz or .npy file of uint8 images, (N, H, W) or (N, H, W, C), or a folder of PNG and JPEG files. Smaller images
 are padded with black to the architecture's size. Out: the EMA weights and their configs, `samples.png`, and
-`state.safetensors` to go on from: the same command again continues where the last one stopped.
+`state.safetensors`, from which the same command continues when it is run again.
 
-With `--labels` the network is told the labels that lie in the .npz beside the images; a last class stands for nothing,
-which a tenth of the images are told, so that guidance can be used (Ho and Salimans 2022). `--start ddpm-mnist` begins
-with another model's weights, where they fit.
+With `--labels` the network is conditioned on the labels in the .npz. One class more, the last, is the unconditional
+one: a tenth of the images get it in place of their label, so that guidance can be used (Ho and Salimans 2022). `--start
+ddpm-mnist` begins with another model's weights, where the shapes agree.
 
-The recipe is Ho et al. 2020 with the habits of today: the mean square error of the predicted noise, AdamW, a linear
-warm-up (300 steps, or the first tenth of fewer) and a cosine to 3 % of the peak, gradients clipped at 1, bf16 autocast,
-and an exponential moving average whose decay ramps up.
+The recipe is that of Ho et al. 2020 with today's habits: mean square error of the predicted noise, AdamW, a linear
+warm-up (300 steps, or a tenth of the run if that is shorter), a cosine to 3 % of the peak rate, gradients clipped at 1,
+bf16 autocast, and an exponential moving average whose decay rises at first.
 """
 
 import json
@@ -52,7 +52,7 @@ STATE = "state.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What one training run is asked to do; `steps` and `minutes` both end it, whichever comes first."""
+    """How to train; `steps` or `minutes` end a run, whichever comes first."""
 
     steps: int | None
     minutes: float | None
@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Images, (N, C, H, W) uint8, and the labels (N,) of those that have some; `nothing` stands for none."""
+    """Images, (N, C, H, W) uint8, and their labels, (N,) int64, if any; `unconditional` is the label for no class."""
 
     images: Tensor
     labels: Tensor | None = None
@@ -84,8 +84,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; slower on processors without it.")] = True,
-    labels: Annotated[bool, typer.Option("--labels", help="Tell the network the images' labels.")] = False,
-    start: Annotated[str | None, typer.Option(help="Known model or folder whose weights to begin with.")] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="Condition the network on the labels in the .npz.")] = False,
+    start: Annotated[str | None, typer.Option(help="Name or folder of a model to start from.")] = None,
 ) -> None:
     """Train a diffusion model that gaq-export can quantize."""
     if arch not in MODELS:
@@ -107,28 +107,28 @@ def main(
 
 
 def load_data(path: Path, spec: ModelSpec, *, labels: bool) -> Data:
-    """Read what an architecture is trained on; raise GaqError if there are no images, or no labels for them."""
+    """Read images, and labels if wanted; raise GaqError if either is missing or does not fit the architecture."""
     images = load_images(path, int(spec.config["in_channels"]), int(spec.config["sample_size"]))
     if not labels:
         return Data(images=images)
     if path.suffix != ".npz":
-        raise GaqError(f"Labels are read from an .npz, an array of them beside the images; found {path}.")
-    found = torch.from_numpy(_load_array(path, "label").astype(np.int64))
-    if found.shape != images.shape[:1] or int(found.min()) < 0:
-        raise GaqError(f"Expected {len(images)} labels from 0 in {path}; found {tuple(found.shape)} of them.")
-    return Data(images=images, labels=found, unconditional=int(found.max()) + 1)
+        raise GaqError(f"Found {path}; labels are read from an .npz that holds them beside the images.")
+    classes = torch.from_numpy(_load_array(path, "label").astype(np.int64))
+    if classes.shape != images.shape[:1] or int(classes.min()) < 0:
+        raise GaqError(f"Found labels of shape {tuple(classes.shape)} in {path}; expected {len(images)}, from 0 up.")
+    return Data(images=images, labels=classes, unconditional=int(classes.max()) + 1)
 
 
 def load_images(path: Path, channels: int, size: int) -> Tensor:
-    """Read images into (N, C, H, W) uint8, padded with black to `size`.
+    """Return images as (N, C, H, W) uint8, padded with black to `size`.
 
     Args:
-        path: .npz (its first image array, a training set if one is named so), .npy, or a folder.
+        path: .npz (its first array of images, one named "train" if there is one), .npy, or a folder.
         channels: 1 or 3.
         size: Height and width the architecture needs.
 
     Raises:
-        GaqError: If there are no images, or they do not fit.
+        GaqError: there are no images, or they are larger than `size` or of another type.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -167,11 +167,11 @@ def _load_array(path: Path, kind: str) -> np.ndarray:
 
 
 def train(spec: ModelSpec, data: Data, out: Path, settings: Settings) -> None:
-    """Train until the steps or the minutes are used up, then write the model folder.
+    """Train for the steps or the minutes of `settings`, then write the model folder.
 
     Args:
         spec: Architecture and scheduler.
-        data: Images, and labels if the architecture is told some.
+        data: Images, with labels if the architecture has classes.
         out: Folder to write.
         settings: How long and how.
     """
@@ -210,7 +210,7 @@ def train(spec: ModelSpec, data: Data, out: Path, settings: Settings) -> None:
 
 
 def _groups(unet: UNet2DModel) -> list[dict[str, Any]]:
-    """Return the parameters; those of the classes, each of which few images tell of, are learned faster."""
+    """Return the parameters; the class embedding learns faster, since few images of a batch are of any one class."""
     table = [] if unet.class_embedding is None else list(unet.class_embedding.parameters())
     known = {id(value) for value in table}
     rest = [value for value in unet.parameters() if id(value) not in known]
@@ -243,7 +243,7 @@ def noise_loss(
 
 
 def _clock(done: int, started: float, settings: Settings) -> Iterator[tuple[int, float]]:
-    """Yield each step with the share of the whole run that lies behind it."""
+    """Yield each step with the share of the run that is done."""
     step = done
     while True:
         shares = [0.0]
@@ -258,17 +258,17 @@ def _clock(done: int, started: float, settings: Settings) -> Iterator[tuple[int,
 
 
 def _begin_with(unet: UNet2DModel, start: str) -> None:
-    """Take another network's weights where they fit."""
+    """Copy another network's weights where the shapes agree."""
     folder = Path(start)
     other = load_model(weights=folder) if folder.is_dir() else load_model(start)
-    own, given = unet.state_dict(), other.module.state_dict()
-    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    state = unet.state_dict()
+    fitting = {n: v for n, v in other.module.state_dict().items() if n in state and state[n].shape == v.shape}
     if not fitting:
         raise GaqError(f"No weight of {start} fits the architecture; train it from the beginning, without --start.")
     unet.load_state_dict(fitting, strict=False)
     if unet.class_embedding is not None and "class_embedding.weight" not in fitting:
-        nn.init.zeros_(unet.class_embedding.weight)  # so that the network begins as the other
-    typer.echo(f"{len(fitting)} of {len(own)} tensors begin as those of {start}")
+        nn.init.zeros_(unet.class_embedding.weight)  # so that at first it predicts what the other network does
+    typer.echo(f"{len(fitting)} of {len(state)} tensors start from {start}")
 
 
 def _average(ema: dict[str, Tensor], unet: nn.Module, decay: float) -> None:
@@ -296,7 +296,7 @@ def _save_state(
 
 
 def _resume(path: Path, unet: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Take up an earlier state if there is one; return the steps done and the seconds they took."""
+    """Load the state of an earlier run if there is one; return its number of steps and its seconds."""
     if not path.exists():
         return 0, 0.0
     tensors = load_file(path)
@@ -327,12 +327,11 @@ def _write_model(
     (out / "scheduler_config.json").write_text(json.dumps(dict(spec.scheduler), indent=2) + "\n", encoding="utf-8")
     size = int(spec.config["sample_size"])
     shape = (int(spec.config["in_channels"]), size, size)
-    unconditional, seeds = spec.config["num_class_embeds"], range(20)
-    conditioning = (
-        None
-        if unconditional is None
-        else class_conditioning(range(unconditional - 1), unconditional=unconditional - 1, guidance=3.0)
-    )
+    seeds = range(20)
+    classes = spec.config["num_class_embeds"]  # the unconditional one included
+    conditioning = None
+    if classes is not None:
+        conditioning = class_conditioning(range(classes - 1), unconditional=classes - 1, guidance=3.0)
     sampler = under_guidance(SamplerSpec(steps=20), schedule, 1.0 if conditioning is None else conditioning.guidance)
     sampling = Sampling(schedule=schedule, shape=shape, sampler=sampler, conditioning=conditioning)
     drawn = loop.run(as_denoiser(unet), seeds, sampling)

@@ -1,9 +1,9 @@
-"""Train the small digit classifier whose features judge pictures of digits (`--features digits`), in about a minute.
+"""Train the small digit classifier whose features score pictures of digits (`--features digits`), in about a minute.
 
     python examples/train_digits.py --data mnist.npz --out digits.safetensors
 
 In: an .npz with `train_images` (N, 28, 28) uint8, `train_labels` (N,), `test_images` and `test_labels`. Out: its
-weights, which `gaq-export evaluate --features digits=digits.safetensors` takes. The ones in the package were made so.
+weights, for `gaq-export evaluate --features digits=digits.safetensors`. The ones in the package were made this way.
 """
 
 from pathlib import Path

@@ -5,9 +5,8 @@
     gaq-export build-engine
     gaq-export sample --engine unet.plan --compare
 
-In: images as for `train_ddpm.py`. Out: a diffusers pipeline folder (an `LDMPipeline`), `decoded.png` with
-images above what the autoencoder makes of them, and `samples.png`. `build-engine` then writes two engines, and `sample`
-goes through both.
+In: images as for `train_ddpm.py`. Out: a diffusers pipeline folder (an `LDMPipeline`), `decoded.png` with images above
+their reconstructions, and `samples.png`. `build-engine` then writes two engines, and `sample` runs both.
 
 The autoencoder is the one of Rombach et al. 2022 (arXiv 2112.10752) at a fiftieth of its size, trained with the mean
 square error and a slight pull of its latents to a normal distribution, without their perceptual and adversarial losses.
@@ -101,12 +100,12 @@ def train_autoencoder(data: Tensor, channels: int, steps: int, batch: int) -> Au
 
 
 def train_denoiser(moments: tuple[Tensor, Tensor], scale: float, steps: int, batch: int) -> UNet2DModel:
-    """Return a denoiser of latents, with its weights averaged over the last steps.
+    """Return a denoiser of latents; its weights are a moving average over the training steps.
 
     Args:
-        moments: Of the latents of every image, see `encode`.
-        scale: What they are multiplied by.
-        steps: How long.
+        moments: Mean and standard deviation of every image's latents, see `encode`.
+        scale: Factor of the latents, so that their standard deviation is 1.
+        steps: Number of training steps.
         batch: Images per step.
     """
     unet = UNet2DModel(
@@ -167,13 +166,13 @@ def encode(vae: AutoencoderKL, data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sampled(moments: tuple[Tensor, Tensor]) -> Tensor:
-    """Draw latents."""
+    """Return latents drawn from their distributions."""
     mean, deviation = moments
     return mean + deviation * torch.randn_like(mean)
 
 
 def decoded(vae: AutoencoderKL, data: Tensor) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-    """Return images, and what the autoencoder makes of them; print how near they are."""
+    """Return images and their reconstructions, and print the PSNR between them."""
     x = data.float() / 127.5 - 1
     with torch.no_grad():
         again = vae.decode(vae.encode(x).latent_dist.mean, return_dict=False)[0].clamp(-1, 1)
@@ -182,7 +181,7 @@ def decoded(vae: AutoencoderKL, data: Tensor) -> tuple[tuple[str, Tensor], tuple
 
 
 def write_pipeline(out: Path) -> None:
-    """Write the scheduler's config, and what makes an `LDMPipeline` of the folder; it calls an autoencoder `vqvae`."""
+    """Write the scheduler's config and the index of an `LDMPipeline`, in which the autoencoder is called `vqvae`."""
     (out / "scheduler").mkdir(parents=True, exist_ok=True)
     parts = {"vqvae": "AutoencoderKL", "unet": "UNet2DModel", "scheduler": "DDIMScheduler"}
     index = {"_class_name": "LDMPipeline"} | {place: ["diffusers", kind] for place, kind in parts.items()}
