@@ -20,7 +20,7 @@ PAGES = sorted(
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"))
 )
 # Pages that say where things are in the code; the others use code marks for options and files as well.
-NAMING = [p for p in PAGES if p.startswith(("docs/guide/", "docs/architecture", "docs/method"))]
+NAMING = [p for p in PAGES if p.startswith(("docs/guide/", "docs/architecture", "docs/glossary", "docs/method"))]
 FOREIGN = {"UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "GAQ_EXPORT_MODELS", "GAQ_EXPORT_PRESET"}
 SUFFIXES = "plan|json|onnx|html|md|py|png|npz|npy|safetensors|toml|txt|ckpt|th|data"
 
