@@ -17,7 +17,7 @@ def unknown(what: str, name: object, choices: Iterable[str], hint: str = "") -> 
         choices: the names that exist, in the order in which to list them.
         hint: another sentence for the end of the message.
     """
-    choices = list(choices)
+    choices = [str(choice) for choice in choices]
     sentences = [f"Unknown {what} {name!r}."]
     sentences += [f"Did you mean {near!r}?" for near in get_close_matches(str(name), choices, n=1)]
     sentences.append(f"Choose one of {choices}.")

@@ -10,6 +10,7 @@ from torch import nn
 from gaq_export.errors import GaqError
 from gaq_export.models.architectures import (
     ClassUNet,
+    EpsilonModel,
     as_denoiser,
     class_rows,
     condition_inputs_of,
@@ -130,3 +131,11 @@ def test_layers_keep_the_names_that_plans_use() -> None:
     network = NETWORKS["transformer"][0]()
     names = dict(as_denoiser(network).named_modules())
     assert names["unet.transformer_blocks.0.attn1.to_q"] is network.transformer_blocks[0].attn1.to_q
+
+
+def test_a_unet_becomes_a_denoiser_and_a_plain_module_stays_itself(tiny_unet: UNet2DModel) -> None:
+    x, t = torch.zeros(2, 1, 16, 16), torch.tensor([3, 70])
+    denoiser = as_denoiser(tiny_unet)
+    assert isinstance(denoiser, EpsilonModel)
+    assert torch.equal(denoiser(x, t), tiny_unet(x, t).sample)
+    assert as_denoiser(denoiser) is denoiser

@@ -4,13 +4,12 @@ from dataclasses import astuple, replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from gaq_export.diffusion.loop import Sampling, finish, noise, run
+from gaq_export.diffusion.loop import Sampling, noise, run
 from gaq_export.diffusion.samplers import table
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
-from gaq_export.models.architectures import EpsilonModel, as_denoiser
 from gaq_export.models.loader import wrap
 from gaq_export.models.provenance import Provenance
 from gaq_export.models.scheduler_config import schedule_from_scheduler_config
@@ -152,75 +151,6 @@ def test_uneven_spacing_uses_the_timestep_it_really_goes_to() -> None:
     assert torch.allclose(images, clean, atol=1e-5)
 
 
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(
-    tiny_unet: UNet2DModel, tiny_schedule: NoiseSchedule
-) -> None:
-    def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # one by one: the kernels depend on the batch
-        return torch.cat([as_denoiser(tiny_unet)(*one) for one in zip(x.split(1), t.split(1), strict=True)])
-
-    for spec in (SamplerSpec(steps=4), SamplerSpec(steps=4, eta=1.0), SamplerSpec(name="ddpm", steps=4)):
-        together = run(denoiser, [7, 8, 9], sampling_on(tiny_schedule, spec))
-        alone = run(denoiser, [9], sampling_on(tiny_schedule, spec))
-        assert torch.equal(together[2:], alone)
-        assert not torch.allclose(together[0], together[2], atol=1e-2)
-
-
-def test_sampling_leaves_the_global_random_stream_alone(tiny_schedule: NoiseSchedule) -> None:
-    before = torch.random.get_rng_state()
-    run(_smooth, SEEDS, sampling_on(tiny_schedule, SamplerSpec(name="ddpm", steps=3)))
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_on_step_sees_what_the_network_sees_noisiest_first(tiny_schedule: NoiseSchedule) -> None:
-    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    called: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        called.append((x.clone(), t))
-        return _smooth(x, t)
-
-    spec = SamplerSpec(steps=5)
-    run(network, SEEDS, sampling_on(tiny_schedule, spec), lambda step, x, t: seen.append((step, x, t)))
-    assert [step for step, _, _ in seen] == [0, 1, 2, 3, 4]
-    assert [int(t[0]) for _, _, t in seen] == timesteps(spec, 100).tolist() == [80, 60, 40, 20, 0]
-    for (_, x, t), (x_called, t_called) in zip(seen, called, strict=True):
-        assert torch.equal(x, x_called)
-        assert torch.equal(t, t_called)
-        assert (t.dtype, tuple(t.shape), x.dtype) == (torch.int64, (3,), torch.float32)
-
-
-def test_images_are_within_range_even_when_nothing_was_clipped_but_latents_stay_as_they_are() -> None:
-    latents = run(lambda x, t: -x, SEEDS, sampling_on(linear_schedule(clip=None), SamplerSpec(steps=5)))
-    assert latents.abs().max() > 1
-    assert torch.equal(finish(SEEDS, latents, sampling_on(linear_schedule(), SamplerSpec())), latents.clamp(-1, 1))
-
-
-def test_a_network_of_the_wrong_shape_is_refused(tiny_schedule: NoiseSchedule) -> None:
-    with pytest.raises(GaqError, match=r"shape \(3, 2, 16, 16\) for images of \(3, 1, 16, 16\)"):
-        run(lambda x, t: x.repeat(1, 2, 1, 1), SEEDS, sampling_on(tiny_schedule, SamplerSpec(steps=2)))
-
-
-def test_images_that_are_not_finite_are_refused_by_seed(tiny_schedule: NoiseSchedule) -> None:
-    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.where(torch.arange(3).view(3, 1, 1, 1) == 1, torch.nan, x)
-
-    with pytest.raises(GaqError, match=r"not finite .* for seeds \[14\]"):
-        run(network, SEEDS, sampling_on(tiny_schedule, SamplerSpec(steps=2)))
-
-
-def test_a_loop_without_seeds_is_refused(tiny_schedule: NoiseSchedule) -> None:
-    with pytest.raises(GaqError, match="No seeds"):
-        run(_smooth, [], sampling_on(tiny_schedule, SamplerSpec()))
-
-
 def test_ancestral_sampling_refuses_a_variance_it_does_not_know() -> None:
     with pytest.raises(GaqError, match=r"\['fixed_large', 'fixed_small'\].*'learned'"):
         run(_smooth, SEEDS, sampling_on(linear_schedule(variance="learned"), SamplerSpec(name="ddpm", steps=2)))
-
-
-def test_a_unet_becomes_a_denoiser_and_a_plain_module_stays_itself(tiny_unet: UNet2DModel) -> None:
-    x, t = torch.zeros(2, *SHAPE), torch.tensor([3, 70])
-    denoiser = as_denoiser(tiny_unet)
-    assert isinstance(denoiser, EpsilonModel)
-    assert torch.equal(denoiser(x, t), tiny_unet(x, t).sample)
-    assert as_denoiser(denoiser) is denoiser
