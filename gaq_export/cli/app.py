@@ -28,22 +28,12 @@ def main(
         typer.echo(context.get_help())
 
 
-# In the order in which a user meets them.
-for command in (
-    calibrate.calibrate,
-    build.build_engine,
-    sample.sample,
-    build.export,
-    evaluate.inspect,
-    doctor.doctor,
-    evaluate.evaluate,
-    evaluate.report,
-    calibrate.compare,
-    calibrate.recipes,
-    calibrate.models,
-    share.pack,
-    share.push,
-    share.pull,
-    share.triton,
-):
-    app.command()(command)
+_COMMANDS = {
+    "From a float model to images": (calibrate.calibrate, build.build_engine, sample.sample),
+    "Measure": (evaluate.inspect, evaluate.evaluate, evaluate.report, calibrate.compare),
+    "Share and serve": (build.export, share.pack, share.push, share.pull, share.triton),
+    "What there is": (doctor.doctor, calibrate.recipes, calibrate.models),
+}
+for panel, commands in _COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
