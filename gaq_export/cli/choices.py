@@ -1,7 +1,7 @@
 """The names that options accept, for the help texts.
 
-The tables that these names come from cost seconds to import, which `--help` must not take. A test holds each list equal
-to its table; names whose tables import quickly are taken from there, in `options`.
+The tables and enumerations that these names come from cost seconds to import, which `--help` must not take. A test
+holds each list equal to its table; names whose tables import quickly are taken from there, in `options`.
 """
 
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Names:
-    """The keys of a table.
+    """The keys of a table, or the values of an enumeration.
 
     Attributes:
         table: where the table is, as "module:NAME".
-        names: its keys, in its order.
+        names: its keys, or the values of its members, in its order.
     """
 
     table: str
@@ -39,8 +39,8 @@ SAMPLERS = Names("gaq_export.diffusion.samplers:SAMPLERS", ("ddim", "ddim-clippe
 SPACINGS = Names("gaq_export.diffusion.schedule:SPACINGS", ("uniform", "from-1", "quad", "beta"))
 BACKENDS = Names("engines:BACKENDS", ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "onnxruntime-cuda"))
 COMPUTE = Names("gaq_export.graph.precision:COMPUTE", ("float32", "float16", "bfloat16"))
-NUMBERS = Names("gaq_export.deploy.build:NUMBERS", ("int8", "fp8"))
-GRAPHS = Names("gaq_export.deploy.onnx_artifact:GRAPHS", ("step", "eps"))
+NUMBERS = Names("gaq_export.deploy.record:Numbers", ("int8", "fp8"))
+GRAPHS = Names("gaq_export.deploy.record:GraphKind", ("step", "eps"))
 EXTRACTORS = Names(
     "gaq_export.evaluation.feature_extractors:EXTRACTORS", ("digits", "resnet56", "inception", "inception-clean")
 )
