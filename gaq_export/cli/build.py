@@ -76,7 +76,10 @@ def build_engine(
     with one_line_errors():
         import engines
         from gaq_export import pipeline
+        from gaq_export.deploy.build import BuildOptions, build
+        from gaq_export.deploy.record import GraphKind, Numbers, parse_choice
         from gaq_export.errors import GaqError
+        from gaq_export.run import Run
 
         try:
             smallest, best, largest = (int(n) for n in batch.split(","))
@@ -91,16 +94,19 @@ def build_engine(
             stripped=strip_weights,
         )
         if weights is not None:
-            from gaq_export.run import Run
             from gaq_export.sharing import pack
 
             pack.unpack(weights, Run(folder=run))
         spec = replace_options(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
+        options = BuildOptions(
+            config=config,
+            graph=parse_choice("graph", graph, GraphKind),
+            sampler=spec,
+            numbers=parse_choice("numbers", numbers, Numbers),
+            correct=correction,
+        )
         with Display(quiet) as display:
-            display.stage(f"building with {config.backend}")
-            built = pipeline.build_engine(
-                folder=run, out=out, config=config, graph=graph, sampler=spec, numbers=numbers, correct=correction
-            )
+            built = build(Run(folder=run), out, options, on_begin=display.stage)
         if not quiet:
             terminal.print_audit(built)
         typer.echo(

@@ -5,7 +5,7 @@ leaves the engine that was there before.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,6 +42,8 @@ from gaq_export.models import text_encoder
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import Provenance, find_model, provenance_of
 from gaq_export.run import Run
+
+OnBegin = Callable[[str], None]
 
 _PROFILE_SUFFIX = {Numbers.INT8: "", Numbers.FP8: "-fp8"}
 
@@ -125,18 +127,35 @@ def build_engine(
     return build(Run(folder=Path(folder)), Path(out), options, model)
 
 
-def build(run: Run, out: Path, options: BuildOptions, model: LoadedModel | None = None) -> Built:
-    """Build an engine; see `build_engine`, which is this with its options spelled out."""
+def build(
+    run: Run,
+    out: Path,
+    options: BuildOptions,
+    model: LoadedModel | None = None,
+    on_begin: OnBegin = lambda stage: None,
+) -> Built:
+    """Build an engine; see `build_engine`, which is this with its options spelled out.
+
+    Args:
+        run: run folder with a finished plan.
+        out: the engine file.
+        options: what to build.
+        model: the float model; loaded again from the plan's record if None.
+        on_begin: called with the name of each stage that begins, since none can say how much of it is done.
+    """
+    on_begin("loading the model")
     job = _prepare(run, options, model)
     not_run = job.backend.can_run()
+    on_begin("collecting inputs for the check")
     data = None if not_run else verify.samples(job.model, job.sampler, job.plan, job.run, job.config)
     with runs.staging(out) as staged:
         if job.model.conditioning is not None:
             job.model.conditioning.save(staged)
+        on_begin("building the decoder and the text encoders")
         decoder = build_decoder(job.model, staged / out.name, job.config, data)
         texts, encoders = build_texts(job.model, staged / out.name, job.config, check=data is not None)
         record = replace(job.record, decoder=_link_to(decoder), text_encoders=encoders)
-        files, checks = _build_graphs(job, record, staged / out.name, data)
+        files, checks = _build_graphs(job, record, staged / out.name, data, on_begin)
         _put(staged, out)
     checked = parity.merge(checks) if checks else None
     runs.add_entry(
@@ -210,7 +229,7 @@ def _prepare(run: Run, options: BuildOptions, model: LoadedModel | None) -> _Job
 
 
 def _build_graphs(
-    job: _Job, record: EngineRecord, out: Path, data: CalibrationSet | None
+    job: _Job, record: EngineRecord, out: Path, data: CalibrationSet | None, on_begin: OnBegin
 ) -> tuple[list[EngineFile], list[Parity]]:
     """Build an engine for each activation width of the steps, and check each on its own steps."""
     files, checks = list[EngineFile](), list[Parity]()
@@ -225,12 +244,15 @@ def _build_graphs(
             abits=None if job.plan.step_bits is None else abits,
             rows=job.options.rows,
         )
+        on_begin("exporting the graph")
         exported = write_graph(job.profile, job.plan, job.model, options, folder=job.run.folder)
         switching = Switching(engines=tuple(map(link, files)), turns=tuple(order.index(bits) for bits in job.turns))
         mine = replace(record, tables=exported.tables, switching=switching if last and files else None)
         path = out if last else out.with_name(f"{out.stem}-a{abits}{out.suffix}")
+        on_begin(f"building with {job.backend.name}")
         files.append(engines.build(exported.path, path, job.config, mine.to_json()))
         if data is not None:
+            on_begin("checking against PyTorch")
             target = verify.Target(profile=job.profile, turns=job.turns, abits=abits)
             checks.append(verify.check(files[-1], at_bits(job.plan, abits), job.model, data, target))
     return files, checks

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from calib.plan import load_plan
 from engines.nvinfer import no_gpu
+from gaq_export.cli import progress
 from tests.gaq_export.commands import gaq, refused
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -102,3 +103,13 @@ def test_an_engine_for_a_gpu_that_is_not_here_is_built_and_refused_on_one_line(o
     assert "not run here: no NVIDIA" in built.stdout
     line = refused(tmp_path, "sample", "--engine", plan, "--out", tmp_path / "samples")
     assert "was built for tensorrt-rtx, which cannot run here: no NVIDIA" in line
+
+
+def test_a_log_names_the_stages_of_a_build(own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    words = ("build-engine", "--run", own_run, "--backend", "openvino", "--graph", "eps", "--out", tmp_path / "u.plan")
+    built = gaq(*words)
+    assert built.exit_code == 0, built.output
+    stages = ("loading the model", "exporting the graph", "building with openvino", "checking against PyTorch")
+    lines = [line for line in built.stderr.splitlines() if line.startswith(stages)]
+    assert list(dict.fromkeys(line.partition(",")[0] for line in lines)) == list(stages)
