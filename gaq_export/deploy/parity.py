@@ -117,25 +117,25 @@ def closeness(
     reference: nn.Module,
     layers: Sequence[str],
     args: tuple[Any, ...],
-    found: Tensor,
+    actual: Tensor,
     tolerance: Tolerance,
     *,
     compute: str = "float32",
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the SQNR in dB of what was `found` for `args`, and the reference's resolution there.
+    """Return the SQNR in dB of an actual output against the reference's, and the reference's resolution there.
 
     Args:
-        reference: module that gives what should have been found.
+        reference: module that computes the expected output.
         layers: names of those whose inputs are perturbed.
         args: what it is called with.
-        found: what something else gave.
-        tolerance: the resolution is drawn anew while this asks for more.
+        actual: what the other implementation computed, the shape of the reference's output.
+        tolerance: the resolution is measured again while the result is below it.
         compute: type of the other's floats, a key of `PERTURBATION`.
         seed: of the perturbations.
     """
     expected = reference(*args)
-    measured, lowest = sqnr_db(expected, found), EQUAL_DB
+    measured, lowest = sqnr_db(expected, actual), EQUAL_DB
     for draw in range(DRAWS):
         with perturbed(reference, layers, PERTURBATION[compute], seed=DRAWS * seed + draw):
             lowest = min(lowest, sqnr_db(expected, reference(*args)))
@@ -144,18 +144,18 @@ def closeness(
     return measured, lowest
 
 
-def merge(found: Sequence[Parity]) -> Parity:
+def merge(parts: Sequence[Parity]) -> Parity:
     """Return what was measured of engines that take turns as one, its steps in order."""
-    rows = sorted(row for part in found for row in zip(part.steps, part.sqnr_db, part.resolution_db, strict=True))
+    rows = sorted(row for part in parts for row in zip(part.steps, part.sqnr_db, part.resolution_db, strict=True))
     steps, sqnr, resolution = zip(*rows, strict=True)
-    return Parity(steps=steps, sqnr_db=sqnr, resolution_db=resolution, tolerance=found[0].tolerance)
+    return Parity(steps=steps, sqnr_db=sqnr, resolution_db=resolution, tolerance=parts[0].tolerance)
 
 
 @contextmanager
 def perturbed(network: nn.Module, layers: Iterable[str], relative: float, seed: int) -> Iterator[None]:
     """Add noise to the input of each layer, before it is rounded, of a size `relative` to its root mean square.
 
-    The network's own input alone would not do: runtimes differ in every layer.
+    Perturbing only the network's input would not do: runtimes differ in every layer.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -71,7 +71,7 @@ def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
     def denoise(x: Tensor, t: Tensor, condition: Mapping[str, Tensor] = NO_CONDITION, /) -> Tensor:
         step = (visited == t[0]).nonzero()[:1, 0]
         if len(step) == 0 or bool((t != t[0]).any()):
-            raise GaqError(f"This engine knows the timesteps {visited.tolist()}, one at a time; found {t.tolist()}.")
+            raise GaqError(f"This engine takes the timesteps {visited.tolist()}, one at a time; found {t.tolist()}.")
         # The noise and the previous x0 do not change the predicted noise: zeros stand in for them.
         blank = {spec.name: np.zeros(spec.at_batch(len(x)), np.float32) for spec in engine.inputs}
         rows = {name: tensor[: blank[name].shape[0]].numpy() for name, tensor in condition.items() if name in blank}

@@ -62,12 +62,12 @@ def build_decoder(decoder: nn.Module, latents: tuple[int, ...], out: Path, confi
 def check_decoder(decoder: nn.Module, file: EngineFile, latents: Tensor) -> Parity:
     """Compare a decoder's engine with PyTorch on latents that the sampler ended with; raise GaqError below the floor.
 
-    As for quantized networks, the floor is lower where the decoder's own resolution is: a code that is looked up may be
-    another if two are nearly as near.
+    As for quantized networks, the floor is lower where the decoder's own resolution is: of two codebook entries that
+    are nearly equally near, either may be looked up.
     """
     with engines.open_engine(file) as opened:
-        found = torch.from_numpy(opened({LATENTS: latents.numpy()})[IMAGES])
-    return _checked(decoder, latents, found, file)
+        images = torch.from_numpy(opened({LATENTS: latents.numpy()})[IMAGES])
+    return _checked(decoder, latents, images, file)
 
 
 def text_path(out: Path, index: int) -> Path:
@@ -94,8 +94,8 @@ def check_text(encoder: TextEncoder, file: EngineFile) -> Parity:
     count, words = file.batch[0], encoder.embeddings.token_embedding.num_embeddings
     ids = torch.randint(words, (count, encoder.length), generator=torch.Generator().manual_seed(0))
     with engines.open_engine(file) as opened:
-        found = run_text(opened, file)(ids)
-    return _checked(_Flat(encoder), ids, _flat(found), file)
+        outputs = run_text(opened, file)(ids)
+    return _checked(_Flat(encoder), ids, _flat(outputs), file)
 
 
 def run_text(opened: Engine, file: EngineFile) -> Run:
@@ -122,8 +122,8 @@ class _Flat(nn.Module):
         return _flat(self.encoder(ids))
 
 
-def _flat(found: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten(1) for tensor in found], dim=1)
+def _flat(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten(1) for tensor in outputs], dim=1)  # (N, L, D), (N, P) -> (N, L*D + P)
 
 
 def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> EngineFile:
@@ -133,16 +133,16 @@ def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> Engin
 
 
 def build_graph(graph: ir.Model, out: Path, config: EngineConfig, metadata: dict[str, Any]) -> EngineFile:
-    """Build the engine `out` of a float graph, which is written down only for as long as that takes."""
+    """Build the engine `out` of a float graph; its ONNX file exists only while it is built."""
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         save_onnx(compute_in(graph, "float32"), Path(folder, "unet.onnx"))
         return engines.build(Path(folder, "unet.onnx"), out, config, metadata)
 
 
-def _checked(network: nn.Module, given: Tensor, found: Tensor, file: EngineFile) -> Parity:
+def _checked(network: nn.Module, inputs: Tensor, outputs: Tensor, file: EngineFile) -> Parity:
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
-        measured, resolution = parity.closeness(network, layers, (given,), found, TOLERANCE)
+        measured, resolution = parity.closeness(network, layers, (inputs,), outputs, TOLERANCE)
     result = Parity(steps=(0,), sqnr_db=(measured,), resolution_db=(resolution,), tolerance=TOLERANCE)
     if not result.passed:
         raise GaqError(

@@ -1,7 +1,7 @@
-"""What images are told to be: a table of rows, classes or texts, and which image is told which.
+"""Conditioning: a table of classes or prompts, and which image gets which.
 
-The image of seed s is told row s mod K of K, whoever draws it and however many are drawn. With guidance, a network is
-called with twice as many samples: half of them are told what stands for nothing.
+The image of seed s gets row s mod K of K, whoever draws it and however many are drawn. With guidance, a network is
+called with twice as many samples, half of them with the unconditional condition.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from calib.files import read_safetensors, write_atomically
 from gaq_export.diffusion.denoiser import Condition, Denoiser
 from gaq_export.errors import GaqError
 
-ConditionalNetwork = Callable[..., Tensor]  # a network, called as (x, t, cond), or (x, t) if it is told nothing
+ConditionalNetwork = Callable[..., Tensor]  # called as (x, t, cond), or as (x, t) if it is unconditional
 LABELS = "class_labels"
 TABLES = ("rows", "unconditional")
-UNCONDITIONAL, GUIDANCE = "unconditional_", "guidance"  # what an engine with guidance calls its further inputs
+UNCONDITIONAL, GUIDANCE = "unconditional_", "guidance"  # names of the further inputs of an engine with guidance
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,9 +29,9 @@ class Conditioning:
     """What to draw.
 
     Attributes:
-        names: K of them, for people: a class's number, a text.
-        rows: by the network's name for it, (K, ...) each.
-        instead: what stands for nothing, (1, ...) each; empty if the network has no such thing.
+        names: K names to show: a class's number, a prompt.
+        rows: tensors by the network's name for the input, (K, ...) each.
+        unconditional: the unconditional condition, (1, ...) each; empty if the network has none.
         guidance: scale of classifier-free guidance; 1 is none.
     """
 
@@ -43,9 +43,13 @@ class Conditioning:
     def __post_init__(self) -> None:
         sizes = {name: len(row) for name, row in self.rows.items()}
         if not sizes or set(sizes.values()) != {len(self.names)} or not self.names:
-            raise GaqError(f"Conditions need a row of everything for each of {len(self.names)} names; found {sizes}.")
+            raise GaqError(
+                f"Conditioning needs a row of every input for each of {len(self.names)} names; found {sizes}."
+            )
         if self.guidance != 1 and self.unconditional.keys() != self.rows.keys():
-            raise GaqError(f"Guidance of {self.guidance:g} needs what stands for nothing, for each of {sorted(sizes)}.")
+            raise GaqError(
+                f"Guidance of {self.guidance:g} needs the unconditional condition for each of {sorted(sizes)}."
+            )
 
     @property
     def guided(self) -> bool:
@@ -54,7 +58,7 @@ class Conditioning:
 
     @property
     def sha256(self) -> str:
-        """Of everything that images depend on."""
+        """sha256, in hex, of everything that images depend on."""
         sha = hashlib.sha256(f"{self.guidance!r}".encode())
         for table in (self.rows, self.unconditional if self.guided else {}):
             for name in sorted(table):
@@ -63,30 +67,30 @@ class Conditioning:
 
     @property
     def file(self) -> str | None:
-        """What the file is called that `save` writes; None if a record has room for all of it, as for classes."""
+        """Name of the file that `save` writes; None where the record itself holds the rows, as for classes."""
         texts = any(row.is_floating_point() for row in self.rows.values())
         return f"conditioning-{self.sha256[:12]}.safetensors" if texts else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values, the rows among them unless they are in a file."""
+        """Return JSON values; rows of floats, which are large, go to a file, see `save`."""
         record: dict[str, Any] = {"names": list(self.names), "guidance": self.guidance, "file": self.file}
         if self.file is None:
             record |= {table: {n: row.tolist() for n, row in getattr(self, table).items()} for table in TABLES}
         return record
 
     def save(self, folder: Path) -> None:
-        """Write the rows that a record has no room for into the folder where the record is, if there are any."""
+        """Write the rows that are too large for the record into its folder, if there are any."""
         if self.file is not None:
             tables = {f"{table}/{n}": row.contiguous() for table in TABLES for n, row in getattr(self, table).items()}
             write_atomically(folder / self.file, save(tables))
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], folder: Path) -> Self:
-        """Read what `to_json` wrote, and `save` into a folder.
+        """Read what `to_json` returned, and the file that `save` wrote into a folder.
 
         Raises:
             CalibError: the file is missing or damaged.
-            GaqError: it is another one.
+            GaqError: the file is not the one that the record was written with.
         """
         if record["file"] is None:
             tables = {table: {n: torch.tensor(row) for n, row in record[table].items()} for table in TABLES}
@@ -94,19 +98,19 @@ class Conditioning:
             _, tensors = read_safetensors(folder / record["file"])
             tables = {table: {} for table in TABLES}
             for name, row in tensors.items():
-                table, _, own = name.partition("/")
-                tables[table][own] = row
-        found = cls(names=tuple(record["names"]), guidance=record["guidance"], **tables)
-        if found.file != record["file"]:
+                table, _, key = name.partition("/")
+                tables[table][key] = row
+        read = cls(names=tuple(record["names"]), guidance=record["guidance"], **tables)
+        if read.file != record["file"]:
             raise GaqError(f"{folder / record['file']} was altered since it was written: calibrate and build again.")
-        return found
+        return read
 
     def name_of(self, seed: int) -> str:
-        """Return what the image of a seed is told, for people."""
+        """Return the name of the condition that the image of a seed gets."""
         return self.names[seed % len(self.names)]
 
     def of(self, seeds: Sequence[int]) -> Condition:
-        """Return what a network is told for images of these seeds: (N, ...), with guidance (2N, ...), nothing first."""
+        """Return the condition for images of these seeds, (N, ...); with guidance (2N, ...), unconditional first."""
         index = self._rows_of(seeds)
         chosen = {name: row[index] for name, row in self.rows.items()}
         if not self.guided:
@@ -114,9 +118,9 @@ class Conditioning:
         return {name: torch.cat((self.unconditional[name].expand_as(row), row)) for name, row in chosen.items()}
 
     def feeds(self, seeds: Sequence[int]) -> Condition:
-        """Return what an engine of steps is told for images of these seeds: (N, ...) each, and the scale, (1,).
+        """Return the condition as an engine of whole steps takes it: (N, ...) each, and the guidance scale, (1,).
 
-        What stands for nothing is there if it is known, also with a scale of 1.
+        The unconditional condition is there whenever the network has one, also with a scale of 1.
         """
         index = self._rows_of(seeds)
         condition = {name: row[index] for name, row in self.rows.items()}
@@ -146,40 +150,45 @@ def class_conditioning(
 
 
 class Guided(nn.Module):
-    """A network with guidance (Ho and Salimans 2022), told what `Conditions.feeds` gives; as an engine of steps has it.
+    """A network with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), called as (x, t, feeds).
 
-    epsilon = epsilon(nothing) + guidance * (epsilon(cond) - epsilon(nothing))
+        epsilon = epsilon(unconditional) + guidance * (epsilon(cond) - epsilon(unconditional))
+
+    `feeds` is what `Conditioning.feeds` returns, so that it agrees with an engine of whole steps.
 
     Args:
-        network: called with both in one batch.
-        apart: called for one after the other instead, since an engine's batch has an end.
+        network: called with both conditions in one batch of twice the size.
+        apart: call it twice instead, since the batch of an engine has a limit.
     """
 
     def __init__(self, network: ConditionalNetwork, *, apart: bool = False) -> None:
         super().__init__()
         self.network, self.apart = network, apart
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, feeds: Condition) -> Tensor:
         """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
-        names = [name for name in condition if f"{UNCONDITIONAL}{name}" in condition]
-        cond, without = (
-            {name: condition[name] for name in names},
-            {name: condition[f"{UNCONDITIONAL}{name}"] for name in names},
-        )
+        names = [name for name in feeds if f"{UNCONDITIONAL}{name}" in feeds]
+        cond = {name: feeds[name] for name in names}
+        null = {name: feeds[f"{UNCONDITIONAL}{name}"] for name in names}
         if self.apart:
-            unconditional, something = self.network(x, t, without), self.network(x, t, cond)
+            unconditional = self.network(x, t, null)
+            conditional = self.network(x, t, cond)
         else:
-            both = {name: torch.cat((without[name], cond[name])) for name in names}
-            unconditional, something = self.network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
-        return unconditional + condition[GUIDANCE][0] * (something - unconditional)
+            both = {name: torch.cat((null[name], cond[name])) for name in names}  # 2 x (N, ...) -> (2N, ...)
+            unconditional, conditional = self.network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
+        return unconditional + feeds[GUIDANCE][0] * (conditional - unconditional)
 
 
 def bind(
     network: ConditionalNetwork, conditioning: Conditioning | None, seeds: Sequence[int], *, apart: bool = False
 ) -> Denoiser:
-    """Return the network as one for images of these seeds, with guidance if there is any; as it is if told nothing.
+    """Return a network as a denoiser for images of these seeds, with guidance if there is any.
 
-    With `apart` it is called twice for guidance, see `Guided`.
+    Args:
+        network: called as (x, t, cond), or as (x, t) if it is unconditional.
+        conditioning: what to draw; the network is returned as it is for None.
+        seeds: one per image.
+        apart: whether guidance calls the network twice, see `Guided`.
     """
     if conditioning is None:
         return network

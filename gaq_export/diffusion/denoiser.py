@@ -1,8 +1,7 @@
 """The narrow waist: everything a sampler knows about a network.
 
-In: a float network, a quantized one, any `nn.Module`. Out: a callable `(x, t) -> predicted noise`, or, for a network
-that is told what to draw, `(x, t, cond)`; `conditioning` binds the third, so that samplers need not know. A
-wrapped engine has the same shape, so "does quantization hurt?" is one sampler called twice.
+A float network, a quantized one and an open engine all become a callable `(x, t) -> predicted noise`, so "does
+quantization hurt?" is one sampler called twice. Where a network takes a condition, `conditioning.bind` adds it.
 """
 
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-Condition = Mapping[str, Tensor]  # what a network is told, by name: (N, ...) each
+Condition = Mapping[str, Tensor]  # tensors by the name of the network's input, (N, ...) each
 
 
 class Denoiser(Protocol):

@@ -30,9 +30,8 @@ class Coefficients:
         x0 = clip(x_to_clean * x - epsilon_to_clean * epsilon)
         x_next = keep * x + clean * x0 + direction * epsilon + previous * (x0 before) + fresh * noise - shift
 
-    As in diffusers, clipping x0 leaves epsilon as it was; of `ddim_clipped`, `keep` stands for it. `gain`, `bias` and
-    `shift` are of channels, (C,), or () where there are none: what `calib.correction` takes back of a quantized
-    network's error.
+    As in diffusers, clipping x0 leaves epsilon as it was; in `ddim_clipped`, `keep` takes epsilon's place. `gain`,
+    `bias` and `shift` have a value for each channel, (C,), or are () without a noise correction (`calib.correction`).
     """
 
     x_to_clean: float

@@ -1,8 +1,8 @@
-"""When to denoise: the noise schedule a model was trained with, and the timesteps a sampler visits.
+"""When to denoise: the noise schedule a model was trained with, and the timesteps that a sampler visits.
 
-In: a diffusers scheduler config, and a `SamplerSpec` (what the user asked for). Out: a `NoiseSchedule` and the
-timesteps in the order they run. Two words never mix: `t` is a training timestep (0 to T-1), `step` an index into the
-S sampling steps, and step 0 is the noisiest.
+In: a `NoiseSchedule`, and a `SamplerSpec` (what the user chose). Out: the timesteps in the order in which they run.
+Two words never mix: `t` is a training timestep (0 to T-1), `step` an index into the S sampling steps, and step 0 is the
+noisiest.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, unknown
 
 SAMPLER_NAMES = ("ddim", "ddim-clipped", "ddpm", "dpmpp-2m")
 
@@ -102,7 +102,7 @@ def _quad(steps: int, num_train: int) -> torch.Tensor:
 def _beta(steps: int, num_train: int) -> torch.Tensor:
     """Quantiles of the Beta(0.6, 0.6) distribution, dense at both ends (Lee et al. 2024, arXiv 2407.12173).
 
-    The paper's exponent was not to be found; 0.6 is what a widely used interface has under this name.
+    The paper's sources do not state the exponent; 0.6 is what a widely used interface calls beta.
     """
     from scipy.stats import beta  # half a second, and only for this
 
@@ -138,9 +138,9 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLER_NAMES:
-            raise GaqError(f"Unknown sampler {self.name!r}. Choose one of {list(SAMPLER_NAMES)}.")
+            raise unknown("sampler", self.name, SAMPLER_NAMES)
         if self.spacing not in SPACINGS:
-            raise GaqError(f"Unknown spacing {self.spacing!r}. Choose one of {sorted(SPACINGS)}.")
+            raise unknown("spacing", self.spacing, sorted(SPACINGS))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise GaqError(f"The number of sampling steps must be a whole number from 1 up, not {self.steps!r}.")
         if isinstance(self.eta, bool) or not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
@@ -165,9 +165,9 @@ class SamplerSpec:
             GaqError: If a field is unknown or its value is outside its range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise GaqError(f"Unknown sampler fields {unknown}. Known fields: {known}.")
+        extra = sorted(set(fields) - set(known))
+        if extra:
+            raise GaqError(f"Unknown sampler fields {extra}. Known fields: {known}.")
         return cls(**fields)
 
 
@@ -185,7 +185,9 @@ def timesteps(spec: SamplerSpec, num_train: int) -> torch.Tensor:
         GaqError: If there are more sampling steps than training timesteps.
     """
     if spec.steps > num_train:
-        raise GaqError(f"{spec.steps} sampling steps were asked for, but the model has only {num_train} timesteps.")
+        raise GaqError(
+            f"{spec.steps} sampling steps are more than the {num_train} timesteps of the model: choose fewer --steps."
+        )
     return SPACINGS[spec.spacing](spec.steps, num_train).flip(0)
 
 

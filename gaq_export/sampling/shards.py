@@ -3,8 +3,8 @@
     OUT/samples.json               the request: engine, sampler, seeds, images a shard
     OUT/shard-000000.safetensors   images (N, C, H, W) uint8, seeds (N,) int64
 
-A shard is written whole or not at all. Which images are in it, and the arithmetic of each, depend on what was asked for
-and on nothing else; so a drawing that was killed and continued has the same bytes as one that was not.
+A shard is written whole or not at all. Which images are in it, and the arithmetic of each, depend on the request alone;
+so a run that was killed and continued has the same bytes as one that was not.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ RECORD = "samples.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What is to be drawn.
+    """Which images to draw, and into which files.
 
     Attributes:
         num: images in all; image i has seed `seed + i`.
@@ -64,7 +64,7 @@ class Order:
 
 
 def claim(out: Path, order: Order) -> None:
-    """Write down what was asked for, or find that it is the same; raise GaqError if `out` holds other images."""
+    """Write the request down, or check that it is the one written there; raise GaqError if `out` holds other images."""
     path, record = out / RECORD, json.loads(json.dumps(order.to_json()))
     if not path.exists():
         write_atomically(path, json.dumps(record, indent=1).encode())
@@ -78,7 +78,7 @@ def claim(out: Path, order: Order) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what was asked for in a folder; raise GaqError if it has no such record."""
+    """Return the request that a folder was drawn for; raise GaqError if it has no such record."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Who draws shards: this process, several on this machine, or actors on a Ray cluster; the same images whoever it is.
 
-Every worker has an engine of its own, on a CPU with one thread, and draws batches of one size. So an image's arithmetic
-does not depend on how many workers there are. (It does on the processor: runtimes choose their kernels by it.)
+Every worker opens the engine for itself, on a CPU with one thread, and draws batches of one size. So an image's
+arithmetic does not depend on the number of workers. (It does on the processor, by which runtimes choose kernels.)
 """
 
 import logging

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.gaq_export.test_conditions import SPEC, made
 
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
@@ -32,6 +31,7 @@ from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.report import report, report_page
 from gaq_export.run import Run
 from gaq_export.sampling import prompts
+from tests.gaq_export.diffusion.test_conditioning import SPEC, made
 
 CONDITIONING = class_conditioning((0, 4, 7), unconditional=10, guidance=3.0)
 

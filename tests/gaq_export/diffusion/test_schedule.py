@@ -70,7 +70,7 @@ def test_quad_spacing_keeps_the_repeats_of_the_published_protocol() -> None:
 
 
 def test_more_steps_than_timesteps_are_refused() -> None:
-    with pytest.raises(GaqError, match="101 sampling steps were asked for, but the model has only 100"):
+    with pytest.raises(GaqError, match="101 sampling steps are more than the 100 timesteps"):
         timesteps(SamplerSpec(steps=101), 100)
 
 
