@@ -67,7 +67,7 @@ def test_an_image_is_told_by_its_seed() -> None:
     guided = class_conditioning((3, 5, 8), unconditional=10, guidance=3.0)
     assert guided.of((7, 2))["class_labels"].tolist() == [10, 10, 5, 8]
     assert len({conditioning.sha256, guided.sha256, class_conditioning((3, 8, 5)).sha256}) == 3
-    with pytest.raises(GaqError, match=r"Guidance of 2 needs what stands for nothing, for each of \['class_labels'\]"):
+    with pytest.raises(GaqError, match=r"Guidance of 2 needs the unconditional condition for each of \['class_labels'\]"):
         class_conditioning((1,), guidance=2.0)
     with pytest.raises(GaqError, match=r"a row of everything for each of 2 names; found \{'class_labels': 3\}"):
         Conditioning(names=("a", "b"), rows={"class_labels": torch.zeros(3)}, unconditional={})
