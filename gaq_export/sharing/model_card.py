@@ -25,7 +25,7 @@ WHAT = {  # files of a pack by how their names begin
     "vqvae/": "its decoder of latents, float",
     "text_encoder": "its reader of prompts, float",
     "tokenizer": "its reader of prompts, float",
-    "told-": "the texts that it was calibrated with, as the network is told them",
+    "conditioning-": "the prompts that it was calibrated with, as the network takes them",
     "evaluation.json": "the figures below, with all that they depend on",
 }
 

@@ -1,4 +1,4 @@
-"""What is measured of a network that is told what to draw: with its guidance, by every command."""
+"""Every command measures a conditioned model with its conditioning and its guidance."""
 
 import shutil
 from dataclasses import replace
@@ -43,7 +43,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def run(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("told") / "run"
+    folder = tmp_path_factory.mktemp("conditioned") / "run"
     pipeline.calibrate(model, pipeline.preset("tiny"), folder=folder)
     return folder
 
@@ -59,7 +59,7 @@ def built(run: Path, model: LoadedModel) -> EngineFile:
     return pipeline.build_engine(folder=run, out=run / "unet.plan", config=config, model=model).file
 
 
-def test_the_bundled_model_draws_the_digits_that_it_is_told_quantized_too(tmp_path: Path) -> None:
+def test_the_bundled_model_draws_the_digits_of_its_classes_quantized_too(tmp_path: Path) -> None:
     model, spec = prompts.condition_model(load_model("ddpm-mnist-labels")), SamplerSpec(name="ddim-clipped", steps=10)
     assert model.conditioning is not None
     assert (len(model.conditioning.names), model.conditioning.guidance) == (10, 3.0)
@@ -88,7 +88,7 @@ def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: Loaded
     assert "0, 4, 7" in page
 
 
-def test_a_report_has_pictures_of_what_they_were_told(run: Path, built: EngineFile, model: LoadedModel) -> None:
+def test_a_report_captions_pictures_with_their_condition(run: Path, built: EngineFile, model: LoadedModel) -> None:
     found = report.measure(run, run / "report.html", engine=built.path, images=4, rounds=1, model=model)
     assert float(yardstick.psnr(found.drawn.quantized, found.drawn.exact).min()) > 10
     assert min(found.drawn.steps["float trajectory"]) > 5
@@ -124,7 +124,9 @@ def test_steps_take_the_bits_that_the_guided_noise_needs(model: LoadedModel, tmp
     assert other.step_bits.measured_db != plan.step_bits.measured_db
 
 
-def test_evaluate_judges_engines_that_are_told_the_same(built: EngineFile, model: LoadedModel, tmp_path: Path) -> None:
+def test_evaluate_compares_engines_of_the_same_conditioning(
+    built: EngineFile, model: LoadedModel, tmp_path: Path
+) -> None:
     other = tmp_path / "other.plan"
     shutil.copy(built.path, other)
     record = record_path(built.path).read_text()
@@ -135,7 +137,7 @@ def test_evaluate_judges_engines_that_are_told_the_same(built: EngineFile, model
         evaluate.evaluate_engines([built.path, other], find_extractor("digits"), drawing, model=model)
 
 
-def test_a_comparison_draws_what_it_was_told(plan: QuantPlan, model: LoadedModel, tmp_path: Path) -> None:
+def test_a_comparison_draws_with_the_models_conditioning(plan: QuantPlan, model: LoadedModel, tmp_path: Path) -> None:
     y = Yardstick(model=model, folder=tmp_path, images=3)
     yardstick.prepare(y)
     assert max(yardstick.noise_errors(y, model.network)) < 1e-6

@@ -1,4 +1,4 @@
-"""What images are told: the same whoever draws them, guidance as published, and the same in every engine."""
+"""Conditioning: the same whoever draws, guidance as published, and the same in every engine."""
 
 import json
 import shutil
@@ -60,20 +60,22 @@ def texts(guidance: float) -> Conditioning:
     )
 
 
-def test_an_image_is_told_by_its_seed() -> None:
+def test_an_images_condition_depends_on_its_seed() -> None:
     conditioning = class_conditioning((3, 5, 8))
     assert conditioning.of((0, 1, 2, 3))["class_labels"].tolist() == [3, 5, 8, 3]
     assert conditioning.name_of(4) == "5"
     guided = class_conditioning((3, 5, 8), unconditional=10, guidance=3.0)
     assert guided.of((7, 2))["class_labels"].tolist() == [10, 10, 5, 8]
     assert len({conditioning.sha256, guided.sha256, class_conditioning((3, 8, 5)).sha256}) == 3
-    with pytest.raises(GaqError, match=r"Guidance of 2 needs the unconditional condition for each of \['class_labels'\]"):
+    with pytest.raises(
+        GaqError, match=r"Guidance of 2 needs the unconditional condition for each of \[.class_labels.\]"
+    ):
         class_conditioning((1,), guidance=2.0)
-    with pytest.raises(GaqError, match=r"a row of everything for each of 2 names; found \{'class_labels': 3\}"):
+    with pytest.raises(GaqError, match=r"a row of every input for each of 2 names; found \{'class_labels': 3\}"):
         Conditioning(names=("a", "b"), rows={"class_labels": torch.zeros(3)}, unconditional={})
 
 
-def test_guidance_leads_away_from_nothing() -> None:
+def test_guidance_leads_away_from_the_unconditional_noise() -> None:
     model = made("classes", None)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([40, 40])
     conditioning = class_conditioning((1, 2), unconditional=10, guidance=2.5)
@@ -106,7 +108,9 @@ def test_the_calibration_set_is_what_the_network_is_called_with(guidance: float,
 @pytest.mark.parametrize(
     ("kind", "backend"), [("classes", "onnxruntime"), ("text", "openvino"), ("transformer", "openvino")]
 )
-def test_engines_are_told_too(kind: str, backend: str, exported: Callable[..., ir.Model], tmp_path: Path) -> None:
+def test_engines_take_the_condition_too(
+    kind: str, backend: str, exported: Callable[..., ir.Model], tmp_path: Path
+) -> None:
     conditioning = texts(3.0) if kind == "text" else class_conditioning((0, 4, 7), unconditional=9, guidance=3.0)
     model = made(kind, conditioning)
     data = collect(model, SPEC, images=4)
@@ -184,7 +188,7 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(
     )
 
 
-def test_a_model_that_is_told_goes_all_the_way(tmp_path: Path) -> None:
+def test_a_conditioned_model_goes_all_the_way(tmp_path: Path) -> None:
     conditioning = class_conditioning((0, 4, 7), unconditional=10, guidance=3.0)
     model, run = made("classes", conditioning), tmp_path / "run"
     pipeline.calibrate(model, pipeline.preset("tiny"), folder=run)

@@ -181,7 +181,7 @@ def test_a_latent_pipeline_decodes_what_our_sampler_draws(
 
 @pytest.fixture(scope="module")
 def text_model() -> LoadedModel:
-    """A tiny network that is told a text, on latents of 4x8x8."""
+    """A tiny network that takes a prompt, on latents of 4x8x8."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,

@@ -1,4 +1,4 @@
-"""The options for what to draw: read as they are meant, refused where a network is told something else, and obeyed."""
+"""The options for what to draw: read as they are meant, refused where the network does not take them, and obeyed."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tests.gaq_export.models.test_architectures import SMALL
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory, write_tiny_folder) -> Path:
-    """A folder with a U-Net that is told one of ten classes, or nothing."""
+    """A folder with a U-Net of ten classes and an unconditional one."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     return write_tiny_folder(UNet2DModel(**SMALL, **blocks, num_class_embeds=11), tmp_path_factory.mktemp("home") / "d")
@@ -32,7 +32,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, write_tiny_folder) -> Pat
 
 @pytest.fixture(scope="module")
 def engine(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine of steps with guidance 3, told 0, 4 and 7."""
+    """An engine of steps with guidance 3, on classes 0, 4 and 7."""
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("engine") / "unet.plan"
     words = (
         "--weights",
@@ -62,7 +62,7 @@ def of(name: str) -> LoadedModel:
     return random_model(reduced(MODELS[name]))
 
 
-def test_a_model_of_classes_is_told_all_of_them_with_the_guidance_of_the_table(labelled: Path) -> None:
+def test_a_model_of_classes_gets_all_of_them_with_the_guidance_of_the_table(labelled: Path) -> None:
     for name, scale in (("imagenet-ldm", 3.0), ("dit-xl-2-256", 1.5)):
         conditioning = condition_model(of(name)).conditioning
         assert conditioning is not None
@@ -87,7 +87,9 @@ def test_a_model_of_classes_is_told_all_of_them_with_the_guidance_of_the_table(l
     assert (guided.names[-1], guided.guidance, int(guided.unconditional[LABELS])) == ("9", 2.0, 10)
 
 
-def test_what_a_network_is_not_told_is_refused(labelled: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
+def test_a_condition_that_the_network_does_not_take_is_refused(
+    labelled: Path, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     assert condition_model(tiny_model) is tiny_model
@@ -116,7 +118,7 @@ def test_what_a_network_is_not_told_is_refused(labelled: Path, tiny_model: Loade
         ConditioningRequest(guidance=float("nan"))
 
 
-def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_path: Path) -> None:
+def test_samples_record_their_condition_and_obey_the_options(engine: Path, tmp_path: Path) -> None:
     first = gaq("sample", "--engine", engine, "-n", 4, "--out", tmp_path / "own", "-q", "--compare")
     assert first.exit_code == 0, first.output
     names = sorted(path.name for path in (tmp_path / "own").glob("0*[0-9].png"))
@@ -147,7 +149,7 @@ def test_samples_say_what_they_were_told_and_obey_the_options(engine: Path, tmp_
 GUIDED = {"class_labels", "unconditional_class_labels", "guidance"}
 
 
-def test_an_engine_refuses_what_it_cannot_be_told(engine: Path, tmp_path: Path) -> None:
+def test_an_engine_refuses_a_condition_it_does_not_take(engine: Path, tmp_path: Path) -> None:
     words = ("sample", "--engine", engine, "-n", 1, "--out", tmp_path / "samples")
     assert "numbers of 0 to 9" in refused(tmp_path, *words, "--classes", "10")
     prompts = tmp_path / "prompts.txt"

@@ -114,7 +114,9 @@ def test_a_worker_that_dies_is_one_line_and_costs_nothing_already_drawn(
     assert content(tmp_path) == content(alone)
 
 
-def test_wrong_wishes_are_refused(tiny_step_engine: EngineFile, alone: Path, tmp_path: Path) -> None:
+def test_numbers_below_one_and_other_batches_are_refused(
+    tiny_step_engine: EngineFile, alone: Path, tmp_path: Path
+) -> None:
     with pytest.raises(GaqError, match="Found 0 workers; ask for 1 or more"):
         draw(tiny_step_engine, tmp_path, workers=0)
     with pytest.raises(GaqError, match="Found 99 images at a time; this engine takes 1 to 16"):
