@@ -71,10 +71,10 @@ def _tfmq(layers: tuple[Layer, ...]) -> dict[str, str]:
     if first_embedding:
         reasons[first_embedding] = "first time-embedding layer (TFMQ-DM)"
     for layer in layers:
-        if any(word in layer.name for word in ("shortcut", "skip")):
-            reasons[layer.name] = "shortcut (TFMQ-DM)"
-        elif "downsample" in layer.name:
-            reasons[layer.name] = "down-sampling (TFMQ-DM)"
+        if layer.shortcut:
+            reasons.setdefault(layer.name, "shortcut (TFMQ-DM)")
+        elif layer.downsampling:
+            reasons.setdefault(layer.name, "down-sampling (TFMQ-DM)")
     return reasons
 
 

@@ -8,7 +8,7 @@ directly).
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from calib.attention import AttentionIntercept, is_plain
 from calib.data import NO_CONDITION, example_inputs
 from calib.errors import CalibError
+from calib.shortcuts import follow
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
 OTHER_WEIGHTED: tuple[type[nn.Module], ...] = (
@@ -45,9 +46,17 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A weighted layer in call order; `by_step` is True where the timestep alone decides its input.
+    """A weighted layer, in call order.
 
-    `depends_on_x` is False where that, or what the network is told, decides.
+    Attributes:
+        name: of its module.
+        kind: its class.
+        quantizable: whether there is a quantized form of that class here.
+        calls: how often its own `forward` runs in one pass of the network.
+        depends_on_x: whether its input changes with the image; False where timestep or conditioning alone decide it.
+        by_step: whether its input is decided by the timestep alone.
+        shortcut: whether it leads around a block (`calib.shortcuts`).
+        downsampling: whether it is a convolution of stride 2 or more.
     """
 
     name: str
@@ -56,6 +65,8 @@ class Layer:
     calls: int
     depends_on_x: bool
     by_step: bool
+    shortcut: bool = False
+    downsampling: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +100,18 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mappin
     rows, other_rows = (
         [{name: _probe(value, k, generator) for name, value in one.items()} for one in condition] for k in range(2)
     )
-    first, attentions = _calls(model, (x, t, *rows))
+    with follow(model, x) as flow:
+        first, attentions = _calls(model, (x, t, *rows))
     by_x = _calls(model, (other_x, t, *rows))[0]
     by_cond = _calls(model, (x, t, *other_rows))[0] if condition else first
-    layers = []
+    layers, shortcuts = [], flow.shortcuts()
     modules = dict(model.named_modules())
     for name, call in first.items():
         if isinstance(modules[name], QUANTIZABLE + OTHER_WEIGHTED):
             moved = call.digest != by_x[name].digest
             still = not moved and call.digest == by_cond[name].digest
-            layers.append(_layer(name, modules[name], call.count, depends_on_x=moved, by_step=still))
+            layer = _layer(name, modules[name], call.count, depends_on_x=moved, by_step=still)
+            layers.append(replace(layer, shortcut=name in shortcuts))
     for name, module in modules.items():  # never called by their own forward
         if isinstance(module, QUANTIZABLE) and name not in first:
             layers.append(_layer(name, module, 0, depends_on_x=True, by_step=False))
@@ -111,9 +124,15 @@ def _probe(like: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def _layer(name: str, module: nn.Module, calls: int, *, depends_on_x: bool, by_step: bool) -> Layer:
-    able = isinstance(module, QUANTIZABLE)
-    kind = type(module).__name__
-    return Layer(name=name, kind=kind, quantizable=able, calls=calls, depends_on_x=depends_on_x, by_step=by_step)
+    return Layer(
+        name=name,
+        kind=type(module).__name__,
+        quantizable=isinstance(module, QUANTIZABLE),
+        calls=calls,
+        depends_on_x=depends_on_x,
+        by_step=by_step,
+        downsampling=any(stride > 1 for stride in getattr(module, "stride", ())),
+    )
 
 
 def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], dict[str, bool]]:

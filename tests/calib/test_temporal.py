@@ -169,14 +169,14 @@ def test_it_comes_first_and_a_killed_calibration_continues_to_the_same_bytes(mak
 
     seen: list[Progress] = []
     undisturbed = saved(quantize(seen.append))
-    assert [p.name for p in seen if p.result is not None] == [NAME, "down", "gate", "mlp"]
+    assert [p.name for p in seen if p.result is not None] == [NAME, "gate", "mlp"]  # `down` has a stride: float
     fractions = [p.fraction for p in seen]
     assert fractions == sorted(fractions)
     with pytest.raises(Stop):
         quantize(kill, folder=tmp_path / "blocks")
     seen.clear()
     assert saved(quantize(seen.append, folder=tmp_path / "blocks")) == undisturbed
-    assert [p.resumed for p in seen if p.result is not None] == [True, False, False, False]
+    assert [p.resumed for p in seen if p.result is not None] == [True, False, False]
 
 
 def test_a_network_that_torch_cannot_export_is_refused_in_one_line(make_foreign, capfd) -> None:
