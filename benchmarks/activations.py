@@ -1,4 +1,4 @@
-"""What do activation grids of each step's own, and grids that lie where the values do, win and cost?
+"""What do activation grids per step, and grids that follow the range of the values, gain and cost?
 
     python benchmarks/activations.py --folder bench-activations --out docs/results/activations-ddpm-mnist.md
 
@@ -60,7 +60,7 @@ def main(
     bits = [int(width) for width in widths.split(",")]
     made = preset(schedule)
     data = collect(loaded, loaded.spec.sampler, images=made.images, folder=folder / "calibration")
-    held = held_out(loaded, images)
+    samples = held_out(loaded, images)
     measured: dict[str, list[float]] = {}
     loops: dict[str, Callable[[], object]] = {}
     layers: dict[str, str] = {}
@@ -70,8 +70,8 @@ def main(
             activation = replace(made.config.activation, bits=width, per_step=per_step, symmetric=symmetric)
             config = replace(made.config, activation=activation)
             plans[width] = learn(loaded, data, config, folder)
-        measured[name] = [_mean_sqnr(loaded, plan, held) for plan in plans.values()]
-        measured[name].append(_mean_sqnr(loaded, plans[bits[0]], held, float8=True))
+        measured[name] = [_mean_sqnr(loaded, plan, samples) for plan in plans.values()]
+        measured[name].append(_mean_sqnr(loaded, plans[bits[0]], samples, float8=True))
         moved = sum(any(layer.input.zero) for layer in plans[bits[0]].layers.values())
         layers[name] = f"{moved} of {len(plans[bits[0]].layers)}"
         loops[name] = _loop(loaded, _engine(loaded, plans[bits[0]], folder / f"form-{len(loops)}", batch), batch)
@@ -118,11 +118,11 @@ def held_out(model: LoadedModel, images: int) -> list[tuple[Tensor, Tensor, Tens
 
 
 def _mean_sqnr(
-    model: LoadedModel, plan: QuantPlan, held: list[tuple[Tensor, Tensor, Tensor]], *, float8: bool = False
+    model: LoadedModel, plan: QuantPlan, samples: list[tuple[Tensor, Tensor, Tensor]], *, float8: bool = False
 ) -> float:
     fake = fake_quantized(model.network, plan, float8=float8)
     with torch.no_grad():
-        return statistics.fmean(sqnr_db(expected, fake(x, t)) for x, t, expected in held)
+        return statistics.fmean(sqnr_db(expected, fake(x, t)) for x, t, expected in samples)
 
 
 def _engine(model: LoadedModel, plan: QuantPlan, folder: Path, batch: int) -> EngineFile:

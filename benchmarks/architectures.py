@@ -1,12 +1,13 @@
-"""Does every architecture go all the way: calibrated, exported, run by OpenVINO, built by TensorRT-RTX?
+"""Does every architecture work from end to end: calibrated, exported, run by OpenVINO, built by TensorRT-RTX?
 
     python benchmarks/architectures.py --out docs/results/architectures.md
 
-Each has random weights and a small width, and otherwise its own blocks, levels, inputs, guidance and noise schedule.
-Training starts with residual branches that add nothing; here they add a tenth of what other random weights would, since
-a value on the edge of a code must not decide about all others. What it is told is random too: rows of noise for texts.
+Each has random weights and a small width, and otherwise its real blocks, levels, inputs, guidance and noise schedule.
+Untrained residual branches end in zeros; here they get a tenth of the usual random weights, because in a network of
+identities a single value on the edge of a code would decide about all others. Conditioning is random too: noise for
+texts.
 OpenVINO runs the network alone, TensorRT-RTX builds whole denoising steps with guidance inside. Results gather in the
-folder, and what is there is not done again.
+folder, and finished ones are not measured again.
 """
 
 import json
@@ -48,13 +49,13 @@ NAMES = (
     "ddpm-mnist-labels",
 )
 ENDS, SHARE = ("conv2", "to_out.0", "net.2", "proj_out"), 0.1  # last layers of residual branches, and what they keep
-COLUMNS = ("model", "network", "told", "blocks", "quantized", "float", "OpenVINO, dB", "RTX, INT8 of quantized")
+COLUMNS = ("model", "network", "conditioning", "blocks", "quantized", "float", "OpenVINO, dB", "RTX, INT8 of quantized")
 
 
 def conditioning(model: LoadedModel) -> Conditioning | None:
-    """Return what to draw: the first classes, with the last as nothing, or noise in place of texts."""
+    """Return the conditioning: the first classes, with the last as unconditional, or noise in place of texts."""
     config = model.spec.config
-    if LABELS in model.condition_inputs:  # diffusion transformers do not count nothing among their classes
+    if LABELS in model.condition_inputs:  # diffusion transformers do not count the unconditional one
         count = config.get("num_class_embeds") or config.get("classes") or config["num_embeds_ada_norm"] + 1
         return class_conditioning(range(TEXTS), unconditional=count - 1, guidance=model.spec.guidance)
     if not model.condition_inputs:
@@ -84,9 +85,9 @@ def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     model = started(replace(spec, sampler=replace(spec.sampler, steps=STEPS)))
     model = replace(model, conditioning=conditioning(model))
     plan = pipeline.calibrate(model, pipeline.preset("tiny", CalibrationOptions(per_step=True)), folder=folder / "run")
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "network": f"{type(model.module).__name__}, {sum(p.numel() for p in model.module.parameters()) / 1e6:.2f} M",
-        "told": sorted(model.condition_inputs),
+        "conditioning": sorted(model.condition_inputs),
         "guidance": model.conditioning.guidance if model.conditioning else 1.0,
         "blocks": sum(block.loss_before is not None for block in plan.blocks),
         "quantized": len(plan.layers),
@@ -97,22 +98,23 @@ def measure(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         built = pipeline.build_engine(folder=folder / "run", out=out, config=config, graph=graph, model=model)
         inside = Counter(kernel.precision for kernel in built.file.audit.kernels)
         pairs = zip(built.parity.sqnr_db, built.parity.resolution_db, strict=True) if built.parity else []
-        found[backend] = {"parity": min(pairs, default=None), "kernels": dict(inside)}
-    return found
+        result[backend] = {"parity": min(pairs, default=None), "kernels": dict(inside)}
+    return result
 
 
-def line(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+def line(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     """Return a row of the table."""
-    rest = sum(found["float"].values())
+    rest = sum(result["float"].values())
     return (
         name,
-        found["network"],
-        ", ".join(found["told"]) + (f", guidance {found['guidance']:g}" if found["told"] else "") or "nothing",
-        str(found["blocks"]),
-        str(found["quantized"]),
+        result["network"],
+        ", ".join(result["conditioning"]) + (f", guidance {result['guidance']:g}" if result["conditioning"] else "")
+        or "none",
+        str(result["blocks"]),
+        str(result["quantized"]),
         str(rest),
-        "{:.1f} ({:.1f})".format(*found["openvino"]["parity"]),
-        f"{found['tensorrt-rtx']['kernels'].get('int8', 0)} of {found['quantized']}",
+        "{:.1f} ({:.1f})".format(*result["openvino"]["parity"]),
+        f"{result['tensorrt-rtx']['kernels'].get('int8', 0)} of {result['quantized']}",
     )
 
 
@@ -126,20 +128,20 @@ def main(
     chosen = NAMES if only is None else only.split(",")
     with one_line_errors():
         for name in NAMES:
-            kept = folder / name / "result.json"
-            if name in chosen and not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(measure(reduced(MODELS[name]), kept.parent)), encoding="utf-8")
-            if kept.exists():
-                results[name] = json.loads(kept.read_text(encoding="utf-8"))
+            path = folder / name / "result.json"
+            if name in chosen and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(measure(reduced(MODELS[name]), path.parent)), encoding="utf-8")
+            if path.exists():
+                results[name] = json.loads(path.read_text(encoding="utf-8"))
         write_markdown(page(results), out)
 
 
 def page(results: dict[str, dict[str, Any]]) -> list[str]:
     """Return the lines of the page."""
     reasons: Counter[str] = Counter()
-    for found in results.values():
-        reasons.update(found["float"])
+    for result in results.values():
+        reasons.update(result["float"])
     missing = [name for name in NAMES if name not in results]
     made_with = ", ".join(f"{name} {number}" for name, number in versions(RUNTIMES).items())
     return [
@@ -154,7 +156,7 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
         "built, an engine of whole steps with guidance inside, on a machine without a GPU: its own layer list says",
         "what multiplies INT8 by INT8. ldm-bedrooms is the network of ldm-celebahq-256.",
         "",
-        *markdown_table(COLUMNS, [line(name, found) for name, found in results.items()]),
+        *markdown_table(COLUMNS, [line(name, result) for name, result in results.items()]),
         "",
         *([f"Not run yet: {', '.join(missing)}; the same command does these.", ""] if missing else []),
         "What stays float, over all of them:",

@@ -49,8 +49,8 @@ def main(
     loaded = load_model(model, weights)
     uniform = Run(folder=folder / "uniform")
     layers = list(calibrate(loaded, preset("tiny"), folder=uniform.folder).layers)
-    kept = folder / "times.json"
-    times = step_times(loaded, loaded.network, layers, MixedConfig().choices, kept)
+    measured = folder / "times.json"
+    times = step_times(loaded, loaded.network, layers, MixedConfig().choices, measured)
     low, high = min(times.values()), times[FLOAT_BITS]
     loops = {"4 bits": _step(loaded, uniform), "float": _float_step(loaded, folder)}
     plans = dict[str, QuantPlan]()
@@ -58,19 +58,21 @@ def main(
         budget = f"{low + share * (high - low):.1f}ms"
         run = Run(folder=folder / budget)
         run.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(kept, run.times)  # one measurement for all budgets
+        shutil.copy(measured, run.times)  # one measurement for all budgets
         plans[budget] = calibrate(loaded, preset("tiny", CalibrationOptions(budget=budget)), folder=run.folder)
         loops[budget] = _step(loaded, run)
     seconds = take_turns(loops, rounds)
     rows = [
         (budget, f"{1000 * statistics.median(seconds[budget]):.1f}", *_shares(plan)) for budget, plan in plans.items()
     ]
-    said = ", ".join(f"{'float' if bits == FLOAT_BITS else f'{bits} bits'} {ms:.1f} ms" for bits, ms in times.items())
+    uniform_times = ", ".join(
+        f"{'float' if bits == FLOAT_BITS else f'{bits} bits'} {ms:.1f} ms" for bits, ms in times.items()
+    )
     head = ("budget", "measured, median ms", "layers of 4 bits", "of 8", "float")
     now = ", ".join(f"{name} {1000 * statistics.median(seconds[name]):.1f} ms" for name in ("4 bits", "float"))
     title = (
-        f"{model}, a step of {BATCH} images, {machine()}; with all layers at one width, as the budget knows it: "
-        f"{said}; in the same rounds as the table: {now}."
+        f"{model}, a step of {BATCH} images, {machine()}; with all layers at one width, as the budget was measured: "
+        f"{uniform_times}; in the same rounds as the table: {now}."
     )
     lines = ["# Budgets of milliseconds", "", f"    {command_line()}", "", title, "", *markdown_table(head, rows)]
     write_markdown(lines, out)
@@ -96,9 +98,9 @@ def _once(model: LoadedModel, file: EngineFile) -> Callable[[], Any]:
 
 
 def _shares(plan: QuantPlan) -> tuple[str, ...]:
-    held = Counter(layer.weight_bits for layer in plan.layers.values())
+    counts = Counter(layer.weight_bits for layer in plan.layers.values())
     chosen = sum("budget" in reason for reason in plan.float_layers.values())
-    return f"{held[4]}", f"{held[8]}", f"{chosen}"
+    return f"{counts[4]}", f"{counts[8]}", f"{chosen}"
 
 
 if __name__ == "__main__":

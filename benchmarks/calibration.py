@@ -3,7 +3,7 @@ r"""What is each calibration ingredient worth? One row each: from plain rounding
     python benchmarks/calibration.py --model ddpm-mnist --data mnist_70k.npz --folder bench-calibration \
         --out docs/results/calibration-ddpm-mnist.md
 
-Every row is calibrated at every seed and weight width and judged on the same images
+Every row is calibrated at every seed and weight width and evaluated on the same images
 (`gaq_export/comparison/yardstick.py`); results gather in the folder, where the same command continues after an
 interruption. `--report-only` writes the page from what is there.
 """
@@ -114,7 +114,7 @@ def _round_to_nearest(config: QuantConfig) -> QuantConfig:
 
 def write_page(comparison: Comparison, out: Path) -> None:
     """Write the page and its figure from the cells there are."""
-    found = {pair: table_at(comparison, *pair) for pair in comparison.bits}
+    scores = {pair: table_at(comparison, *pair) for pair in comparison.bits}
     shown = columns(comparison)
     lines = [
         f"# What each calibration ingredient is worth, {comparison.model.spec.name}",
@@ -125,8 +125,8 @@ def write_page(comparison: Comparison, out: Path) -> None:
     lines += [*tables.how_measured(comparison, shown), "", "Rows:", ""]
     lines += [f"- `{row}`: {MEANING[row]}." for row in comparison.rows]
     lines += ["", verdicts.caution(len(comparison.seeds))]
-    main_bits = MAIN if MAIN in found else comparison.bits[0]
-    for (w, a), table in found.items():
+    main_bits = MAIN if MAIN in scores else comparison.bits[0]
+    for (w, a), table in scores.items():
         setting = f"W{w}A{a}"
         lines += [
             "",

@@ -5,8 +5,8 @@
 Sample weights can only shift attention between samples. So the sampling steps are cut into the five groups that GAC
 compares, the network is calibrated five times, each time with the samples of one group alone (as many samples, the
 same number of iterations, uniform weights), and each of the five is measured on its own group's steps. The set of five
-is no network that a weighting could give; it marks what a single network's weighting cannot be expected to reach.
-The last column is the other ceiling: weights of 8 bits, in which there is next to nothing left to gain.
+is no network that a weighting could produce; it marks what the weighting of a single network cannot reach.
+The last column is the other ceiling: weights of 8 bits, which leave almost nothing to gain.
 """
 
 import math
@@ -47,13 +47,13 @@ def main(
     jobs = [(4, None), (8, None), *((4, k) for k in range(GROUPS))]
     calibration_set(load_model(model), preset("fast"), seed, folder)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(partial(_errors, model, folder, seed), *zip(*jobs, strict=True)))
-    whole, eight, own = found[0], found[1], found[2:]
+        errors = list(pool.map(partial(_errors, model, folder, seed), *zip(*jobs, strict=True)))
+    whole, eight, groups = errors[0], errors[1], errors[2:]
     size = len(whole[0]) // GROUPS
     rows, gains = [], []
     for k in range(GROUPS):
         at = slice(k * size, (k + 1) * size)
-        gains.append([_gain(whole[a][at], other[a][at]) for other, a in ((own[k], 0), (own[k], 1), (eight, 1))])
+        gains.append([_gain(whole[a][at], other[a][at]) for other, a in ((groups[k], 0), (groups[k], 1), (eight, 1))])
         rows.append((f"{at.start} to {at.stop - 1}", *_shown(gains[-1])))
     rows.append(("mean", *_shown([sum(column) / GROUPS for column in zip(*gains, strict=True)])))
     head = [

@@ -1,4 +1,4 @@
-"""What do corrections of the predicted noise win, without and with noise of the sampler's own?
+"""What do corrections of the predicted noise gain, with samplers that add noise and with one that does not?
 
     python benchmarks/corrections.py --folder bench-corrections --out docs/results/corrections-ddpm-mnist.md
 
@@ -81,25 +81,25 @@ def _measured(
     with torch.no_grad():
         noise = [(model.network(x, t), quantized(x, t)) for x, t in seen]
     for rule in CorrectionRule:
-        found = None
+        correction = None
         if rule != "none":
             chosen = replace(config, correction=replace(config.correction, rule=rule, images=calibrating))
-            found = noise_correction.measure(model, quantized, spec, data, chosen)
-        drawn = loop.run(quantized, seeds, replace(model.sampling(spec), correction=found))
+            correction = noise_correction.measure(model, quantized, spec, data, chosen)
+        drawn = loop.run(quantized, seeds, replace(model.sampling(spec), correction=correction))
         near = sorted(psnr(exact, drawn).tolist())
         yield (
             rule,
-            f"{statistics.fmean(_sqnr(noise, found)):.2f}",
-            "-" if found is None else f"{statistics.median(found.explained):.2f}",
+            f"{statistics.fmean(_sqnr(noise, correction)):.2f}",
+            "-" if correction is None else f"{statistics.median(correction.explained):.2f}",
             f"{statistics.median(near):.2f}",
             f"{near[0]:.2f}",
         )
 
 
-def _sqnr(noise: list[tuple[Tensor, Tensor]], found: Correction | None) -> Iterator[float]:
+def _sqnr(noise: list[tuple[Tensor, Tensor]], correction: Correction | None) -> Iterator[float]:
     for step, (expected, given) in enumerate(noise):
-        if found is not None:
-            gain, bias = (torch.tensor(rows[step]).reshape(1, -1, 1, 1) for rows in (found.gain, found.bias))
+        if correction is not None:
+            gain, bias = (torch.tensor(rows[step]).reshape(1, -1, 1, 1) for rows in (correction.gain, correction.bias))
             given = gain * (given - bias)
         yield sqnr_db(expected, given)
 

@@ -1,8 +1,8 @@
-"""Build, check and time every engine that an NVIDIA GPU can run, and say which could not be had.
+"""Build, check and time every engine that an NVIDIA GPU can run, and say which could not be built.
 
     make gpu-check
 
-Each engine has a process of its own, since TensorRT and TensorRT-RTX do not share one, and a crash is a finding too.
+Each engine has its process, since TensorRT and TensorRT-RTX cannot share one, and a crash is a result too.
 """
 
 import json
@@ -63,7 +63,7 @@ def main(
         kinds = [f"{b}/{compute}" for b in GPU_BACKENDS for compute in engines.BACKENDS[b].computes]
         arguments = ["--model", model, "--steps", str(steps), "--batch", str(batch), "--run", str(folder)]
         arguments += ["--weights", weights] if weights else []
-        found = {kind: _in_a_process(kind, arguments) for kind in kinds}
+        results = {kind: _in_a_process(kind, arguments) for kind in kinds}
     versions = ", ".join(f"{package} {v}" for package, v in inspect_machine().packages.items() if v)
     lines = [
         f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_bytes / 2**30:.0f} GiB, driver for CUDA "
@@ -71,13 +71,13 @@ def main(
         "",
         f"{model} W4A8, {steps} DDIM steps, batch {batch}, medians of {ROUNDS} loops.",
         "",
-        *page(found, _pytorch(loaded, spec, batch), batch),
+        *page(results, _pytorch(loaded, spec, batch), batch),
     ]
     write_markdown(lines, out or Path("docs/results") / f"gpu-{gpu.name.lower().replace(' ', '-')}.md")
 
 
 def _in_a_process(kind: str, arguments: list[str]) -> dict[str, Any]:
-    """Return what `examine` found, or under "failed" why there is nothing."""
+    """Return the result of `examine`, or the reason for a failure under "failed"."""
     rtx = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"} if kind.startswith("tensorrt-rtx") else {}
     child = subprocess.run(
         [sys.executable, __file__, "--one", kind, *arguments],
@@ -87,12 +87,12 @@ def _in_a_process(kind: str, arguments: list[str]) -> dict[str, Any]:
         check=False,
     )
     try:
-        found: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
+        result: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
-        last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        found = {"failed": f"the process ended with {child.returncode}: {last[:300]}"}
-    print(kind, found.get("failed", "checked"), flush=True)
-    return found
+        last = (child.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        result = {"failed": f"the process ended with {child.returncode}: {last[:300]}"}
+    print(kind, result.get("failed", "checked"), flush=True)
+    return result
 
 
 def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, compute: str, batch: int) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, comp
         try:
             built = build_engine(folder=run, out=Path(name, "unet.plan"), config=config, model=model)
             assert built.parity is not None
-            found = {
+            result = {
                 "build_seconds": built.file.build_seconds,
                 "plan_bytes": built.file.path.stat().st_size,
                 "parity_db": built.parity.sqnr_db[built.parity.worst],
@@ -119,10 +119,10 @@ def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, comp
                 **_loops(built.file, model, spec, batch),
             }
             if backend.startswith("tensorrt"):
-                found |= _by_polygraphy(built.file, model, spec, run)
+                result |= _by_polygraphy(built.file, model, spec, run)
         except user_errors() as error:
             return {"failed": str(error)}
-    return found
+    return result
 
 
 def _loops(file: EngineFile, model: LoadedModel, spec: SamplerSpec, batch: int) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _loops(file: EngineFile, model: LoadedModel, spec: SamplerSpec, batch: int) 
 
 
 def _memory() -> int:
-    """Return the bytes of GPU memory in use, by all processes; 0 where nobody tells."""
+    """Return the bytes of GPU memory in use, by all processes; 0 where no driver says."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     if shutil.which(query[0]) is None:
         return 0
@@ -198,10 +198,10 @@ def _pytorch(model: LoadedModel, spec: SamplerSpec, batch: int) -> tuple[str, fl
     return device, statistics.median(seconds[1:])
 
 
-def page(found: dict[str, dict[str, Any]], pytorch: tuple[str, float], batch: int) -> Iterator[str]:
-    """Yield the lines of the table of what `examine` found, by "backend/type", and of what failed."""
+def page(results: dict[str, dict[str, Any]], pytorch: tuple[str, float], batch: int) -> Iterator[str]:
+    """Yield the lines of the table of `examine`'s results, by "backend/type", and of what failed."""
     rows = []
-    for kind, one in found.items():
+    for kind, one in results.items():
         if "failed" in one:
             continue
         loop = statistics.median(one["loop_seconds"])
@@ -227,7 +227,7 @@ def page(found: dict[str, dict[str, Any]], pytorch: tuple[str, float], batch: in
         f"PyTorch: the FP32 loop on {pytorch[0]}, {1e3 * pytorch[1]:.0f} ms. Kernels: the time in them, one by one, "
         "over the loop's. Alone vs batch: the largest difference of an image drawn alone and in the batch."
     )
-    for kind, one in found.items():
+    for kind, one in results.items():
         if "failed" in one:
             yield f"\n{kind.replace('/', ', ')}: **not run**, {one['failed']}"
         elif "worst_layers" in one:

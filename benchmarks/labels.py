@@ -1,4 +1,4 @@
-"""Does a quantized network draw the class that it was told? Its images and float's, read by a classifier.
+"""Does a quantized network draw the class that it was asked for? Its images and float's, read by a classifier.
 
     python benchmarks/labels.py --steps 20 --out docs/results/labels-ddpm-mnist.md
 
@@ -31,8 +31,9 @@ from gaq_export.sampling import prompts, shards
 from gaq_export.sampling.prompts import ConditioningRequest
 from options import ModelName, Out, PresetName, Weights
 
-SHARD, DRAWS, Z = 50, 10_000, 1.959964
-HEAD = ("", "images", "as told", "share", "95 % interval", "PSNR against float, median dB")
+SHARD, BOOTSTRAP_DRAWS = 50, 10_000
+Z = 1.959964  # 97.5 % of a normal distribution lie below it
+HEAD = ("", "images", "as asked", "share", "95 % interval", "PSNR against float, median dB")
 
 
 def main(
@@ -69,12 +70,12 @@ def main(
     near = psnr(frechet.pixels(drawn[bits]), frechet.pixels(drawn["float"])).median()
     rows = [(*_share(name, right[name]), db) for name, db in (("float", "-"), (bits, f"{float(near):.1f}"))]
     lines = [
-        f"# As told? {conditioned.spec.name}, {bits}, guidance {guidance:g}",
+        f"# The right class? {conditioned.spec.name}, {bits}, guidance {guidance:g}",
         "",
         f"    {command_line()}",
         "",
         f"{spec}; {machine()}; preset {schedule}, seed 0; seeds 0 to {images - 1}, the image of seed s is "
-        f"told class s mod {len(conditioned.conditioning.names)}; read by `{features}`.",
+        f"of class s mod {len(conditioned.conditioning.names)}; read by `{features}`.",
         "",
         *markdown_table(HEAD, rows),
         "",
@@ -111,15 +112,15 @@ def _read(reader: Extractor, images: Tensor) -> Tensor:
 
 
 def _difference(exact: Tensor, ours: Tensor, bits: str) -> str:
-    """Say by how much the shares differ, and how often only one of both networks drew what it was told."""
+    """Say by how much the shares differ, and how often only one of both networks drew the class asked for."""
     paired = ours.numpy().astype(float) - exact.numpy().astype(float)
-    draws = np.random.default_rng(0).choice(paired, (DRAWS, len(paired))).mean(1)
+    draws = np.random.default_rng(0).choice(paired, (BOOTSTRAP_DRAWS, len(paired))).mean(1)
     low, high = np.quantile(draws, (0.025, 0.975))
     one, other = int((paired < 0).sum()), int((paired > 0).sum())
     return (
         f"Difference {bits} less float: {100 * paired.mean():+.1f} points, 95 % interval {100 * low:+.1f} to "
-        f"{100 * high:+.1f} ({DRAWS} bootstrap draws of pairs). Of {len(paired)} pairs {one} are as told by float "
-        f"alone, {other} by {bits} alone."
+        f"{100 * high:+.1f} ({BOOTSTRAP_DRAWS} bootstrap draws of pairs). Of {len(paired)} pairs {one} are right "
+        f"by float alone, {other} by {bits} alone."
     )
 
 

@@ -2,10 +2,10 @@
 
     nice -n 5 python benchmarks/large.py --out docs/results/large-sd15.md
 
-Each stage is a process of its own, started anew from what the one before left on disk, so that its peak is its own.
+Each stage is a separate process that starts from the files of the one before, so that its peak memory is its alone.
 Weights are random and samples are noise: what is measured does not depend on their values. The graphs and engines are
 of a plan that rounds weights to nearest, its activation grids all alike, so that they need not wait for a calibration.
-A finished stage is kept.
+A finished stage is not run again.
 """
 
 import json
@@ -79,10 +79,10 @@ class Place:
 def plan(place: Place) -> str:
     """Round the weights to nearest and write a plan of them; which layers, small images show as well."""
     model, config = place.model, preset("tiny", CalibrationOptions(recipe="rtn")).config
-    found = trace(model.network, (model.shape[0], 16, 16), model.schedule.num_train, model.condition_inputs)
-    reasons = float_reasons(found, config.convention)
+    traced = trace(model.network, (model.shape[0], 16, 16), model.schedule.num_train, model.condition_inputs)
+    reasons = float_reasons(traced, config.convention)
     layers = {}
-    for name in (layer.name for layer in found.layers if layer.name not in reasons):
+    for name in (layer.name for layer in traced.layers if layer.name not in reasons):
         weight = model.network.get_parameter(f"{name}.weight").detach()
         scale = search_weight_scale(weight, BITS, candidates=1)
         codes = quantize_weight(weight, scale, BITS)
@@ -153,7 +153,7 @@ def closeness(place: Place) -> str:
     baked = json.loads(place.file("openvino.json").read_text())
     data, visited = _noise(model), timesteps(SPEC, model.schedule.num_train)
     with engines.open_engine(place.file("openvino.plan")) as engine:
-        found = parity.compare(
+        result = parity.compare(
             fake_quantized(model.network, made),
             [name for name in made.layers if name not in baked],
             step_denoiser(engine, visited),
@@ -161,8 +161,9 @@ def closeness(place: Place) -> str:
             parity.TOLERANCES["openvino"],
             images=1,
         )
-    sqnr, own = found.sqnr_db[0], found.resolution_db[0]
-    return f"SQNR {sqnr:.1f} dB, the network's own resolution {own:.1f} dB: {'passed' if found.passed else 'failed'}"
+    sqnr, resolution = result.sqnr_db[0], result.resolution_db[0]
+    verdict = "passed" if result.passed else "failed"
+    return f"SQNR {sqnr:.1f} dB, the network's resolution {resolution:.1f} dB: {verdict}"
 
 
 STAGES: dict[str, tuple[str, Callable[[Place], str]]] = {
@@ -195,10 +196,10 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--model", model, "--width", str(width), "--folder", str(folder)]
     for name in stages.split(","):
-        kept = place.file(f"stage-{name}.json")
-        if not kept.exists():
+        path = place.file(f"stage-{name}.json")
+        if not path.exists():
             row = measured([sys.executable, __file__, *options, "--job", name])
-            kept.write_text(json.dumps(row))
+            path.write_text(json.dumps(row))
             print(name, row, flush=True)
     rows = [
         (title, f"{row['seconds']:.0f}", f"{row['cpu']:.0f}", f"{row['peak'] / 2**30:.1f}", row["said"])
@@ -266,7 +267,7 @@ def _counted(made: QuantPlan) -> str:
 
 
 def _noise(model: LoadedModel) -> CalibrationSet:
-    """Return Gaussian noise, and as much for what the network is told, IMAGES samples at each sampling step."""
+    """Return Gaussian noise, also for the conditioning, IMAGES samples at each sampling step."""
     generator, count = torch.Generator().manual_seed(0), SPEC.steps * IMAGES
     step = torch.arange(SPEC.steps).repeat_interleave(IMAGES)
     return CalibrationSet(

@@ -1,4 +1,4 @@
-"""Where does a runtime part from ONNX Runtime? Every weight layer's output side by side, by Polygraphy.
+"""In which layer does a runtime differ from ONNX Runtime? Every weight layer's output side by side, by Polygraphy.
 
 Marking outputs changes what a builder fuses, so this finds a layer that is wrong; it does not time anything.
 """
@@ -35,8 +35,9 @@ def compare_layers(graph: Path, feeds: Feeds, make: MakeRunner) -> dict[str, flo
     names = [node.output[0] for node in weight_layers(model).values()]
     marked = BytesFromOnnx(ModifyOutputs(model, outputs=[*names, *(value.name for value in model.graph.output)]))()
     runs = Comparator.run([onnxruntime_runner(marked), make(marked, feeds)], data_loader=[dict(feeds)])
-    expected, found = (run[0] for _, run in runs)
-    return {name: sqnr_db(*(torch.from_numpy(np.asarray(part[name])) for part in (expected, found))) for name in names}
+    expected, computed = (run[0] for _, run in runs)
+    both = {name: [torch.from_numpy(np.asarray(part[name])) for part in (expected, computed)] for name in names}
+    return {name: sqnr_db(exact, other) for name, (exact, other) in both.items()}
 
 
 def onnxruntime_runner(graph: bytes, level: str = "ORT_DISABLE_ALL") -> Any:

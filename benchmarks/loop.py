@@ -2,10 +2,10 @@
 
     python benchmarks/loop.py --model ddpm-cifar10 --weights random --steps 50 --batches 4
 
-The contestants take turns, so that whatever else the machine does falls on all of them; medians and ratios are
+The contestants take turns, so that a slow minute of the machine slows all of them; medians and ratios are
 reported. Weights may be random: time does not depend on them. Every contestant is given the same number of threads and
 a static batch. A contestant that needs a package that is not installed (nncf), or a processor that this is not (bf16),
-is left out, and said to be.
+is left out, and the page says so.
 """
 
 import functools

@@ -82,8 +82,8 @@ def main(
 
 def _shortened(model: LoadedModel, names: list[str], iterations: int) -> QuantConfig:
     """Return the paper's config for the named blocks alone, with less of what only takes time."""
-    found = trace(model.network, model.shape, model.schedule.num_train)
-    others = [layer.name for layer in found.layers if not any(layer.name.startswith(f"{n}.") for n in names)]
+    traced = trace(model.network, model.shape, model.schedule.num_train)
+    others = [layer.name for layer in traced.layers if not any(layer.name.startswith(f"{n}.") for n in names)]
     config = preset("paper").config
     return replace(
         config,

@@ -1,8 +1,8 @@
-"""What do the settings of the sample weights matter? The same machinery as `calibration.py`, one row a variant, W4A8.
+"""How much do the settings of the sample weights matter? As `calibration.py`, but one row a variant, W4A8.
 
     python benchmarks/omega_scan.py --model ddpm-mnist --folder bench-omega --out docs/results/omega-scan-ddpm-mnist.md
 
-No images are drawn: the predicted noise tells variants apart with far less chance in it.
+No images are drawn: the predicted noise varies far less by chance, so that variants can be compared.
 """
 
 import dataclasses

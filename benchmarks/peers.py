@@ -21,7 +21,7 @@ from calib.silence import silenced
 from gaq_export.graph.export import module_of
 from gaq_export.graph.qdq import WEIGHTED
 
-SAMPLES = 16  # of noise, where nothing but time is measured
+SAMPLES = 16  # of noise, where only time is measured
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # of values, none of which they change
 Arrays = dict[str, npt.NDArray[Any]]
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ class Order:
         folder: for the peer's own files.
         samples: calibration inputs, arrays `x` (N, C, H, W) and `t` (N,) each.
         wbits: bits of the weights; activations have 8.
-        kept: names of modules that stay float; if there are any, so does all that is no layer with weights.
+        kept: names of modules that stay float; if there are any, everything without weights stays float too.
         static: batch size to compile for, where that is possible; any if None.
         iterations: of what learns the rounding, a layer.
     """
@@ -53,7 +53,7 @@ class Order:
 
 
 def noise_samples(shape: tuple[int, int, int], batch: int) -> list[Arrays]:
-    """Return inputs that are good enough where nothing but time is measured."""
+    """Return inputs that are good enough where only time is measured."""
     random = np.random.default_rng(0)
     return [
         {

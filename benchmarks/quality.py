@@ -3,9 +3,9 @@
     python benchmarks/quality.py --folder bench-quality --data mnist.npz --out docs/results/quality-ddpm-mnist.md
 
 Everyone quantizes weights by channel and is given the same calibration images: ours takes what its preset does of their
-samples, a peer SAMPLES of them, drawn from all steps. Each peer stands in two rows: as it comes, and with what ours
-leaves float left float. A peer that is not installed is left out, and said to be; finished rows are kept, so peers may
-be installed in several environments, one run each.
+samples, a peer SAMPLES of them, drawn from all steps. Each peer has two rows: as it comes, and with the
+layers float that ours leaves float. A peer that is not installed is left out, and the page says so; finished rows are
+stored, so peers may be installed in several environments, one run each.
 """
 
 import importlib.util
@@ -70,7 +70,7 @@ PEERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """The float model, what it is calibrated with, and where everything is kept."""
+    """The float model, what it is calibrated with, and where everything is stored."""
 
     model: LoadedModel
     schedule: str
@@ -83,7 +83,7 @@ class Bench:
         return self.yardstick.folder
 
     def row(self, who: str, wbits: int, *, kept: bool) -> Path:
-        """Return where a row is kept."""
+        """Return where a row is stored."""
         return self.folder / "rows" / f"{who.replace(' ', '-').lower()}-w{wbits}{'-kept' if kept else ''}.json"
 
 
@@ -91,7 +91,7 @@ def main(
     data: Annotated[Path, typer.Option(help=".npz of real images.")],
     model: ModelName = "ddpm-mnist",
     schedule: Annotated[str, typer.Option("--preset")] = "fast",
-    folder: Annotated[Path, typer.Option(help="Keeps everything.")] = Path("bench-quality"),
+    folder: Annotated[Path, typer.Option(help="Folder of all results.")] = Path("bench-quality"),
     images: Annotated[int, typer.Option(help="Images each network draws; 0 leaves images out.")] = 64,
     iterations: Annotated[int, typer.Option(help="AIMET's, a layer.")] = 1000,
     report_only: ReportOnly = False,
@@ -162,10 +162,10 @@ def _samples(bench: Bench) -> list[peers.Arrays]:
 def _measure(bench: Bench, path: Path, denoise: Denoiser, kept: int) -> None:
     shared = bench.yardstick
     with torch.no_grad():
-        found: dict[str, Any] = {"error": yardstick.noise_errors(shared, denoise), "kept": kept}
+        row: dict[str, Any] = {"error": yardstick.noise_errors(shared, denoise), "kept": kept}
         if shared.images:
-            found |= yardstick.image_scores(shared, yardstick.draw_images(shared, denoise))
-    write_atomically(path, json.dumps(found, indent=1).encode())
+            row |= yardstick.image_scores(shared, yardstick.draw_images(shared, denoise))
+    write_atomically(path, json.dumps(row, indent=1).encode())
     print(path.stem, flush=True)
 
 
@@ -174,7 +174,7 @@ def _page(bench: Bench) -> Iterator[str]:
     yield f"# {bench.model.spec.name}: quality beside other tools"
     yield ""
     steps = bench.model.spec.sampler.steps
-    said = (
+    method = (
         f"{chosen.images} calibration images for everyone, each a sample at {steps} steps, of which a peer is given "
         f"{SAMPLES} and ours takes what its preset does. 8-bit activations, weights by channel. SQNR of the predicted "
         f"noise on {yardstick.HELD_OUT} held-out "
@@ -183,11 +183,11 @@ def _page(bench: Bench) -> Iterator[str]:
     )
     if images:
         floor = facts["frechet"]["float"]["other"]["fd_real"]
-        said += (
+        method += (
             f" PSNR is of {images} images from the same noise; the Frechet distance is to real images, by a digit "
             f"classifier, where the float network's from other noise is {floor:.2f}."
         )
-    yield said
+    yield method
     for wbits in WIDTHS:
         rows = list(_rows(bench, wbits, facts["signal"]))
         yield from (
@@ -214,14 +214,12 @@ def _rows(bench: Bench, wbits: int, signal: list[float]) -> Iterator[tuple[str, 
         path = bench.row(name, wbits, kept=kept)
         if not path.exists():
             continue
-        found = json.loads(path.read_text(encoding="utf-8"))
-        decibels = list(map(ratio_db, signal, found["error"]))
-        pictures = (
-            (f"{statistics.median(found['psnr_db']):.2f}", f"{found['fd_real']:.2f}") if "psnr_db" in found else ()
-        )
+        row = json.loads(path.read_text(encoding="utf-8"))
+        decibels = list(map(ratio_db, signal, row["error"]))
+        pictures = (f"{statistics.median(row['psnr_db']):.2f}", f"{row['fd_real']:.2f}") if "psnr_db" in row else ()
         yield (
             name,
-            f"{found['kept']}" if kept else "its own choice",
+            f"{row['kept']}" if kept else "its own choice",
             f"{statistics.fmean(decibels):.2f}",
             f"{min(decibels):.2f}",
             *pictures,

@@ -66,9 +66,9 @@ def main(
     data = collect(loaded, loaded.spec.sampler, images=images)
     config = QuantConfig(weight_steps=10, omega=OmegaConfig(rule=OmegaRule.UNIFORM, validation=HELD_OUT))
     subset = weight_samples(data, config, network)
-    found = trace(network, shape, loaded.schedule.num_train)
-    reasons = float_reasons(found, config.convention)
-    order, _ = find_blocks(found, [layer.name for layer in found.layers if layer.name not in reasons])
+    traced = trace(network, shape, loaded.schedule.num_train)
+    reasons = float_reasons(traced, config.convention)
+    order, _ = find_blocks(traced, [layer.name for layer in traced.layers if layer.name not in reasons])
     rounded = copy.deepcopy(network)
     rows: list[tuple[str, ...]] = []
     with open_recorder(network, rounded, subset.data, config.micro_batch) as recording:

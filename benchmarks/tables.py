@@ -40,7 +40,8 @@ def main(
     loaded = load_model(model)
     spec = loaded.spec.sampler
     baked = make_step(export_float(loaded.network, loaded.shape), loaded.schedule, spec).baked
-    held, shown = held_out(loaded, images), torch.linspace(0, spec.steps - 1, SHOWN).round().int().tolist()
+    held_out_noise = held_out(loaded, images)
+    shown = torch.linspace(0, spec.steps - 1, SHOWN).round().int().tolist()
     made = preset(schedule, CalibrationOptions(convention="tfmq"))
     data = collect(loaded, spec, images=made.images, folder=folder / "calibration")
     plan = learn(loaded, data, made.config, folder)
@@ -49,8 +50,8 @@ def main(
     for name, layers in (("rounded", plan.layers), ("exact", left)):
         fake = fake_quantized(loaded.network, replace(plan, layers=layers))
         with torch.no_grad():
-            found = [sqnr_db(expected, fake(x, t)) for x, t, expected in held]
-        rows.append((name, f"{statistics.fmean(found):.2f}", *(f"{found[step]:.2f}" for step in shown)))
+            decibels = [sqnr_db(expected, fake(x, t)) for x, t, expected in held_out_noise]
+        rows.append((name, f"{statistics.fmean(decibels):.2f}", *(f"{decibels[step]:.2f}" for step in shown)))
         print(*rows[-1], flush=True)
     title = (
         f"{model} W4A8, convention tfmq, which quantizes {len(plan.layers) - len(left)} layers that depend on the step "

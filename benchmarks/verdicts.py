@@ -46,7 +46,7 @@ def share(table: Table, row: str, error: Callable[[CellScores], float]) -> list[
 
 
 def learned(setting: str, table: Table, row: str) -> list[str]:
-    """Return what is to be said of the row that this is about, a paragraph each."""
+    """Return the paragraphs about the row that the benchmark is about."""
     if not (table.get(row, {}).keys() & table.get(BASELINE, {}).keys()):
         return [f"{setting}: `{row}` and `{BASELINE}` have no seed in common."]
     return [distance_closed(setting, table, row), block_losses(setting, table, row)]
