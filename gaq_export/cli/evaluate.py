@@ -112,20 +112,14 @@ def report(
         from calib.files import write_atomically
         from gaq_export.report import report as reports
         from gaq_export.report import report_page
+        from gaq_export.report.inspection import InspectionOptions
         from gaq_export.run import Run
 
         path = out or Run(folder=run).report
         with Display(quiet) as display:
             display.stage("loading the model")
-            measured = reports.measure(
-                run,
-                path,
-                engine=engine,
-                judged=evaluation,
-                block=block,
-                images=images,
-                rounds=rounds,
-                on_step=display.measure,
-            )
+            inspection = InspectionOptions(block=block, images=images)
+            options = reports.ReportOptions(engine=engine, evaluation=evaluation, inspection=inspection, rounds=rounds)
+            measured = reports.measure(run, path, options, on_step=display.measure)
         write_atomically(path, report_page.render(measured).encode())
         typer.echo(path)

@@ -1,11 +1,11 @@
-"""What `inspect` measures in a finished run, as numbers; `figures` draws them and `page` writes them down.
+"""What `inspect` measures in a finished run, as numbers; `charts` draws them and `inspection_page` explains them.
 
 In: the float model, its plan, and the samples it was calibrated with. The gradients come from `calib.diagnose`; this
-module chooses the samples and adds what needs a sampler: how far the quantized network's noise prediction is from the
-float one's, step by step, on trajectories that calibration did not see.
+module chooses the samples and adds what needs a sampler: the SQNR of the predicted noise, step by step, on trajectories
+that calibration did not see.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,8 +28,8 @@ from gaq_export.evaluation.noise_sqnr import NoiseSqnr, OnStage
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
 
-FEW = 4  # samples a step where every block, or layer, is looked at
-SENSED = 5  # steps at which every layer is looked at
+FEW = 4  # samples of each step where every block, or every layer, is measured
+SENSITIVITY_STEPS = 5  # steps at which every layer is quantized alone
 PRODUCTS = "attention products"
 
 
@@ -55,9 +55,15 @@ class LayerRange:
 class Inspection:
     """All that a page shows beside the plan itself.
 
-    `agreement` and `alignment` are of the chosen block, with every training sample; `overview` has each block, with FEW
-    samples a step. They are None, or empty, where the plan has no block that can be looked at alone; `alignment` is
-    also None where all samples weigh the same. `sensitivity` is what the function of that name returns.
+    Attributes:
+        train: number of training samples.
+        validation: number of validation samples.
+        overview: gradients of each block, from FEW samples a step; empty if no block can be measured alone.
+        agreement: gradients of the chosen block, from every training sample; None likewise.
+        alignment: the chosen block's gradients against the sample weights; None also where all weights are equal.
+        noise: SQNR of the predicted noise.
+        sensitivity: see the function of that name.
+        ranges: one entry a layer.
     """
 
     train: int
@@ -70,13 +76,35 @@ class Inspection:
     ranges: tuple[LayerRange, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectionOptions:
+    """What a user may choose.
+
+    Attributes:
+        block: to measure closely; the one with the largest loss at nearest rounding if None.
+        images: fresh trajectories on which the predicted noise is compared.
+    """
+
+    block: str | None = None
+    images: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is examined: the float model, the network with the plan's weights, the plan, and its training samples."""
+
+    model: LoadedModel
+    network: nn.Module
+    plan: QuantPlan
+    samples: Split
+
+
 def examine(
     model: LoadedModel,
     plan: QuantPlan,
     data: CalibrationSet,
+    options: InspectionOptions,
     *,
-    block: str | None,
-    images: int,
     scratch: Path,
     on_step: OnStage,
 ) -> Inspection:
@@ -86,105 +114,107 @@ def examine(
         model: the float model.
         plan: made from it.
         data: the samples it was calibrated with, all of them.
-        block: which one to look into; the one with the largest loss at nearest rounding if None.
-        images: fresh trajectories on which the predicted noise is compared.
-        scratch: folder for recordings too large for memory.
-        on_step: told what is at work, how much of it is done, of how much.
+        options: block and number of images.
+        scratch: folder for recordings that are too large for memory.
+        on_step: called with what is measured, how much of it is done, and in all.
 
     Raises:
         GaqError, CalibError: no images, an unknown block, or a plan that belongs to other samples.
     """
-    if images < 1:
-        raise GaqError(f"Found {images} images to measure with; ask for 1 or more.")
-    model = provenance.rewritten(model, plan)
-    float_network, network = model.network, fake_quantized(model.network, plan, activations=False)
+    if options.images < 1:
+        raise GaqError(f"Found {options.images} images to measure with; ask for 1 or more.")
+    model = provenance.rewritten(model, plan)  # the plan's layers are those of the rewritten network
     blocks = diagnose.inspectable_blocks(
-        float_network, plan, model.shape, model.schedule.num_train, model.condition_inputs
+        model.network, plan, model.shape, model.schedule.num_train, model.condition_inputs
     )
-    chosen = diagnose.choose_block(blocks, block)
-    subset = weight_samples(data, plan.config, model.network)
-    few = _some_of_each_step(subset.data.take(subset.train), FEW)
-    overview = []
-    with open_recorder(float_network, network, few, plan.config.micro_batch) as recording:
-        for i, b in enumerate(blocks):
-            place = Block(name=b.name, layers=b.layers)
-            overview.append(diagnose.agreement(float_network, plan, b, recording.record(place), few.step))
-            recording.finish(place)
-            on_step("comparing gradients, block", i + 1, len(blocks))
-    agreement, alignment = (
-        _look_into(chosen, model, network, plan, subset, scratch, on_step) if chosen else (None, None)
-    )
+    chosen = diagnose.choose_block(blocks, options.block)
+    samples = weight_samples(data, plan.config, model.network)
+    # Activations stay float, so that the gradients show nothing but the rounding of the weights.
+    network = fake_quantized(model.network, plan, activations=False)
+    subject = _Subject(model=model, network=network, plan=plan, samples=samples)
+    overview = _overview(subject, blocks, on_step)
+    agreement, alignment = (None, None) if chosen is None else _measure_block(subject, chosen, scratch, on_step)
     return Inspection(
-        train=len(subset.train),
-        validation=len(subset.validation),
-        overview=tuple(overview),
+        train=len(samples.train),
+        validation=len(samples.validation),
+        overview=overview,
         agreement=agreement,
         alignment=alignment,
-        noise=noise_sqnr.of_plan(model, plan, images, on_step),
+        noise=noise_sqnr.of_plan(model, plan, options.images, on_step),
         sensitivity=sensitivity(model, plan, data, on_step),
         ranges=layer_ranges(model, plan),
     )
 
 
-def _look_into(
-    block: BlockResult,
-    model: LoadedModel,
-    network: nn.Module,
-    plan: QuantPlan,
-    subset: Split,
-    scratch: Path,
-    on_step: OnStage,
+def _overview(subject: _Subject, blocks: Sequence[BlockResult], on_step: OnStage) -> tuple[Agreement, ...]:
+    """Compare the gradients of the sampling steps in every block, from a few samples."""
+    network, plan = subject.model.network, subject.plan
+    few = _some_of_each_step(subject.samples.data.take(subject.samples.train), FEW)
+    overview = []
+    # One recorder for all blocks in network order, so that each is recorded from where the one before ended.
+    with open_recorder(network, subject.network, few, plan.config.micro_batch) as recording:
+        for i, result in enumerate(blocks):
+            block = Block(name=result.name, layers=result.layers)
+            overview.append(diagnose.agreement(network, plan, result, recording.record(block), few.step))
+            recording.finish(block)
+            on_step("comparing gradients, block", i + 1, len(blocks))
+    return tuple(overview)
+
+
+def _measure_block(
+    subject: _Subject, block: BlockResult, scratch: Path, on_step: OnStage
 ) -> tuple[Agreement, Alignment | None]:
-    """Compare one block's gradients with every training sample, and with omega unless all samples weigh the same."""
+    """Compare one block's gradients from every training sample, and with omega unless all samples weigh the same."""
+    network, plan, samples = subject.model.network, subject.plan, subject.samples
     weighted = len(torch.unique(plan.scores)) > 1
 
     def report_step(done: int) -> None:
         on_step(f"looking into {block.name}", done, 3 if weighted else 2)
 
-    with open_recorder(model.network, network, subset.data, plan.config.micro_batch, scratch) as recording:
+    with open_recorder(network, subject.network, samples.data, plan.config.micro_batch, scratch) as recording:
         io = recording.record(Block(name=block.name, layers=block.layers))
-        train, held_out = io.part(subset.train), io.part(subset.validation)
+        train, held_out = io.part(samples.train), io.part(samples.validation)
         report_step(1)
-        agreement = diagnose.agreement(model.network, plan, block, train, subset.data.step[subset.train])
+        agreement = diagnose.agreement(network, plan, block, train, samples.data.step[samples.train])
         report_step(2)
         if not weighted:
             return agreement, None
-        alignment = diagnose.alignment(model.network, plan, block, train, held_out)
+        alignment = diagnose.alignment(network, plan, block, train, held_out)
         report_step(3)
     return agreement, alignment
 
 
 def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_step: OnStage) -> dict[str, float]:
-    """Return the error of the predicted noise with one layer alone as the plan has it, in network order.
+    """Return the error of the predicted noise with each layer quantized alone, in network order.
 
-    It is |eps_hat - eps|^2 / |eps|^2 over FEW samples of each of SENSED steps, evenly spread. Products inside
-    attention, where the plan rounds them, are one more entry, PRODUCTS, all of them together.
+    It is |eps_hat - eps|^2 / |eps|^2 over FEW samples of each of SENSITIVITY_STEPS steps, evenly spread. All products
+    inside attention that the plan rounds are one more entry, PRODUCTS.
     """
     steps = torch.unique(data.step)
-    chosen = steps[torch.linspace(0, len(steps) - 1, min(SENSED, len(steps))).round().long()]
+    chosen = steps[torch.linspace(0, len(steps) - 1, min(SENSITIVITY_STEPS, len(steps))).round().long()]
     few = _some_of_each_step(data.take(torch.isin(data.step, chosen).nonzero()[:, 0]), FEW)
     alone = {name: replace(plan, layers={name: layer}, products={}) for name, layer in plan.layers.items()}
     if plan.products:
         alone[PRODUCTS] = replace(plan, layers={})
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     with torch.no_grad():
         exact = model.network(*few.inputs()).double()
         for name, part in alone.items():
             error = fake_quantized(model.network, part)(*few.inputs()).double() - exact
-            found[name] = float(error.square().sum() / exact.square().sum())
-            on_step("quantizing one layer alone", len(found), len(alone))
-    return found
+            errors[name] = float(error.square().sum() / exact.square().sum())
+            on_step("quantizing one layer alone", len(errors), len(alone))
+    return errors
 
 
 def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
     """Return how far each layer's grids reach, in network order."""
-    found = []
+    ranges = []
     for name, q in plan.layers.items():
         weight = model.network.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        widest = weight.detach().flatten(1).abs().amax(1)
+        widest = weight.detach().flatten(1).abs().amax(1)  # (C, ...) -> (C,)
         covered = torch.where(widest > 0, q.weight_scale * integer_range(q.weight_bits)[1] / widest, 1.0)
-        found.append(
+        ranges.append(
             LayerRange(
                 name=name,
                 channels=len(widest),
@@ -194,10 +224,10 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
                 input_reach=q.input.scale * (integer_range(q.input.bits)[1] - min(q.input.zero)),
             )
         )
-    return tuple(found)
+    return tuple(ranges)
 
 
 def _some_of_each_step(data: CalibrationSet, count: int) -> CalibrationSet:
-    """Return `count` samples of each step, evenly spread: with guidance the first half of them is told nothing."""
+    """Return `count` samples of each step, evenly spread: with guidance, the first half of them is unconditional."""
     members = [(data.step == s).nonzero()[:, 0] for s in torch.unique(data.step)]
     return data.take(torch.cat([m[torch.linspace(0, len(m) - 1, min(count, len(m))).round().long()] for m in members]))

@@ -1,7 +1,7 @@
-"""One HTML page out of an `Inspection`: every figure with how to read it and the numbers it rests on.
+"""One HTML page out of an `Inspection`: every figure with how to read it and the numbers behind it.
 
-The page opens offline and stays as it is: styles and figures are inside, and it runs no script. Whatever comes from a
-plan, a record or a model is escaped where it enters the page.
+The page opens offline and never changes: styles and figures are inside, and it runs no script. All text that comes
+from a plan, a record or a model is escaped where it enters the page.
 """
 
 import json
@@ -24,22 +24,22 @@ from gaq_export.models.provenance import provenance_of
 from gaq_export.report import charts, html
 from gaq_export.report.inspection import Inspection, LayerRange
 
-LISTED = 12  # things told, of more the last
+LISTED = 12  # classes or prompts; of more, the last one too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What the run folder says of the calibration: its settings, and its line in the journal."""
+    """The run folder's record of the calibration: its settings, and its line in the journal."""
 
     settings: Mapping[str, Any]
     journal: Mapping[str, Any]
 
 
-def render(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
+def render(plan: QuantPlan, inspection: Inspection, origin: Origin) -> str:
     """Return the whole page; the same plan, numbers and record give the same text."""
     name = title(plan)
-    header = html.header("Looking inside a calibration", name, warning(plan), what_was_done(plan, found, origin))
-    return html.document(f"{name}: inside the calibration", header, sections(plan, found))
+    header = html.header("Looking inside a calibration", name, warning(plan), what_was_done(plan, inspection, origin))
+    return html.document(f"{name}: inside the calibration", header, sections(plan, inspection))
 
 
 def title(plan: QuantPlan) -> str:
@@ -48,30 +48,30 @@ def title(plan: QuantPlan) -> str:
 
 
 def warning(plan: QuantPlan) -> str:
-    """Return what a reader must know before all else, "" if there is nothing."""
+    """Return what a reader must know first, or ""."""
     return "The weights are random: every figure is about noise." if provenance_of(plan).random_weights else ""
 
 
-def what_was_done(plan: QuantPlan, found: Inspection, origin: Origin) -> str:
+def what_was_done(plan: QuantPlan, inspection: Inspection, origin: Origin) -> str:
     """Return the calibration's facts and all its settings, HTML."""
-    facts = _facts(plan, found, origin) | _journal_facts(origin.journal)
+    facts = _facts(plan, inspection, origin) | _journal_facts(origin.journal)
     settings = escape(json.dumps(configs.to_json(plan.config), indent=1))
     return f"{html.facts(facts)}<details><summary>All settings</summary><pre>{settings}</pre></details>\n"
 
 
-def sections(plan: QuantPlan, found: Inspection) -> tuple[str, ...]:
-    """Return what is inside the calibration, HTML."""
+def sections(plan: QuantPlan, inspection: Inspection) -> tuple[str, ...]:
+    """Return the sections about the calibration, HTML."""
     return (
-        _agreement_section(plan, found),
-        _alignment_section(found),
+        _agreement_section(plan, inspection),
+        _alignment_section(inspection),
         _losses_section(plan.blocks),
-        _noise_section(found.noise),
-        _sensitivity_section(found.sensitivity),
-        _ranges_section(found.ranges),
+        _noise_section(inspection.noise),
+        _sensitivity_section(inspection.sensitivity),
+        _ranges_section(inspection.ranges),
     )
 
 
-def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]:
+def _facts(plan: QuantPlan, inspection: Inspection, origin: Origin) -> dict[str, str]:
     config, model, sampler = plan.config, plan.provenance["model"], plan.provenance["sampler"]
     fit, omega = config.reconstruction, config.omega
     eta = f", eta {sampler['eta']:g}" if sampler["eta"] else ""
@@ -82,8 +82,8 @@ def _facts(plan: QuantPlan, found: Inspection, origin: Origin) -> dict[str, str]
         "bits": f"{config.weight.bits}-bit weights, {config.activation.bits}-bit activations",
         "sampler": f"{sampler['name']}, {sampler['steps']} steps, {sampler['spacing']} spacing{eta}",
         **_conditioning_facts(plan),
-        "samples": f"{origin.settings['images']} images; {found.train} training and {found.validation} validation "
-        "samples for the weights",
+        "samples": f"{origin.settings['images']} images; {inspection.train} training and {inspection.validation} "
+        "validation samples for the weights",
         "rounding": f"{fit.iterations} iterations a block, batch {fit.batch}, learning rate {fit.learning_rate:g}",
         "sample weights": omega.rule if omega.rule == "uniform" else learned,
         "layers": f"{len(plan.layers)} quantized, {len(plan.float_layers)} float ({config.convention}{patterns})",
@@ -104,7 +104,7 @@ def _conditioning_facts(plan: QuantPlan) -> dict[str, str]:
 
 
 def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:
-    """Return whatever the journal says of the calibration, then the versions at work then and now."""
+    """Return what the journal says about the calibration, then the versions in use then and now."""
     known = {
         "when": "finished",
         "collect_seconds": "collecting",
@@ -126,26 +126,26 @@ def _listed(value: Any) -> str:
     return ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, Mapping) else f"{value}"
 
 
-def _agreement_section(plan: QuantPlan, found: Inspection) -> str:
+def _agreement_section(plan: QuantPlan, inspection: Inspection) -> str:
     title = "Do the sampling steps pull the same way?"
-    shown = found.agreement
+    shown = inspection.agreement
     if shown is None:
-        return html.section(title, html.note("No block of this plan can be looked at alone."))
+        return html.section(title, html.note("No block of this plan can be measured alone."))
     block = next(b for b in plan.blocks if b.name == shown.block)
     text = (
         "Each cell compares two sampling steps: the cosine similarity of their gradients of the block loss with "
         "respect to the block's dequantized weights. Blue: both would move the weights the same way; red: opposite "
-        "ways; white: neither. Learning uses up what the steps have in common, so paler on the right is no fault."
+        "ways; white: neither. Learning uses up what the steps have in common, so paler on the right is to be expected."
     )
     numbers = (
-        f"Block {html.code(shown.block)}, {_count(len(block.layers), 'layer')}; {found.train} training samples, "
+        f"Block {html.code(shown.block)}, {_count(len(block.layers), 'layer')}; {inspection.train} training samples, "
         f"{shown.samples} at each of {_count(len(shown.steps), 'step')}; inputs from the quantized layers "
         f"before it, targets from the float block. Mean of the cells off the diagonal: {_cosine(shown.before.between)} "
-        f"before, {_cosine(shown.after.between)} after. As a yardstick for noise: the two halves of one step's samples "
-        f"have {_cosine(shown.before.halves)} before and {_cosine(shown.after.halves)} after."
+        f"before, {_cosine(shown.after.between)} after. For comparison: the two halves of "
+        f"one step's samples have {_cosine(shown.before.halves)} before and {_cosine(shown.after.halves)} after."
     )
     return html.section(
-        title, html.text(text), html.figure(charts.cosines(shown), numbers), _overview(found.overview, shown.block)
+        title, html.text(text), html.figure(charts.cosines(shown), numbers), _overview(inspection.overview, shown.block)
     )
 
 
@@ -163,11 +163,11 @@ def _overview(rows: Sequence[Agreement], chosen: str) -> str:
     return f'<p class="numbers">{text}</p>\n{table}'
 
 
-def _alignment_section(found: Inspection) -> str:
+def _alignment_section(inspection: Inspection) -> str:
     title = "Do the sample weights follow the gradients?"
-    shown = found.alignment
+    shown = inspection.alignment
     if shown is None:
-        same = f"The sample weights are uniform: all {found.train} scores are equal, so there is nothing to sort."
+        same = f"The sample weights are uniform: all {inspection.train} scores are equal, so there is nothing to sort."
         return html.section(title, html.note(same))
     text = (
         "Training samples sorted by their weight, omega (the softmax of the plan's scores), and cut into bins, one "
@@ -198,32 +198,32 @@ def _losses_section(blocks: Sequence[BlockResult]) -> str:
     text = (
         "The mean block loss over the training samples with nearest rounding (open) and with the learned rounding "
         "(filled), blocks in network order, on a logarithmic scale. A cross marks a block where learning did not beat "
-        "nearest, which was kept."
+        "nearest, so that nearest was kept."
     )
     ratios = [b.loss_after / b.loss_before for b in measured if b.loss_before and b.loss_after is not None]
-    kept = sum(b.rounding == "nearest" for b in measured)
+    nearest = sum(b.rounding == "nearest" for b in measured)
     ratio = f" The loss after is {statistics.median(ratios):.2f} of the loss before (median block)." if ratios else ""
-    apart = [b.name for b in blocks if b not in measured]
-    rest = f" Not in the figure, rounded to nearest: {', '.join(map(html.code, apart))}." if apart else ""
-    numbers = f"{_count(len(measured), 'block')}; {kept} kept nearest.{ratio}{rest}"
+    unmeasured = [b.name for b in blocks if b not in measured]
+    rest = f" Not in the figure, rounded to nearest: {', '.join(map(html.code, unmeasured))}." if unmeasured else ""
+    numbers = f"{_count(len(measured), 'block')}; {nearest} kept nearest.{ratio}{rest}"
     return html.section(title, html.text(text), html.figure(charts.losses(measured), numbers))
 
 
-def _noise_section(found: NoiseSqnr) -> str:
+def _noise_section(noise: NoiseSqnr) -> str:
     text = (
         "The quantized network runs beside the float one along trajectories that the float one draws; at each sampling "
         "step, the power of the float noise prediction over that of the difference. Higher is closer: 20 dB is a "
         "difference of a tenth. Lines are the median image, bands reach from the lowest to the highest."
     )
-    steps, images = found.both.shape
-    weights, both = (torch.quantile(v.double(), 0.5, dim=1) for v in (found.weights, found.both))
+    steps, images = noise.both.shape
+    weights, both = (torch.quantile(v.double(), 0.5, dim=1) for v in (noise.weights, noise.both))
     worst = int(both.argmin())
     numbers = (
         f"{_count(images, 'image')} from seeds that calibration did not use, {_count(steps, 'step')}. Median over the "
         f"steps: {float(weights.median()):.1f} dB with rounded weights, {float(both.median()):.1f} dB with rounded "
-        f"activations too; lowest {float(both[worst]):.1f} dB, at step {worst} (t = {int(found.t[worst])})."
+        f"activations too; lowest {float(both[worst]):.1f} dB, at step {worst} (t = {int(noise.t[worst])})."
     )
-    section = html.figure(charts.plan_sqnr(found), numbers)
+    section = html.figure(charts.plan_sqnr(noise), numbers)
     return html.section("How close is the predicted noise?", html.text(text), section)
 
 

@@ -1,7 +1,7 @@
-"""What a run's report shows: pictures and noise of the engine beside the float network's, its size, its speed.
+"""What a run's report shows: the engine's images and noise beside the float network's, its size and its speed.
 
-In: a run folder, the engine built from it, and what `evaluate` found, if it was asked. Out: a `Report`, which
-`report_page` writes down. What can be measured here in a minute is measured again; the rest is read.
+In: a run folder, the engine built from it, and an evaluation if there is one. Out: a `Report`, of which `report_page`
+makes a page. What takes a minute is measured again, so that it is about this machine; the rest is read from files.
 """
 
 import os
@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,29 @@ from gaq_export.evaluation.timing import take_turns
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model, provenance_of
 from gaq_export.report import inspect
-from gaq_export.report.inspection import Inspection
+from gaq_export.report.inspection import Inspection, InspectionOptions
 from gaq_export.report.inspection_page import Origin
 from gaq_export.run import Run, RunRecord
 
-NoiseFor = Callable[[Sequence[int]], Denoiser]  # what predicts the noise in images of these seeds
+NoiseFor = Callable[[Sequence[int]], Denoiser]  # seeds -> what predicts the noise in their images
 PYTORCH = "PyTorch, float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What a user may choose.
+
+    Attributes:
+        engine: built from the run's plan; the last one built if None.
+        evaluation: folder that `evaluate` wrote; the usual one if None, provided that it is about this engine.
+        inspection: what is measured inside the calibration; its number of images is that of the pictures too.
+        rounds: how often the loop is timed; 0 for no timing.
+    """
+
+    engine: Path | None = None
+    evaluation: Path | None = None
+    inspection: InspectionOptions = field(default_factory=InspectionOptions)
+    rounds: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +72,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds that whole loops took, in turn, one value a round, by who drew; of `batch` images."""
+    """Seconds of whole loops of `batch` images that took turns, by who drew: one value a round."""
 
     batch: int
     seconds: Mapping[str, Sequence[float]]
@@ -65,60 +82,79 @@ class Speed:
         return statistics.median(self.seconds[who])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """Pictures (N, C, H, W) in [-1, 1] from the same noise, and SQNR in dB at each step along both trajectories.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImagePairs:
+    """Images of the quantized and of the float network from the same noise.
 
-    `told` is what each picture was told, for people; () if nothing.
+    Attributes:
+        seeds: one an image.
+        captions: the class or prompt of each image; () for an unconditional model.
+        quantized: (N, C, H, W) in [-1, 1].
+        exact: the float network's, likewise.
     """
 
     seeds: tuple[int, ...]
     captions: tuple[str, ...]
     quantized: Tensor
     exact: Tensor
-    steps: Mapping[str, Sequence[float]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
     """All that the page shows.
 
     Attributes:
         plan: the run's plan.
         origin: how it was calibrated.
-        inside: what is inside the calibration.
+        inspection: what is inside the calibration.
         file: the engine.
-        others: those that take turns with it.
+        others: engines that take turns with it.
         not_run: why it cannot run here, so that PyTorch drew in its place; None if it ran.
-        drawn: what it draws, and predicts.
+        images: its images beside the float network's.
+        noise: SQNR in dB of each step, by trajectory.
         sizes: of the engine, and of one of the float network with the same backend.
         speed: of the loop; None if it was not measured.
-        judged: what `evaluate` found of this engine; None if there is nothing.
+        evaluation: of this engine; None if there is none.
         journal: what was done in the run folder.
     """
 
     plan: QuantPlan
     origin: Origin
-    inside: Inspection
+    inspection: Inspection
     file: EngineFile
     others: tuple[EngineFile, ...]
     not_run: str | None
-    drawn: Drawn
+    images: ImagePairs
+    noise: Mapping[str, Sequence[float]]
     sizes: tuple[Sizes, Sizes]
     speed: Speed | None
-    judged: Evaluation | None
+    evaluation: Evaluation | None
     journal: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Engines:
+    """What is compared: an engine, one of the float network by the same backend, and both networks in PyTorch."""
+
+    file: EngineFile
+    exact: EngineFile
+    model: LoadedModel
+    plan: QuantPlan
+
+    @property
+    def sampler(self) -> SamplerSpec:
+        return record_of(self.file).provenance.sampler
+
+    @property
+    def not_run(self) -> str | None:
+        return engines.find_backend(self.file.backend).can_run()
 
 
 def measure(
     folder: Path,
     out: Path,
+    options: ReportOptions,
     *,
-    engine: Path | None = None,
-    judged: Path | None = None,
-    block: str | None = None,
-    images: int = 8,
-    rounds: int = 3,
     model: LoadedModel | None = None,
     on_step: OnStage = lambda what, done, total: None,
 ) -> Report:
@@ -127,50 +163,51 @@ def measure(
     Args:
         folder: run folder with a finished plan.
         out: the page; scratch files lie beside it.
-        engine: built from that plan; the last one if None.
-        judged: folder of `evaluate`; the usual one if None, and if it is about this engine.
-        block: which one to look into, as for `inspect`.
-        images: pictures, and fresh trajectories on which the noise is compared.
-        rounds: of the loop's timing, 0 for none.
+        options: which engine, and how much is measured.
         model: the float model; found again from the plan if None.
-        on_step: told what is at work, how much of it is done, of how much.
+        on_step: called with what is being done, how much of it is done, and in all.
 
     Raises:
         GaqError, CalibError, EngineError: no plan, no engine of it, another model, or no evaluation of this engine.
     """
     run = Run(folder=folder)
     plan, record = load_plan(run.plan), runs.read_record(run)
-    file = engine_of(run, record, engine)
-    found, model = evaluation_of(judged, file), find_model(provenance_of(plan), model, folder)
+    file = engine_of(run, record, options.engine)
+    evaluation = evaluation_of(options.evaluation, file)  # before anything that takes minutes
+    model = find_model(provenance_of(plan), model, folder)
     others = session.others_of(file)
-    inside, origin = inspect.examine(run, plan, model, out, block=block, images=images, on_step=on_step)
+    inspection, origin = inspect.examine(run, plan, model, options.inspection, beside=out, on_step=on_step)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        config = EngineConfig(backend=file.backend, batch=file.batch, targets=file.targets, threads=file.threads)
-        spec = record_of(file).provenance.sampler
-        exact = build_float(model, Path(scratch) / "float.plan", sampler=spec, config=config)
-        with _opened(file, model, plan) as (draw, noise_for):
-            drawn = _draw(file, model, draw, noise_for, images, on_step)
-            speed = _time(file, exact, model, plan, draw, rounds, on_step)
-        sizes = (_sizes(file, *others), _sizes(exact))
+        compared = _Engines(file=file, exact=_build_exact(file, model, Path(scratch)), model=model, plan=plan)
+        with _open(compared, file) as (draw, noise_for):
+            images = _draw(compared, draw, options.inspection.images, on_step)
+            noise = _compare_noise(compared, noise_for, options.inspection.images)
+            speed = _time(compared, draw, options.rounds, on_step)
+        sizes = (_sizes(file, *others), _sizes(compared.exact))
     return Report(
         plan=plan,
         origin=origin,
-        inside=inside,
+        inspection=inspection,
         file=file,
         others=others,
-        not_run=engines.find_backend(file.backend).can_run(),
-        drawn=drawn,
+        not_run=compared.not_run,
+        images=images,
+        noise=noise,
         sizes=sizes,
         speed=speed,
-        judged=found,
+        evaluation=evaluation,
         journal=record.journal,
     )
 
 
-def engine_of(run: Run, record: RunRecord, asked: Path | None) -> EngineFile:
-    """Return the engine asked for, or the last one built; raise GaqError if there is none of this plan."""
+def engine_of(run: Run, record: RunRecord, path: Path | None) -> EngineFile:
+    """Return the engine at `path`, or the last one built if that is None.
+
+    Raises:
+        GaqError: no engine was built, or this one was built from another plan.
+    """
     last = record.last("build-engine").get("engine")
-    path = asked or (last and Path(os.path.normpath(run.folder / last)))
+    path = path or (last and Path(os.path.normpath(run.folder / last)))
     if path is None:
         raise GaqError(f"{run.folder} records no engine: run `gaq-export build-engine --run {run.folder}` first.")
     file = engines.load_engine_file(path)
@@ -181,74 +218,86 @@ def engine_of(run: Run, record: RunRecord, asked: Path | None) -> EngineFile:
 
 
 def evaluation_of(folder: Path | None, file: EngineFile) -> Evaluation | None:
-    """Return what was found of this engine; raise GaqError if it was asked for and there is nothing."""
+    """Return the evaluation of this engine in a folder, or in the usual one, where it may be missing.
+
+    Raises:
+        GaqError: `folder` holds no evaluation, or one that is not about this engine.
+    """
     if folder is None and not (DEFAULT / RECORD).is_file():
         return None
-    found = read_evaluation(folder or DEFAULT)
-    about = {f.context.get("engine_sha256") for figures in found.rows.values() for f in figures}
-    if file.sha256 in about:
-        return found
+    evaluation = read_evaluation(folder or DEFAULT)
+    evaluated = {score.context.get("engine_sha256") for row in evaluation.rows.values() for score in row}
+    if file.sha256 in evaluated:
+        return evaluation
     if folder is not None:
-        raise GaqError(f"{found.path} is not about {file.path}: run `gaq-export evaluate --engine {file.path}`.")
+        raise GaqError(f"{evaluation.path} is not about {file.path}: run `gaq-export evaluate --engine {file.path}`.")
     return None
 
 
+def _build_exact(file: EngineFile, model: LoadedModel, folder: Path) -> EngineFile:
+    """Build an engine of the float network exactly as `file` was built."""
+    config = EngineConfig(backend=file.backend, batch=file.batch, targets=file.targets, threads=file.threads)
+    return build_float(model, folder / "float.plan", sampler=record_of(file).provenance.sampler, config=config)
+
+
 @contextmanager
-def _opened(file: EngineFile, model: LoadedModel, plan: QuantPlan) -> Iterator[tuple[Draw, NoiseFor]]:
-    """Yield what draws, and what predicts for images of given seeds: the engine, or PyTorch where it cannot run."""
-    if not engines.find_backend(file.backend).can_run():
+def _open(compared: _Engines, file: EngineFile) -> Iterator[tuple[Draw, NoiseFor]]:
+    """Yield what draws, and what predicts noise for images of given seeds: `file`, or PyTorch if that cannot run."""
+    if compared.not_run is None:
         with session.open_engines(file) as engine, session.open_decoder(file) as decode:
             sampling = replace(session.sampling_of(file), decode=decode)
             yield session.draw_with_engine(engine, file, sampling), partial(session.denoiser_for, engine, file)
         return
-    network, record = fake_quantized(model.network, plan), record_of(file)
+    model, record = compared.model, record_of(file)
+    network = fake_quantized(model.network, compared.plan)
     sampling = replace(model.image_sampling(record.provenance.sampler), correction=record.correction)
     yield session.draw_with_network(network, sampling), partial(bind, network, model.conditioning)
 
 
-def _by_float(model: LoadedModel, spec: SamplerSpec) -> Draw:
-    return session.draw_with_network(model.network, model.image_sampling(spec))
+def _float_draw(compared: _Engines) -> Draw:
+    return session.draw_with_network(compared.model.network, compared.model.image_sampling(compared.sampler))
 
 
-def _draw(
-    file: EngineFile, model: LoadedModel, draw: Draw, noise_for: NoiseFor, images: int, on_step: OnStage
-) -> Drawn:
-    spec, seeds = record_of(file).provenance.sampler, tuple(range(images))
-    by_float = _by_float(model, spec)
-    pictures, exact = (
-        draw_in_batches(by, seeds, file.batch[1], spec.steps, partial(on_step, f"drawing ({who}), step"))
-        for who, by in (("quantized", draw), ("float", by_float))
+def _draw(compared: _Engines, draw: Draw, images: int, on_step: OnStage) -> ImagePairs:
+    """Draw with the quantized and with the float network from the same noise."""
+    seeds, conditioning = tuple(range(images)), compared.model.conditioning
+    batch, steps = compared.file.batch[1], compared.sampler.steps
+    quantized, exact = (
+        draw_in_batches(by, seeds, batch, steps, partial(on_step, f"drawing ({who}), step"))
+        for who, by in (("quantized", draw), ("float", _float_draw(compared)))
     )
-    together = range(max(file.batch[0], min(images, file.batch[2])))
-    exactly = bind(model.network, model.conditioning, together)
-    steps = noise_sqnr.along_both(noise_for(together), exactly, together, model.sampling(spec))
-    captions = () if model.conditioning is None else tuple(map(model.conditioning.name_of, seeds))
-    return Drawn(seeds=seeds, captions=captions, quantized=pictures, exact=exact, steps=steps)
+    captions = () if conditioning is None else tuple(map(conditioning.name_of, seeds))
+    return ImagePairs(seeds=seeds, captions=captions, quantized=quantized, exact=exact)
 
 
-def _time(
-    file: EngineFile,
-    exact: EngineFile,
-    model: LoadedModel,
-    plan: QuantPlan,
-    draw: Draw,
-    rounds: int,
-    on_step: OnStage,
-) -> Speed | None:
-    """Time whole loops in turn, if asked to and if the engine runs here."""
-    if not rounds or engines.find_backend(file.backend).can_run():
+def _compare_noise(compared: _Engines, noise_for: NoiseFor, images: int) -> Mapping[str, Sequence[float]]:
+    """Return the SQNR of each step along both trajectories, of as many images as fit into one batch of the engine."""
+    model, file = compared.model, compared.file
+    seeds = range(max(file.batch[0], min(images, file.batch[2])))
+    exact = bind(model.network, model.conditioning, seeds)
+    return noise_sqnr.along_both(noise_for(seeds), exact, seeds, model.sampling(compared.sampler))
+
+
+def _time(compared: _Engines, draw: Draw, rounds: int, on_step: OnStage) -> Speed | None:
+    """Time whole loops in turn; return None without rounds, or if the engine cannot run here."""
+    if not rounds or compared.not_run is not None:
         return None
-    seeds, done = range(file.batch[1]), 0
-    by_float = _by_float(model, record_of(file).provenance.sampler)
+    file = compared.file
+    seeds = range(file.batch[1])
+    done = 0
 
     def loop(by: Draw) -> None:
         nonlocal done
         by(seeds, lambda: None)
         done += 1
-        on_step("timing the loop", done, 3 * (rounds + 1))
+        on_step("timing the loop", done, 3 * (rounds + 1))  # three loops, each with a warm-up
 
-    with _opened(exact, model, plan) as (by_exact, _):
-        loops = {PYTORCH: by_float, f"{file.backend}, float": by_exact, f"{file.backend}, {record_of(file).bits}": draw}
+    with _open(compared, compared.exact) as (exact_draw, _):
+        loops = {
+            PYTORCH: _float_draw(compared),
+            f"{file.backend}, float": exact_draw,
+            f"{file.backend}, {record_of(file).bits}": draw,
+        }
         seconds = take_turns({who: partial(loop, by) for who, by in loops.items()}, rounds)
     return Speed(batch=len(seeds), seconds=seconds)
 

@@ -20,34 +20,34 @@ GAIN = 4  # by which differences are shown larger
 LITTLE = 5000  # bytes of a type, and fewer, are not listed
 
 
-def render(found: Report) -> str:
+def render(report: Report) -> str:
     """Return the whole page."""
-    name = f"{record_of(found.file).provenance.name}, {record_of(found.file).bits}, {found.file.backend}"
+    name = f"{record_of(report.file).provenance.name}, {record_of(report.file).bits}, {report.file.backend}"
     header = html.header(
         "From floating point to an engine",
         name,
-        inspection_page.warning(found.plan),
-        html.facts(_in_short(found)),
+        inspection_page.warning(report.plan),
+        html.facts(_in_short(report)),
         f"<details><summary>How it was calibrated</summary>\n"
-        f"{inspection_page.what_was_done(found.plan, found.inside, found.origin)}</details>\n",
+        f"{inspection_page.what_was_done(report.plan, report.inspection, report.origin)}</details>\n",
     )
     sections = (
-        _pictures_section(found),
-        _judged_section(found),
-        _noise_section(found),
-        _sizes_section(found),
-        _audit_section(found),
-        _speed_section(found),
-        *inspection_page.sections(found.plan, found.inside),
-        _again_section(found),
+        _pictures_section(report),
+        _evaluation_section(report),
+        _noise_section(report),
+        _sizes_section(report),
+        _audit_section(report),
+        _speed_section(report),
+        *inspection_page.sections(report.plan, report.inspection),
+        _reproduction_section(report),
     )
     return html.document(f"{name}: report", header, sections)
 
 
-def _in_short(found: Report) -> dict[str, str]:
-    ours, exact = found.sizes
-    decibels = psnr(found.drawn.quantized, found.drawn.exact)
-    noise = found.drawn.steps["float trajectory"]
+def _in_short(report: Report) -> dict[str, str]:
+    ours, exact = report.sizes
+    decibels = psnr(report.images.quantized, report.images.exact)
+    noise = report.noise["float trajectory"]
     facts = {
         "pictures": f"PSNR against float {float(decibels.median()):.1f} dB, lowest {float(decibels.min()):.1f} dB, of "
         f"{len(decibels)} from the same noise",
@@ -55,26 +55,28 @@ def _in_short(found: Report) -> dict[str, str]:
         "size": f"{_mb(sum(ours.weights.values()))} of weights, {_mb(sum(exact.weights.values()))} in float: "
         f"{sum(exact.weights.values()) / sum(ours.weights.values()):.1f} times smaller",
     }
-    if found.speed is not None:
-        _, by_exact, by_engine = (found.speed.median(who) for who in found.speed.seconds)
-        facts["speed"] = f"{by_exact / by_engine:.2f} times the speed of a float engine of {found.file.backend}"
-    done = sum(count for (_, how), count in found.file.audit.counts.items() if how in ("int8", "float8"))
-    return facts | {"arithmetic": f"{done} of {len(found.file.audit.kernels)} weight layers in integers or FP8"}
+    if report.speed is not None:
+        _, by_exact, by_engine = (report.speed.median(who) for who in report.speed.seconds)
+        facts["speed"] = f"{by_exact / by_engine:.2f} times the speed of a float engine of {report.file.backend}"
+    done = sum(count for (_, how), count in report.file.audit.counts.items() if how in ("int8", "float8"))
+    return facts | {"arithmetic": f"{done} of {len(report.file.audit.kernels)} weight layers in integers or FP8"}
 
 
-def _pictures_section(found: Report) -> str:
-    drawn = found.drawn
+def _pictures_section(report: Report) -> str:
+    images = report.images
     who = (
-        "The engine" if found.not_run is None else f"The plan in PyTorch (the engine cannot run here: {found.not_run})"
+        "The engine"
+        if report.not_run is None
+        else f"The plan in PyTorch (the engine cannot run here: {report.not_run})"
     )
     text = (
         f"Each picture three times, from the same noise: by the float network, quantized, and the difference, {GAIN} "
-        f"times as large, with grey for none. {who} draws in {len(drawn.steps['float trajectory'])} steps. A picture "
+        f"times as large, with grey for none. {who} draws in {len(report.noise['float trajectory'])} steps. A picture "
         "can be as good and yet another one: a low PSNR says that it differs, not that it is worse."
     )
-    captions = [f", told {name}" for name in drawn.captions] or [""] * len(drawn.seeds)
-    near = psnr(drawn.quantized, drawn.exact).tolist()
-    rows = zip(drawn.seeds, captions, drawn.exact, drawn.quantized, near, strict=True)
+    captions = [f", {name}" for name in images.captions] or [""] * len(images.seeds)
+    near = psnr(images.quantized, images.exact).tolist()
+    rows = zip(images.seeds, captions, images.exact, images.quantized, near, strict=True)
     shown = [
         (
             encode_side_by_side((exact, picture, (GAIN * (picture - exact) / 2).clamp(-1, 1))),
@@ -85,10 +87,10 @@ def _pictures_section(found: Report) -> str:
     return html.section("Does it draw the same pictures?", html.text(text), html.pictures(shown))
 
 
-def _judged_section(found: Report) -> str:
+def _evaluation_section(report: Report) -> str:
     title = "What do the metrics say of many pictures?"
-    if found.judged is None:
-        hint = f"Not judged yet: gaq-export evaluate --engine {found.file.path}, then this report again."
+    if report.evaluation is None:
+        hint = f"Not evaluated yet: gaq-export evaluate --engine {report.file.path}, then this report again."
         return html.section(title, html.note(hint))
     text = (
         "Sets of images against a reference, then images against the float network's from the same noise. In brackets "
@@ -96,115 +98,115 @@ def _judged_section(found: Report) -> str:
         "good as can be told with so many images."
     )
     parts = []
-    for rows in scores.groups(found.judged.rows):
+    for rows in scores.groups(report.evaluation.rows):
         head, body = scores.table(rows)
         first = next(iter(rows.values()))
         parts.append(html.table(("", *(row[0] for row in body)), list(zip(head, *body, strict=True))[1:]))
         parts.append(html.text(_depends_on(first)))
-    left_out = "".join(html.note(f"Left out: {what}") for what in found.judged.left_out)
+    left_out = "".join(html.note(f"Left out: {what}") for what in report.evaluation.left_out)
     return html.section(title, html.text(text), *parts, left_out)
 
 
 def _depends_on(row: Sequence[Score]) -> str:
     """Say in a sentence what the figures of one row, and so of all, depend on."""
-    held = row[0].context
-    said = [f"{held['images']} images"]
-    if "seeds" in held:
-        said.append(f"seeds {held['seeds'][0]} to {held['seeds'][1]}")
-    if "sampler" in held:
-        sampler = SamplerSpec.from_json(held["sampler"])
-        said.append(f"{sampler.name}, {sampler.steps} steps, {sampler.spacing} spacing, eta {sampler.eta:g}")
+    context = row[0].context
+    parts = [f"{context['images']} images"]
+    if "seeds" in context:
+        parts.append(f"seeds {context['seeds'][0]} to {context['seeds'][1]}")
+    if "sampler" in context:
+        sampler = SamplerSpec.from_json(context["sampler"])
+        parts.append(f"{sampler.name}, {sampler.steps} steps, {sampler.spacing} spacing, eta {sampler.eta:g}")
     if row[0].metric in PAIR_METRICS:
-        said.append(f"float images {held['exact_sha256'][:12]}")
+        parts.append(f"float images {context['exact_sha256'][:12]}")
     else:
-        said.append(f"features {held['features']} ({held['features_sha256'][:12]})")
-        said.append(
-            f"reference {held['reference']}, {held['reference_images']} images ({held['reference_sha256'][:12]})"
-        )
-        said.append(f"floor of {held['floor_images']} images")
-    return "; ".join(said) + "."
+        parts.append(f"features {context['features']} ({context['features_sha256'][:12]})")
+        digest = context["reference_sha256"][:12]
+        parts.append(f"reference {context['reference']}, {context['reference_images']} images ({digest})")
+        parts.append(f"floor of {context['floor_images']} images")
+    return "; ".join(parts) + "."
 
 
-def _noise_section(found: Report) -> str:
-    who = "engine" if found.not_run is None else "plan in PyTorch"
+def _noise_section(report: Report) -> str:
+    who = "engine" if report.not_run is None else "plan in PyTorch"
     text = (
         f"The {who} and the float network predict the noise of the same images, at each step: the power of the float "
         "prediction over that of the difference. Along the float network's trajectory errors do not add up; along the "
         "quantized one's, both see what the quantized network has made so far."
     )
-    t = timesteps(record_of(found.file).provenance.sampler, found.plan.num_train)
+    t = timesteps(record_of(report.file).provenance.sampler, report.plan.num_train)
     means = "; ".join(
         f"along the {name} {scores.mean_db(values):.1f} dB, lowest {min(values):.1f} dB"
-        for name, values in found.drawn.steps.items()
+        for name, values in report.noise.items()
     )
-    series = {f"along the {name}": values for name, values in found.drawn.steps.items()}
+    series = {f"along the {name}": values for name, values in report.noise.items()}
     numbers = f"Mean over {len(t)} steps {means}."
     return html.section(
         "Does it predict the same noise?", html.text(text), html.figure(charts.engine_sqnr(t, series), numbers)
     )
 
 
-def _sizes_section(found: Report) -> str:
-    ours, exact = found.sizes
+def _sizes_section(report: Report) -> str:
+    ours, exact = report.sizes
     kinds = sorted(k for k, size in (Counter(exact.weights) | Counter(ours.weights)).items() if size >= LITTLE)
-    columns = (("float", exact), (record_of(found.file).bits, ours))
+    columns = (("float", exact), (record_of(report.file).bits, ours))
 
     def row(what: str, sizes: Sequence[int]) -> tuple[str, ...]:
         return (what, *(_mb(size) for size in sizes), f"{sizes[0] / sizes[1]:.2f}" if all(sizes) else "")
 
-    rows = [row(kind, [held.weights.get(kind, 0) for _, held in columns]) for kind in kinds]
-    rows.append(row("all weights", [sum(held.weights.values()) for _, held in columns]))
-    rows.append(row("files", [held.files for _, held in columns]))
+    rows = [row(kind, [sizes.weights.get(kind, 0) for _, sizes in columns]) for kind in kinds]
+    rows.append(row("all weights", [sum(sizes.weights.values()) for _, sizes in columns]))
+    rows.append(row("files", [sizes.files for _, sizes in columns]))
     text = (
         "Bytes that an engine holds, by the type it keeps them in, beside an engine of the float network by the same "
-        f"backend. The plan's codes are of {_widths(found)} bits; a backend without such a type keeps them in a wider "
+        f"backend. The plan's codes are of {_widths(report)} bits; a backend without such a type keeps them in a wider "
         "one."
     )
     head = ("", *(name for name, _ in columns), "ratio")
-    return html.section("Is it smaller?", html.text(text), html.table(head, rows), html.text(found.file.audit.note))
+    return html.section("Is it smaller?", html.text(text), html.table(head, rows), html.text(report.file.audit.note))
 
 
-def _widths(found: Report) -> str:
-    return " and ".join(map(str, sorted({layer.weight_bits for layer in found.plan.layers.values()})))
+def _widths(report: Report) -> str:
+    return " and ".join(map(str, sorted({layer.weight_bits for layer in report.plan.layers.values()})))
 
 
-def _audit_section(found: Report) -> str:
-    audit, tables = found.file.audit, record_of(found.file).tables
+def _audit_section(report: Report) -> str:
+    audit, tables = report.file.audit, record_of(report.file).tables
     text = (
         "What the runtime says it made of each layer with weights. Asking for integers is no promise: a runtime may "
         "fall back to floats and say nothing, which is what this table is for."
     )
     rows = [(kind, how, f"{count}") for (kind, how), count in sorted(audit.counts.items())]
-    said = [f"{len(tables)} layers depend on the step alone and are tables."] if tables else []
-    reasons = Counter(found.plan.float_layers.values())
-    said += (
+    sentences = [f"{len(tables)} layers depend on the step alone and are tables."] if tables else []
+    reasons = Counter(report.plan.float_layers.values())
+    sentences += (
         [f"Kept float by the plan: {'; '.join(f'{n} x {reason}' for reason, n in reasons.items())}."] if reasons else []
     )
-    if found.others:
-        said.append(f"{', '.join(other.path.name for other in found.others)} take over where fewer bits are enough.")
-    parity = next((line.get("sqnr_db") for line in reversed(found.journal) if line["step"] == "build-engine"), None)
-    if found.not_run is not None:
-        said.append(f"Not run here: {found.not_run}")
+    if report.others:
+        names = ", ".join(other.path.name for other in report.others)
+        sentences.append(f"{names} take over where fewer bits are enough.")
+    parity = next((line.get("sqnr_db") for line in reversed(report.journal) if line["step"] == "build-engine"), None)
+    if report.not_run is not None:
+        sentences.append(f"Not run here: {report.not_run}")
     elif parity:
-        said.append(
+        sentences.append(
             f"Against fake-quantized PyTorch: median SQNR {statistics.median(parity):.1f} dB when it was built."
         )
     table = html.table(
         ("layer", "kind", "arithmetic"), [(kernel.name, kernel.kind, kernel.precision) for kernel in audit.kernels]
     )
     details = f"<details><summary>Layer by layer</summary>\n{table}</details>\n"
-    words = html.text(" ".join(said))
+    words = html.text(" ".join(sentences))
     return html.section(
         "What does it compute in?", html.text(text), html.table(("", "arithmetic", "layers"), rows), words, details
     )
 
 
-def _speed_section(found: Report) -> str:
-    title, speed = "Is it faster?", found.speed
+def _speed_section(report: Report) -> str:
+    title, speed = "Is it faster?", report.speed
     if speed is None:
-        why = "asked for without timing" if found.not_run is None else f"the engine cannot run here: {found.not_run}"
+        why = "asked for without timing" if report.not_run is None else f"the engine cannot run here: {report.not_run}"
         return html.section(title, html.note(f"Not measured: {why}."))
-    rounds, steps = len(speed.seconds[PYTORCH]), len(found.drawn.steps["float trajectory"])
+    rounds, steps = len(speed.seconds[PYTORCH]), len(report.noise["float trajectory"])
     text = (
         f"Whole loops of {speed.batch} images, {steps} steps, on {machine()}; they took turns, {rounds} "
         f"round{'s' * (rounds > 1)} after a warm-up, so that whatever else the machine did fell on all."
@@ -224,20 +226,20 @@ def _speed_section(found: Report) -> str:
     return html.section(title, html.text(text), html.table(head, rows))
 
 
-def _again_section(found: Report) -> str:
+def _reproduction_section(report: Report) -> str:
     text = (
         "What was done in the run folder, then this report. With the same seed on the same machine, the plan is the "
         "same to the bit."
     )
-    record = record_of(found.file)
+    record = record_of(report.file)
     origin = record.provenance
-    lines = [*found.journal, {"step": "report", **command_and_versions()}]
+    lines = [*report.journal, {"step": "report", **command_and_versions()}]
     commands = [line.get("command") or f"# {line['step']}: from Python; its settings are above" for line in lines]
     facts = {
         "model": f"{origin.source}, weights {origin.fingerprint}",
         "plan": record.plan.sha256 if record.plan else "",
-        "engine": found.file.sha256,
-        "calibrated with": _versions(found.origin.journal),
+        "engine": report.file.sha256,
+        "calibrated with": _versions(report.origin.journal),
         "this report": _versions(command_and_versions()),
         "machine": machine(),
     }

@@ -29,6 +29,7 @@ from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.quantize import learn
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.report import report, report_page
+from gaq_export.report.inspection import InspectionOptions
 from gaq_export.run import Run
 from gaq_export.sampling import prompts
 from tests.gaq_export.diffusion.test_conditioning import SPEC, made
@@ -89,12 +90,13 @@ def test_a_page_shows_the_guided_noise(run: Path, plan: QuantPlan, model: Loaded
 
 
 def test_a_report_captions_pictures_with_their_condition(run: Path, built: EngineFile, model: LoadedModel) -> None:
-    found = report.measure(run, run / "report.html", engine=built.path, images=4, rounds=1, model=model)
-    assert float(yardstick.psnr(found.drawn.quantized, found.drawn.exact).min()) > 10
-    assert min(found.drawn.steps["float trajectory"]) > 5
+    options = report.ReportOptions(engine=built.path, inspection=InspectionOptions(images=4), rounds=1)
+    found = report.measure(run, run / "report.html", options, model=model)
+    assert float(yardstick.psnr(found.images.quantized, found.images.exact).min()) > 10
+    assert min(found.noise["float trajectory"]) > 5
     page = report_page.render(found)
     for seed, name in enumerate(("0", "4", "7", "0")):
-        assert f"seed {seed}, told {name}: " in page
+        assert f"seed {seed}, {name}: " in page
 
 
 @pytest.mark.parametrize("rule", ["ptqd", "tac"])

@@ -26,7 +26,7 @@ def plan(tiny_run: Path) -> QuantPlan:
 
 def test_a_recorded_trajectory_is_what_the_sampler_shows_its_network(tiny_model: LoadedModel) -> None:
     model = tiny_model
-    trajectory = noise_sqnr.record(model.network, range(3), model.shape, model.schedule, SPEC)
+    trajectory = noise_sqnr.record(model.network, range(3), model.sampling(SPEC))
     seen: list[tuple[Tensor, Tensor]] = []
     loop.run(model.network, range(3), model.sampling(SPEC), lambda _, x, t: seen.append((x, t)))
     assert trajectory.x.shape == trajectory.epsilon.shape == (4, 3, *model.shape)
@@ -38,7 +38,7 @@ def test_a_recorded_trajectory_is_what_the_sampler_shows_its_network(tiny_model:
 
 def test_squared_errors_are_summed_over_all_images(tiny_model: LoadedModel) -> None:
     model = tiny_model
-    trajectory = noise_sqnr.record(model.network, range(2), model.shape, model.schedule, SPEC)
+    trajectory = noise_sqnr.record(model.network, range(2), model.sampling(SPEC))
     power = trajectory.epsilon.double().square().flatten(1).sum(1).tolist()
     errors = noise_sqnr.squared_errors(trajectory, lambda x, t: 1.5 * model.network(x, t))
     assert errors == pytest.approx([0.25 * value for value in power], rel=1e-6)
@@ -46,7 +46,7 @@ def test_squared_errors_are_summed_over_all_images(tiny_model: LoadedModel) -> N
 
 def test_a_correction_is_applied_before_the_comparison(tiny_model: LoadedModel) -> None:
     model = tiny_model
-    trajectory = noise_sqnr.record(model.network, range(2), model.shape, model.schedule, SPEC)
+    trajectory = noise_sqnr.record(model.network, range(2), model.sampling(SPEC))
     correction = Correction(
         rule="ptqd",
         gain=((0.5,),) * 4,
@@ -68,7 +68,7 @@ def test_steps_are_compared_where_either_network_comes_by(tiny_model: LoadedMode
 
     model = tiny_model
     with torch.no_grad():
-        rows = noise_sqnr.along_both(worse, model.network, model.schedule, model.shape, SPEC, range(2))
+        rows = noise_sqnr.along_both(worse, model.network, range(2), model.sampling(SPEC))
     assert rows.keys() == {"float trajectory", "quantized trajectory"}
     assert all(row == pytest.approx([20.0] * 4, abs=1e-3) for row in rows.values())
     drawn: list[Tensor] = []
@@ -82,7 +82,7 @@ def test_a_plan_is_compared_image_by_image_on_fresh_trajectories(tiny_model: Loa
     measured = noise_sqnr.of_plan(tiny_model, plan, 1, lambda *step: progress.append(step))
     spec = SamplerSpec.from_json(plan.provenance["sampler"])
     seeds = [image_seed(plan.config.seed, 0, "inspection")]
-    trajectory = noise_sqnr.record(tiny_model.network, seeds, tiny_model.shape, tiny_model.schedule, spec)
+    trajectory = noise_sqnr.record(tiny_model.network, seeds, tiny_model.sampling(spec))
     with torch.no_grad():
         x, t, epsilon = (part[7] for part in (trajectory.x, trajectory.t, trajectory.epsilon))
         expected = sqnr_db(epsilon[0], fake_quantized(tiny_model.network, plan)(x, t)[0])

@@ -199,5 +199,5 @@ def test_a_plan_without_losses_or_blocks_still_gives_a_page() -> None:
     assert "The plan holds no block losses: every layer is rounded to nearest." in seen.text
     assert seen.seen["svg"] == 4
     seen = outline(render(small(blocks=()), measured(agreement=None, alignment=None, overview=()), ORIGIN))
-    assert "No block of this plan can be looked at alone." in seen.text
+    assert "No block of this plan can be measured alone." in seen.text
     assert (seen.titles, seen.seen["svg"]) == (TITLES, 3)

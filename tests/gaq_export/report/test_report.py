@@ -17,6 +17,8 @@ from gaq_export.evaluation import evaluate
 from gaq_export.evaluation.scores import Score
 from gaq_export.models.loader import LoadedModel
 from gaq_export.report import report, report_page
+from gaq_export.report.inspection import InspectionOptions
+from gaq_export.report.report import ReportOptions
 
 
 def write_scores(file: EngineFile, out: Path, sha256: str | None = None) -> Path:
@@ -43,21 +45,20 @@ def write_scores(file: EngineFile, out: Path, sha256: str | None = None) -> Path
 def test_the_numbers_are_those_of_the_engine(
     tiny_run: Path, tiny_step_engine: EngineFile, tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
-    found = report.measure(
-        tiny_run, tmp_path / "x.html", engine=tiny_step_engine.path, images=2, rounds=0, model=tiny_model
-    )
+    options = ReportOptions(engine=tiny_step_engine.path, inspection=InspectionOptions(images=2), rounds=0)
+    measured = report.measure(tiny_run, tmp_path / "x.html", options, model=tiny_model)
     drawn = pipeline.sample(tiny_step_engine.path, num=2, out=tmp_path / "drawn", compare=True, model=tiny_model)
-    assert torch.equal(found.drawn.quantized, drawn.images)
+    assert torch.equal(measured.images.quantized, drawn.images)
     assert drawn.psnr_db is not None
-    decibels = report_page.psnr(found.drawn.quantized, found.drawn.exact).tolist()
+    decibels = report_page.psnr(measured.images.quantized, measured.images.exact).tolist()
     assert decibels == pytest.approx(drawn.psnr_db)
-    assert found.speed is None
-    assert found.judged is None
-    ours, exact = found.sizes
+    assert measured.speed is None
+    assert measured.evaluation is None
+    ours, exact = measured.sizes
     assert ours.weights == tiny_step_engine.audit.weight_bytes
     assert sum(exact.weights.values()) > sum(ours.weights.values()) > 0
     assert ours.files == tiny_step_engine.path.stat().st_size
-    errors = found.inside.sensitivity
+    errors = measured.inspection.sensitivity
     assert list(errors) == list(load_plan(tiny_run / "plan.safetensors").layers)
     assert min(errors.values()) > 0
 
@@ -71,15 +72,15 @@ def test_it_refuses_an_engine_or_an_evaluation_of_something_else(
     record["journal"] = [line for line in record["journal"] if line["step"] == "calibrate"]
     (own / "run.json").write_text(json.dumps(record))
     with pytest.raises(GaqError, match="tells of no engine: run `gaq-export build-engine --run"):
-        report.measure(own, own / "report.html")
+        report.measure(own, own / "report.html", ReportOptions())
     other = write_scores(tiny_step_engine, tmp_path / "scores", sha256="6" * 64)
     with pytest.raises(GaqError, match=r"is not about .*unet\.plan: run `gaq-export evaluate --engine"):
-        report.measure(own, own / "report.html", engine=tiny_step_engine.path, judged=other)
+        report.measure(own, own / "report.html", ReportOptions(engine=tiny_step_engine.path, evaluation=other))
     with pytest.raises(GaqError, match="cannot be read as an evaluation"):
-        report.measure(own, own / "report.html", engine=tiny_step_engine.path, judged=own)
+        report.measure(own, own / "report.html", ReportOptions(engine=tiny_step_engine.path, evaluation=own))
     save_plan(dataclasses.replace(load_plan(own / "plan.safetensors"), blocks=()), own / "plan.safetensors")
     with pytest.raises(GaqError, match="was not built from the plan in"):
-        report.measure(own, own / "report.html", engine=tiny_step_engine.path)
+        report.measure(own, own / "report.html", ReportOptions(engine=tiny_step_engine.path))
 
 
 def test_the_engine_built_last_is_found_by_itself(tiny_run: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
@@ -87,6 +88,6 @@ def test_the_engine_built_last_is_found_by_itself(tiny_run: Path, tiny_model: Lo
     shutil.copytree(tiny_run, own)
     config = EngineConfig(backend="openvino", threads=1)
     built = pipeline.build_engine(folder=own, out=plan, config=config, graph="eps", model=tiny_model)
-    found = report.engine_of(report.Run(folder=own), report.runs.read_record(report.Run(folder=own)), None)
-    assert found.sha256 == built.file.sha256
-    assert found.path == plan
+    measured = report.engine_of(report.Run(folder=own), report.runs.read_record(report.Run(folder=own)), None)
+    assert measured.sha256 == built.file.sha256
+    assert measured.path == plan
