@@ -39,9 +39,10 @@ def pack(
     """Write one folder to share: plan, ONNX, model card, licences, and the float model if it cannot be fetched."""
     with one_line_errors():
         from gaq_export.run import Run
-        from gaq_export.sharing.pack import write_pack
+        from gaq_export.sharing.pack import PackOptions, write_pack
 
-        packed = write_pack(Run(folder=run), out, whole=whole, licence=licence, judged=evaluation, profile=profile)
+        options = PackOptions(whole=whole, licence=licence, evaluation=evaluation, profile=profile)
+        packed = write_pack(Run(folder=run), out, options)
         if packed.licence is None:
             typer.echo(
                 "note: the source model's licence is not known; name it with --license before you share the pack",
@@ -65,11 +66,12 @@ def push(
     with one_line_errors():
         from gaq_export.models import hub
         from gaq_export.run import Run
-        from gaq_export.sharing.pack import MARK, read_pack, write_pack
+        from gaq_export.sharing.pack import MARK, PackOptions, read_pack, write_pack
 
         folder = run
         if not (run / MARK).is_file():
-            folder = write_pack(Run(folder=run), whole=whole, licence=licence, judged=evaluation).folder
+            options = PackOptions(whole=whole, licence=licence, evaluation=evaluation)
+            folder = write_pack(Run(folder=run), options=options).folder
         record = read_pack(folder)
         name = record["settings"]["model"]["name"]
         typer.echo(hub.upload(folder, repo, private=not public, message=f"{name}, quantized with gaq-export"))

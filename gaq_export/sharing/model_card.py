@@ -1,6 +1,7 @@
-"""The model card of a pack: what it is, how to use it, how it came about, how good it is, and on whose terms."""
+"""The model card of a pack: what it is, how to use it, how it came about, how good it is, and under which licence."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -23,57 +24,71 @@ WHAT = {  # files of a pack by how their names begin
     "scheduler/": "its noise schedule",
     "vae/": "its decoder of latents, float",
     "vqvae/": "its decoder of latents, float",
-    "text_encoder": "its reader of prompts, float",
-    "tokenizer": "its reader of prompts, float",
-    "conditioning-": "the prompts that it was calibrated with, as the network takes them",
-    "evaluation.json": "the figures below, with all that they depend on",
+    "text_encoder": "its text encoder, float",
+    "tokenizer": "its tokenizer",
+    "conditioning-": "the prompts that it was calibrated with, encoded",
+    "evaluation.json": "the scores above, with all that they depend on",
 }
 
 
-def render(
-    plan: QuantPlan,
-    model: LoadedModel,
-    settings: Mapping[str, Any],
-    terms: Mapping[str, str],
-    found: Evaluation | None,
-    files: Sequence[str],
-) -> str:
-    """Return the card: YAML front matter as the Hugging Face hub reads it, and Markdown.
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a card is about.
 
-    Args:
+    Attributes:
         plan: the plan.
-        model: the float model it was made from.
-        settings: what calibration was given.
+        model: the float model that it was made from.
+        settings: what calibration was run with.
         terms: fields of the front matter on the source model's licence, {} if it is unknown.
-        found: figures, if there are any.
+        evaluation: scores, None if there are none.
         files: names in the pack.
     """
-    bits = f"W{_some({layer.weight_bits for layer in plan.layers.values()})}A{_some(widths(plan))}"
-    repo = model.source.repository or None
-    data = ModelCardData(
-        base_model=repo,
-        base_model_relation="quantized" if repo else None,
+
+    plan: QuantPlan
+    model: LoadedModel
+    settings: Mapping[str, Any]
+    terms: Mapping[str, str]
+    evaluation: Evaluation | None
+    files: Sequence[str]
+
+
+def render(content: Content) -> str:
+    """Return the card: YAML front matter as the Hugging Face hub reads it, and Markdown."""
+    plan, model = content.plan, content.model
+    bits = f"W{_joined({layer.weight_bits for layer in plan.layers.values()})}A{_joined(widths(plan))}"
+    parts = (
+        [f"# {model.spec.name}, {bits}", "", *_about(plan, model, bits)],
+        ["## Use", "", *_use()],
+        ["## How it was made", "", *_made(plan, content.settings)],
+        ["## Scores", "", *_scores(content.evaluation)],
+        ["## Files", "", *markdown_table(["file", "what"], _listed(content.files))],
+        ["## Licence", "", _licence(model, content.terms)],
+    )
+    body = "\n\n".join("\n".join(part) for part in parts)
+    return f"---\n{_front_matter(content, bits).to_yaml().strip()}\n---\n\n{body}\n"
+
+
+def _front_matter(content: Content, bits: str) -> ModelCardData:
+    """Return the fields by which the hub lists and searches models."""
+    model, terms = content.model, content.terms
+    repository, task = _repository(model), _task(model)
+    rows = {} if content.evaluation is None else content.evaluation.rows
+    return ModelCardData(
+        base_model=repository,
+        base_model_relation="quantized" if repository else None,
         library_name="gaq-export",
-        pipeline_tag=_task(model),
+        pipeline_tag=task,
         tags=["diffusion", "quantized", "onnx", bits],
         model_name=f"{model.spec.name}-{bits}",
-        eval_results=[_result(figure, _task(model)) for figures in found.rows.values() for figure in figures]
-        if found is not None
-        else None,
+        eval_results=[_result(score, task) for row in rows.values() for score in row] or None,
         license=terms.get("license"),
         license_name=terms.get("license_name"),
         license_link=terms.get("license_link"),
     )
-    parts = (
-        [f"# {model.spec.name}, {bits}", "", *_about(plan, model, bits)],
-        ["## Use", "", *_use()],
-        ["## How it was made", "", *_made(plan, settings)],
-        ["## Figures", "", *_figures(found)],
-        ["## Files", "", *markdown_table(["file", "what"], _listed(files))],
-        ["## Licence", "", _licence(model, repo, terms)],
-    )
-    body = "\n\n".join("\n".join(part) for part in parts)
-    return f"---\n{data.to_yaml().strip()}\n---\n\n{body}\n"
+
+
+def _repository(model: LoadedModel) -> str | None:
+    return model.source.repository if model.source.kind is SourceKind.HUB else None
 
 
 def _about(plan: QuantPlan, model: LoadedModel, bits: str) -> list[str]:
@@ -112,43 +127,44 @@ def _made(plan: QuantPlan, settings: Mapping[str, Any]) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def _figures(found: Evaluation | None) -> list[str]:
-    if found is None or not found.rows:
+def _scores(evaluation: Evaluation | None) -> list[str]:
+    if evaluation is None or not evaluation.rows:
         return ["Not evaluated."]
-    context = next(iter(found.rows.values()))[0].context
+    context = next(iter(evaluation.rows.values()))[0].context
     shown = [f"{name} {context[name]}" for name in ("images", "features", "reference", "seeds") if name in context]
-    return [*markdown_table(*table(found.rows)), "", f"Measured by `gaq-export evaluate`: {', '.join(shown)}."]
+    return [*markdown_table(*table(evaluation.rows)), "", f"Measured by `gaq-export evaluate`: {', '.join(shown)}."]
 
 
 def _listed(files: Sequence[str]) -> list[list[str]]:
     return [[f"`{name}`", next((w for start, w in WHAT.items() if name.startswith(start)), "")] for name in files]
 
 
-def _licence(model: LoadedModel, repo: str | None, terms: Mapping[str, str]) -> str:
+def _licence(model: LoadedModel, terms: Mapping[str, str]) -> str:
     name = terms.get("license_name") or terms.get("license")
     if name is None:
         return "The source model's licence was not found. Find out, and say so here, before you share this."
-    where = f" ({repo})" if repo else ""
-    return f"{name}, as the source model{where} is: what is made of it goes by its terms."
+    repository = _repository(model)
+    where = f" ({repository})" if repository else ""
+    return f"{name}, as the source model{where} is: its terms apply to what is made from it."
 
 
 def _task(model: LoadedModel) -> str | None:
-    """Return what the Hugging Face hub calls what the model does, None if it has no word for it."""
+    """Return the Hugging Face hub's name of the model's task, None if it has none."""
     if "encoder_hidden_states" in model.condition_inputs:
         return "text-to-image"
     return None if model.condition_inputs else "unconditional-image-generation"
 
 
-def _result(figure: Score, task: str | None) -> EvalResult:
+def _result(score: Score, task: str | None) -> EvalResult:
     return EvalResult(
         task_type=task or "image-generation",
         dataset_type="images",
-        dataset_name=str(figure.context.get("reference", "the float network's images from the same noise")),
-        metric_type=figure.metric,
-        metric_name=figure.name,
-        metric_value=round(figure.value, 6),
+        dataset_name=str(score.context.get("reference", "the float network's images from the same noise")),
+        metric_type=score.metric,
+        metric_name=score.name,
+        metric_value=round(score.value, 6),
     )
 
 
-def _some(numbers: Sequence[int] | set[int]) -> str:
+def _joined(numbers: Sequence[int] | set[int]) -> str:
     return "/".join(map(str, sorted(numbers)))

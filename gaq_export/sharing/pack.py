@@ -1,22 +1,23 @@
 """A finished calibration as one folder to share, in Hugging Face layout, and back.
 
     README.md, LICENSE ...          a model card; the licences of the source model
-    plan.safetensors, plan.json     the quantized layers, and texts, if such are what it was calibrated with
+    plan.safetensors, plan.json     the quantized layers; the encoded texts that they were calibrated with, if any
     onnx/unet.step.<profile>.onnx   whole denoising steps, quantized, for other tools
     unet/ or transformer/, scheduler/, vae/, text_encoder/ ...    the float model
-    evaluation.json                 figures, if there are any
+    evaluation.json                 scores, if there are any
     pack.json                       the calibration's settings, where the float model is, and the sha256 of every file
                                     but the card, which people may edit
 
-A plan has no biases, no norms, and nothing of the layers that stay float, and an engine is checked on what the float
-network draws; so to build from a pack, the float model is needed. If it is bundled with the tool, made by a seed, or
-pinned on the hub, the pack says where it is; otherwise it holds it, whole, so that its fingerprint stays what the plan
-says.
+A plan holds no biases, no norms and none of the layers that stay float, and an engine is checked on what the float
+network draws. So whoever builds from a pack needs the float model. If that is bundled with the tool, made from a seed,
+or pinned on the hub, the pack says where it is; otherwise the whole model is in the pack, so that its fingerprint stays
+the one in the plan.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -55,14 +56,28 @@ class Pack:
     licence: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """What goes into a pack.
+
+    Attributes:
+        whole: the float model, even if it could be loaded from elsewhere.
+        licence: of the source model, by its name on the Hugging Face hub; what the model's card says if None.
+        evaluation: folder that `evaluate` wrote; the usual one if None, provided that it is about this run's engine.
+        profile: of the ONNX file.
+    """
+
+    whole: bool = False
+    licence: str | None = None
+    evaluation: Path | None = None
+    profile: str = "reference"
+
+
 def write_pack(
     run: Run,
     out: Path | None = None,
+    options: PackOptions = PackOptions(),
     *,
-    whole: bool = False,
-    licence: str | None = None,
-    judged: Path | None = None,
-    profile: str = "reference",
     model: LoadedModel | None = None,
 ) -> Pack:
     """Write a pack of a run.
@@ -70,52 +85,63 @@ def write_pack(
     Args:
         run: with a finished plan.
         out: the folder; `pack` in the run folder if None. A pack that is there is replaced.
-        whole: with the float model, even where it could be found again.
-        licence: of the source model, by its name on the Hugging Face hub; what its card says if None.
-        judged: folder of `evaluate`; the usual one if None, and if it is about this run's engine.
-        profile: of the ONNX file.
+        options: what goes into it.
         model: the float model; found again from the plan if None.
 
     Raises:
         GaqError, CalibError: no plan, another model, one that cannot be loaded again, or a place that is taken.
     """
-    plan, settings = load_plan(run.plan), runs.read_record(run).settings
-    model, out = find_model(provenance_of(plan), model, run.folder), out or run.folder / FOLDER
+    plan = load_plan(run.plan)
+    model = find_model(provenance_of(plan), model, run.folder)
+    out = out or run.folder / FOLDER
     runs.check_replaceable(out, MARK)
-    whole = whole or not model.source.public
+    whole = options.whole or not model.source.public
     if whole and (model.source == MODULE or type(model.module) not in ARCHITECTURES):
         raise GaqError(f"{model.spec.name!r} is a module of your own, which nobody else could load: it is not packed.")
-    found, source = _evaluation(run, judged), str(PACK if whole else model.source)
+    evaluation = _evaluation(run, options.evaluation)  # before anything is written, since it may raise
     home = _home(model.source)
-    terms = _terms(home, model.source) if licence is None else {"license": licence}
+    terms = _terms(home, model.source) if options.licence is None else {"license": options.licence}
     with runs.staging(out) as staged:
-        made = staged / FOLDER
-        save_plan(
-            replace(plan, provenance=provenance_of(plan).moved_to(WeightSource.parse(source)).to_json()),
-            made / run.plan.name,
-        )
-        if model.conditioning is not None:
-            model.conditioning.save(made)
-        export_onnx(profile, folder=run.folder, model=model, out=made / "onnx" / run.onnx(profile, "step").name)
-        if whole:
-            _save_float(model, made)
+        folder = staged / FOLDER
+        _write_files(folder, run, plan, model, options.profile, whole=whole)
         for paper in _papers(home):
-            shutil.copyfile(paper, made / paper.name)
-        if found is not None:
-            shutil.copyfile(found.path, made / RECORD)
-        text = model_card.render(plan, model, settings, terms, found, sorted(_files(made)))
-        write_atomically(made / CARD, text.encode())
-        record = {
-            "format": FORMAT,
-            "source": source,
-            "settings": settings | {"model": {**settings["model"], "source": source}},
-            "files": {name: engines.sha256_of(made / name) for name in sorted(_files(made)) if name != CARD},
-        }
-        write_atomically(made / MARK, json.dumps(record, indent=1).encode())
-        size = sum((made / name).stat().st_size for name in _files(made))
-        runs.replace_folder(made, out)
+            shutil.copyfile(paper, folder / paper.name)
+        if evaluation is not None:
+            shutil.copyfile(evaluation.path, folder / RECORD)
+        settings = runs.read_record(run).settings
+        content = model_card.Content(
+            plan=plan, model=model, settings=settings, terms=terms, evaluation=evaluation, files=_files(folder)
+        )
+        write_atomically(folder / CARD, model_card.render(content).encode())
+        _write_record(folder, settings, str(PACK if whole else model.source))
+        size = sum((folder / name).stat().st_size for name in _files(folder))
+        runs.replace_folder(folder, out)
     runs.add_entry(run, "pack", folder=os.path.relpath(out, run.folder), bytes=size, whole=whole)
     return Pack(folder=out, size_bytes=size, whole=whole, licence=terms.get("license"))
+
+
+def _write_files(folder: Path, run: Run, plan: QuantPlan, model: LoadedModel, profile: str, *, whole: bool) -> None:
+    """Write the plan, what it was conditioned on, the ONNX file and, if `whole`, the float model."""
+    source = PACK if whole else model.source
+    moved = replace(plan, provenance=provenance_of(plan).moved_to(source).to_json())
+    save_plan(moved, folder / run.plan.name)
+    if model.conditioning is not None:
+        model.conditioning.save(folder)
+    onnx = folder / "onnx" / run.onnx(profile, "step").name
+    export_onnx(profile, folder=run.folder, model=model, out=onnx)
+    if whole:
+        _save_float(model, folder)
+
+
+def _write_record(folder: Path, settings: Mapping[str, Any], source: str) -> None:
+    """Write the pack's record, with the sha256 of every file but the card, which people may edit."""
+    record = {
+        "format": FORMAT,
+        "source": source,
+        "settings": {**settings, "model": {**settings["model"], "source": source}},
+        "files": {name: engines.sha256_of(folder / name) for name in _files(folder) if name != CARD},
+    }
+    write_atomically(folder / MARK, json.dumps(record, indent=1).encode())
 
 
 def read_pack(folder: Path) -> dict[str, Any]:
@@ -126,17 +152,17 @@ def read_pack(folder: Path) -> dict[str, Any]:
     """
     try:
         record: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        form, files = record["format"], dict(record["files"])
+        version, files = record["format"], dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GaqError(
             f"{folder} is no pack: its {MARK} cannot be read ({error!r}). `gaq-export pack` makes one."
         ) from error
-    if form != FORMAT:
-        raise GaqError(f"{folder} is a pack of format {form}, this version reads {FORMAT}: pack the run again.")
+    if version != FORMAT:
+        raise GaqError(f"{folder} is a pack of format {version}, this version reads {FORMAT}: pack the run again.")
     for name, sha256 in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
-            raise GaqError(f"{folder} has no file {name}, of which its {MARK} tells: fetch it again.")
+            raise GaqError(f"{folder} has no file {name}, which its {MARK} lists: fetch it again.")
         if engines.sha256_of(folder / path) != sha256:
             raise GaqError(f"{folder / path} is not what {MARK} says (sha256): fetch it again, or pack the run again.")
     return record
@@ -173,37 +199,45 @@ def float_model(folder: Path) -> tuple[str, str]:
 
 
 def _save_float(model: LoadedModel, folder: Path) -> None:
-    """Write the float model, and with it what its folder has to decode latents and to read prompts."""
+    """Write the float model, with the decoder, text encoders and tokenizers of its pipeline folder."""
     place = "transformer" if "Transformer" in type(model.module).__name__ else "unet"
     model.module.save_pretrained(folder / place)  # type: ignore[operator]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     write_atomically(scheduler, json.dumps(dict(model.spec.scheduler), indent=1).encode())
     home = text_encoder.folder_of(model.source)
-    beside = [] if home is None else [home / name for name in hub.wanted(_files(home))]
-    for file in beside:
+    others = [] if home is None else [home / name for name in hub.wanted(_files(home))]
+    for file in others:
         copy = folder / file.parent.name / file.name
         if file.parent.name in hub.PARTS and not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 
 
-def _evaluation(run: Run, judged: Path | None) -> Evaluation | None:
-    """Return figures of this run's engine; raise GaqError if they were asked for and there are none."""
-    if judged is None and not (DEFAULT / RECORD).is_file():
+def _evaluation(run: Run, folder: Path | None) -> Evaluation | None:
+    """Return the scores of this run's engine in an evaluation.
+
+    Raises:
+        GaqError: a folder was given, and it holds no evaluation of this engine.
+    """
+    if folder is None and not (DEFAULT / RECORD).is_file():
         return None
     record = runs.read_record(run)
-    if judged is None and not record.last("build-engine"):
+    if folder is None and not record.last("build-engine"):
         return None
     file = report.engine_of(run, record, None)
-    found = report.evaluation_of(judged, file)
-    if found is None:
+    evaluation = report.evaluation_of(folder, file)
+    if evaluation is None:
         return None
-    own = {n: f for n, f in found.rows.items() if any(x.context.get("engine_sha256") == file.sha256 for x in f)}
-    return replace(found, rows=own)
+    rows = {
+        name: row
+        for name, row in evaluation.rows.items()
+        if any(score.context.get("engine_sha256") == file.sha256 for score in row)
+    }
+    return replace(evaluation, rows=rows)
 
 
 def _home(source: WeightSource) -> Path | None:
-    """Return the folder with the source model's card and licences, None if there is none to be had."""
+    """Return the folder with the source model's card and licences, None if it has no such folder."""
     if source.kind is SourceKind.HUB:
         return hub.papers(source.repository, source.commit)
     path = source.path
@@ -224,9 +258,10 @@ def _terms(home: Path | None, source: WeightSource) -> dict[str, str]:
     if path is None or not path.is_file():
         return {}
     data = ModelCard.load(path, ignore_metadata_errors=True).data
-    found = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
-    return {name: str(value) for name, value in found.items() if value}
+    terms = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: str(value) for name, value in terms.items() if value}
 
 
 def _files(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    """Return all files in a folder and its subfolders, sorted, as relative paths with slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -71,7 +71,7 @@ def test_it_refuses_an_engine_or_an_evaluation_of_something_else(
     record = json.loads((own / "run.json").read_text())
     record["journal"] = [line for line in record["journal"] if line["step"] == "calibrate"]
     (own / "run.json").write_text(json.dumps(record))
-    with pytest.raises(GaqError, match="tells of no engine: run `gaq-export build-engine --run"):
+    with pytest.raises(GaqError, match="records no engine: run `gaq-export build-engine --run"):
         report.measure(own, own / "report.html", ReportOptions())
     other = write_scores(tiny_step_engine, tmp_path / "scores", sha256="6" * 64)
     with pytest.raises(GaqError, match=r"is not about .*unet\.plan: run `gaq-export evaluate --engine"):

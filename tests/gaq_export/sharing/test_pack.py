@@ -29,6 +29,7 @@ from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.models.source import WeightSource
 from gaq_export.run import Run
 from gaq_export.sharing import pack
+from gaq_export.sharing.pack import PackOptions
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -50,14 +51,14 @@ def licensed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedMode
 
 
 @pytest.fixture(scope="module")
-def judged_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A copy of the tiny run, whose last engine was judged."""
-    run = Run(folder=shutil.copytree(tiny_run, tmp_path_factory.mktemp("judged") / "run"))
+def evaluated_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A copy of the tiny run, whose last engine was evaluated."""
+    run = Run(folder=shutil.copytree(tiny_run, tmp_path_factory.mktemp("evaluated") / "run"))
     runs.add_entry(run, "build-engine", engine=os.path.relpath(tiny_step_engine.path, run.folder))
     context = {"images": 9, "features": "digits", "reference": "mnist.npz", "engine_sha256": tiny_step_engine.sha256}
-    figure = Score(metric="fd", name="Frechet distance", value=3.25, low=3.0, high=3.5, floor=1.0, context=context)
-    other = replace(figure, value=99.0, context={**context, "engine_sha256": "of another"})
-    rows = {"unet": [figure.to_json()], "other": [other.to_json()]}
+    score = Score(metric="fd", name="Frechet distance", value=3.25, low=3.0, high=3.5, floor=1.0, context=context)
+    other = replace(score, value=99.0, context={**context, "engine_sha256": "of another"})
+    rows = {"unet": [score.to_json()], "other": [other.to_json()]}
     record = {"rows": rows, "steps": {}, "left out": []}
     (run.folder / "evaluation").mkdir()
     (run.folder / "evaluation" / "evaluation.json").write_text(json.dumps(record))
@@ -65,10 +66,12 @@ def judged_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory: p
 
 
 @pytest.fixture(scope="module")
-def packed(judged_run: Run, licensed: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(evaluated_run: Run, licensed: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack of that run."""
     out = tmp_path_factory.mktemp("packed") / "pack"
-    made = pack.write_pack(judged_run, out, judged=judged_run.folder / "evaluation", model=licensed)
+    made = pack.write_pack(
+        evaluated_run, out, PackOptions(evaluation=evaluated_run.folder / "evaluation"), model=licensed
+    )
     assert (made.folder, made.whole, made.licence) == (out, True, "other")
     return out
 
@@ -120,9 +123,11 @@ def _pixels(file: Path) -> bytes:
         return image.tobytes()
 
 
-def test_a_model_that_the_hub_has_is_not_packed_again(judged_run: Run, licensed: LoadedModel, tmp_path: Path) -> None:
+def test_a_model_that_the_hub_has_is_not_packed_again(
+    evaluated_run: Run, licensed: LoadedModel, tmp_path: Path
+) -> None:
     model = replace(licensed, source=WeightSource.hub("google/tiny", COMMIT))
-    made = pack.write_pack(judged_run, tmp_path / "pack", licence="mit", model=model)
+    made = pack.write_pack(evaluated_run, tmp_path / "pack", PackOptions(licence="mit"), model=model)
     assert (made.whole, made.licence) == (False, "mit")
     assert pack.float_model(made.folder) == ("tiny", f"hub:google/tiny@{COMMIT}")
     assert not (made.folder / "unet").exists()
@@ -131,7 +136,7 @@ def test_a_model_that_the_hub_has_is_not_packed_again(judged_run: Run, licensed:
     assert "Not evaluated." in (made.folder / "README.md").read_text()
 
 
-def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, judged_run: Run, tmp_path: Path) -> None:
+def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, evaluated_run: Run, tmp_path: Path) -> None:
     run = Run(folder=tmp_path / "run")
     with pytest.raises(GaqError, match=r"nothing is no pack: its pack\.json cannot be read"):
         pack.unpack(tmp_path / "nothing", run)
@@ -140,7 +145,7 @@ def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, judged_
     with pytest.raises(GaqError, match=r"plan\.json is not what pack\.json says \(sha256\)"):
         pack.unpack(broken, run)
     (broken / "plan.json").unlink()
-    with pytest.raises(GaqError, match=r"has no file plan\.json, of which its pack\.json tells"):
+    with pytest.raises(GaqError, match=r"has no file plan\.json, which its pack\.json lists"):
         pack.unpack(broken, run)
     record = json.loads((broken / "pack.json").read_text())
     (broken / "pack.json").write_text(json.dumps(record | {"files": {"../pack.json": "0" * 64}}))
@@ -151,9 +156,9 @@ def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, judged_
         pack.read_pack(broken)
     assert not run.folder.exists()
     with pytest.raises(GaqError, match=r"holds a run with other settings \(model: "):
-        pack.unpack(packed, judged_run)
+        pack.unpack(packed, evaluated_run)
     with pytest.raises(GaqError, match=r"run is there and has no pack\.json: choose a folder that is new, empty"):
-        pack.write_pack(judged_run, judged_run.folder)
+        pack.write_pack(evaluated_run, evaluated_run.folder)
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -222,10 +227,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, hub_at: Callable[[str], None]) -> Itera
 
 
 def test_a_pack_goes_to_the_hub_in_private_and_comes_back_whole(
-    judged_run: Run, hub: type[_Hub], tmp_path: Path
+    evaluated_run: Run, hub: type[_Hub], tmp_path: Path
 ) -> None:
     packed = tmp_path / "pack"
-    line = gaq("pack", judged_run.folder, "--out", packed, "--license", "mit")
+    line = gaq("pack", evaluated_run.folder, "--out", packed, "--license", "mit")
     assert line.startswith(f"{packed} (")
     assert line.endswith(" MB, with the float model)")
     with (packed / "README.md").open("a") as card:
@@ -244,9 +249,9 @@ def test_a_pack_goes_to_the_hub_in_private_and_comes_back_whole(
     assert "plan.json is not what pack.json says" in refused.stderr
 
 
-def test_a_hub_out_of_reach_is_one_line_either_way(judged_run: Run, tmp_path: Path) -> None:
+def test_a_hub_out_of_reach_is_one_line_either_way(evaluated_run: Run, tmp_path: Path) -> None:
     for words in (
-        ("push", judged_run.folder, "me/digits", "--license", "mit"),
+        ("push", evaluated_run.folder, "me/digits", "--license", "mit"),
         ("pull", "me/digits", "--out", tmp_path / "back"),
     ):
         result = CliRunner().invoke(app, [str(word) for word in words])
@@ -254,5 +259,5 @@ def test_a_hub_out_of_reach_is_one_line_either_way(judged_run: Run, tmp_path: Pa
         assert len(result.stderr.splitlines()) == 1
         assert "me/digits" in result.stderr
         assert "the Hugging Face hub" in result.stderr
-    assert pack.read_pack(judged_run.folder / "pack")["source"] == "pack"  # what was packed is not lost
+    assert pack.read_pack(evaluated_run.folder / "pack")["source"] == "pack"  # what was packed is not lost
     assert not (tmp_path / "back").exists()
