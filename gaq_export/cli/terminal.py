@@ -1,105 +1,126 @@
-"""The tables that commands print: an engine's audit, an evaluation, what a machine can do.
+"""What commands print as a result: an engine's audit, an evaluation, what a machine can do.
 
-rich is loaded when something is shown, so that `--help` need not wait for it.
+Tables are drawn by rich, which is loaded when one is, so that `--help` need not wait for it. Everything else is plain
+lines, which are never wrapped: they go to logs too.
 """
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import typer
+
 if TYPE_CHECKING:
+    from engines.machine import Machine
     from gaq_export.cli.doctor import Diagnosis
+    from gaq_export.deploy.build import Built
+    from gaq_export.deploy.parity import Parity
+    from gaq_export.deploy.submodels import Part
     from gaq_export.evaluation.evaluate import Evaluation
-    from gaq_export.pipeline import Built
+
+SMALLEST_SHARE = 5000  # bytes of weights of one type that are worth a mention
 
 
 def print_audit(built: "Built") -> None:
-    """Print layers by precision, weight bytes by type, what stayed float and why, and the parity."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print layers by arithmetic, weight bytes by type, what stayed float and why, and the parity."""
+    audit = built.file.audit
+    rows = [(kind, precision, str(count)) for (kind, precision), count in sorted(audit.counts.items())]
+    _print_table(("layers", "arithmetic", "count"), rows, title=f"{built.file.backend} audit")
+    _print_lines(audit_lines(built))
 
-    console, audit = Console(), built.file.audit
-    table = Table("layers", "arithmetic", "count", title=f"{built.file.backend} audit")
-    for (kind, precision), count in sorted(audit.counts.items()):
-        table.add_row(kind, precision, str(count))
-    console.print(table)
-    held = [f"{kind} {size / 1e6:.2f} MB" for kind, size in sorted(audit.weight_bytes.items()) if size >= 5000]
-    console.print(
-        f"weights: {', '.join(held)}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}", highlight=False
-    )
-    from gaq_export.deploy.record import record_of
 
-    record = record_of(built.file)
-    wanted = {"int8": "int8", "fp8": "float8"}[record.numbers]
-    done = sum(count for (_, precision), count in audit.counts.items() if precision == wanted)
-    reasons: dict[str, int] = {}
-    for reason in built.plan.float_layers.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
+def audit_lines(built: "Built") -> list[str]:
+    """Return what the table of layers does not say about an engine, a sentence a line."""
+    from gaq_export.deploy.record import Numbers, record_of
+
+    audit, plan, record = built.file.audit, built.plan, record_of(built.file)
+    sizes = [
+        f"{kind} {size / 1e6:.2f} MB" for kind, size in sorted(audit.weight_bytes.items()) if size >= SMALLEST_SHARE
+    ]
+    arithmetic = {Numbers.INT8: "int8", Numbers.FP8: "float8"}[record.numbers]
+    quantized = sum(count for (_, precision), count in audit.counts.items() if precision == arithmetic)
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(plan.float_layers.values()).items())
+    lines = [f"weights: {', '.join(sizes)}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}"]
     if record.tables:
-        console.print(f"{len(record.tables)} layers depend on the step alone and are tables", highlight=False)
-    kept = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    console.print(f"in {wanted} arithmetic: {done} of the plan's {len(built.plan.layers)} layers", highlight=False)
-    console.print(f"kept float by the plan: {kept}", highlight=False)
-    for other in built.others:
-        console.print(f"{other.path.name} takes over where {record_of(other).bits} is enough", highlight=False)
+        lines.append(f"{len(record.tables)} layers depend on the step alone and are tables")
+    lines += [
+        f"in {arithmetic} arithmetic: {quantized} of the plan's {len(plan.layers)} layers",
+        f"kept float by the plan: {reasons}",
+    ]
+    lines += [f"{other.path.name} takes over where {record_of(other).bits} is enough" for other in built.others]
     if built.decoder is not None:
-        checked = built.decoder.parity
-        near = "" if checked is None else f"; against PyTorch: {checked.sqnr_db[0]:.1f} dB"
-        console.print(f"{built.decoder.file.path.name} makes images of the latents, in float32{near}", highlight=False)
-    for encoder in built.texts:
-        near = "" if encoder.parity is None else f"; against PyTorch: {encoder.parity.sqnr_db[0]:.1f} dB"
-        console.print(f"{encoder.file.path.name} encodes prompts, in float32{near}", highlight=False)
-    if built.parity is None:
-        console.print(f"not run here: {built.not_run}", highlight=False)
-    else:
-        p, w = built.parity, built.parity.worst
-        console.print(
-            f"against fake-quantized PyTorch: median SQNR {sorted(p.sqnr_db)[len(p.steps) // 2]:.1f} dB over "
-            f"{len(p.steps)} steps; closest to its limit at step {p.steps[w]}: {p.sqnr_db[w]:.1f} dB, "
-            f"{p.required_db(w):.1f} dB required",
-            highlight=False,
-        )
+        lines.append(_part_line(built.decoder, "makes images of the latents"))
+    lines += [_part_line(encoder, "encodes prompts") for encoder in built.texts]
+    lines.append(f"not run here: {built.not_run}" if built.parity is None else _parity_line(built.parity))
+    return lines
 
 
-def print_evaluation(found: "Evaluation") -> None:
-    """Print the figures that may stand together as a table, and the noise's SQNR."""
-    from rich.console import Console
-    from rich.table import Table
+def _part_line(part: "Part", purpose: str) -> str:
+    """Return what the engine of a decoder or text encoder is for, and how close to PyTorch it is if it runs here."""
+    closeness = "" if part.parity is None else f"; against PyTorch: {part.parity.sqnr_db[0]:.1f} dB"
+    return f"{part.file.path.name} {purpose}, in float32{closeness}"
 
+
+def _parity_line(parity: "Parity") -> str:
+    """Return how close an engine is to PyTorch, and where it is closest to failing."""
+    worst, count = parity.worst, len(parity.steps)
+    return (
+        f"against fake-quantized PyTorch: median SQNR {sorted(parity.sqnr_db)[count // 2]:.1f} dB over {count} steps; "
+        f"closest to its limit at step {parity.steps[worst]}: {parity.sqnr_db[worst]:.1f} dB, "
+        f"{parity.required_db(worst):.1f} dB required"
+    )
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Print a table for all scores that can be compared, the SQNR of the predicted noise, and what was left out."""
     from gaq_export.evaluation import scores
 
-    console = Console()
-    for rows in scores.groups(found.rows):
-        head, body = scores.table(rows)
-        shown = Table(*(row[0] for row in [head, *body]))  # a column a row, which is narrower
-        for metric in list(zip(head, *body, strict=True))[1:]:
-            shown.add_row(*metric)
-        console.print(shown)
-    for name, trajectories in found.steps.items():
-        words = [f"{scores.mean_db(rows):.1f} dB on the {where}" for where, rows in trajectories.items()]
-        console.print(f"{name}: SQNR of the predicted noise, mean over steps: {', '.join(words)}", highlight=False)
-    for what in found.left_out:
-        console.print(f"left out: {what}", highlight=False)
+    for group in scores.groups(evaluation.rows):
+        head, body = scores.table(group)
+        # Turned on its side, a column for each set of images: there are few sets and many metrics.
+        metrics = list(zip(head, *body, strict=True))
+        _print_table(metrics[0], metrics[1:])
+    for name, trajectories in evaluation.steps.items():
+        means = ", ".join(f"{scores.mean_db(values):.1f} dB on the {where}" for where, values in trajectories.items())
+        typer.echo(f"{name}: SQNR of the predicted noise, mean over steps: {means}")
+    _print_lines(f"left out: {reason}" for reason in evaluation.left_out)
 
 
 def print_diagnosis(diagnosis: "Diagnosis") -> None:
-    """Print what a machine can do, and what each backend lacks."""
+    """Print what a machine has, and for each backend what it can do here and what it lacks."""
+    _print_lines(machine_lines(diagnosis.machine))
+    rows = []
+    for name, problems in diagnosis.backends.items():
+        missing = "; ".join(
+            dict.fromkeys(filter(None, problems))
+        )  # once, if the same keeps it from building and running
+        rows.append((name, *("no" if problem else "yes" for problem in problems), missing))
+    _print_table(("backend", "builds", "runs", "what is missing"), rows)
+    typer.echo(f"build-engine takes: {diagnosis.best or 'nothing, see above'}")
+
+
+def machine_lines(machine: "Machine") -> list[str]:
+    """Return processor, GPUs and packages, a line each."""
+    features = "unknown" if machine.features is None else ", ".join(machine.features) or "none that matter"
+    lines = [f"processor: {machine.processor}; {features}"]
+    lines += [
+        f"GPU: {gpu.name}, compute capability {gpu.capability}, {gpu.memory_bytes / 2**30:.0f} GiB, CUDA {gpu.cuda}"
+        for gpu in machine.gpus
+    ] or ["GPU: no NVIDIA driver or no GPU"]
+    installed = ", ".join(f"{name} {version}" for name, version in machine.packages.items() if version)
+    return [*lines, f"installed: {installed}"]
+
+
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, machine = Console(), diagnosis.machine
-    features = "unknown" if machine.features is None else ", ".join(machine.features) or "none that matter"
-    console.print(f"processor: {machine.processor}; {features}", highlight=False)
-    for gpu in machine.gpus:
-        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
-        console.print(
-            f"GPU: {gpu.name}, compute capability {gpu.capability}, {memory}, CUDA {gpu.cuda}", highlight=False
-        )
-    if not machine.gpus:
-        console.print("GPU: no NVIDIA driver or no GPU", highlight=False)
-    installed = ", ".join(f"{name} {number}" for name, number in machine.packages.items() if number)
-    console.print(f"installed: {installed}", highlight=False)
-    table = Table("backend", "builds", "runs", "what is missing")
-    for name, problems in diagnosis.backends.items():
-        yes_or_no = ["no" if problem else "yes" for problem in problems]
-        table.add_row(name, *yes_or_no, "; ".join(dict.fromkeys(filter(None, problems))))
-    console.print(table)
-    console.print(f"build-engine takes: {diagnosis.best or 'nothing, see above'}", highlight=False)
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
