@@ -38,7 +38,7 @@ def either(names: Iterable[str]) -> str:
 SAMPLERS = Names("gaq_export.diffusion.samplers:SAMPLERS", ("ddim", "ddim-clipped", "ddpm", "dpmpp-2m"))
 SPACINGS = Names("gaq_export.diffusion.schedule:SPACINGS", ("uniform", "from-1", "quad", "beta"))
 BACKENDS = Names("engines:BACKENDS", ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "onnxruntime-cuda"))
-COMPUTE = Names("gaq_export.graph.precision:COMPUTE", ("float32", "float16", "bfloat16"))
+COMPUTE = Names("engines.base:Compute", ("float32", "float16", "bfloat16"))
 NUMBERS = Names("gaq_export.deploy.record:Numbers", ("int8", "fp8"))
 GRAPHS = Names("gaq_export.deploy.record:GraphKind", ("step", "eps"))
 EXTRACTORS = Names(

@@ -33,7 +33,7 @@ class GraphOptions:
     Attributes:
         graph: whole steps, or the network alone.
         sampler: whose steps a graph of whole steps takes; the plan's if None.
-        compute: type of what is not integer, a key of `gaq_export.graph.precision.COMPUTE`.
+        compute: type of what is not integer, one of `engines.Compute`, by name.
         correct: with the plan's correction of the noise, if it has one and the graph is of whole steps.
         abits: of a plan whose steps differ in activation bits, the width of this graph; the widest if None.
         rows: a step index for each image in place of one for all, see `make_step`.
@@ -77,7 +77,7 @@ def export_onnx(
         profile: a key of `gaq_export.graph.profiles.PROFILES`.
         graph: whole steps, or the network alone; a value of `GraphKind`.
         sampler: whose steps a graph of whole steps takes; the plan's if None.
-        compute: type of what is not integer, a key of `gaq_export.graph.precision.COMPUTE`.
+        compute: type of what is not integer, one of `engines.Compute`, by name.
         correct: with the plan's correction of the noise, if it has one and the graph is of whole steps.
         folder: run folder with a finished plan.
         model: the float model; loaded again from the plan's record if None.
@@ -132,13 +132,13 @@ def _step(model: LoadedModel, plan: QuantPlan, options: GraphOptions) -> tuple[i
     correction = correction_for(plan, sampler) if options.correct else None
     guided = model.conditioning is not None and model.conditioning.guided
     network = export_float(model.network, model.shape, model.condition_inputs)
-    step = make_step(network, model.schedule, sampler, correction, guided=guided, rows=options.rows)
+    step = make_step(network, model.schedule, sampler, correction, guided=guided, step_per_image=options.rows)
     rounded = {name: layer for name, layer in plan.layers.items() if name in step.baked}
     if not rounded:
         return network, step
     fake = fake_quantized(model.network, replace(plan, layers=rounded, products={}))
     network = export_float(fake, model.shape, model.condition_inputs)
-    return network, make_step(network, model.schedule, sampler, correction, guided=guided, rows=options.rows)
+    return network, make_step(network, model.schedule, sampler, correction, guided=guided, step_per_image=options.rows)
 
 
 def correction_for(plan: QuantPlan, sampler: SamplerSpec) -> Correction | None:

@@ -1,4 +1,7 @@
-"""ONNX graphs on disk."""
+"""Write ONNX graphs to disk, whole or not at all.
+
+In: a model and a path. Out: the file, and beside it the weights if they are more than protobuf can hold.
+"""
 
 import contextlib
 import glob
@@ -11,14 +14,18 @@ import onnx_ir as ir
 
 from gaq_export.errors import GaqError
 
-EXTERNAL_BYTES = 1_900_000_000  # protobuf holds less than 2 GB
-_PAGE = 4096  # bytes; runtimes map weights into memory, where a float wants to lie at a multiple of its size
+EXTERNAL_BYTES = 1_900_000_000  # of weights; protobuf holds less than 2 GB
+_PAGE = 4096  # bytes; runtimes map weights into memory, where a float has to start at a multiple of its size
 
 
 def save_onnx(model: ir.Model, path: Path) -> None:
-    """Write `model` to `path`, whole or not at all; weights beyond protobuf's 2 GB go to a file beside it.
+    """Write `model` to `path`, whole or not at all; weights of more than protobuf's 2 GB go to a file beside it.
 
-    That file has their hash in its name, so that an old graph never meets new weights, whenever this is cut short.
+    That file has the hash of the weights in its name, so that an old graph never reads new weights, even if this is
+    interrupted between the two.
+
+    Raises:
+        GaqError: the file cannot be written.
     """
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     apart = _weights_file(path, tensors) if sum(tensor.nbytes for tensor in tensors) > EXTERNAL_BYTES else None
@@ -27,6 +34,7 @@ def save_onnx(model: ir.Model, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         ir.save(model, temporary, "protobuf", external_data=apart, alignment=_PAGE, align_threshold=0)
         temporary.replace(path)
+        # Only now is no graph left that reads the weights of an earlier one.
         for old in path.parent.glob(f"{glob.escape(path.name)}.*.data"):
             if old.name != apart:
                 old.unlink()
@@ -37,6 +45,7 @@ def save_onnx(model: ir.Model, path: Path) -> None:
 
 
 def _weights_file(path: Path, tensors: Sequence[ir.TensorProtocol]) -> str:
+    """Return the name of the file for these weights."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.tobytes())

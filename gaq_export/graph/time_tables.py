@@ -1,10 +1,12 @@
-"""Bake what depends on the sampling step alone into tables.
+"""Replace what depends on the timestep alone by time tables, looked up by the index of the step.
 
-A U-Net's time embedding and the projections of it in every block depend on t and on nothing else, so a graph for known
-steps needs no layers for them: their outputs are computed once, in float64, and looked up by the index of the step.
-That removes the layers' cost, their weights and their quantization error.
+In: a float graph with the timestep t (N,) as its second input. Out: the same graph with `step` (1,) in its place.
 
-What depends on t alone is found from the graph's edges, never by name.
+    t -> sines -> layers -> v (N, E) -> rest    becomes    Gather(table (S, E), step) (1, E) -> rest
+
+A U-Net's time embedding and its projections in every block depend on t and on no other input, so a graph for known
+steps needs no layers for them: their outputs are computed once, in float64. That removes the cost of the layers, their
+weights and their quantization error. Which values depend on t alone is read from the graph's edges, never from names.
 """
 
 from collections.abc import Sequence
@@ -23,25 +25,27 @@ from gaq_export.graph.qdq import WEIGHTED
 from gaq_export.graph.writer import GraphWriter
 
 _OTHERWISE = "Build with --graph eps."
-_ELEMENTWISE = ("Add", "Sub", "Mul", "Div")  # in these a row for one step meets a whole batch by broadcasting
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div")  # here one row, (1, ...), broadcasts over a batch, (N, ...)
 
 
 def make_time_tables(model: ir.Model, visited: torch.Tensor) -> frozenset[str]:
-    """Replace the input `t` (N,) of a float graph by `step` (1,), the index of a sampling step; in place.
+    """Replace the input `t` (N,) of a float graph by `step` (1,), the index of a sampling step, in place.
 
     Args:
         model: graph from `export_float`.
-        visited: (S,) int64 timesteps of the steps.
+        visited: timesteps of the steps, (S,) int64.
 
     Returns:
-        The names of the modules whose layers are gone.
+        Names of the modules whose layers are tables now.
 
     Raises:
-        GaqError: something computed from t alone is not a float tensor with a row for each sample.
+        GaqError: a value computed from t alone is not a float tensor with a row for each sample, or is read by an
+            operator that cannot take one row for a whole batch.
     """
     graph = model.graph
     x, t, *_ = graph.inputs
     depends = dependencies(graph)
+    # The last values that depend on t alone: those that a node reads which depends on something else too.
     frontier = [
         value
         for value, on in depends.items()
@@ -52,35 +56,41 @@ def make_time_tables(model: ir.Model, visited: torch.Tensor) -> frozenset[str]:
     for value, table in zip(frontier, _evaluate(graph, frontier, depends, visited), strict=True):
         _look_up(graph, value, table, step)
     graph.inputs[1] = step
-    gone = frozenset(module_of(node) for node in temporal if node.op_type in WEIGHTED)
+    baked = frozenset(module_of(node) for node in temporal if node.op_type in WEIGHTED)
     RemoveUnusedNodesPass()(model)
-    for user, index in list(t.uses()):  # as many timesteps as images
+    # Networks may still read the batch size from t's shape; x has as many rows.
+    for user, index in list(t.uses()):
         if (user.op_type, user.attributes.get_int("end", 2)) != ("Shape", 1):
             raise GaqError(f"The network uses its timesteps in a way that has no table ({user.op_type}). {_OTHERWISE}")
         user.replace_input_with(index, x)
-    return gone
+    return baked
 
 
 def dependencies(graph: ir.Graph) -> dict[ir.Value, set[ir.Value]]:
-    """Return which of the graph's inputs each value depends on; the shape of an input is known, and no dependence."""
+    """Return which of the graph's inputs each value depends on.
+
+    The shape of an input is known before it is run, and so counts as depending on none.
+    """
     depends: dict[ir.Value, set[ir.Value]] = {value: {value} for value in graph.inputs}
     for node in graph:
         known = node.op_type == "Shape" and node.inputs[0] in graph.inputs
-        found = set[ir.Value]().union(*(depends.get(value, ()) for value in node.inputs if value is not None))
-        depends |= {out: set() if known else found for out in node.outputs}
+        on = set[ir.Value]().union(*(depends.get(value, ()) for value in node.inputs if value is not None))
+        depends |= {out: set() if known else on for out in node.outputs}
     return depends
 
 
 def _evaluate(
     graph: ir.Graph, wanted: Sequence[ir.Value], depends: dict[ir.Value, set[ir.Value]], visited: torch.Tensor
 ) -> list[npt.NDArray[np.float32]]:
-    """Return each of `wanted` at all steps, (S, ...), computed in float64."""
+    """Return each of `wanted` at all steps, (S, ...): computed in float64, rounded to float32 once."""
+    # The part of the graph from t to `wanted`, fed with all S timesteps as one batch. Shapes that it takes from inputs
+    # (of x, or of t) become inputs of that part, since x itself is not there.
     shapes = {node.outputs[0]: node for node in graph if node.op_type == "Shape" and node.inputs[0] in graph.inputs}
     part = ir.convenience.extract(graph, [graph.inputs[1], *shapes], wanted)
     feeds: dict[str, npt.NDArray[np.int64]] = {str(graph.inputs[1].name): visited.numpy()}
     for value, node in shapes.items():
         assert node.inputs[0] is not None
-        full = [len(visited), *list(node.inputs[0].shape or ())[1:]]
+        full = [len(visited), *list(node.inputs[0].shape or ())[1:]]  # the batch is S here
         start, end = (node.attributes.get_int(name, default) for name, default in (("start", 0), ("end", len(full))))
         feeds[str(value.name)] = np.array(full[start:end], dtype=np.int64)
     names = [value.name for value in part.inputs]
@@ -98,7 +108,7 @@ def _evaluate(
 
 
 def _look_up(graph: ir.Graph, value: ir.Value, table: npt.NDArray[np.float32], step: ir.Value) -> None:
-    """Make every user of `value` (N, ...) read the row of `table` (S, ...) that `step` (1,) names."""
+    """Make every reader of `value` (N, ...) read the row `step` (1,) of `table` (S, ...) instead, (1, ...)."""
     write = GraphWriter(graph)
     rows = write.constant(f"temporal.{value.name}.rows", table)
     row = write.node("Gather", [rows, step], f"temporal.{value.name}.row")

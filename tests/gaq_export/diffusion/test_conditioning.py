@@ -169,7 +169,7 @@ def test_guidance_runs_inside_the_engine_and_its_scale_is_an_input(
         feeds |= {"x": loop.noise((0, 1), 0, model.shape).numpy(), "noise": np.ones((2, *model.shape), np.float32)}
         alone = [engine(feeds | {"step": np.array([i])})["x_next"][row] for row, i in enumerate((3, 1))]
     rows = ir.from_proto(proto)
-    make_step(rows, model.schedule, spec, guided=True, rows=True)
+    make_step(rows, model.schedule, spec, guided=True, step_per_image=True)
     save_onnx(rows, tmp_path / "rows.onnx")
     file = engines.build(tmp_path / "rows.onnx", tmp_path / "rows.plan", settings, {})
     with engines.open_engine(file) as engine:  # each image at a step of its own, with a scale of its own

@@ -1,4 +1,7 @@
-"""In FP8 the graph holds E4M3 numbers that reach as far as the plan's integers, and computes what PyTorch's do."""
+"""By topic, from `calib` to the engine: FP8 graphs hold E4M3 numbers that reach as far as the plan's integers.
+
+They compute what PyTorch computes with such numbers.
+"""
 
 import importlib.util
 from pathlib import Path

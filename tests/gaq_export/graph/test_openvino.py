@@ -1,4 +1,4 @@
-"""What is written for OpenVINO to merge computes the same as before."""
+"""What is rewritten for OpenVINO to merge computes the same as before."""
 
 from collections import Counter
 

@@ -1,7 +1,6 @@
 """The exported graph holds the plan's integers and computes, layer by layer, what fake-quantized PyTorch computes."""
 
 import copy
-import errno
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -285,11 +284,6 @@ def test_a_layer_that_the_graph_lacks_is_an_error(tiny_graph, tiny_plan) -> None
         insert_qdq(tiny_graph(), stray, find_profile("trt"))
 
 
-def test_an_unknown_profile_is_an_error() -> None:
-    with pytest.raises(GaqError, match=r"Unknown profile 'tensorrt'. Choose one of \['reference', 'trt', 'openvino', "):
-        find_profile("tensorrt")
-
-
 @pytest.mark.parametrize("profile", INTEGER)
 @pytest.mark.parametrize(("wbits", "abits"), BITS)
 def test_the_graph_is_valid_and_its_batch_stays_dynamic(
@@ -377,35 +371,3 @@ def test_a_foreign_network_is_exported_layer_by_layer_too(
     assert {n.node.op_type for n in nodes} == {"Conv", "Gemm", "MatMul"}
     assert [n.layer for n in nodes].count("shared") == 2
     assert max(layer_errors(proto, fake_quantized(network, plan), noisy(8)).values()) <= 1e-5
-
-
-def test_a_graph_that_cannot_be_written_is_an_error(tiny_graph, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        GaqError, match=r"Cannot write .*: (File exists|Not a directory). Choose a folder you may write to."
-    ):
-        save_onnx(tiny_graph(), tmp_path / "file" / "unet.onnx")
-
-
-def test_weights_beyond_one_file_go_beside_it(quantized_graph, noisy, tmp_path: Path, monkeypatch) -> None:
-    proto = quantized_graph("trt", 4, 8)
-    monkeypatch.setattr("gaq_export.graph.files.EXTERNAL_BYTES", 1000)
-    path = tmp_path / "unet.onnx"
-    save_onnx(ir.from_proto(proto), path)
-    (weights,) = tmp_path.glob("unet.onnx.*.data")
-    assert path.stat().st_size + weights.stat().st_size > len(proto.SerializeToString()) > path.stat().st_size
-    assert torch.equal(run(onnx.load(path), noisy(16)), run(proto, noisy(16)))
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    other = quantized_graph("trt", 8, 8)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", _full)
-        with pytest.raises(GaqError, match=r"Cannot write .*No space left"):
-            save_onnx(ir.from_proto(other), path)
-    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
-    save_onnx(ir.from_proto(other), path)
-    assert len(list(tmp_path.iterdir())) == 2  # the old weights are gone
-    assert torch.equal(run(onnx.load(path), noisy(16)), run(other, noisy(16)))
-
-
-def _full(self: Path, target: Path) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,6 @@
-"""The exported graph means what fake-quantized PyTorch computes, over the whole bundled network at W4A8.
+"""By topic, over `export`, `qdq` and `float64`: a graph means exactly what fake-quantized PyTorch computes.
+
+Shown for the whole bundled network at W4A8, and for other grids on a small one.
 
 In float32 two correct implementations drift apart (see deploy.parity), so this one is done in float64 throughout,
 where a value never lands on the other side of a rounding edge: ONNX's own reference evaluator against PyTorch.
@@ -62,7 +64,7 @@ def _check(model: LoadedModel, config: QuantConfig, t: Tensor, folder: Path) -> 
     graph = to_float64(onnx.load(path))
     _exact_biases(graph, model, plan)
     found, embedding = _run(graph, x, t)
-    expected = _fake_in_double(model, plan, embedding)(x, t)
+    expected = _fake_in_float64(model, plan, embedding)(x, t)
     assert _relative(found, expected) <= 1e-9
     with torch.no_grad():
         unquantized = model.network(x.float(), t)
@@ -101,7 +103,7 @@ def _run(model: onnx.ModelProto, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(out), torch.from_numpy(embedding)
 
 
-def _fake_in_double(model: LoadedModel, plan: QuantPlan, embedding: Tensor) -> torch.nn.Module:
+def _fake_in_float64(model: LoadedModel, plan: QuantPlan, embedding: Tensor) -> torch.nn.Module:
     """Return the fake-quantized network with nothing rounded to float32: not its weights, nor its sines of t."""
     fake = fake_quantized(model.network, plan).double().requires_grad_(False)
     for name, layer in plan.layers.items():

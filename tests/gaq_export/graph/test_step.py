@@ -16,8 +16,6 @@ from gaq_export.deploy import parity
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
-from gaq_export.errors import GaqError
-from gaq_export.graph import files
 from gaq_export.graph.export import export_float
 from gaq_export.graph.profiles import PROFILES
 from gaq_export.graph.qdq import StepInfo, insert_qdq
@@ -64,39 +62,6 @@ def test_a_step_graph_run_over_and_over_draws_what_the_loop_in_pytorch_draws(spe
     found = _loop(session(proto), model.shape, spec.steps)
     expected = loop.run(model.network, SEEDS, model.sampling(spec))
     assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected)
-
-
-def test_the_layers_of_the_time_embedding_are_gone_and_their_tables_have_a_row_for_each_step(bundled) -> None:
-    model, fresh = bundled
-    made = fresh()
-    graph = made.graph
-    before = {node.name for node in graph if node.op_type == "Gemm"}
-    step = make_step(made, model.schedule, SamplerSpec(steps=7))
-    assert len(before) == len(step.baked) == 13
-    assert {name for name in step.baked if "time_emb_proj" not in name} == {
-        "unet.time_embedding.linear_1",
-        "unet.time_embedding.linear_2",
-    }
-    assert not [node for node in graph if node.op_type in ("Gemm", "Sin", "Cos")]
-    weights = {name.removesuffix(".weight") for name in graph.initializers if name.endswith(".weight")}
-    assert not weights & step.baked
-    tables = [v for name, v in graph.initializers.items() if name.startswith("temporal.")]
-    assert len(tables) == 11
-    assert {v.shape[0] for v in tables} == {7}
-
-
-def test_weights_that_lie_beside_the_graph_give_the_same_tables(bundled, tmp_path, monkeypatch) -> None:
-    model, fresh = bundled
-    monkeypatch.setattr(files, "EXTERNAL_BYTES", 1000)
-    files.save_onnx(fresh(), tmp_path / "float.onnx")
-    assert len(list(tmp_path.iterdir())) == 2
-    tables = []
-    for made in (fresh(), ir.load(tmp_path / "float.onnx")):
-        make_step(made, model.schedule, SamplerSpec(steps=7))
-        found = {name: v.const_value for name, v in made.graph.initializers.items() if name.startswith("temporal.")}
-        tables.append({name: value.numpy() for name, value in found.items() if value is not None})
-    assert tables[0].keys() == tables[1].keys()
-    assert all(np.array_equal(table, tables[1][name]) for name, table in tables[0].items())
 
 
 def test_inputs_and_outputs_are_only_those_that_the_sampler_needs(bundled) -> None:
@@ -146,25 +111,6 @@ def test_quantized_layers_that_became_tables_are_not_missed(tiny_graph, tiny_mod
     assert step.baked & plan.layers.keys()
     proto = ir.to_proto(insert_qdq(graph, plan, PROFILES["reference"], step))
     assert {n.layer for n in Graph(proto).quantized()} == plan.layers.keys() - step.baked
-
-
-class _Odd(nn.Module):
-    """Uses t where no table can follow: joined to the image as a channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(2, 1, 1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        plane = (t.float() / 100)[:, None, None, None].expand(x.shape[0], 1, x.shape[2], x.shape[3])
-        out: Tensor = self.layer(torch.cat([x, plane], 1))
-        return out
-
-
-def test_a_network_that_uses_t_in_another_way_is_told_to_be_built_as_one(tiny_model: LoadedModel) -> None:
-    graph = export_float(_Odd().eval(), (1, 8, 8))
-    with pytest.raises(GaqError, match=r"in Concat; only Add, Sub, Mul, Div can .*--graph eps"):
-        make_step(graph, linear_schedule(), SamplerSpec(steps=3))
 
 
 class _Counting(nn.Module):
