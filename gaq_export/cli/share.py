@@ -114,5 +114,6 @@ def triton(
         from gaq_export.sharing import triton_repository
 
         spec = replace_options(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
-        folder = triton_repository.write(run, out, backend=backend, most=largest, sampler=spec)
+        options = triton_repository.ServingOptions(backend=backend, largest_batch=largest, sampler=spec)
+        folder = triton_repository.write(run, out, options)
         typer.echo(f"{folder}; next: tritonserver --model-repository {folder / 'models'}")

@@ -3,12 +3,17 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from calib.files import write_atomically
 from gaq_export.comparison.results import Table
 from gaq_export.comparison.tables import BASELINE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw(
@@ -33,18 +38,17 @@ def draw(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    means = {row: np.mean([m.steps_db for m in seeds.values()], axis=0) for row, seeds in table.items()}
     figure = Figure(figsize=(8, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    if len(means) > 10:  # more than the default has colours
+    if len(table) > 10:  # more than the default has colours
         upper.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # type: ignore[attr-defined]
-    for row, values in means.items():
+    for row, seeds in table.items():
+        mean = np.mean([scores.steps_db for scores in seeds.values()], axis=0)  # (seeds, S) -> (S,)
         style = "--" if row == baseline else "-"
-        (line,) = upper.plot(values, style, label=row, linewidth=1.2)
-        seeds = [seed for seed in table[row] if seed in table.get(baseline, {})]
-        if seeds and row not in omitted:
-            pairs = [np.subtract(table[row][s].steps_db, table[baseline][s].steps_db) for s in seeds]
-            lower.plot(np.mean(pairs, axis=0), style, color=line.get_color(), linewidth=1.2)
+        (line,) = upper.plot(mean, style, label=row, linewidth=1.2)
+        differences = _differences(table, row, baseline)
+        if differences and row not in omitted:
+            lower.plot(np.mean(differences, axis=0), style, color=line.get_color(), linewidth=1.2)
     upper.set(ylabel="SQNR of the predicted noise, dB", title=f"{title}, mean over seeds")
     upper.legend(ncols=3, fontsize="small")
     marks = [*range(0, len(timesteps) - 1, max(1, len(timesteps) // 5)), len(timesteps) - 1]
@@ -52,7 +56,20 @@ def draw(
     lower.set_xticks(marks, [f"{i}\n({timesteps[i]})" for i in marks])
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
+    _save(figure, path, title)
+
+
+def _differences(table: Table, row: str, baseline: str) -> list[npt.NDArray[np.float64]]:
+    """Return a row's lead over the baseline at each step, (S,), for each seed that both have."""
+    base = table.get(baseline, {})
+    return [np.subtract(scores.steps_db, base[seed].steps_db) for seed, scores in table[row].items() if seed in base]
+
+
+def _save(figure: "Figure", path: Path, salt: str) -> None:
+    """Write a figure; a salt for its ids and no date make the same figure the same bytes."""
+    import matplotlib as mpl
+
     buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
+    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure.savefig(buffer, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
     write_atomically(path, buffer.getvalue())

@@ -70,6 +70,7 @@ def table_at(comparison: Comparison, wbits: int, abits: int) -> Table:
 def _scores(signal: Sequence[float], record: Mapping[str, Any], at: Mapping[str, Any]) -> CellScores:
     weights = record.get("weights_error", [math.nan])
     return CellScores(
+        # Mean of decibels and decibels of sums differ: a few bad steps hide in the first, the quiet ones in the second.
         steps_db=tuple(map(ratio_db, signal, at["error"])),
         pooled_db=ratio_db(sum(signal), sum(at["error"])),
         error=sum(at["error"]),

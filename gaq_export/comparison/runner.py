@@ -216,6 +216,7 @@ class Clock:
 
 def omega_spread(plan: QuantPlan) -> float:
     """Return the standard deviation of softmax(scores / tau) over the training samples, times their number."""
+    # Times N, so that the spread does not shrink with the size of the training set.
     omega = torch.softmax(plan.scores / plan.config.omega.temperature, 0)
     return float(omega.std(correction=0)) * len(omega)
 
@@ -238,6 +239,7 @@ def _spawn(comparison: Comparison, job: str, say: Callable[[str], None]) -> bool
         ours = Path(sys.argv[0]).name in ("gaq-export", "__main__.py")
         program = ["-m", "gaq_export"] if ours else [sys.argv[0]]
         command = [sys.executable, *program, *sys.argv[1:], "--job", job]
+        # Two threads of one calibration would compete with the other workers, and change sums in the last bit.
         threads = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=stream, stderr=stream, env=threads, check=False).returncode
     say(f"{job}: {'done' if code == 0 else f'failed, see {log}'} after {time.perf_counter() - started:.0f} s")

@@ -104,6 +104,7 @@ SPREAD = Column(
 def paired(table: Table, row: str, value: Callable[[CellScores], float | None]) -> list[float]:
     """Return the differences of `row` to the baseline, one for each seed that both have."""
     base = table.get(BASELINE, {})
+    # Seeds that one of both lacks would add the spread between seeds, which pairing is there to remove.
     pairs = [(value(m), value(base[seed])) for seed, m in table[row].items() if seed in base]
     return [a - b for a, b in pairs if a is not None and b is not None]
 
@@ -178,6 +179,7 @@ def ranking(table: Table) -> str:
     text = f"`{order[0]}`"
     for before, after in pairwise(order):
         leads = [table[before][s].mean_db - table[after][s].mean_db for s in shared]
+        # The lead of neighbours, seed by seed: the spread between seeds drops out of it.
         sure = len(leads) > 1 and statistics.fmean(leads) > 2 * statistics.stdev(leads) / math.sqrt(len(leads))
         text += f" {'>' if sure else '≈'} `{after}`"
     return (

@@ -103,7 +103,7 @@ def evaluate_engines(
         drawing: how many images, from which seeds, and where to.
         data: .npz of real images as the reference; None for twice as many images of the float network, from other
             noise.
-        model: the float model; found again from the engine files if None.
+        model: the float model; loaded again by the engines' records if None.
         on_step: called with who draws or what is measured, how much of it is done, and in all.
 
     Raises:
@@ -127,15 +127,7 @@ def evaluate_engines(
     for name, file in opened.items():
         images = _draw(name, file.path, drawing, on_step)
         rows[name] = [*score(images), *scores.compare_pairs(images, same)]
-        # No more trajectories than the engine's largest batch, and no fewer than its smallest.
-        seeds = range(drawing.seed, drawing.seed + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
-        with session.open_engines(file) as engine:
-            steps[name] = noise_sqnr.along_both(
-                session.denoiser_for(engine, file, seeds),
-                bind(model.network, model.conditioning, seeds),
-                seeds,
-                model.sampling(spec),
-            )
+        steps[name] = _compare_noise(file, model, drawing.seed)
     return write_evaluation(drawing.out, rows, steps)
 
 
@@ -153,6 +145,16 @@ def _open(files: Sequence[Path]) -> dict[str, EngineFile]:
     if any(origin.conditioning != origins[0].conditioning for origin in origins):
         raise GaqError("These engines have different conditioning or guidance; evaluate them one by one.")
     return opened
+
+
+def _compare_noise(file: EngineFile, model: LoadedModel, first: int) -> Mapping[str, Sequence[float]]:
+    """Return the SQNR of an engine's predicted noise at each step, on images from seed `first` on."""
+    # No more trajectories than the engine's largest batch, and no fewer than its smallest.
+    seeds = range(first, first + max(file.batch[0], min(TRAJECTORIES, file.batch[2])))
+    sampling = model.sampling(record_of(file).provenance.sampler)
+    with session.open_engines(file) as engine:
+        denoiser = session.denoiser_for(engine, file, seeds)
+        return noise_sqnr.along_both(denoiser, bind(model.network, model.conditioning, seeds), seeds, sampling)
 
 
 def _draw(name: str, engine: Path, drawing: DrawingOptions, on_step: OnStage) -> ImageSet:

@@ -74,6 +74,7 @@ def _torchvision() -> Iterator[None]:
     else:
         yield
         return
+    # torch-fidelity subclasses some of torchvision's classes while it is imported, so modules alone would not do.
     stand_ins = {name: _Empty(name) for name in (*_ABSENT, "torchvision.transforms.functional")}
     for module in stand_ins.values():
         module.__path__ = []
@@ -184,6 +185,7 @@ def interval(features: Tensor, reference: Tensor, draws: int, seed: int = 0) -> 
     for _ in range(draws):
         pair = [x[torch.randint(len(x), (len(x),), generator=generator)] for x in (features, reference)]
         redrawn.append(frechet.distance(*(frechet.moments(x) for x in pair)))
+    # Centred, because every redrawn distance is too large by about the same amount.
     low, high = np.quantile(np.array(redrawn) - np.mean(redrawn), (0.025, 0.975))
     return Interval(value=value, low=max(0.0, value + float(low)), high=value + float(high))
 
@@ -201,7 +203,7 @@ def floor(reference: Tensor, size: int, splits: int = 5, seed: int = 0) -> float
         raise GaqError(f"A floor at {size} images needs {2 * size}; found {len(reference)}.")
     generator, values = torch.Generator().manual_seed(seed), list[float]()
     for _ in range(splits):
-        order = torch.randperm(len(reference), generator=generator)
+        order = torch.randperm(len(reference), generator=generator)  # disjoint parts: no image is its own neighbour
         parts = reference[order[:size]], reference[order[size:]]
         values.append(frechet.distance(*(frechet.moments(part) for part in parts)))
     return float(np.mean(values))

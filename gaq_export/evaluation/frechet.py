@@ -56,7 +56,7 @@ class Classifier(Protocol):
 
 def moments(features: Tensor) -> Moments:
     """Return mean and covariance of `features` (N, D)."""
-    values = features.double()
+    values = features.double()  # a distance is a small difference of large sums
     return Moments(mean=values.mean(0), covariance=torch.cov(values.T))
 
 
@@ -72,7 +72,7 @@ def distance(a: Moments, b: Moments) -> float:
 def _root(matrix: Tensor) -> Tensor:
     """Return the symmetric square root of a covariance; rounding may have made an eigenvalue of 0 negative."""
     values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # V diag(sqrt(w)) V', (D, D)
     return root
 
 
@@ -117,6 +117,7 @@ def load_images(path: Path, part: str, shape: tuple[int, int, int]) -> Labelled:
 def padded(array: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
     """Return images (N, H, W, C) as (N, C, height, width), black around them."""
     down, right = height - array.shape[1], width - array.shape[2]
+    # An odd row or column goes below or to the right.
     around = ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0))
     return torch.from_numpy(np.pad(array, around)).permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)
 
@@ -146,6 +147,7 @@ class DigitNet(nn.Module):
 
 def digit_net(path: Path, data: Path, shape: tuple[int, int, int]) -> DigitNet:
     """Return the digit classifier stored at `path`; train it on the training images of `data` if it is not there."""
+    # Initial weights by a fixed seed, without touching the caller's generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = DigitNet()
@@ -184,6 +186,7 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        # Half of the new channels before the old ones and half behind, as in the checkpoint's code.
         missing = out.shape[1] - x.shape[1]
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, missing // 2, missing // 2))
         return F.relu(out + shortcut)
@@ -203,6 +206,7 @@ class ResNet56(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the pooled last layer, (N, 64); `x` is in [-1, 1] and is normalised here as in training."""
+        # ImageNet's statistics, which that repository trains CIFAR-10 with.
         mean = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
         deviation = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
         h = F.relu(self.bn1(self.conv1(((x + 1) / 2 - mean) / deviation)))

@@ -132,7 +132,7 @@ def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:
             array = loaded[name]
     except (OSError, ValueError, StopIteration) as error:
         raise GaqError(f"{path} cannot be read as an .npz with `train_images` or `images`: {error}") from error
-    array = array[..., None] if array.ndim == 3 else array
+    array = array[..., None] if array.ndim == 3 else array  # grey images may come without a channel
     height, width, channels = array.shape[1:]
     if array.dtype != np.uint8 or (shape and (channels != shape[0] or height > shape[1] or width > shape[2])):
         raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; wanted are uint8 images {shape} (C, H, W).")
@@ -151,7 +151,7 @@ def _read_png(path: Path) -> Tensor:
     except OSError as error:
         raise GaqError(f"{path} cannot be read as an image: {error}") from error
     array = array[..., None] if array.ndim == 2 else array
-    return torch.from_numpy(array).permute(2, 0, 1)
+    return torch.from_numpy(array).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
 
 def _stacked(images: list[Tensor], path: Path) -> Tensor:
@@ -167,6 +167,7 @@ def _shape(images: Tensor) -> tuple[int, int, int]:
 
 
 def _digest(parts: Parts) -> str:
+    # The shape first, since the same bytes in another shape are other images.
     sha = hashlib.sha256(repr(_shape(next(parts()))).encode())
     for part in parts():
         sha.update(part.contiguous().numpy().tobytes())

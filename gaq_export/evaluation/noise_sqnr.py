@@ -3,7 +3,7 @@
 In: the float denoiser, quantized ones, a sampler and seeds. Out: SQNR in dB, or squared errors, one value a step.
 
 One of the denoisers leads: its predictions drive the sampler, and the others see what it sees. Along a trajectory led
-by the float network, the errors of earlier steps do not add up, so that each step is judged for itself.
+by the float network, the errors of earlier steps do not add up, so that each step is measured by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def follow(leader: Denoiser, seeds: Sequence[int], sampling: Sampling, visit: Vi
     Args:
         leader: the denoiser whose predictions the sampler takes.
         seeds: one per image.
-        sampling: how to draw; its conditioning is the leader's own business.
+        sampling: how to draw; its conditioning is not used, since the leader is bound to one already.
         visit: called with `x` and `epsilon` (N, C, H, W) and `t` (N,).
     """
 

@@ -31,7 +31,7 @@ def inspect(
         out: where to write; inspect.html in the run folder if None.
         block: which block to measure closely; the one with the largest loss at nearest rounding if None.
         images: fresh trajectories on which the predicted noise is compared with the float model's.
-        model: the float model; found again from the plan if None.
+        model: the float model; loaded again by the plan's provenance if None.
         on_step: called with what is being done, how much of it is done, and in all.
 
     Raises:

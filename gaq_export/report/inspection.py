@@ -40,7 +40,7 @@ class LayerRange:
     Attributes:
         covered: least, median and largest share over the channels: scale * largest code / max|w| of the channel.
             At 1 the grid just reaches max|w|; the most negative code lies one scale further out.
-        input_reach: the largest value of the input's grid, in the activations' own unit.
+        input_reach: the largest value of the input's grid, in the unit of the activations.
     """
 
     name: str

@@ -178,7 +178,7 @@ def _alignment_section(inspection: Inspection) -> str:
 
 
 def _alignment_numbers(shown: Alignment) -> str:
-    relative = shown.omega * len(shown.omega)
+    relative = shown.omega * len(shown.omega)  # 1 where a sample weighs as much as on average
     bins = bin_means(shown.omega, [relative, shown.inner], charts.BINS)
     return (
         f"Block {html.code(shown.block)}, gradients with respect to its rounding logits at their start; "
@@ -217,7 +217,7 @@ def _noise_section(noise: NoiseSqnr) -> str:
     )
     steps, images = noise.both.shape
     weights, both = (torch.quantile(v.double(), 0.5, dim=1) for v in (noise.weights, noise.both))
-    worst = int(both.argmin())
+    worst = int(both.argmin())  # by the median image, like the line in the chart
     numbers = (
         f"{_count(images, 'image')} from seeds that calibration did not use, {_count(steps, 'step')}. Median over the "
         f"steps: {float(weights.median()):.1f} dB with rounded weights, {float(both.median()):.1f} dB with rounded "
@@ -236,6 +236,7 @@ def _sensitivity_section(errors: Mapping[str, float]) -> str:
     order = sorted(errors, key=lambda name: -errors[name])
     whole = sum(errors.values())
     most = ", ".join(f"{html.code(name)} {errors[name]:.2e}" for name in order[:3])
+    # Errors of layers quantized alone add up only roughly, but well enough to say where most of it comes from.
     share = sum(errors[name] for name in order[:3]) / whole if whole else 0.0
     numbers = (
         f"{_count(len(errors), 'layer')}. The most: {most}; {100 * share:.0f} % of the sum of all, which is "

@@ -164,7 +164,7 @@ def measure(
         folder: run folder with a finished plan.
         out: the page; scratch files lie beside it.
         options: which engine, and how much is measured.
-        model: the float model; found again from the plan if None.
+        model: the float model; loaded again by the plan's provenance if None.
         on_step: called with what is being done, how much of it is done, and in all.
 
     Raises:

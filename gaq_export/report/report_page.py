@@ -9,6 +9,7 @@ from typing import Any
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.evaluation import scores
+from gaq_export.evaluation.noise_sqnr import FLOAT
 from gaq_export.evaluation.scores import PAIR_METRICS, Score
 from gaq_export.images import encode_side_by_side, psnr
 from gaq_export.report import charts, html, inspection_page
@@ -47,7 +48,7 @@ def render(report: Report) -> str:
 def _in_short(report: Report) -> dict[str, str]:
     ours, exact = report.sizes
     decibels = psnr(report.images.quantized, report.images.exact)
-    noise = report.noise["float trajectory"]
+    noise = report.noise[FLOAT]
     facts = {
         "pictures": f"PSNR against float {float(decibels.median()):.1f} dB, lowest {float(decibels.min()):.1f} dB, of "
         f"{len(decibels)} from the same noise",
@@ -71,7 +72,7 @@ def _pictures_section(report: Report) -> str:
     )
     text = (
         f"Each picture three times, from the same noise: by the float network, quantized, and the difference, {GAIN} "
-        f"times as large, with grey for none. {who} draws in {len(report.noise['float trajectory'])} steps. A picture "
+        f"times as large, with grey for none. {who} draws in {len(report.noise[FLOAT])} steps. A picture "
         "can be as good and yet another one: a low PSNR says that it differs, not that it is worse."
     )
     captions = [f", {name}" for name in images.captions] or [""] * len(images.seeds)
@@ -79,6 +80,7 @@ def _pictures_section(report: Report) -> str:
     rows = zip(images.seeds, captions, images.exact, images.quantized, near, strict=True)
     shown = [
         (
+            # Images span [-1, 1], so half the difference does too, and GAIN times it is clipped.
             encode_side_by_side((exact, picture, (GAIN * (picture - exact) / 2).clamp(-1, 1))),
             f"seed {seed}{words}: {db:.1f} dB",
         )
@@ -95,7 +97,7 @@ def _evaluation_section(report: Report) -> str:
     text = (
         "Sets of images against a reference, then images against the float network's from the same noise. In brackets "
         "a 95 % interval; the floor is what as many images of the reference itself have, so a distance near it is as "
-        "good as can be told with so many images."
+        "good as this number of images can show."
     )
     parts = []
     for rows in scores.groups(report.evaluation.rows):
@@ -147,6 +149,7 @@ def _noise_section(report: Report) -> str:
 
 def _sizes_section(report: Report) -> str:
     ours, exact = report.sizes
+    # Types that either engine has: what is float32 in one may be int8 in the other.
     kinds = sorted(k for k, size in (Counter(exact.weights) | Counter(ours.weights)).items() if size >= LITTLE)
     columns = (("float", exact), (record_of(report.file).bits, ours))
 
@@ -206,12 +209,12 @@ def _speed_section(report: Report) -> str:
     if speed is None:
         why = "asked for without timing" if report.not_run is None else f"the engine cannot run here: {report.not_run}"
         return html.section(title, html.note(f"Not measured: {why}."))
-    rounds, steps = len(speed.seconds[PYTORCH]), len(report.noise["float trajectory"])
+    rounds, steps = len(speed.seconds[PYTORCH]), len(report.noise[FLOAT])
     text = (
         f"Whole loops of {speed.batch} images, {steps} steps, on {machine()}; they took turns, {rounds} "
         f"round{'s' * (rounds > 1)} after a warm-up, so that whatever else the machine did fell on all."
     )
-    first = speed.median(PYTORCH)
+    first = speed.median(PYTORCH)  # all ratios are to PyTorch, whatever was timed first
     rows = [
         (
             who,

@@ -86,7 +86,7 @@ def write_pack(
         run: with a finished plan.
         out: the folder; `pack` in the run folder if None. A pack that is there is replaced.
         options: what goes into it.
-        model: the float model; found again from the plan if None.
+        model: the float model; loaded again by the plan's provenance if None.
 
     Raises:
         GaqError, CalibError: no plan, another model, one that cannot be loaded again, or a place that is taken.
@@ -160,7 +160,7 @@ def read_pack(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise GaqError(f"{folder} is a pack of format {version}, this version reads {FORMAT}: pack the run again.")
     for name, sha256 in files.items():
-        path = PurePosixPath(name)
+        path = PurePosixPath(name)  # a pack is someone else's: its names must not lead out of the folder
         if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
             raise GaqError(f"{folder} has no file {name}, which its {MARK} lists: fetch it again.")
         if engines.sha256_of(folder / path) != sha256:
@@ -186,6 +186,7 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
         readable = run.plan.with_suffix(".json").name
         if run.plan.exists() and run.plan.read_bytes() != (staged / run.plan.name).read_bytes():
             raise GaqError(f"{run.folder} holds another plan than {folder}: give --run another folder.")
+        # The plan last, since its presence says that the run is complete.
         for name in (readable, run.plan.name):
             os.replace(staged / name, run.folder / name)
     return plan

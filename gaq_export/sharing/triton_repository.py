@@ -1,13 +1,13 @@
 """A model repository for a Triton Inference Server: denoising steps as its model, the loop as its client.
 
     models/unet/config.pbtxt, models/unet/1/model.onnx or model.plan
-    models/decoder/...                   of latents, if it draws such
-    models/text/..., models/text-2/...   encoders of prompts, if it is told such
+    models/decoder/...                   of latents, if it draws latents
+    models/text/..., models/text-2/...   encoders of prompts, if it takes prompts
     client.py, philox.py, text.tokens.json ..., README.md
 
-In this graph every image has a step of its own, (N,), so that the server's batcher may put together what clients ask
-for at different steps. Triton's tensors have a batch and at least one more dimension, so (N,) is given as (N, 1), with
-a `reshape`. Numbers that the loop needs are parameters of the model's config, which the client asks the server for.
+In this graph the step is one number for each image, (N,), so that the server's batcher may put together requests of
+different steps. Triton's tensors have a batch and at least one more dimension, so (N,) is declared as (N, 1), with a
+`reshape`. Numbers that the loop needs are parameters of the model's config, which the client asks the server for.
 """
 
 import inspect
@@ -54,13 +54,26 @@ SERVERS: Mapping[str, Server] = {
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """How the steps are served.
+
+    Attributes:
+        backend: a key of `SERVERS`.
+        largest_batch: images that the server may put together.
+        sampler: whose steps; the plan's if None.
+    """
+
+    backend: str = "onnxruntime"
+    largest_batch: int = 16
+    sampler: SamplerSpec | None = None
+
+
 def write(
     folder: str | Path,
     out: str | Path,
+    options: ServingOptions = ServingOptions(),
     *,
-    backend: str = "onnxruntime",
-    most: int = 16,
-    sampler: SamplerSpec | None = None,
     model: LoadedModel | None = None,
 ) -> Path:
     """Build the steps, check them against PyTorch, and write the repository with its client.
@@ -68,71 +81,77 @@ def write(
     Args:
         folder: run folder with a finished plan.
         out: the folder; a repository that is there is replaced.
-        backend: a key of `SERVERS`.
-        most: images that the server may put together.
-        sampler: whose steps; the plan's if None.
-        model: the float model; found again from the plan if None.
+        options: how the steps are served.
+        model: the float model; loaded again by the plan's provenance if None.
 
     Raises:
-        GaqError, CalibError, EngineError: what `build_engine` raises; a plan that one model of steps cannot serve; a
-            place that is taken.
+        GaqError, CalibError, EngineError: what `build_engine` raises; a plan that needs several engines; a folder that
+            is no repository.
     """
     run, out = Run(folder=Path(folder)), Path(out)
-    if backend not in SERVERS:
-        raise GaqError(f"A Triton server has no backend for {backend!r}. Choose one of {list(SERVERS)}.")
+    if options.backend not in SERVERS:
+        raise GaqError(f"A Triton server has no backend for {options.backend!r}. Choose one of {list(SERVERS)}.")
     runs.check_replaceable(out, MARK)
-    plan, server = load_plan(run.plan), SERVERS[backend]
+    plan = load_plan(run.plan)
     if len(widths(plan)) > 1:
         raise GaqError(
             "Steps differ in activation bits in this plan, so they are several engines: it cannot be served."
         )
     conditioning = load_conditioning(provenance_of(plan), run.folder)
-    config = EngineConfig(backend=backend, batch=(1, min(4, most), most))
+    most = options.largest_batch
+    config = EngineConfig(backend=options.backend, batch=(1, min(4, most), most))
     with runs.staging(out) as staged:
-        engine, made = staged / "engine" / server.file, staged / "repository"
+        engine, repository = staged / "engine" / SERVERS[options.backend].file, staged / "repository"
         engine.parent.mkdir()
-        options = BuildOptions(config=config, sampler=sampler, rows=True, step_name="triton")
-        built = build(run, engine, options, model)
-        record = record_of(built.file)
-        spec, texts = record.provenance.sampler, record.text_encoders
-        known = {"steps": spec.steps, "sampler": str(spec), **_conditioning_facts(conditioning, texts)}
-        if built.decoder is not None:
-            known |= {"decoder": DECODER}
-            _install(DECODER, built.decoder.file, made, {})
-        tokens = [] if texts is None else [engine.with_name(each.file) for each in texts.tokenizers]
-        for name, part, words in zip(known.get("texts", ()), built.texts, tokens, strict=True):
-            _install(name, part.file, made, {})
-            shutil.move(words, made / f"{name}.tokens.json")
-        _install(NAME, built.file, made, known)
-        write_atomically(made / MARK, client_text().encode())
-        write_atomically(made / "philox.py", inspect.getsource(philox).encode())
-        write_atomically(made / "README.md", _readme(built, spec).encode())
-        runs.replace_folder(made, out)
+        # With rows, the images of a batch may be at different steps, so that the batcher may mix clients.
+        building = BuildOptions(config=config, sampler=options.sampler, rows=True, step_name="triton")
+        built = build(run, engine, building, model)
+        _install_all(built, engine, conditioning, repository)
+        write_atomically(repository / MARK, client_text().encode())
+        write_atomically(repository / "philox.py", inspect.getsource(philox).encode())
+        write_atomically(repository / "README.md", _readme(built).encode())
+        runs.replace_folder(repository, out)
     return out
 
 
-def _install(name: str, file: EngineFile, repository: Path, known: Mapping[str, Any]) -> None:
+def _install_all(built: Built, engine: Path, conditioning: Conditioning | None, repository: Path) -> None:
+    """Move all engines, and the tokenizers beside `engine`, to where the server and the client look for them."""
+    record = record_of(built.file)
+    spec, texts = record.provenance.sampler, record.text_encoders
+    facts = {"steps": spec.steps, "sampler": str(spec), **_conditioning_facts(conditioning, texts)}
+    if built.decoder is not None:
+        facts |= {"decoder": DECODER}
+        _install(DECODER, built.decoder.file, repository, {})
+    tokenizers = [] if texts is None else [engine.with_name(each.file) for each in texts.tokenizers]
+    for name, encoder, tokenizer in zip(facts.get("texts", ()), built.texts, tokenizers, strict=True):
+        _install(name, encoder.file, repository, {})
+        shutil.move(tokenizer, repository / f"{name}.tokens.json")
+    _install(NAME, built.file, repository, facts)
+
+
+def _install(name: str, file: EngineFile, repository: Path, facts: Mapping[str, Any]) -> None:
     """Move an engine to where a server looks for the model `name`, and write its config."""
     folder = repository / "models" / name
-    write_atomically(folder / "config.pbtxt", config_text(name, file, known).encode())
+    write_atomically(folder / "config.pbtxt", config_text(name, file, facts).encode())
     (folder / "1").mkdir()
     shutil.move(file.path, folder / "1" / SERVERS[file.backend].file)
     if data_path(file.path).exists():
         shutil.move(data_path(file.path), folder / "1" / data_path(file.path).name)
 
 
-def config_text(name: str, file: EngineFile, known: Mapping[str, Any]) -> str:
+def config_text(name: str, file: EngineFile, facts: Mapping[str, Any]) -> str:
     """Return a model's config as Triton reads it, protobuf text of its `ModelConfig`.
 
     Args:
         name: of the model.
-        file: an engine all of whose tensors have rows.
-        known: JSON values that its client has to know.
+        file: an engine whose tensors all have one row for each image.
+        facts: JSON values that its client has to know.
 
     Raises:
         GaqError: its smallest batch is not 1, or a tensor has no rows.
     """
     server = SERVERS[file.backend]
+    # The server adds the batch dimension itself, so every tensor must have it.
     single = [spec.name for spec in (*file.inputs, *file.outputs) if spec.shape[:1] != (None,)]
     if single or file.batch[0] != 1:
         raise GaqError(
@@ -150,7 +169,7 @@ def config_text(name: str, file: EngineFile, known: Mapping[str, Any]) -> str:
             f"dynamic_batching {{ preferred_batch_size: [ {file.batch[1]} ] max_queue_delay_microseconds: 1000 }}",
             *(
                 f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(json.dumps(value))} }} }}"
-                for key, value in known.items()
+                for key, value in facts.items()
             ),
             "",
         ]
@@ -160,20 +179,28 @@ def config_text(name: str, file: EngineFile, known: Mapping[str, Any]) -> str:
 def _tensors(what: str, specs: Sequence[TensorSpec]) -> list[str]:
     lines = []
     for spec in specs:
-        inner = spec.shape[1:]
+        inner = spec.shape[1:]  # (N, ...) -> (...): the config declares tensors without the batch
         dims = f"dims: [ {', '.join(map(str, inner))} ]" if inner else "dims: [ 1 ] reshape { shape: [ ] }"
         lines.append(f'  {{ name: "{spec.name}" data_type: {TYPES[spec.dtype]} {dims} }}')
     return [f"{what} [", ",\n".join(lines), "]"]
 
 
 def client_text() -> str:
-    """Return the client as a program of its own, beside `philox.py`; read, since importing it asks for its library."""
+    """Return the client as a stand-alone program; read as text, since importing it needs the client library."""
     text = Path(__file__).with_name("triton_client.py").read_text(encoding="utf-8")
     return text.replace("from engines import philox", "import philox")
 
 
 def _conditioning_facts(conditioning: Conditioning | None, texts: TextEncoders | None) -> dict[str, Any]:
-    """Return what the client has to know of what images are told; `texts` is what the engine's record says of them."""
+    """Return what the client has to know about conditioning.
+
+    Args:
+        conditioning: of the model; None for an unconditional one.
+        texts: the text encoders in the engine's record.
+
+    Raises:
+        GaqError: the model takes prompts, and there are no text encoders.
+    """
     if conditioning is None:
         return {}
     guided = {"guidance": conditioning.guidance} if conditioning.guided else {}
@@ -186,12 +213,13 @@ def _conditioning_facts(conditioning: Conditioning | None, texts: TextEncoders |
             "folder, or transformers is not installed: a client could give it no prompts."
         )
     names = [TEXT if index == 0 else f"{TEXT}-{index + 1}" for index in range(len(texts.engines))]
-    kept = {"zeros": texts.zeros, "time_ids": texts.time_ids}
-    return {"prompts": list(conditioning.names), "texts": names, **kept, **guided}
+    encoding = {"zeros": texts.zeros, "time_ids": texts.time_ids}
+    return {"prompts": list(conditioning.names), "texts": names, **encoding, **guided}
 
 
-def _readme(built: Built, spec: SamplerSpec) -> str:
+def _readme(built: Built) -> str:
     record, server = record_of(built.file), SERVERS[built.file.backend]
+    spec = record.provenance.sampler
     needs = "'tritonclient[http]' numpy pillow" + (" tokenizers" if built.texts else "")
     return f"""# {record.provenance.name}, {record.bits}, on a Triton Inference Server
 
@@ -206,17 +234,17 @@ and draw with `client.py`, which runs the loop: noise by seed, {spec.steps} requ
     python client.py --url localhost:8000 --num 4 --seed 0 --out samples
 
 Inputs and outputs of a step are in `models/{NAME}/config.pbtxt`. What a step puts out goes into the next: `x_next` to
-`x`, `step_next` to `step`, `clean` to `previous`; `noise` is fresh at each. Every image of a batch may be at a step of
-its own, so the server's batcher may put clients together. A TensorRT plan needs a server with the TensorRT and the kind
+`x`, `step_next` to `step`, `clean` to `previous`; `noise` is fresh at each. Images of one batch may be at different
+steps, so the server's batcher may put clients together. A TensorRT engine needs a server with the TensorRT and the kind
 of GPU that it was built with.
 {_beside(built)}"""
 
 
 def _beside(built: Built) -> str:
-    """Say what other models are there."""
-    said = ""
+    """Return a paragraph about the other models of the repository, "" if there are none."""
+    sentences = []
     if built.decoder is not None:
-        said += f"What the loop ends with are latents; the model `{DECODER}` makes images of them. "
+        sentences.append(f"What the loop ends with are latents; the model `{DECODER}` makes images of them.")
     if built.texts:
-        said += f"Prompts go through `{TEXT}` first; give your own, one a line, with `--prompts FILE`. "
-    return said and f"\n{said.rstrip()}\n"
+        sentences.append(f"Prompts go through `{TEXT}` first; give your own, one a line, with `--prompts FILE`.")
+    return f"\n{' '.join(sentences)}\n" if sentences else ""

@@ -297,7 +297,7 @@ def test_a_server_has_encoders_and_a_decoder_beside_the_steps(
     prompted: tuple[LoadedModel, Path], tmp_path: Path
 ) -> None:
     (model, folder), served = prompted, tmp_path / "served"
-    triton_repository.write(folder / "run", served, most=2, model=model)
+    triton_repository.write(folder / "run", served, triton_repository.ServingOptions(largest_batch=2), model=model)
     assert {path.name for path in (served / "models").iterdir()} == {"unet", "decoder", "text", "text-2"}
     (tmp_path / "other.txt").write_text("\nan elk\n")
     with serving(served) as (address, models):

@@ -33,6 +33,7 @@ from gaq_export.errors import GaqError
 from gaq_export.graph.step import FEEDBACK
 from gaq_export.models.loader import LoadedModel
 from gaq_export.sharing import triton_client, triton_repository
+from gaq_export.sharing.triton_repository import ServingOptions
 
 SPEC = SamplerSpec(steps=4, eta=0.5)
 
@@ -247,10 +248,10 @@ def test_a_tensorrt_plan_with_guidance_has_a_config_too(schema: ModuleType) -> N
 
 def test_what_a_server_cannot_have_is_one_line(tiny_run: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(GaqError, match=r"no backend for 'openvino'. Choose one of \['onnxruntime', "):
-        triton_repository.write(tiny_run, tmp_path / "out", backend="openvino")
+        triton_repository.write(tiny_run, tmp_path / "out", ServingOptions(backend="openvino"))
     if reason := engines.find_backend("tensorrt").can_build():
         with pytest.raises(GaqError, match="tensorrt cannot build here") as caught:
-            triton_repository.write(tiny_run, tmp_path / "out", backend="tensorrt", model=tiny_model)
+            triton_repository.write(tiny_run, tmp_path / "out", ServingOptions(backend="tensorrt"), model=tiny_model)
         assert reason in str(caught.value)
     condition = Conditioning(names=("a",), rows={"encoder_hidden_states": torch.ones(1, 2, 3)}, unconditional={})
     with pytest.raises(
