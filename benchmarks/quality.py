@@ -11,7 +11,7 @@ stored, so peers may be installed in several environments, one run each.
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -181,15 +181,15 @@ def _page(bench: Bench) -> Iterator[str]:
         f"trajectories. AIMET learns {bench.iterations} iterations a layer, ours "
         f"{chosen.config.reconstruction.iterations} a block. {machine()}."
     )
-    if images:
-        floor = facts["frechet"]["float"]["other"]["fd_real"]
+    if images and facts.frechet is not None:
+        floor = facts.frechet.drawn["other"].fd_real
         method += (
             f" PSNR is of {images} images from the same noise; the Frechet distance is to real images, by a digit "
             f"classifier, where the float network's from other noise is {floor:.2f}."
         )
     yield method
     for wbits in WIDTHS:
-        rows = list(_rows(bench, wbits, facts["signal"]))
+        rows = list(_rows(bench, wbits, facts.signal))
         yield from (
             "",
             f"## W{wbits}A8",
@@ -207,7 +207,7 @@ def _page(bench: Bench) -> Iterator[str]:
         yield from ("", f"Not measured: {'; '.join(absent)}.")
 
 
-def _rows(bench: Bench, wbits: int, signal: list[float]) -> Iterator[tuple[str, ...]]:
+def _rows(bench: Bench, wbits: int, signal: Sequence[float]) -> Iterator[tuple[str, ...]]:
     names = [("ours", "OpenVINO", True)]
     names += [(name, peer.run_by, kept) for name, peer in PEERS.items() for kept in (False, True)]
     for name, run_by, kept in names:

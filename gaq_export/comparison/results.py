@@ -58,7 +58,7 @@ Table = Mapping[str, Mapping[int, CellScores]]  # by row, then by seed
 
 def table_at(comparison: Comparison, wbits: int, abits: int) -> Table:
     """Read what was measured so far at one setting of bits; a row without any seed is left out."""
-    signal = yardstick.facts(comparison.yardstick)["signal"]
+    signal = yardstick.facts(comparison.yardstick).signal
     table: dict[str, dict[int, CellScores]] = {}
     for cell in comparison.cells:
         record = runner.read_cell(comparison, cell) if cell.wbits == wbits else None

@@ -157,14 +157,14 @@ def float_rows(comparison: Comparison, columns: Sequence[Column]) -> list[list[s
     """Return the float network's rows: its images from the same noise as the cells', and from other noise."""
     if not comparison.yardstick.images:
         return []
-    distances = yardstick.facts(comparison.yardstick).get("frechet", {}).get("float", {})
+    frechet = yardstick.facts(comparison.yardstick).frechet
     lines = []
     for name in ("same", "other"):
         cells = {column.title: "∞" for column in (SQNR, WORST, POOLED, WEIGHTS)}  # its noise is exact
         cells |= {PSNR.title: "∞" if name == "same" else "-"}
-        if distances:
-            cells |= {FD_REAL.title: f"{distances[name]['fd_real']:.2f}"}
-            cells |= {FD_FLOAT.title: f"{distances[name]['fd_float']:.2f}"}
+        if frechet is not None:
+            cells |= {FD_REAL.title: f"{frechet.drawn[name].fd_real:.2f}"}
+            cells |= {FD_FLOAT.title: f"{frechet.drawn[name].fd_float:.2f}"}
         lines.append([f"float, {name} noise", *(cells.get(column.title, "-") for column in columns)])
     return lines
 
@@ -234,11 +234,12 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _frechet_line(comparison: Comparison) -> str:
-    n, facts = comparison.yardstick.images, yardstick.facts(comparison.yardstick)["frechet"]
+    n, facts = comparison.yardstick.images, yardstick.facts(comparison.yardstick).frechet
+    assert facts is not None  # there is data
     return (
-        f"FD: Frechet distance (squared) in the 64 features of a {facts['classifier']} that classifies "
-        f"{100 * facts['accuracy']:.2f} % of the test images rightly; not to be compared with an FID. Between {n} "
-        f"images and {facts['real_images']} real test images, and between {n} images and {n} of the float network from "
+        f"FD: Frechet distance (squared) in the 64 features of a {facts.classifier} that classifies "
+        f"{100 * facts.accuracy:.2f} % of the test images correctly; not to be compared with an FID. Between {n} "
+        f"images and {facts.real_images} real test images, and between {n} images and {n} of the float network from "
         f"other noise. The float rows are the floor; {n} further real test images are "
-        f"{facts['real']['fd_real']:.2f} from the real and {facts['real']['fd_float']:.2f} from the float ones."
+        f"{facts.real.fd_real:.2f} from the real and {facts.real.fd_float:.2f} from the float ones."
     )

@@ -11,12 +11,12 @@ Everything that does not depend on the network under test is computed once and s
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import onnx_ir as ir
 import torch
@@ -103,32 +103,80 @@ class Yardstick:
         return range(FIRST_SEEDS[name], FIRST_SEEDS[name] + self.images)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """Frechet distances of one set of images, to real images and to the float network's."""
+
+    fd_real: float
+    fd_float: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrechetFacts:
+    """What Frechet distances are measured with.
+
+    Attributes:
+        classifier: name of the network that makes the features.
+        accuracy: share of the real test images that it classifies correctly.
+        real_images: in the reference.
+        drawn: distances of the float network's images, by the names of their noise, "same" and "other".
+        real: distances of real images that were set aside.
+    """
+
+    classifier: str
+    accuracy: float
+    real_images: int
+    drawn: Mapping[str, Distances]
+    real: Distances
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What all cells share: |epsilon|^2 at each step, and the Frechet references if there are real images."""
+
+    signal: tuple[float, ...]
+    frechet: FrechetFacts | None
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` made; raise KeyError or TypeError if the record is another."""
+        frechet = record["frechet"]
+        if frechet is not None:
+            drawn = {name: Distances(**values) for name, values in frechet["drawn"].items()}
+            frechet = FrechetFacts(**{**frechet, "drawn": drawn, "real": Distances(**frechet["real"])})
+        return cls(signal=tuple(record["signal"]), frechet=frechet)
+
+
 def prepare(yardstick: Yardstick) -> None:
     """Compute and store everything that the cells share, unless that was done before."""
     if yardstick.facts_path.exists():
         return
     signal = _held_out(yardstick).epsilon.double().square().flatten(1).sum(1)  # (S, N, C, H, W) -> (S,)
-    facts: dict[str, Any] = {"signal": signal.tolist()}
+    frechet = None
     if yardstick.computed_by is ComputedBy.ENGINE:
         model = yardstick.model
         save_onnx(export_float(model.network, model.shape, model.condition_inputs), yardstick.float_graph)
     if yardstick.images:
         sets = _float_images(yardstick)
         if yardstick.data:
-            facts["frechet"] = _references(yardstick, yardstick.data, sets)
-    write_atomically(yardstick.facts_path, json.dumps(facts, indent=1).encode())
+            frechet = _references(yardstick, yardstick.data, sets)
+    shared = Facts(signal=tuple(signal.tolist()), frechet=frechet)
+    write_atomically(yardstick.facts_path, json.dumps(asdict(shared), indent=1).encode())
 
 
-def facts(yardstick: Yardstick) -> dict[str, Any]:
-    """Return what `prepare` stored: signal energy a step, and what the Frechet distances are measured against.
+def facts(yardstick: Yardstick) -> Facts:
+    """Return what `prepare` stored.
 
     Raises:
-        GaqError: `prepare` was not called.
+        GaqError: `prepare` was not called, or by a version that stored other facts.
     """
-    if not yardstick.facts_path.exists():
+    path = yardstick.facts_path
+    if not path.exists():
         raise GaqError(f"{yardstick.folder} holds no results yet: run without --report-only first.")
-    stored: dict[str, Any] = json.loads(yardstick.facts_path.read_text(encoding="utf-8"))
-    return stored
+    try:
+        return Facts.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise GaqError(f"{path} cannot be read ({error!r}): give another --folder, or delete this one.") from error
 
 
 def noise_errors(
@@ -182,7 +230,9 @@ def image_scores(yardstick: Yardstick, images: Tensor) -> dict[str, Any]:
     """Return the PSNR of each of the images of `draw_images` and, if there is data, the Frechet distances."""
     near = psnr(images, float_images(yardstick))
     result: dict[str, Any] = {"psnr_db": [round(v, 3) for v in near.tolist()]}
-    return result | _distances(yardstick, _features(yardstick, to_uint8_tensor(images))) if yardstick.data else result
+    if yardstick.data:
+        result |= asdict(_distances(yardstick, _features(yardstick, to_uint8_tensor(images))))
+    return result
 
 
 def _draw(
@@ -226,7 +276,7 @@ def _features(yardstick: Yardstick, images: Tensor) -> Tensor:
     return frechet.features(_classifier(yardstick), images)
 
 
-def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> dict[str, Any]:
+def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> FrechetFacts:
     """Store the moments of the real and the float reference; return how far float and real images are from them.
 
     As many test images as each network draws are set aside to measure real against real; the rest are the reference.
@@ -241,16 +291,16 @@ def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> di
     references = {"real": frechet.moments(rest), "float": frechet.moments(drawn["reference"])}
     tensors = {f"{n}.{part}": getattr(m, part) for n, m in references.items() for part in ("mean", "covariance")}
     write_atomically(yardstick.moments_path, save(tensors))
-    return {
-        "classifier": type(_classifier(yardstick)).__name__,
-        "accuracy": frechet.accuracy(_classifier(yardstick), real, test.labels),
-        "real_images": len(rest),
-        "float": {name: _distances(yardstick, drawn[name]) for name in ("same", "other")},
-        "real": _distances(yardstick, aside),
-    }
+    return FrechetFacts(
+        classifier=type(_classifier(yardstick)).__name__,
+        accuracy=frechet.accuracy(_classifier(yardstick), real, test.labels),
+        real_images=len(rest),
+        drawn={name: _distances(yardstick, drawn[name]) for name in ("same", "other")},
+        real=_distances(yardstick, aside),
+    )
 
 
-def _distances(yardstick: Yardstick, features: Tensor) -> dict[str, float]:
+def _distances(yardstick: Yardstick, features: Tensor) -> Distances:
     """Return the Frechet distances of images, as features (N, D), to the real and to the float reference."""
     tensors, moments = read_safetensors(yardstick.moments_path)[1], frechet.moments(features)
 
@@ -258,4 +308,4 @@ def _distances(yardstick: Yardstick, features: Tensor) -> dict[str, float]:
         reference = Moments(mean=tensors[f"{name}.mean"], covariance=tensors[f"{name}.covariance"])
         return frechet.distance(moments, reference)
 
-    return {"fd_real": distance_to("real"), "fd_float": distance_to("float")}
+    return Distances(fd_real=distance_to("real"), fd_float=distance_to("float"))

@@ -145,7 +145,7 @@ def test_a_comparison_draws_with_the_models_conditioning(plan: QuantPlan, model:
     assert max(yardstick.noise_errors(y, model.network)) < 1e-6
     with yardstick.quantized(y, plan) as network:
         assert yardstick.image_scores(y, yardstick.draw_images(y, network))["psnr_db"][0] > 10
-        ours, signal = sum(yardstick.noise_errors(y, network)), sum(yardstick.facts(y)["signal"])
+        ours, signal = sum(yardstick.noise_errors(y, network)), sum(yardstick.facts(y).signal)
     assert 0 < ours < 0.1 * signal
     chosen = pipeline.preset("tiny")
     bench = Comparison(yardstick=y, preset=chosen, rows={}, bits=((4, 8),), seeds=(0,), workers=1)

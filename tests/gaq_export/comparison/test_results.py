@@ -24,7 +24,7 @@ def test_scores_are_those_of_the_cells_files(measured: Comparison) -> None:
     cell = measured.cells[0]
     record = json.loads(measured.path(cell, ".json").read_text())
     at = record["activations"]["8"]
-    signal = yardstick.facts(measured.yardstick)["signal"]
+    signal = yardstick.facts(measured.yardstick).signal
     scores = table_at(measured, 4, 8)[cell.row][cell.seed]
     assert scores.steps_db == pytest.approx([10 * math.log10(s / e) for s, e in zip(signal, at["error"], strict=True)])
     assert scores.pooled_db == pytest.approx(10 * math.log10(sum(signal) / sum(at["error"])))

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gaq_export.comparison import runner, yardstick
 from gaq_export.comparison.spec import Cell
 from gaq_export.comparison.yardstick import ComputedBy, Yardstick
 from gaq_export.errors import GaqError
-from gaq_export.images import psnr
+from gaq_export.evaluation import frechet
+from gaq_export.images import psnr, to_uint8_tensor
 from gaq_export.models.loader import LoadedModel
 from tests.gaq_export.comparison.conftest import comparison_of
 
@@ -18,7 +20,7 @@ from tests.gaq_export.comparison.conftest import comparison_of
 def test_the_float_network_is_exact_by_its_own_yardstick(model: LoadedModel, tmp_path: Path) -> None:
     shared = Yardstick(model=model, folder=tmp_path, images=2, computed_by=ComputedBy.PYTORCH)
     yardstick.prepare(shared)
-    signal = yardstick.facts(shared)["signal"]
+    signal = yardstick.facts(shared).signal
     assert len(signal) == model.spec.sampler.steps
     errors = yardstick.noise_errors(shared, model.network)
     assert max(errors) < 1e-9 * max(signal)
@@ -67,3 +69,45 @@ def test_data_needs_enough_images_and_a_classifier_for_colours(model: LoadedMode
     )
     with pytest.raises(GaqError, match=r"need a trained classifier: give --features resnet56\.th"):
         dataclasses.replace(shared, model=colour)
+
+
+class _Pixels(torch.nn.Module):
+    """A classifier whose features are six pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 2)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :6]
+
+
+def test_frechet_distances_are_to_real_and_to_float_images(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yardstick, "_classifier", lambda shared: _Pixels())
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    np.savez(tmp_path / "real.npz", images=pixels, labels=np.zeros(40, np.int64))
+    shared = Yardstick(
+        model=model, folder=tmp_path, images=8, computed_by=ComputedBy.PYTORCH, data=tmp_path / "real.npz"
+    )
+    yardstick.prepare(shared)
+    facts = yardstick.facts(shared).frechet
+    assert facts is not None
+    assert (facts.classifier, facts.real_images) == ("_Pixels", 32)
+    drawn = yardstick.float_images(shared)
+    scores = yardstick.image_scores(shared, drawn)
+    assert scores["fd_real"] == pytest.approx(facts.drawn["same"].fd_real)
+    real = frechet.load_images(tmp_path / "real.npz", "test", model.shape).images
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    features = [
+        frechet.moments(frechet.features(_Pixels(), part)) for part in (to_uint8_tensor(drawn), real[order[8:]])
+    ]
+    assert scores["fd_real"] == pytest.approx(frechet.distance(*features))
+
+
+def test_facts_of_another_version_are_refused(model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text('{"signal": [1.0]}')
+    shared = Yardstick(model=model, folder=tmp_path, images=0)
+    with pytest.raises(GaqError, match=r"facts\.json cannot be read .*: give another --folder"):
+        yardstick.facts(shared)
