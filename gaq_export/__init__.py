@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from engines import EngineConfig
     from engines.errors import EngineError
     from engines.files import EngineFile
+    from gaq_export.comparison.compare import compare
+    from gaq_export.comparison.pages import PagePaths
     from gaq_export.deploy.build import Built, build_engine
     from gaq_export.deploy.onnx_artifact import export_onnx
     from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from gaq_export.quantize.presets import CalibrationOptions, Preset, preset
     from gaq_export.quantize.recipes import RECIPES
     from gaq_export.report.inspect import inspect
+    from gaq_export.report.inspection import InspectionOptions
+    from gaq_export.report.report import ReportOptions
+    from gaq_export.report.write import write_report
     from gaq_export.sampling.diffusers_unet import EngineUNet
     from gaq_export.sampling.png_folder import Sampled
     from gaq_export.sampling.sample import Streamed, sample, sample_shards
@@ -54,6 +59,8 @@ _NAMES = {
     "engines": ("EngineConfig",),
     "engines.errors": ("EngineError",),
     "engines.files": ("EngineFile",),
+    "gaq_export.comparison.compare": ("compare",),
+    "gaq_export.comparison.pages": ("PagePaths",),
     "gaq_export.deploy.build": ("Built", "build_engine"),
     "gaq_export.deploy.onnx_artifact": ("export_onnx",),
     "gaq_export.diffusion.conditioning": ("Conditioning", "class_conditioning"),
@@ -67,6 +74,9 @@ _NAMES = {
     "gaq_export.quantize.presets": ("CalibrationOptions", "Preset", "preset"),
     "gaq_export.quantize.recipes": ("RECIPES",),
     "gaq_export.report.inspect": ("inspect",),
+    "gaq_export.report.inspection": ("InspectionOptions",),
+    "gaq_export.report.report": ("ReportOptions",),
+    "gaq_export.report.write": ("write_report",),
     "gaq_export.sampling.png_folder": ("Sampled",),
     "gaq_export.sampling.diffusers_unet": ("EngineUNet",),
     "gaq_export.sampling.sample": ("Streamed", "sample", "sample_shards"),
@@ -87,11 +97,14 @@ __all__ = [
     "EngineUNet",
     "Evaluation",
     "GaqError",
+    "InspectionOptions",
     "LoadedModel",
     "NoiseSchedule",
+    "PagePaths",
     "Preset",
     "Progress",
     "QuantPlan",
+    "ReportOptions",
     "Sampled",
     "SamplerSpec",
     "Streamed",
@@ -99,6 +112,7 @@ __all__ = [
     "build_engine",
     "calibrate",
     "class_conditioning",
+    "compare",
     "evaluate_engines",
     "evaluate_sets",
     "export_onnx",
@@ -111,6 +125,7 @@ __all__ = [
     "sample",
     "sample_shards",
     "wrap",
+    "write_report",
 ]
 
 

@@ -218,9 +218,8 @@ def compare(
         with Display(quiet) as display:
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
-            own = loaded.spec.sampler
-            asked = replace_options(own, name=sampler, steps=steps, spacing=spacing, eta=eta) or own
-            loaded = dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, sampler=asked))
+            spec_sampler = replace_options(loaded.spec.sampler, name=sampler, steps=steps, spacing=spacing, eta=eta)
+            loaded = dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, sampler=spec_sampler))
             comparison = spec.Comparison(
                 yardstick=Yardstick(model=loaded, folder=folder, images=images, data=data, classifier=features),
                 preset=spec.adjusted_preset(preset, iterations, calibration_images),

@@ -109,17 +109,13 @@ def report(
 ) -> None:
     """Write one HTML page about an engine: images, noise, size, arithmetic, speed, and what is inside its plan."""
     with one_line_errors():
-        from calib.files import write_atomically
-        from gaq_export.report import report as reports
-        from gaq_export.report import report_page
         from gaq_export.report.inspection import InspectionOptions
-        from gaq_export.run import Run
+        from gaq_export.report.report import ReportOptions
+        from gaq_export.report.write import write_report
 
-        path = out or Run(folder=run).report
         with Display(quiet) as display:
             display.stage("loading the model")
             inspection = InspectionOptions(block=block, images=images)
-            options = reports.ReportOptions(engine=engine, evaluation=evaluation, inspection=inspection, rounds=rounds)
-            measured = reports.measure(run, path, options, on_step=display.measure)
-        write_atomically(path, report_page.render(measured).encode())
+            options = ReportOptions(engine=engine, evaluation=evaluation, inspection=inspection, rounds=rounds)
+            path = write_report(folder=run, out=out, options=options, on_step=display.measure)
         typer.echo(path)
