@@ -6,5 +6,5 @@ from latex2mathml.converter import convert
 
 
 def block(source: str, *_: Any, **__: Any) -> str:
-    """Return a formula as an element of its own; the further arguments are those of a custom fence of superfences."""
+    """Return a formula as a block of HTML; the further arguments are those of a custom fence of superfences."""
     return f'<div class="formula">{convert(source, display="block")}</div>'

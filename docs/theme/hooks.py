@@ -33,7 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
             path = _in_repository(file.src_uri, link["target"])
             if path is None or path.startswith("docs/") or path in FROM_ROOT:
                 continue
-            if (ROOT / path).is_file():  # of what is missing, MkDocs complains by itself
+            if (ROOT / path).is_file():  # MkDocs reports those that are missing
                 sources.add(path)
     for path in sorted(sources):
         files.append(File.generated(config, _page_of(path), content=_listing(path)))
