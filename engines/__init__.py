@@ -61,17 +61,11 @@ def build(
     backend = find_backend(config.backend)
     _check_config(backend, config)
     compute = backend.compute(config.compute)
-    config = replace(config, compute=compute)
-    try:
-        metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise EngineError(f"The metadata must hold JSON values only: {error}.") from None
-    graph = read_onnx(onnx_path)
-    if config.stripped and graph.apart:
-        raise EngineError(f"{onnx_path} has weights in other files; only those inside it can be left out of an engine.")
-    inputs, outputs = tensor_specs(graph.model)
+    metadata = _json_copy(metadata or {})
+    graph = _read_graph(onnx_path, config)
+    inputs, outputs = tensor_specs(graph.model)  # before the build: it refuses what no backend takes
     path = Path(engine_path)
-    built = _build_in_place(backend, graph, path, config)
+    built = _build_in_place(backend, graph, path, replace(config, compute=compute))
     file = EngineFile(
         path=path,
         backend=backend.name,
@@ -104,13 +98,30 @@ def open_engine(source: str | Path | EngineFile) -> Engine:
     backend = find_backend(file.backend)
     if reason := backend.can_run():
         raise EngineError(f"{file.path} was built for {backend.name}, which cannot run here: {reason}")
-    check_files(file)
+    check_files(file)  # also if the caller loaded the record a while ago
     return backend.open(file)
+
+
+def _read_graph(onnx_path: str | Path, config: EngineConfig) -> OnnxGraph:
+    graph = read_onnx(onnx_path)
+    if config.stripped and graph.apart:
+        raise EngineError(f"{onnx_path} has weights in other files; only those inside it can be left out of an engine.")
+    return graph
+
+
+def _json_copy(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata as it will be read back from the record, so that a fresh engine equals a loaded one."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise EngineError(f"The metadata must hold JSON values only: {error}.") from None
+    return copy
 
 
 def _check_config(backend: Backend, config: EngineConfig) -> None:
     if reason := backend.can_build():
         raise EngineError(f"{backend.name} cannot build here: {reason}")
+    # Refused and not ignored: an engine for the wrong GPU, or of the wrong size, would be noticed much later.
     if config.targets and backend.name != "tensorrt-rtx":
         raise EngineError(f"Found targets {list(config.targets)} for {backend.name}; only tensorrt-rtx takes targets.")
     if config.stripped and backend.profile != "trt":
@@ -136,7 +147,7 @@ def _build_in_place(backend: Backend, graph: OnnxGraph, path: Path, config: Engi
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         started = time.perf_counter()
-        temporary = Path(folder, path.name)
+        temporary = Path(folder, path.name)  # the same name, because an ONNX graph names the file of its weights
         audit = backend.build(graph, temporary, config)
         seconds = time.perf_counter() - started
         if config.stripped:
@@ -148,6 +159,7 @@ def _build_in_place(backend: Backend, graph: OnnxGraph, path: Path, config: Engi
             weights=_sha256_if_there(weights_path(temporary)),
             data=_sha256_if_there(data_path(temporary)),
         )
+        # In this order the engine never appears without its weights.
         for source, target in zip(files_of(temporary), files_of(path), strict=True):
             if source.exists():
                 os.replace(source, target)

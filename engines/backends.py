@@ -135,6 +135,7 @@ def best_backend() -> str:
     Raises:
         EngineError: None can; the message gives the reason for each.
     """
+    # Both are required: an engine that is built here to run elsewhere is something to ask for, not a default.
     reasons = {name: backend.can_build() or backend.can_run() for name, backend in BACKENDS.items()}
     for name, reason in reasons.items():
         if reason is None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from engines.errors import EngineError
 
-OnStep = Callable[[int], None]
+OnStep = Callable[[int], None]  # called with the number of an iteration
 
 
 class Compute(StrEnum):
@@ -77,6 +77,7 @@ class EngineConfig:
     stripped: bool = False
 
     def __post_init__(self) -> None:
+        # A mistake is reported here, before a build that may take minutes.
         smallest, best, largest = self.batch
         if not 1 <= smallest <= best <= largest:
             raise EngineError(f"Batch profile {self.batch} is not in order; give 1 <= min <= best <= max.")
@@ -160,6 +161,7 @@ class Loop:
     first: int = 0
 
 
+# A protocol and not a base class: `OpenEngine` and `EngineSwitch` share these methods and no code.
 class Engine(Protocol):
     """A built network that can be called: NumPy arrays by input name in, NumPy arrays by output name out."""
 

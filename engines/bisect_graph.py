@@ -59,7 +59,7 @@ def graph_up_to(model: onnx.ModelProto, last: int) -> onnx.ModelProto | None:
 def _computed(model: onnx.ModelProto) -> list[int]:
     """Return the numbers of the nodes that depend on an input.
 
-    The others compute constants (a weight behind DequantizeLinear) and belong to the layer that reads them: alone they
+    The others compute constants (a weight after DequantizeLinear) and belong to the layer that reads them: alone they
     would be a graph without computation, which builds whatever they are.
     """
     known = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}

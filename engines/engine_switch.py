@@ -40,6 +40,7 @@ class EngineSwitch:
         self.inputs = engines[0].inputs
         self.outputs = engines[0].outputs
         alike = all((engine.inputs, engine.outputs) == (self.inputs, self.outputs) for engine in engines)
+        # The counter has to be an input, since a single call must say which iteration it is.
         if not alike or counter not in {spec.name for spec in self.inputs}:
             self.close()
             raise EngineError(f"Engines take turns if their tensors are the same, {counter!r} among them; build again.")
@@ -66,7 +67,7 @@ class EngineSwitch:
 
     def close(self) -> None:
         """Close all of them."""
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # closes all of them even if one fails
             for engine in self._engines:
                 stack.callback(engine.close)
 

@@ -16,7 +16,7 @@ import numpy as np
 from engines.base import Audit, Compute, Optimisation, TensorSpec
 from engines.errors import EngineError
 
-FORMAT = 4
+FORMAT = 4  # of the record; raised when an older one can no longer be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class EngineFile:
         sha256: Checksum of the file at `path`.
         audit: What the runtime says it computes and holds.
         build_seconds: How long the build took.
-        metadata: the caller's JSON, which `engines` stores and does not read.
+        metadata: The caller's JSON; this package stores it and does not read it.
         targets: GPU generations it was built for; empty means portable.
         threads: CPU threads; None leaves the choice to the runtime.
         optimisation: How far ONNX Runtime rewrites the graph.
@@ -65,6 +65,7 @@ class EngineFile:
         record["outputs"] = [asdict(spec) for spec in self.outputs]
         record["audit"] = self.audit.to_json()
         path = record_path(self.path)
+        # Half a record would look like a damaged engine, so the old one stays until the new one is whole.
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
@@ -88,6 +89,7 @@ def data_path(engine: Path) -> Path:
 
 def files_of(engine: Path) -> list[Path]:
     """Return the paths of all files an engine may consist of, whether they exist or not; the record is the last."""
+    # In the order in which they are written: what an engine needs is there before the engine is.
     return [data_path(engine), weights_path(engine), engine, record_path(engine)]
 
 
@@ -111,6 +113,7 @@ def load_engine_file(path: str | Path) -> EngineFile:
     version = record.get("format") if isinstance(record, dict) else None
     if version != FORMAT:
         raise EngineError(f"{where} has format {version!r}, this version reads {FORMAT}. Build the engine again.")
+    # Every key and no other: a record of another version must not be half understood.
     expected = {"format"} | {f.name for f in fields(EngineFile)} - {"path"}
     if record.keys() != expected:
         difference = f"missing keys {sorted(expected - record.keys())}, unknown keys {sorted(record.keys() - expected)}"

@@ -115,7 +115,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 def weight_layers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """Return the nodes that multiply an activation by a constant, by name.
 
-    A value is constant when it is an initializer or computed from constants only, so weights behind
+    A value is constant when it is an initializer or computed from constants only, so weights after
     `DequantizeLinear`, `Cast`, `Transpose` or `Reshape` count.
     """
     constants = {tensor.name for tensor in model.graph.initializer} | {""}

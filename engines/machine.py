@@ -17,6 +17,7 @@ CPU_FEATURES = {
     "amx_int8": "INT8 matrix products",
     "amx_bf16": "bfloat16 matrix products",
 }
+# Those whose version decides what an engine computes, or whether it runs.
 PACKAGES = (
     "torch",
     "onnx",

@@ -28,6 +28,7 @@ from engines.graph import OnnxGraph, layer_kinds
 from engines.nvinfer_child import ERROR_MARK, PARSER, Job
 from engines.runner import OpenEngine
 
+# Operators of which TensorRT takes the scale as a constant only.
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -73,6 +74,7 @@ def _attempt(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) ->
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "model.onnx")
         log = Path(folder, "build.log")
+        # The model in memory and not the user's file: it has the node names that the audit looks for.
         source.write_bytes(graph.model.SerializeToString(deterministic=True))
         job = Job(
             module=module,
@@ -91,7 +93,7 @@ def _attempt(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) ->
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search_path))},
             capture_output=True,
             text=True,
-            errors="replace",
+            errors="replace",  # a crash may cut a character in two
             check=False,
         )
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
@@ -110,6 +112,7 @@ def _reason(backend: str, attempt: _Attempt) -> str:
 def _failing_node(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) -> str:
     """Find the node that the builder cannot take, by building beginnings of the graph, and say it in words."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bisect.") as folder:
+        # Each trial is a build, so this may take minutes; without it a crash would leave the user without a clue.
         trial = Path(folder, "engine")
         node = first_failing_node(
             graph.model,

@@ -73,7 +73,8 @@ def build(graph: OnnxGraph, path: Path, config: EngineConfig, *, device: Device)
             options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
         _session(path, device, options)
         optimised = onnx.load(optimised_path, load_external_data=False)
-    # An integer operator in the optimised graph computes in integers; a float one behind DequantizeLinear does not.
+    # ONNX Runtime does not report its kernels, but the graph that its optimiser leaves says the same:
+    # an integer operator in the optimised graph computes in integers; a float one after DequantizeLinear does not.
     kernels = []
     for name, node in weight_layers(optimised).items():
         kind, _, precision = MATRIX_OPS[node.op_type]
@@ -134,6 +135,7 @@ class _SessionRunner:
         del self._session
 
     def _infer(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+        # A new binding each time, since inputs and outputs swap places; it copies no data.
         binding = self._session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)

@@ -97,7 +97,7 @@ def open_file(file: EngineFile) -> OpenEngine:
         compiled = _compile(model.clone(), file.inputs, options)  # a model can be compiled for one shape only
         return [functools.partial(_infer, compiled.create_infer_request()) for _ in range(streams)]
 
-    parts(file.batch[1])
+    parts(file.batch[1])  # so that an engine that cannot be compiled fails on opening and not in the first call
     return OpenEngine(file, HostRunner(file, parts))
 
 
@@ -105,7 +105,7 @@ def _infer(request: Any, inputs: Arrays, outputs: Arrays) -> None:
     import openvino
 
     for name, array in {**inputs, **outputs}.items():
-        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))  # no copy: contiguous, of the same type
     request.start_async()
     request.wait()
 

@@ -63,7 +63,7 @@ class HostRunner:
 
     def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
         """Run `loop.count` times and return the last outputs."""
-        stopped = threading.Event()
+        stopped = threading.Event()  # set if another part fails
 
         def repeat(infer: Infer, feeds: Arrays, rows: slice) -> Arrays:
             inputs = {name: array.copy() for name, array in feeds.items()}
@@ -110,11 +110,12 @@ class HostRunner:
 
         if len(parts) == 1:
             return work(parts[0], feeds, rows[0])
+        # Threads suffice: the runtime releases Python's lock while it computes.
         with ThreadPoolExecutor(len(parts)) as pool:
             futures = [pool.submit(work, infer, cut(part), part) for infer, part in zip(parts, rows, strict=True)]
             try:
                 results = [future.result() for future in futures]
-            except BaseException:
+            except BaseException:  # KeyboardInterrupt too, since the pool waits for its threads
                 if stopped is not None:
                     stopped.set()
                 raise
@@ -224,6 +225,7 @@ def check_feeds(file: EngineFile, feeds: Mapping[str, npt.NDArray[Any]]) -> int:
             sizes = ", ".join("batch" if size is None else str(size) for size in spec.shape)
             at = "" if batch is None else f" with batch {batch}"
             raise EngineError(f"Input {spec.name!r} has shape {array.shape}, expected ({sizes}){at}.")
+    # Of the runtimes only TensorRT would refuse it, and in words of its own.
     if batch is not None and not file.batch[0] <= batch <= file.batch[2]:
         raise EngineError(
             f"Batch {batch} lies outside this engine's profile {file.batch[0]} to {file.batch[2]}; "

@@ -13,6 +13,7 @@ from engines.runner import OpenEngine
 
 def cannot_build() -> str | None:
     """Return the reason why no engine can be built here, or None; the builder times kernels, so it needs the GPU."""
+    # find_spec and no import, which takes seconds: this runs for every backend whenever one is chosen.
     if importlib.util.find_spec("tensorrt") is None:
         return "tensorrt is not installed: pip install tensorrt"
     return no_gpu()
@@ -30,6 +31,6 @@ def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
 
 def open_file(file: EngineFile) -> OpenEngine:
     """Load the engine on the first GPU."""
-    import tensorrt
+    import tensorrt  # an optional package, so not at the top
 
     return nvinfer.open_file(tensorrt, file)

@@ -37,6 +37,7 @@ def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
     """
     if unknown := [target for target in config.targets if target not in TARGETS]:
         raise EngineError(f"Unknown tensorrt-rtx targets {unknown}. Choose from {list(TARGETS)}.")
+    # A portable engine is for Ampere and later, and Ampere has no FP8.
     old = [target for target in config.targets or ("a portable engine",) if target not in FLOAT8_TARGETS]
     if old and any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.model.graph.initializer):
         raise EngineError(f"FP8 needs a later GPU than {old[0]}. Give targets of {list(FLOAT8_TARGETS)} only.")

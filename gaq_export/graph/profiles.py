@@ -1,7 +1,7 @@
 """The form of Q/DQ that each target takes; one plan serves them all.
 
 In: a profile's name. Out: its choices, which `graph.qdq` and `graph.openvino` follow. TensorRT and ONNX Runtime need
-opposite graphs: TensorRT takes only signed activations with zero point 0 and is slowed by Q/DQ behind a convolution;
+opposite graphs: TensorRT takes only signed activations with zero point 0 and is slowed by Q/DQ after a convolution;
 ONNX Runtime's CPU kernels need unsigned activations, and make a convolution integer only if its output is quantized
 too. TensorRT refuses packed INT4 weights beside INT8 activations, except in the form
 INT4 -> DequantizeLinear(1) -> Cast(INT8) -> DequantizeLinear(per channel), which OpenVINO runs as well. OpenVINO's
@@ -35,10 +35,10 @@ class QdqProfile:
 
     Attributes:
         unsigned: activations as UINT8 with zero point 128 (a lossless re-encoding of symmetric INT8).
-        factors_behind: a factor and a shift that put an activation onto its grid are undone behind the layer, so that
+        factors_after: a factor and a shift that put an activation onto its grid are undone after the layer, so that
             the layer sees a symmetric grid and computes in integers; otherwise they are undone before it.
         zero_points: takes a zero point other than the middle, where it is the same at every step.
-        quantize_outputs: Q/DQ behind convolutions and fully connected layers too.
+        quantize_outputs: Q/DQ after convolutions and fully connected layers too.
         unsigned_products: takes unsigned codes with zero point 0, as the probabilities inside attention have;
             otherwise the products inside attention stay float.
         openvino_forms: GroupNorm, SiLU and the way to tokens as `gaq_export.graph.openvino` writes them.
@@ -47,7 +47,7 @@ class QdqProfile:
     """
 
     unsigned: bool
-    factors_behind: bool
+    factors_after: bool
     zero_points: bool
     quantize_outputs: bool
     unsigned_products: bool
@@ -65,7 +65,7 @@ class QdqProfile:
 # As calibrated, for checkers and parity: nothing is moved for the sake of a runtime.
 _REFERENCE = QdqProfile(
     unsigned=False,
-    factors_behind=True,
+    factors_after=True,
     zero_points=False,
     quantize_outputs=False,
     unsigned_products=True,
@@ -84,7 +84,7 @@ PROFILES: dict[str, QdqProfile] = {
     "ort-cpu": replace(
         _REFERENCE,
         unsigned=True,
-        factors_behind=False,
+        factors_after=False,
         zero_points=True,
         quantize_outputs=True,
         int4=WeightForm.INT8,

@@ -17,7 +17,7 @@ symmetric, with the factor and the shift (scale * zero) of the step outside:
 
 The bias takes back what the shift adds to every output: W (x + shift) = W x + shift * (sum of each row of W). It only
 does if every position sees the shift, so a convolution's padding, 0 before the shift, is made before it. The factors
-stand behind the layer, not before it, because then its arithmetic stays in integers.
+stand after the layer, not before it, because then its arithmetic stays in integers.
 """
 
 import math
@@ -162,17 +162,17 @@ class _Rewriter:
         assert source is not None
         # A constant grid, its zero point included if the target takes one, needs Q/DQ alone and nothing around it.
         constant = grid.ratio is None and (self._profile.zero_points or not any(grid.zero))
-        behind = self._profile.factors_behind and not constant
+        after = self._profile.factors_after and not constant
         # The border must hold the shift as the image does, so it is padded with 0 before the shift is added.
-        pads = _take_pads(node) if behind and any(grid.zero) else ()
+        pads = _take_pads(node) if after and any(grid.zero) else ()
         key = (source, grid, pads)
         if key not in self._shared:
             value = self._padded(source, pads, f"{name}.input")
-            self._shared[key] = self._rounded(value, f"{name}.input", grid, _rank(node), keep_moved=behind)
+            self._shared[key] = self._rounded(value, f"{name}.input", grid, _rank(node), keep_moved=after)
         node.replace_input_with(0, self._shared[key])
         node.replace_input_with(1, self._weight(node, name, layer))
         self._write.insert_before(node)
-        if behind:
+        if after:
             self._move_back(node, name, layer)
         elif self._profile.quantize_outputs and node.op_type in ("Conv", "Gemm") and grid.ratio is None:
             # ONNX Runtime fuses DQ -> Conv -> Q into an integer convolution, and only all three; a MatMul needs no Q.
@@ -195,7 +195,7 @@ class _Rewriter:
         """Return `value` rounded to `grid`.
 
         In: value. Out: Div(ratio) -> Add(shift) -> Q -> DQ [-> Sub(shift) -> Mul(ratio)], of which a grid without ratio
-        or shift has less. The part in brackets is left out if `keep_moved`; `_move_back` then does it behind the layer.
+        or shift has less. The part in brackets is left out if `keep_moved`; `_move_back` then does it after the layer.
         """
         if grid.log2:
             return self._power_of_two(value, name, grid)
@@ -236,7 +236,7 @@ class _Rewriter:
         return self._write.node("Mul", [value, number("unit", grid.scale)], f"{name}.multiplied")
 
     def _move_back(self, node: ir.Node, name: str, layer: LayerQuant) -> None:
-        """Undo behind the layer what `_rounded` left in place: the ratio as a factor, the shift in the bias.
+        """Undo after the layer what `_rounded` left in place: the ratio as a factor, the shift in the bias.
 
         In: layer -> readers. Out: layer without bias -> Mul(ratio) -> Add(bias - ratio * shift * row sums) -> readers.
         TensorRT merges both into the epilogue of the integer product.
@@ -322,7 +322,7 @@ class _Rewriter:
         return self._write.node("DequantizeLinear", [value, scale], f"{name}.dequantized", attributes={"axis": axis})
 
     def _replace(self, node: ir.Node, result: ir.Value) -> None:
-        """Put the pending nodes behind `node`: all that read its output read `result` instead, but they themselves."""
+        """Put the pending nodes after `node`: all that read its output read `result` instead, but they themselves."""
         out = node.outputs[0]
         added = self._write.pending
         if result is out:

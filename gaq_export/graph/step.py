@@ -10,6 +10,7 @@ without leaving a GPU. For a server that batches requests, `step` can have one e
 `guidance`.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,6 +65,31 @@ def make_step(
     return StepInfo(timesteps=visited, baked=baked, index=index)
 
 
+class _CoefficientTables:
+    """The sampler's coefficients as tables of the graph, one row for each step.
+
+    Args:
+        write: what adds nodes to the graph.
+        step: index of the step, (1,) or (N,).
+        rows: coefficients of each step, (S,).
+    """
+
+    def __init__(self, write: GraphWriter, step: ir.Value, rows: Sequence[Coefficients]) -> None:
+        self._write = write
+        self._step = step
+        self._rows = rows
+        # A coefficient that is 0 at all steps needs no term, and no input that it would be multiplied with.
+        self.used = {name for name in Coefficients.__dataclass_fields__ if any(np.any(getattr(r, name)) for r in rows)}
+
+    def apply(self, name: str, value: ir.Value, op: str = "Mul") -> ir.Value:
+        """Return op(value, the step's row of a table): (N, C, H, W) with (1 or N, 1 or C, 1, 1)."""
+        values = [getattr(row, name) for row in self._rows]
+        table = np.array(values, dtype=np.float32).reshape(len(values), -1, 1, 1)  # (S, 1 or C, 1, 1)
+        rows = self._write.constant(f"update.{name}.rows", table)
+        factor = self._write.node("Gather", [rows, self._step], f"update.{name}.row")
+        return self._write.node(op, [value, factor], f"update.{name}")
+
+
 def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | None) -> None:
     """Append the sampler's update to a graph whose inputs are x and step, and whose output is eps.
 
@@ -73,46 +99,35 @@ def _append_update(graph: ir.Graph, rows: Sequence[Coefficients], clip: float | 
         x0     = clip(c.x_to_clean * x - c.epsilon_to_clean * eps')
         x_next = c.keep * x + c.clean * x0 + c.direction * eps' + c.previous * previous + c.fresh * noise - c.shift
 
-    Terms whose coefficients are 0 at all steps are left out. Every node's name begins with "update.", by which
-    `graph.precision` keeps all of this in float32.
+    Every node's name begins with "update.", by which `graph.precision` keeps all of this in float32.
     """
     write = GraphWriter(graph)
     x, step = graph.inputs[:2]
     (epsilon,) = graph.outputs
-    used = {name for name in Coefficients.__dataclass_fields__ if any(np.any(getattr(row, name)) for row in rows)}
-
-    def scaled(name: str, value: ir.Value, op: str = "Mul") -> ir.Value:
-        """Apply `op` to `value` (N, C, H, W) and the step's row of a table, (1 or N, 1, 1, 1) or (1 or N, C, 1, 1)."""
-        table = np.array([getattr(row, name) for row in rows], dtype=np.float32).reshape(len(rows), -1, 1, 1)
-        factor = write.node("Gather", [write.constant(f"update.{name}.rows", table), step], f"update.{name}.row")
-        return write.node(op, [value, factor], f"update.{name}")
-
-    noise = scaled("bias", epsilon, "Sub") if "bias" in used else epsilon
-    noise = scaled("gain", noise) if "gain" in used else noise
-    clean = write.node("Sub", [scaled("x_to_clean", x), scaled("epsilon_to_clean", noise)], "update.unclipped")
-    # Clipping x0 to the range of images is part of how DDPM samplers are defined, not a safeguard.
-    if clip is not None:
+    tables = _CoefficientTables(write, step, rows)
+    noise = tables.apply("bias", epsilon, "Sub") if "bias" in tables.used else epsilon
+    noise = tables.apply("gain", noise) if "gain" in tables.used else noise
+    from_x = tables.apply("x_to_clean", x)
+    clean = write.node("Sub", [from_x, tables.apply("epsilon_to_clean", noise)], "update.unclipped")
+    if clip is not None:  # schedules of pixels define x0 as clipped; those of latents do not
         bounds = [write.constant(f"update.clip.{i}", np.float32(bound)) for i, bound in enumerate((-clip, clip))]
         clean = write.node("Clip", [clean, *bounds], "update.clipped")
     parts = {"keep": x, "clean": clean, "direction": noise}
     for name, source in (("previous", "previous"), ("fresh", "noise")):
-        if name in used:  # only then does the graph have that input
+        if name in tables.used:  # only then does the graph have that input
             parts[name] = ir.Value(name=source, type=x.type, shape=ir.Shape(x.shape or ()))
             graph.inputs.append(parts[name])
-    terms = [scaled(name, part) for name, part in parts.items() if name in used]
-    total = terms[0]
-    for term in terms[1:]:
-        total = write.node("Add", [total, term], "update.sum")
-    total = scaled("shift", total, "Sub") if "shift" in used else total
+    terms = [tables.apply(name, part) for name, part in parts.items() if name in tables.used]
+    total = functools.reduce(lambda total, term: write.node("Add", [total, term], "update.sum"), terms)
+    total = tables.apply("shift", total, "Sub") if "shift" in tables.used else total
     one = write.constant("update.one", np.ones(1, dtype=np.int64))
-    # `step` is counted inside the graph, so that a loop on a GPU needs nothing from the host.
-    outputs = {
-        "x_next": total,
-        "step_next": write.node("Add", [step, one], "update.step", ir.DataType.INT64),
-        "eps": epsilon,
-        **({"clean": clean} if "previous" in used else {}),
-    }
+    # `step` is counted inside the graph, so that a loop on a GPU needs no number from the host.
+    counted = write.node("Add", [step, one], "update.step", ir.DataType.INT64)
     write.append()
+    outputs = {"x_next": total, "step_next": counted, "eps": epsilon}
+    if "previous" in tables.used:
+        outputs["clean"] = clean
     for name, value in outputs.items():
-        value.name, value.shape = name, ir.Shape((step if name == "step_next" else x).shape or ())
+        value.name = name
+        value.shape = ir.Shape((step if name == "step_next" else x).shape or ())
     graph.outputs[:] = outputs.values()

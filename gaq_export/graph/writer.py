@@ -56,7 +56,7 @@ class GraphWriter:
         self.pending = []
 
     def insert_after(self, node: ir.Node) -> None:
-        """Put the pending nodes behind `node`."""
+        """Put the pending nodes after `node`."""
         self.graph.insert_after(node, self.pending)
         self.pending = []
 

@@ -76,7 +76,7 @@ def test_a_record_that_is_not_json_is_refused(file, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "has format 99, this version reads 3"),
+        ({"format": 99}, "has format 99, this version reads 4"),
         ({"format": "drop"}, "has format None"),
         ({"colour": "red"}, r"unknown keys \['colour'\]"),
         ({"batch": "drop"}, r"missing keys \['batch'\]"),
