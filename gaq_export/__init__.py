@@ -1,7 +1,6 @@
 """Quantize a diffusion model, emit Q/DQ ONNX, build a low-bit engine and draw with it.
 
-Everything that a user needs is here, and is loaded when it is first used, so that importing this package loads nothing
-heavy:
+Everything that a user needs is here, and is loaded when it is first used, so that importing this package is quick:
 
     import gaq_export as gaq
 

@@ -28,7 +28,7 @@ class Stage:
     """A stage of a command, as of its last report.
 
     Attributes:
-        key: tells it from other stages.
+        key: names it; stages with another key are other stages.
         text: what a user reads.
         share: how much of it is done, from 0 to 1; None if that is unknown.
         started: when it began, in seconds of the display's clock.
@@ -216,7 +216,7 @@ class Display:
     def collect(self, done: int, total: int) -> None:
         """Show how many network calls of the float sampler are done."""
         self._show("collect", f"collecting {done}/{total}", done / total)
-        if done == total:  # the blocks are found and timed before calibration reports for the first time
+        if done == total:  # the blocks are listed and timed before calibration reports for the first time
             self.stage("preparing")
 
     def calibrate(self, progress: "CalibrationProgress") -> None:

@@ -7,19 +7,19 @@ import pytest
 
 
 @pytest.fixture
-def own_home(home: Path, tmp_path: Path) -> Path:
+def home_copy(home: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may spoil."""
     return shutil.copytree(home, tmp_path / "tiny")
 
 
 @pytest.fixture
-def own_run(tiny_run: Path, tmp_path: Path) -> Path:
+def run_copy(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run that a test may spoil."""
     return shutil.copytree(tiny_run, tmp_path / "run")
 
 
 @pytest.fixture
-def own_engine(tiny_engine, tmp_path: Path) -> Path:
+def engine_copy(tiny_engine, tmp_path: Path) -> Path:
     """A copy of the engine that a test may spoil."""
     for name in ("unet.plan", "unet.plan.json"):
         shutil.copy(tiny_engine.path.with_name(name), tmp_path / name)
@@ -28,7 +28,7 @@ def own_engine(tiny_engine, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_the_way(tmp_path: Path) -> Path:
-    """A regular file, below which nothing can be written, whoever asks."""
+    """A regular file, below which no user can write."""
     path = tmp_path / "file"
     path.write_text("in the way")
     return path

@@ -19,8 +19,8 @@ def test_an_engine_with_a_scale_for_each_step_and_quantized_attention_passes_its
 ) -> None:
     run, plan, words = tmp_path / "run", tmp_path / "unet.plan", ("--per-step-ranges", "--convention", "tfmq")
     few = ("--batch", "1,2,2")
-    made = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 0, *words)
-    assert made.exit_code == 0, made.output
+    result = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 0, *words)
+    assert result.exit_code == 0, result.output
     quantized = load_plan(run / "plan.safetensors")
     assert quantized.timesteps.tolist() == list(range(0, 100, 2))
     assert len(quantized.products) == 4
@@ -36,24 +36,24 @@ def test_export_names_the_file_it_wrote(tiny_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["plan.safetensors", "plan.json"])
-def test_a_tampered_plan_is_one_line(file: str, own_run: Path, tmp_path: Path) -> None:
-    content = bytearray((own_run / file).read_bytes())
+def test_a_tampered_plan_is_one_line(file: str, run_copy: Path, tmp_path: Path) -> None:
+    content = bytearray((run_copy / file).read_bytes())
     content[-10] ^= 1
-    (own_run / file).write_bytes(content)
-    line = refused(tmp_path, "build-engine", "--run", own_run, "--backend", "openvino", "--out", tmp_path / "u.plan")
+    (run_copy / file).write_bytes(content)
+    line = refused(tmp_path, "build-engine", "--run", run_copy, "--backend", "openvino", "--out", tmp_path / "u.plan")
     assert "run calibrate again" in line
 
 
-def test_a_plan_of_other_weights_is_one_line(own_home: Path, tmp_path: Path) -> None:
+def test_a_plan_of_other_weights_is_one_line(home_copy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    made = gaq("calibrate", "--weights", own_home, "--run", run, "--images", 2, "--iterations", 1, "-q")
-    assert made.exit_code == 0, made.output
-    state = load_file(own_home / WEIGHTS)
+    result = gaq("calibrate", "--weights", home_copy, "--run", run, "--images", 2, "--iterations", 1, "-q")
+    assert result.exit_code == 0, result.output
+    state = load_file(home_copy / WEIGHTS)
     state["conv_in.bias"] += 1
-    save_file(state, own_home / WEIGHTS)
+    save_file(state, home_copy / WEIGHTS)
     line = refused(tmp_path, "build-engine", "--run", run, "--backend", "openvino", "--out", tmp_path / "unet.plan")
     assert "This plan belongs to another model: it was made from tiny with weights" in line
-    line = refused(tmp_path, "calibrate", "--weights", own_home, "--run", run, "--images", 2, "--iterations", 1)
+    line = refused(tmp_path, "calibrate", "--weights", home_copy, "--run", run, "--images", 2, "--iterations", 1)
     assert "holds a run with other settings (model:" in line
 
 
@@ -67,35 +67,35 @@ def test_a_plan_of_other_weights_is_one_line(own_home: Path, tmp_path: Path) -> 
     ],
 )
 def test_a_wrong_build_setting_is_one_line(
-    words: tuple[object, ...], message: str, own_run: Path, tmp_path: Path
+    words: tuple[object, ...], message: str, run_copy: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "unet.plan").write_text("an earlier engine")
-    line = refused(tmp_path, "build-engine", "--run", own_run, "--out", tmp_path / "unet.plan", *words)
+    line = refused(tmp_path, "build-engine", "--run", run_copy, "--out", tmp_path / "unet.plan", *words)
     assert message in line
 
 
-def test_a_target_for_another_backend_is_one_line(own_run: Path, tmp_path: Path) -> None:
+def test_a_target_for_another_backend_is_one_line(run_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "unet.plan").write_text("an earlier engine")
     words = ("--backend", "openvino", "--target", "sm89", "--out", tmp_path / "unet.plan")
-    (own_run / "unet.openvino.onnx").unlink(missing_ok=True)
-    result = gaq("build-engine", "--run", own_run, *words)
+    (run_copy / "unet.openvino.onnx").unlink(missing_ok=True)
+    result = gaq("build-engine", "--run", run_copy, *words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "error: Found targets ['sm89'] for openvino; only tensorrt-rtx takes targets.\n"
     assert (tmp_path / "unet.plan").read_text() == "an earlier engine"
 
 
-def test_an_engine_that_cannot_be_written_is_one_line(own_run: Path, in_the_way: Path, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_be_written_is_one_line(run_copy: Path, in_the_way: Path, tmp_path: Path) -> None:
     out = in_the_way / "unet.plan"
-    assert "Cannot write" in refused(tmp_path, "build-engine", "--run", own_run, "--backend", "openvino", "--out", out)
+    assert "Cannot write" in refused(tmp_path, "build-engine", "--run", run_copy, "--backend", "openvino", "--out", out)
 
 
 @pytest.mark.rtx
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: pip install tensorrt-rtx"
 )
-def test_an_engine_for_a_gpu_that_is_not_here_is_built_and_refused_on_one_line(own_run: Path, tmp_path: Path) -> None:
+def test_an_engine_for_a_gpu_that_is_not_here_is_built_and_refused_on_one_line(run_copy: Path, tmp_path: Path) -> None:
     plan = tmp_path / "unet.plan"
-    built = gaq("build-engine", "--run", own_run, "--backend", "tensorrt-rtx", "--out", plan)
+    built = gaq("build-engine", "--run", run_copy, "--backend", "tensorrt-rtx", "--out", plan)
     assert built.exit_code == 0, built.output
     assert "int4 " in built.stdout
     if no_gpu() is None:
@@ -105,9 +105,9 @@ def test_an_engine_for_a_gpu_that_is_not_here_is_built_and_refused_on_one_line(o
     assert "was built for tensorrt-rtx, which cannot run here: no NVIDIA" in line
 
 
-def test_a_log_names_the_stages_of_a_build(own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_names_the_stages_of_a_build(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "INTERVAL", 0.0)
-    words = ("build-engine", "--run", own_run, "--backend", "openvino", "--graph", "eps", "--out", tmp_path / "u.plan")
+    words = ("build-engine", "--run", run_copy, "--backend", "openvino", "--graph", "eps", "--out", tmp_path / "u.plan")
     built = gaq(*words)
     assert built.exit_code == 0, built.output
     stages = ("loading the model", "exporting the graph", "building with openvino", "checking against PyTorch")

@@ -87,14 +87,14 @@ def spoil(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"), [("pickle", "are a pickle"), ("nan", "holds NaN"), ("truncated", "are damaged")]
 )
-def test_spoilt_weights_are_one_line(how: str, message: str, own_home: Path, tmp_path: Path) -> None:
-    spoil(own_home, how)
-    assert message in refused(tmp_path, "calibrate", "--weights", own_home, "--run", tmp_path / "run")
+def test_spoilt_weights_are_one_line(how: str, message: str, home_copy: Path, tmp_path: Path) -> None:
+    spoil(home_copy, how)
+    assert message in refused(tmp_path, "calibrate", "--weights", home_copy, "--run", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_with_other_settings_is_one_line(own_run: Path, home: Path, tmp_path: Path) -> None:
-    line = refused(tmp_path, "calibrate", "--weights", home, "--run", own_run, "--wbits", 8)
+def test_a_run_folder_with_other_settings_is_one_line(run_copy: Path, home: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path, "calibrate", "--weights", home, "--run", run_copy, "--wbits", 8)
     assert "holds a run with other settings" in line
 
 

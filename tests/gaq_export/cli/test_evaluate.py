@@ -18,17 +18,17 @@ from tests.gaq_export.commands import refused
         (("--images", 0), "Found 0 images to measure with; ask for 1 or more."),
     ],
 )
-def test_a_wrong_option_of_inspect_is_one_line(words: tuple[object, ...], message: str, own_run: Path) -> None:
-    assert message in refused(own_run, "inspect", own_run, *words)
+def test_a_wrong_option_of_inspect_is_one_line(words: tuple[object, ...], message: str, run_copy: Path) -> None:
+    assert message in refused(run_copy, "inspect", run_copy, *words)
 
 
-def test_inspect_needs_a_finished_run_and_a_place_to_write(own_run: Path, in_the_way: Path) -> None:
-    assert "Cannot write to" in refused(own_run, "inspect", own_run, "--out", in_the_way / "page.html")
-    (own_run / "run.json").unlink()
-    assert "No record of a calibration in" in refused(own_run, "inspect", own_run)
-    (own_run / "plan.safetensors").unlink()
-    line = refused(own_run, "inspect", own_run)
-    assert f"No plan.safetensors in {own_run}: run `gaq-export calibrate` first." in line
+def test_inspect_needs_a_finished_run_and_a_place_to_write(run_copy: Path, in_the_way: Path) -> None:
+    assert "Cannot write to" in refused(run_copy, "inspect", run_copy, "--out", in_the_way / "page.html")
+    (run_copy / "run.json").unlink()
+    assert "No record of a calibration in" in refused(run_copy, "inspect", run_copy)
+    (run_copy / "plan.safetensors").unlink()
+    line = refused(run_copy, "inspect", run_copy)
+    assert f"No plan.safetensors in {run_copy}: run `gaq-export calibrate` first." in line
 
 
 @pytest.mark.parametrize("words", [(), ("a.npz",), ("a.npz", "b.npz", "--engine", "unet.plan")])

@@ -11,10 +11,10 @@ from tests.gaq_export.commands import gaq, refused
 def test_the_three_commands_make_pictures(home: Path, tmp_path: Path) -> None:
     run, plan, out = tmp_path / "run", tmp_path / "unet.plan", tmp_path / "samples"
     few = ("--steps", 3, "--sampler", "ddpm")
-    made = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 1)
-    assert made.exit_code == 0, made.output
-    assert "W4A8: 39 layers quantized" in made.stdout
-    assert f"next: gaq-export build-engine --run {run}" in made.stdout
+    result = gaq("calibrate", "--weights", home, "--run", run, "--images", 2, "--iterations", 1)
+    assert result.exit_code == 0, result.output
+    assert "W4A8: 39 layers quantized" in result.stdout
+    assert f"next: gaq-export build-engine --run {run}" in result.stdout
     record = json.loads((run / "run.json").read_text())["settings"]
     assert (record["images"], record["config"]["reconstruction"]["iterations"]) == (2, 1)
     built = gaq("build-engine", "--run", run, "--backend", "openvino", "--out", plan, "--batch", "1,2,2", *few)
@@ -53,24 +53,24 @@ def test_quiet_prints_only_the_result(tiny_run: Path, home: Path, tiny_engine, t
     ],
 )
 def test_a_wrong_sampling_setting_is_one_line(
-    words: tuple[object, ...], message: str, own_engine: Path, tmp_path: Path
+    words: tuple[object, ...], message: str, engine_copy: Path, tmp_path: Path
 ) -> None:
-    assert message in refused(tmp_path, "sample", "--engine", own_engine, "--out", tmp_path / "samples", *words)
+    assert message in refused(tmp_path, "sample", "--engine", engine_copy, "--out", tmp_path / "samples", *words)
 
 
-def test_pictures_that_cannot_be_written_are_one_line(own_engine: Path, in_the_way: Path, tmp_path: Path) -> None:
-    line = refused(tmp_path, "sample", "--engine", own_engine, "-n", 1, "--steps", 1, "--out", in_the_way / "samples")
+def test_pictures_that_cannot_be_written_are_one_line(engine_copy: Path, in_the_way: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path, "sample", "--engine", engine_copy, "-n", 1, "--steps", 1, "--out", in_the_way / "samples")
     assert "Cannot write" in line
 
 
-def test_a_tampered_or_missing_engine_is_one_line(own_engine: Path, tmp_path: Path) -> None:
-    content = bytearray(own_engine.read_bytes())
+def test_a_tampered_or_missing_engine_is_one_line(engine_copy: Path, tmp_path: Path) -> None:
+    content = bytearray(engine_copy.read_bytes())
     content[len(content) // 2] ^= 1
-    own_engine.write_bytes(content)
+    engine_copy.write_bytes(content)
     out = tmp_path / "samples"
-    assert "truncated, edited or half-written" in refused(tmp_path, "sample", "--engine", own_engine, "--out", out)
+    assert "truncated, edited or half-written" in refused(tmp_path, "sample", "--engine", engine_copy, "--out", out)
     assert "Cannot read the engine record" in refused(
         tmp_path, "sample", "--engine", tmp_path / "no.plan", "--out", out
     )
     (tmp_path / "unet.plan.json").write_text("{}")
-    assert "has format None" in refused(tmp_path, "sample", "--engine", own_engine, "--out", out)
+    assert "has format None" in refused(tmp_path, "sample", "--engine", engine_copy, "--out", out)
