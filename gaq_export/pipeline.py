@@ -1,11 +1,12 @@
-"""The story, and the Python API: one function for each command.
+"""The whole way: one function for each command, from the module that does it.
 
-    calibrate     float model            -> QuantPlan      in the run folder
-    build_engine  plan                   -> QDQ ONNX -> unet.plan, audited, checked against PyTorch
-    sample        unet.plan              -> images, or shards of them
-    inspect       run folder             -> a page about its calibration
+    calibrate     float model       -> QuantPlan in a run folder
+    build_engine  run folder        -> Q/DQ ONNX -> engine, audited and checked against PyTorch
+    sample        engine            -> images, or files of many with `sample_shards`
+    inspect       run folder        -> a page about its calibration
 
-A model is a `LoadedModel`: from `load_model` by name or folder, or from `wrap` for any module called as (x, t).
+A model is a `LoadedModel`: `load_model` makes one from a name or a folder, `wrap` from any module that is called as
+(x, t). Users find all of this, and the types beside it, in `gaq_export` itself.
 """
 
 import json
