@@ -28,7 +28,7 @@ from gaq_export.graph.files import save_onnx
 from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
-from gaq_export.quantize.latency import BATCH, step_times
+from gaq_export.quantize.latency import BATCH, StepClock
 from gaq_export.quantize.presets import CalibrationOptions, preset
 from gaq_export.report.markdown import machine, markdown_table
 from gaq_export.run import Run
@@ -50,7 +50,7 @@ def main(
     uniform = Run(folder=folder / "uniform")
     layers = list(calibrate(loaded, preset("tiny"), folder=uniform.folder).layers)
     measured = folder / "times.json"
-    times = step_times(loaded, loaded.network, layers, MixedConfig().choices, measured)
+    times = StepClock(model=loaded, cache=measured)(loaded.network, layers, MixedConfig().choices)
     low, high = min(times.values()), times[FLOAT_BITS]
     loops = {"4 bits": _step(loaded, uniform), "float": _float_step(loaded, folder)}
     plans = dict[str, QuantPlan]()

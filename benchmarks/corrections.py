@@ -84,7 +84,7 @@ def _measured(
         correction = None
         if rule != "none":
             chosen = replace(config, correction=replace(config.correction, rule=rule, images=calibrating))
-            correction = noise_correction.measure(model, quantized, spec, data, chosen)
+            correction = noise_correction.measure_correction(model.with_sampler(spec), quantized, data, chosen)
         drawn = loop.run(quantized, seeds, replace(model.sampling(spec), correction=correction))
         near = sorted(psnr(exact, drawn).tolist())
         yield (

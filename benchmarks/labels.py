@@ -24,11 +24,11 @@ from gaq_export.deploy.build import build_float
 from gaq_export.evaluation import frechet
 from gaq_export.evaluation.feature_extractors import Extractor, find_extractor
 from gaq_export.images import psnr, save_grid
+from gaq_export.models.conditioning_request import ConditioningRequest, condition_model
 from gaq_export.models.loader import load_model
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.report.markdown import machine, markdown_table
-from gaq_export.sampling import prompts, shards
-from gaq_export.sampling.prompts import ConditioningRequest
+from gaq_export.sampling import shards
 from options import ModelName, Out, PresetName, Weights
 
 SHARD, BOOTSTRAP_DRAWS = 50, 10_000
@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Write one row for each network, the difference, and a grid of the first images."""
     with one_line_errors():
-        conditioned = prompts.condition_model(load_model(model, weights), ConditioningRequest(guidance=guidance))
+        conditioned = condition_model(load_model(model, weights), ConditioningRequest(guidance=guidance))
         assert conditioned.conditioning is not None
         config = EngineConfig(backend="openvino", threads=1)
         chosen = pipeline.preset(schedule, CalibrationOptions(wbits=wbits, abits=abits))

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from gaq_export.models.loader import LoadedModel, load_model, wrap
     from gaq_export.models.registry import MODELS
     from gaq_export.models.text_encoder import prompt_conditioning
-    from gaq_export.pipeline import calibrate
+    from gaq_export.quantize.calibrate import calibrate
+    from gaq_export.quantize.make_plan import CalibrationCallbacks
     from gaq_export.quantize.presets import CalibrationOptions, Preset, preset
     from gaq_export.quantize.recipes import RECIPES
     from gaq_export.report.inspect import inspect
@@ -69,7 +70,8 @@ _NAMES = {
     "gaq_export.models.loader": ("LoadedModel", "load_model", "wrap"),
     "gaq_export.models.registry": ("MODELS",),
     "gaq_export.models.text_encoder": ("prompt_conditioning",),
-    "gaq_export.pipeline": ("calibrate",),
+    "gaq_export.quantize.calibrate": ("calibrate",),
+    "gaq_export.quantize.make_plan": ("CalibrationCallbacks",),
     "gaq_export.quantize.presets": ("CalibrationOptions", "Preset", "preset"),
     "gaq_export.quantize.recipes": ("RECIPES",),
     "gaq_export.report.inspect": ("inspect",),
@@ -87,6 +89,7 @@ __all__ = [
     "RECIPES",
     "Built",
     "CalibError",
+    "CalibrationCallbacks",
     "CalibrationOptions",
     "Conditioning",
     "DrawingOptions",

@@ -117,6 +117,7 @@ def calibrate(
         from gaq_export import pipeline
         from gaq_export.comparison import auto
         from gaq_export.quantize import presets
+        from gaq_export.quantize.make_plan import CalibrationCallbacks
 
         options = presets.CalibrationOptions(
             wbits=wbits,
@@ -142,9 +143,9 @@ def calibrate(
             calibrate_with = partial(
                 pipeline.calibrate,
                 loaded,
-                on_collect=display.collect,
-                on_progress=display.calibrate,
-                on_correct=display.correct,
+                callbacks=CalibrationCallbacks(
+                    on_collect=display.collect, on_progress=display.calibrate, on_correct=display.correct
+                ),
             )
             best = recipe
             if recipe == "auto":

@@ -158,8 +158,8 @@ def find_model(
             network does not take.
     """
     from gaq_export.errors import GaqError
+    from gaq_export.models.conditioning_request import ConditioningRequest, condition_model
     from gaq_export.models.loader import load_model
-    from gaq_export.sampling.prompts import ConditioningRequest, condition_model
 
     if model is None and weights is None:
         raise GaqError("Give the name of a model (see `gaq-export models`), or --weights FOLDER.")

@@ -73,7 +73,8 @@ def sample(
         from gaq_export import pipeline
         from gaq_export.deploy.record import record_of
         from gaq_export.errors import GaqError
-        from gaq_export.sampling.prompts import ConditioningRequest, condition_engine
+        from gaq_export.models.conditioning_request import ConditioningRequest
+        from gaq_export.sampling.prompts import condition_engine
 
         many = num > _PNGS or shard is not None or workers is not None or ray is not None
         if many and compare:

@@ -34,7 +34,7 @@ from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import Cell, Comparison, calibration_set, claim, version
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
-from gaq_export.quantize.quantize import learn
+from gaq_export.quantize.make_plan import CalibrationCallbacks, make_plan
 from gaq_export.run import peak_memory_mib
 
 SHOWN = 8  # images that are stored, for the page
@@ -136,7 +136,7 @@ def plan_at(
         on_progress: called after every iteration and block.
     """
     config = dataclasses.replace(config, activation=dataclasses.replace(config.activation, bits=abits))
-    return learn(model, data, config, model.spec.sampler, folder=folder, on_progress=on_progress)
+    return make_plan(model, data, config, folder, CalibrationCallbacks(on_progress=on_progress))
 
 
 def _measure(comparison: Comparison, cell: Cell) -> None:

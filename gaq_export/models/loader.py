@@ -73,6 +73,15 @@ class LoadedModel:
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.spec.config["in_channels"]), int(height), int(width)
 
+    @property
+    def guided(self) -> bool:
+        """Whether the network is called with guidance, on twice as many samples as images."""
+        return self.conditioning is not None and self.conditioning.guided
+
+    def with_sampler(self, sampler: SamplerSpec | None) -> "LoadedModel":
+        """Return the model with another sampler; the same model if None."""
+        return self if sampler is None else replace(self, spec=replace(self.spec, sampler=sampler))
+
     def sampling(self, sampler: SamplerSpec | None = None) -> Sampling:
         """Return how the network is sampled, with its own sampler if None; latents are not decoded."""
         return Sampling(

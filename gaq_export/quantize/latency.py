@@ -1,10 +1,14 @@
-"""How long a network takes on a backend with all its layers at one width, for budgets of milliseconds."""
+"""How long a network takes on a backend with all its layers at one width, for budgets of milliseconds.
+
+In: a network, names of layers, and widths. Out: milliseconds by width, measured on engines built for the purpose.
+"""
 
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from calib import affine
 from calib.config import FLOAT_BITS, QuantConfig
 from calib.files import write_atomically
 from calib.plan import Grid, LayerQuant, QuantPlan
-from engines import EngineConfig
+from engines import EngineConfig, EngineFile
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
 from gaq_export.graph.openvino import rewrite_for_openvino
@@ -26,61 +30,84 @@ from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import insert_qdq
 from gaq_export.models.loader import LoadedModel
 
-BATCH, ROUNDS, WARM_UP = 4, 25, 5
+BATCH = 4  # images
+ROUNDS = 25  # timed calls of each engine
+WARM_UP = 5  # calls before those
 
 
-def step_times(
-    model: LoadedModel,
-    network: nn.Module,
-    layers: Sequence[str],
-    widths: Sequence[int],
-    kept: Path,
-    backend: str | None = None,
-) -> dict[int, float]:
-    """Return the milliseconds that BATCH images take at each width: medians of engines that run in turn.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepClock:
+    """Measures how long a network takes at several widths, for `calib.mixed_precision`.
 
-    With guidance that is a call with twice as many samples.
+    No two measurements are the same, so the first is cached: a calibration that continues gets the same bits again.
 
-    Args:
-        model: the float model.
-        network: its network as it is going to be quantized.
-        layers: names of the layers that have the width.
-        widths: weight bits; FLOAT_BITS for the network in float.
-        kept: JSON file that keeps the times, and is believed if it is there: no two measurements are the same.
-        backend: the best present if None.
+    Attributes:
+        model: The float model.
+        cache: JSON file of the times.
+        backend: Runtime to measure on; the best one installed if None.
     """
-    backend = backend or engines.best_backend()
-    batch = BATCH if model.conditioning is None or not model.conditioning.guided else 2 * BATCH
-    conditioning = {"backend": backend, "batch": batch, "widths": list(widths), "layers": list(layers)}
-    if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8")))["conditions"] == conditioning:
-        return {int(bits): ms for bits, ms in found["milliseconds"].items()}
-    exported = ir.to_proto(export_float(network, model.shape, model.condition_inputs))
-    with tempfile.TemporaryDirectory() as scratch:
-        plans = {bits: None if bits == FLOAT_BITS else _rounded(network, layers, bits) for bits in widths}
-        runs = {bits: _engine(model, exported, plan, backend, batch, Path(scratch)) for bits, plan in plans.items()}
-        seconds: dict[int, list[float]] = {bits: [] for bits in widths}
-        for _ in range(WARM_UP + ROUNDS):
-            for bits, run in runs.items():
-                started = time.perf_counter()
-                run()
-                seconds[bits].append(time.perf_counter() - started)
-    times = {bits: 1000 * statistics.median(row[WARM_UP:]) for bits, row in seconds.items()}
-    write_atomically(kept, json.dumps({"conditions": conditioning, "milliseconds": times}, indent=1).encode())
-    return times
+
+    model: LoadedModel
+    cache: Path
+    backend: str | None = None
+
+    def __call__(self, network: nn.Module, layers: Sequence[str], widths: Sequence[int]) -> dict[int, float]:
+        """Return the milliseconds that a step of BATCH images takes at each width.
+
+        With guidance a step is a call with twice as many samples.
+
+        Args:
+            network: The model's network as it is going to be quantized.
+            layers: Names of the layers that have the width.
+            widths: Weight bits; FLOAT_BITS for the network in float.
+        """
+        backend = self.backend or engines.best_backend()
+        batch = 2 * BATCH if self.model.guided else BATCH
+        conditions = {"backend": backend, "batch": batch, "widths": list(widths), "layers": list(layers)}
+        cached = json.loads(self.cache.read_text(encoding="utf-8")) if self.cache.is_file() else None
+        if cached is not None and cached["conditions"] == conditions:
+            return {int(bits): ms for bits, ms in cached["milliseconds"].items()}
+        exported = ir.to_proto(export_float(network, self.model.shape, self.model.condition_inputs))
+        with tempfile.TemporaryDirectory() as scratch:
+            calls = {}
+            for bits in widths:
+                plan = None if bits == FLOAT_BITS else _rounded(network, layers, bits)
+                file = _build(exported, plan, Path(scratch), EngineConfig(backend=backend, batch=(batch, batch, batch)))
+                calls[bits] = _call(self.model, file, batch)
+            times = _median_ms(calls)
+        content = json.dumps({"conditions": conditions, "milliseconds": times}, indent=1)
+        write_atomically(self.cache, content.encode())
+        return times
 
 
-def _engine(
-    model: LoadedModel, exported: onnx.ModelProto, plan: QuantPlan | None, backend: str, batch: int, scratch: Path
-) -> Callable[[], object]:
-    """Build the engine of the float graph or of a plan for it, and return what runs it once."""
-    profile, graph = find_profile(engines.find_backend(backend).profile), ir.from_proto(exported)
+def _median_ms(calls: Mapping[int, Callable[[], object]]) -> dict[int, float]:
+    """Return the median milliseconds of each call.
+
+    The calls take turns, so that a machine that slows down meanwhile slows them all down alike.
+    """
+    seconds: dict[int, list[float]] = {bits: [] for bits in calls}
+    for _ in range(WARM_UP + ROUNDS):
+        for bits, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[bits].append(time.perf_counter() - started)
+    return {bits: 1000 * statistics.median(times[WARM_UP:]) for bits, times in seconds.items()}
+
+
+def _build(exported: onnx.ModelProto, plan: QuantPlan | None, scratch: Path, config: EngineConfig) -> EngineFile:
+    """Build the engine of the float graph, or of a plan for it."""
+    profile, graph = find_profile(engines.find_backend(config.backend).profile), ir.from_proto(exported)
     if plan is not None:
         insert_qdq(graph, plan, profile)
     if profile.openvino_forms:
         rewrite_for_openvino(graph)
     save_onnx(graph, scratch / "unet.onnx")
-    config = EngineConfig(backend=backend, batch=(batch, batch, batch))
-    engine = engines.open_engine(engines.build(scratch / "unet.onnx", scratch / "unet.plan", config))
+    return engines.build(scratch / "unet.onnx", scratch / "unet.plan", config)
+
+
+def _call(model: LoadedModel, file: EngineFile, batch: int) -> Callable[[], object]:
+    """Open an engine, and return what runs it once on `batch` samples in the middle of the noise schedule."""
+    engine = engines.open_engine(file)
     x = np.random.default_rng(0).standard_normal((batch, *model.shape), np.float32)
     condition = {name: row.expand(batch, *row.shape[1:]).numpy() for name, row in model.condition_inputs.items()}
     feeds = {"x": x, "t": np.full(batch, model.schedule.num_train // 2), **condition}
@@ -88,7 +115,7 @@ def _engine(
 
 
 def _rounded(network: nn.Module, layers: Sequence[str], bits: int) -> QuantPlan:
-    """Return a plan of the layers; what it rounds to does not matter for time."""
+    """Return a plan of the layers at one width, made in a moment: what the codes are does not matter for time."""
     weights = {name: network.get_parameter(f"{name}.weight").detach() for name in layers}
     scales: Mapping[str, torch.Tensor] = {
         name: affine.search_weight_scale(weight, bits, candidates=1) for name, weight in weights.items()

@@ -1,11 +1,12 @@
-"""Measure what `calib.correction` takes back: the quantized network beside the float one, on the sampler's own steps.
+"""Measure a `calib.correction.Correction`: the quantized network beside the float one, at the sampler's steps.
 
-PTQD sees both on the float network's trajectories. TAC follows the trajectories that the corrected network draws, so
-that each step is fitted with those before it already corrected, and knows by how much x has drifted. With guidance it
-is the guided noise that is corrected.
+In: a float model, its quantized network, and the calibration set. Out: what the sampler takes back at each step. PTQD
+compares the two networks on the float network's trajectories. TAC follows the trajectories that the corrected network
+draws, so that every step is fitted with those before it already corrected, and x's drift is known. With guidance it is
+the guided noise that is corrected.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,96 +16,107 @@ from calib.config import CorrectionConfig, QuantConfig
 from calib.correction import Correction, channel_gain, regress
 from calib.data import CalibrationSet
 from gaq_export.diffusion import loop, samplers
-from gaq_export.diffusion.batching import bind_in_batches
+from gaq_export.diffusion.batching import OnProgress, bind_in_batches
 from gaq_export.diffusion.conditioning import Guided
-from gaq_export.diffusion.schedule import SamplerSpec, timesteps
+from gaq_export.diffusion.schedule import timesteps
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.trajectories import image_seed, with_step_conditioning
 
-BATCH = 16
-OnStep = Callable[[int, int], None]
+BATCH = 16  # samples that a network is called with
 
 
-def measure(
+def measure_correction(
     model: LoadedModel,
     quantized: nn.Module,
-    spec: SamplerSpec,
     data: CalibrationSet,
     config: QuantConfig,
-    on_step: OnStep = lambda done, total: None,
+    on_step: OnProgress = lambda done, total: None,
 ) -> Correction:
     """Return the correction that the config asks for.
 
     Args:
-        model: the float model.
-        quantized: its fake-quantized network.
-        spec: the sampler.
-        data: what the float network saw at each of its steps.
-        config: says which rule.
-        on_step: told how many steps are measured, of how many.
+        model: The float model; its sampler is the one to correct.
+        quantized: The fake-quantized network.
+        data: What the float network saw at each of the sampler's steps.
+        config: Says which rule, and its settings.
+        on_step: Called with (sampling steps done, total).
     """
     if config.correction.rule is CorrectionRule.PTQD:
-        return _ptqd(model, quantized, spec, data, on_step)
+        return _ptqd(model, quantized, data, on_step)
     seeds = [image_seed(config.seed, i, "correction") for i in range(config.correction.images)]
-    return _tac(model, quantized, spec, seeds, config.correction, on_step)
+    return _tac(model, quantized, seeds, config.correction, on_step)
 
 
 @torch.no_grad()
-def _ptqd(
-    model: LoadedModel, quantized: nn.Module, spec: SamplerSpec, data: CalibrationSet, on_step: OnStep
-) -> Correction:
-    found, data = [], with_step_conditioning(data, model.conditioning)
-    guided = model.conditioning is not None and model.conditioning.guided
-    networks = [Guided(network) if guided else network for network in (model.network, quantized)]
-    for step in range(spec.steps):
+def _ptqd(model: LoadedModel, quantized: nn.Module, data: CalibrationSet, on_step: OnProgress) -> Correction:
+    """Fit, at each step, error = k * exact + bias + noise of deviation sigma, over the calibration set.
+
+    The sampler then takes (epsilon - bias) / (1 + k), and what is left of the error has variance (sigma / (1 + k))^2.
+    """
+    steps, channels = model.spec.sampler.steps, model.shape[0]
+    data = with_step_conditioning(data, model.conditioning)
+    float_network = Guided(model.network) if model.guided else model.network
+    quantized = Guided(quantized) if model.guided else quantized
+    fits = []
+    for step in range(steps):
         index = (data.step == step).nonzero()[:, 0]
-        both = [_predict(network, data, index) for network in networks]
-        found.append(regress(both[0], both[1] - both[0]))
-        on_step(step + 1, spec.steps)
-    channels = model.shape[0]
+        exact, predicted = _predict(float_network, data, index), _predict(quantized, data, index)
+        fits.append(regress(exact, predicted - exact))
+        on_step(step + 1, steps)
     return Correction(
         rule=CorrectionRule.PTQD,
-        gain=tuple((1 / (1 + f.k),) * channels for f in found),
-        bias=tuple(tuple(f.bias.tolist()) for f in found),
-        shift=((0.0,) * channels,) * spec.steps,
-        variance=tuple((f.sigma / (1 + f.k)) ** 2 for f in found),
-        explained=tuple(f.explained for f in found),
+        gain=tuple((1 / (1 + fit.k),) * channels for fit in fits),
+        bias=tuple(tuple(fit.bias.tolist()) for fit in fits),
+        shift=((0.0,) * channels,) * steps,
+        variance=tuple((fit.sigma / (1 + fit.k)) ** 2 for fit in fits),
+        explained=tuple(fit.explained for fit in fits),
     )
+
+
+def _predict(network: nn.Module, data: CalibrationSet, index: Tensor) -> Tensor:
+    """Return the predicted noise of some samples, (len(index), C, H, W)."""
+    return torch.cat([network(*data.inputs(part)) for part in torch.split(index, BATCH)])
+
+
+@dataclass(frozen=True)
+class _Path:
+    """Where a network's trajectories are: x (N, C, H, W), and what the sampler remembers of the step before."""
+
+    x: Tensor
+    previous: Tensor
 
 
 @torch.no_grad()
 def _tac(
-    model: LoadedModel,
-    quantized: nn.Module,
-    spec: SamplerSpec,
-    seeds: list[int],
-    config: CorrectionConfig,
-    on_step: OnStep,
+    model: LoadedModel, quantized: nn.Module, seeds: list[int], config: CorrectionConfig, on_step: OnProgress
 ) -> Correction:
-    rows, visited = samplers.table(model.schedule, spec), timesteps(spec, model.schedule.num_train)
-    exact = drawn = loop.noise(seeds, 0, model.shape)
-    before = [torch.zeros_like(exact)] * 2
-    exact_network, quantized_network = (
-        bind_in_batches(net, model.conditioning, seeds, BATCH) for net in (model.network, quantized)
+    """Measure the drift of x and the gain of each channel along the trajectories that the corrected network draws.
+
+    Two samplers run side by side from the same noise: one with the float network, one with the corrected quantized one.
+    """
+    spec, schedule = model.spec.sampler, model.schedule
+    float_network, quantized_network = (
+        bind_in_batches(network, model.conditioning, seeds, BATCH) for network in (model.network, quantized)
     )
+    start = loop.noise(seeds, 0, model.shape)
+    exact = drawn = _Path(start, torch.zeros_like(start))
     gains, shifts, explained = [], [], []
-    for step, row in enumerate(rows):
-        shift = (drawn - exact).double().mean((0, 2, 3))
-        drawn = drawn - shift.float().reshape(1, -1, 1, 1)
-        t = torch.full((len(seeds),), int(visited[step]))
-        wanted, given = exact_network(drawn, t), quantized_network(drawn, t)
-        gain = channel_gain(given, wanted, relative=config.relative, ridge=config.ridge, floor=config.floor)
-        corrected = given * gain.float().reshape(1, -1, 1, 1)
-        left, whole = ((part - wanted).square().sum().double() for part in (corrected, given))
-        fresh = loop.noise(seeds, step + 1, model.shape) if row.fresh else None
-        ahead: list[tuple[Tensor, Tensor]] = [
-            samplers.update(row, model.schedule.clip, x, epsilon, previous, fresh)
-            for x, epsilon, previous in zip((exact, drawn), (exact_network(exact, t), corrected), before, strict=True)
-        ]
-        (exact, drawn), before = (ahead[0][0], ahead[1][0]), [ahead[0][1], ahead[1][1]]
+    for step, (t, row) in enumerate(
+        zip(timesteps(spec, schedule.num_train), samplers.table(schedule, spec), strict=True)
+    ):
+        t_batch = torch.full((len(seeds),), int(t))
+        shift = (drawn.x - exact.x).double().mean((0, 2, 3))  # (N, C, H, W) -> (C,)
+        x = drawn.x - shift.float().reshape(1, -1, 1, 1)
+        target, predicted = float_network(x, t_batch), quantized_network(x, t_batch)  # both where the quantized one is
+        gain = channel_gain(predicted, target, relative=config.relative, ridge=config.ridge, floor=config.floor)
+        corrected = predicted * gain.float().reshape(1, -1, 1, 1)
         gains.append(tuple(gain.tolist()))
         shifts.append(tuple(shift.tolist()))
-        explained.append(float(1 - left / whole.clamp(min=1e-300)))
+        explained.append(_explained(target, predicted, corrected))
+        fresh = loop.noise(seeds, step + 1, model.shape) if row.fresh else None  # the same for both samplers
+        on_exact_path = float_network(exact.x, t_batch)
+        exact = _Path(*samplers.update(row, schedule.clip, exact.x, on_exact_path, exact.previous, fresh))
+        drawn = _Path(*samplers.update(row, schedule.clip, x, corrected, drawn.previous, fresh))
         on_step(step + 1, spec.steps)
     return Correction(
         rule=CorrectionRule.TAC,
@@ -116,5 +128,7 @@ def _tac(
     )
 
 
-def _predict(network: nn.Module, data: CalibrationSet, index: Tensor) -> Tensor:
-    return torch.cat([network(*data.inputs(part)) for part in torch.split(index, BATCH)])
+def _explained(target: Tensor, predicted: Tensor, corrected: Tensor) -> float:
+    """Return the share of the squared error of the predicted noise that the correction takes away."""
+    before, after = ((epsilon - target).square().sum().double() for epsilon in (predicted, corrected))
+    return float(1 - after / before.clamp(min=1e-300))  # an exact network has no error to take away

@@ -1,13 +1,13 @@
 """Run the float sampler and keep what the network saw at every step: the calibration set.
 
-Images are drawn in groups of GROUP, the last one filled up, each image from a seed of its own. Since a group's
-arithmetic never changes, neither does an image, however many are asked for. A finished group is saved, so that a
-killed collection continues; asking for more images later draws only the new ones.
+In: a model, a sampler, a number of images. Out: a `CalibrationSet` of their trajectories.
+
+Images are drawn in groups of GROUP, the last one filled up, each image from its own seed. Since a group's arithmetic
+never changes, neither does an image, however many are asked for. A finished group is saved, so that a collection that
+was stopped continues; for more images later, only the new groups are drawn.
 """
 
 import hashlib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from calib.errors import CalibError
 from calib.files import read_safetensors, write_atomically
 from calib.seeds import derive_seed
 from gaq_export.diffusion import loop
+from gaq_export.diffusion.batching import OnProgress
 from gaq_export.diffusion.conditioning import GUIDANCE, UNCONDITIONAL, Conditioning
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
@@ -39,20 +40,21 @@ def collect(
     images: int,
     seed: int = 0,
     folder: Path | None = None,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_step: OnProgress = lambda done, total: None,
 ) -> CalibrationSet:
-    """Draw `images` trajectories and return the network's inputs, ordered by step, then by image.
+    """Draw trajectories and return the network's inputs, ordered by step, then by image.
 
-    With guidance there are two a step and image, as the network is called: those told nothing before the others.
+    With guidance there are two samples for each step and image, as the network is called: the unconditional ones of all
+    images, then the conditional ones.
 
     Args:
-        model: the float model.
-        spec: the sampler that it will be used with.
-        images: number of trajectories.
-        seed: base of the per-image seeds.
-        folder: where finished groups are kept; None keeps nothing. Those of other weights, another sampler or seed are
-            drawn again.
-        on_step: told (steps done, steps in all) over all groups.
+        model: The float model.
+        spec: The sampler that it will be used with.
+        images: Number of trajectories.
+        seed: Base of the per-image seeds.
+        folder: Keeps finished groups; None keeps none. Groups of other weights, another sampler or seed are drawn
+            again.
+        on_step: Called with (steps done, total) over all groups.
 
     Raises:
         GaqError: `images` is less than 2.
@@ -60,36 +62,57 @@ def collect(
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
     groups = -(-images // GROUP)
-    conditioning = model.conditioning
-    facts = f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox"
-    identity = hashlib.sha256(
-        f"{facts}{'' if conditioning is None else f':{conditioning.sha256}'}".encode()
-    ).hexdigest()
+    identity = _identity(model, spec, seed)
     parts = []
-    for g in range(groups):
-        path = folder / f"{g:04d}.safetensors" if folder else None
+    for group in range(groups):
+        path = folder / f"{group:04d}.safetensors" if folder else None
         part = _load(path, identity) if path else None
         if part is None:
-            seeds = [image_seed(seed, i) for i in range(g * GROUP, (g + 1) * GROUP)]
-            part = _trajectories(model, seeds, spec, partial(_report_step, on_step, g, groups, spec.steps))
+            seeds = [image_seed(seed, image) for image in range(group * GROUP, (group + 1) * GROUP)]
+            report = _part_of(on_step, group * spec.steps, groups * spec.steps)
+            part = _trajectories(model, spec, seeds, report)
             if path:
                 write_atomically(path, save({"x": part}, {"identity": identity}))
         parts.append(part)
-    x, cond = torch.cat(parts, 1)[:, :images], {}  # (S, N, C, H, W)
-    if conditioning is not None:
-        rows = conditioning.of([image_seed(seed, i) for i in range(images)])  # (M, ...), M = N, or 2N with guidance
-        x = torch.cat((x, x), 1) if conditioning.guided else x
+    x = torch.cat(parts, 1)[:, :images]  # (S, N, C, H, W)
+    return _calibration_set(model, spec, x, [image_seed(seed, image) for image in range(images)])
+
+
+def _identity(model: LoadedModel, spec: SamplerSpec, seed: int) -> str:
+    """Return a sha256 of all that trajectories depend on."""
+    facts = f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox"
+    if model.conditioning is not None:
+        facts += f":{model.conditioning.sha256}"
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _calibration_set(model: LoadedModel, spec: SamplerSpec, x: Tensor, seeds: list[int]) -> CalibrationSet:
+    """Return trajectories x (S, N, C, H, W) of N seeds as samples, with the condition of each."""
+    cond = {}
+    if model.conditioning is not None:
+        x = torch.cat((x, x), 1) if model.guided else x  # (S, 2N, C, H, W): both halves see the same x
+        rows = model.conditioning.of(seeds)  # (N, ...), or (2N, ...) with guidance
+        # (M, ...) -> (S * M, ...), the same rows at every step
         cond = {name: row.repeat(spec.steps, *(1,) * (row.ndim - 1)) for name, row in rows.items()}
+    samples = x.shape[1]  # of a step
     return CalibrationSet(
         x=x.flatten(0, 1),
-        t=timesteps(spec, model.schedule.num_train).repeat_interleave(x.shape[1]),
-        step=torch.arange(spec.steps).repeat_interleave(x.shape[1]),
+        t=timesteps(spec, model.schedule.num_train).repeat_interleave(samples),
+        step=torch.arange(spec.steps).repeat_interleave(samples),
         cond=cond,
     )
 
 
 def with_step_conditioning(data: CalibrationSet, conditioning: Conditioning | None) -> CalibrationSet:
-    """Return what `collect` gave as an engine of steps takes it: with guidance one sample an image, told both."""
+    """Return a calibration set as an engine of whole steps takes it.
+
+    Args:
+        data: From `collect`. With guidance, half of its samples are unconditional.
+        conditioning: Of the same model.
+
+    Returns:
+        With guidance, one sample for each step and image, with both conditions and the scale; else `data`.
+    """
     if conditioning is None or not conditioning.guided:
         return data
     steps = len(torch.unique(data.step))
@@ -103,23 +126,25 @@ def with_step_conditioning(data: CalibrationSet, conditioning: Conditioning | No
     return CalibrationSet(x=x, t=t, step=step, cond=cond | {GUIDANCE: conditioning.scale.expand(len(x))})
 
 
-def _report_step(on_step: Callable[[int, int], None], group: int, groups: int, steps: int, step: int) -> None:
-    on_step(group * steps + step + 1, groups * steps)
+def _part_of(on_step: OnProgress, before: int, total: int) -> OnProgress:
+    """Return a callback for one part of the work, which begins after `before` steps of `total`."""
+    return lambda done, _: on_step(before + done, total)
 
 
-def _trajectories(model: LoadedModel, seeds: list[int], spec: SamplerSpec, on_step: Callable[[int], None]) -> Tensor:
+def _trajectories(model: LoadedModel, spec: SamplerSpec, seeds: list[int], on_step: OnProgress) -> Tensor:
     """Return (S, len(seeds), C, H, W): what the network saw at each step."""
     seen = []
 
     def keep(step: int, x: Tensor, t: Tensor) -> None:
         seen.append(x.clone())
-        on_step(step)
+        on_step(step + 1, spec.steps)
 
     loop.run(model.network, seeds, model.sampling(spec), keep)
     return torch.stack(seen)
 
 
 def _load(path: Path, identity: str) -> Tensor | None:
+    """Return the trajectories of a saved group; None if the file is missing, damaged, or of another collection."""
     if not path.is_file():
         return None
     try:

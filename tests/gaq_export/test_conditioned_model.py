@@ -23,15 +23,16 @@ from gaq_export.errors import GaqError
 from gaq_export.evaluation import evaluate, noise_sqnr
 from gaq_export.evaluation.feature_extractors import find_extractor
 from gaq_export.images import to_uint8_tensor
+from gaq_export.models.conditioning_request import condition_model
 from gaq_export.models.loader import LoadedModel, load_model
-from gaq_export.quantize import latency, noise_correction
+from gaq_export.quantize import latency
+from gaq_export.quantize.make_plan import make_plan
+from gaq_export.quantize.noise_correction import measure_correction
 from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.quantize.quantize import learn
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.report import report, report_page
 from gaq_export.report.inspection import InspectionOptions
 from gaq_export.run import Run
-from gaq_export.sampling import prompts
 from tests.gaq_export.diffusion.test_conditioning import SPEC, made
 
 CONDITIONING = class_conditioning((0, 4, 7), unconditional=10, guidance=3.0)
@@ -61,7 +62,7 @@ def built(run: Path, model: LoadedModel) -> EngineFile:
 
 
 def test_the_bundled_model_draws_the_digits_of_its_classes_quantized_too(tmp_path: Path) -> None:
-    model, spec = prompts.condition_model(load_model("ddpm-mnist-labels")), SamplerSpec(name="ddim-clipped", steps=10)
+    model, spec = condition_model(load_model("ddpm-mnist-labels")), SamplerSpec(name="ddim-clipped", steps=10)
     assert model.conditioning is not None
     assert (len(model.conditioning.names), model.conditioning.guidance) == (10, 3.0)
     pipeline.calibrate(model, pipeline.preset("tiny"), folder=tmp_path / "run", sampler=spec)
@@ -107,7 +108,7 @@ def test_a_correction_is_of_the_guided_noise(rule: str, plan: QuantPlan, model: 
     def twice(x: torch.Tensor, t: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
         return 2 * model.network(x, t, conditioning)  # so is the guided noise, whatever the scale
 
-    found = noise_correction.measure(model, twice, SPEC, data, config)
+    found = measure_correction(model.with_sampler(SPEC), twice, data, config)
     assert [row[0] for row in found.gain] == pytest.approx([0.5] * SPEC.steps, abs=0.01)
 
 
@@ -115,13 +116,13 @@ def test_steps_take_the_bits_that_the_guided_noise_needs(model: LoadedModel, tmp
     config = pipeline.preset("tiny", CalibrationOptions(abits=(4, 8), recipe="pcr")).config
     config = replace(config, activation=replace(config.activation, wide_window=None))
     data = collect(model, SPEC, images=4)
-    plan = learn(model, data, config, SPEC, folder=tmp_path)
+    plan = make_plan(model.with_sampler(SPEC), data, config, tmp_path / "blocks")
     assert plan.step_bits is not None
     assert plan.timesteps is not None
     assert len(plan.timesteps) == SPEC.steps
     assert all(grid.ratio is None or len(grid.ratio) == SPEC.steps for grid in (q.input for q in plan.layers.values()))
     unguided = replace(model, conditioning=replace(CONDITIONING, guidance=1.0))
-    other = learn(unguided, collect(unguided, SPEC, images=4), config, SPEC, folder=tmp_path / "other")
+    other = make_plan(unguided.with_sampler(SPEC), collect(unguided, SPEC, images=4), config, tmp_path / "other")
     assert other.step_bits is not None
     assert other.step_bits.measured_db != plan.step_bits.measured_db
 
@@ -160,6 +161,6 @@ def test_a_step_with_guidance_is_timed_as_two_calls(
 ) -> None:
     monkeypatch.setattr(latency, "ROUNDS", 1)
     layers = ("unet.mid_block.resnets.0.conv1",)
-    kept = Run(folder=tmp_path).times
-    latency.step_times(model, model.network, layers, (4,), kept, "openvino")
-    assert f'"batch": {2 * latency.BATCH}' in kept.read_text()
+    cache = Run(folder=tmp_path).times
+    latency.StepClock(model=model, cache=cache, backend="openvino")(model.network, layers, (4,))
+    assert f'"batch": {2 * latency.BATCH}' in cache.read_text()

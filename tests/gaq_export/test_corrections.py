@@ -23,7 +23,8 @@ from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
 from gaq_export.graph.step import make_step
 from gaq_export.models.loader import LoadedModel
-from gaq_export.quantize import noise_correction
+from gaq_export.quantize.make_plan import CalibrationCallbacks
+from gaq_export.quantize.noise_correction import measure_correction
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.recipes import RECIPES, find_recipe
 from gaq_export.quantize.trajectories import collect
@@ -90,7 +91,7 @@ def _measured(model: LoadedModel, rule: str, sigma: float, spec: SamplerSpec, im
     config = QuantConfig()
     config = replace(config, correction=replace(config.correction, rule=rule, images=images))
     data: CalibrationSet = collect(model, spec, images=images)
-    return noise_correction.measure(model, _Wrong(model.network, sigma), spec, data, config)
+    return measure_correction(model.with_sampler(spec), _Wrong(model.network, sigma), data, config)
 
 
 def test_ptqd_finds_a_known_error(tiny_model: LoadedModel) -> None:
@@ -139,12 +140,16 @@ def test_a_correction_of_other_steps_is_an_error() -> None:
 @pytest.fixture(scope="module")
 def corrected_run(tiny_model: LoadedModel, tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("corrected") / "run"
-    conditioning: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     chosen = pipeline.preset("tiny", CalibrationOptions(recipe="ptqd"))
     pipeline.calibrate(
-        tiny_model, chosen, folder=folder, sampler=SamplerSpec(steps=4), on_correct=lambda *at: conditioning.append(at)
+        tiny_model,
+        chosen,
+        folder=folder,
+        sampler=SamplerSpec(steps=4),
+        callbacks=CalibrationCallbacks(on_correct=lambda *at: calls.append(at)),
     )
-    assert conditioning == [(i, 4) for i in range(1, 5)]
+    assert calls == [(i, 4) for i in range(1, 5)]
     return folder
 
 

@@ -15,18 +15,19 @@ LAYERS = ("unet.mid_block.resnets.0.conv1", "unet.mid_block.resnets.0.conv2")
 
 
 def test_times_are_measured_once(tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, widths = tmp_path / "times.json", (4, 32)
+    cache, widths = tmp_path / "times.json", (4, 32)
+    clock = latency.StepClock(model=tiny_model, cache=cache, backend="openvino")
     monkeypatch.setattr(latency, "ROUNDS", 3)  # the numbers do not matter here
-    first = latency.step_times(tiny_model, tiny_model.network, LAYERS, widths, kept, "openvino")
+    first = clock(tiny_model.network, LAYERS, widths)
     assert first.keys() == {4, 32}
     assert all(0 < ms < 10_000 for ms in first.values())
-    assert latency.step_times(tiny_model, tiny_model.network, LAYERS, widths, kept, "openvino") == first
-    record = json.loads(kept.read_text())
+    assert clock(tiny_model.network, LAYERS, widths) == first
+    record = json.loads(cache.read_text())
     assert record["conditions"]["backend"] == "openvino"
     record["milliseconds"] = {"4": 1.0, "32": 2.0}  # believed, while the conditions are the same
-    kept.write_text(json.dumps(record))
-    assert latency.step_times(tiny_model, tiny_model.network, LAYERS, widths, kept, "openvino") == {4: 1.0, 32: 2.0}
-    assert latency.step_times(tiny_model, tiny_model.network, LAYERS[:1], (32,), kept, "openvino") != {32: 2.0}
+    cache.write_text(json.dumps(record))
+    assert clock(tiny_model.network, LAYERS, widths) == {4: 1.0, 32: 2.0}
+    assert clock(tiny_model.network, LAYERS[:1], (32,)) != {32: 2.0}
 
 
 def test_a_budget_of_milliseconds_makes_a_plan(tiny_model: LoadedModel, tmp_path: Path) -> None:

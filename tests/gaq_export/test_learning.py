@@ -10,15 +10,15 @@ from calib.fakequant import fake_quantized
 from gaq_export import pipeline
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.make_plan import make_plan
 from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.quantize.quantize import learn
 from gaq_export.quantize.trajectories import collect
 
 
 def test_rounds(tiny_model: LoadedModel, tmp_path: Path) -> None:
     spec, chosen = SamplerSpec(steps=4), pipeline.preset("tiny", CalibrationOptions(recipe="adaround"))
     data = collect(tiny_model, spec, images=chosen.images)
-    both = learn(tiny_model, data, replace(chosen.config, rounds=2), spec, folder=tmp_path / "blocks")
+    both = make_plan(tiny_model.with_sampler(spec), data, replace(chosen.config, rounds=2), tmp_path / "blocks")
     first = calibrate(tiny_model.network, data, replace(chosen.config, rounds=2), timesteps=100)
     drawn = collect(replace(tiny_model, module=fake_quantized(tiny_model.network, first)), spec, images=chosen.images)
     assert torch.equal(drawn.x[: chosen.images], data.x[: chosen.images])  # the same noise at the first step

@@ -11,6 +11,7 @@ from engines import EngineConfig
 from gaq_export import pipeline
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
+from gaq_export.quantize.make_plan import CalibrationCallbacks
 from gaq_export.quantize.presets import CalibrationOptions
 
 FEW = SamplerSpec(steps=5)
@@ -34,7 +35,10 @@ def test_calibration_leaves_a_run_folder_that_says_what_was_done(tiny_run: Path)
 def test_calibrating_again_returns_the_same_plan_without_work(tiny_run: Path, tiny_model) -> None:
     before = (tiny_run / "plan.safetensors").read_bytes()
     plan = pipeline.calibrate(
-        tiny_model, pipeline.preset("tiny"), folder=tiny_run, on_collect=unwanted, on_progress=unwanted
+        tiny_model,
+        pipeline.preset("tiny"),
+        folder=tiny_run,
+        callbacks=CalibrationCallbacks(on_collect=unwanted, on_progress=unwanted),
     )
     again = load_plan(tiny_run / "plan.safetensors")
     assert plan.layers.keys() == again.layers.keys()

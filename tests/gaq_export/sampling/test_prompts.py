@@ -15,9 +15,10 @@ from gaq_export.diffusion.conditioning import LABELS
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import read_metadata
+from gaq_export.models.conditioning_request import ConditioningRequest, condition_model
 from gaq_export.models.loader import LoadedModel, load_model, random_model, wrap
 from gaq_export.models.registry import MODELS, reduced
-from gaq_export.sampling.prompts import ConditioningRequest, condition_engine, condition_model
+from gaq_export.sampling.prompts import condition_engine
 from tests.gaq_export.commands import gaq, refused
 from tests.gaq_export.models.test_architectures import SMALL
 

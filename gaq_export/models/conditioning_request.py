@@ -1,0 +1,117 @@
+"""What the options of a command ask to draw: classes by number or prompts by line, and the guidance scale.
+
+In: a model and a `ConditioningRequest`. Out: the model with the `Conditioning` that was asked for.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffusers import UNet2DModel
+
+from gaq_export.diffusion.conditioning import LABELS, class_conditioning
+from gaq_export.diffusion.schedule import under_guidance
+from gaq_export.errors import GaqError
+from gaq_export.models import text_encoder
+from gaq_export.models.architectures import class_rows
+from gaq_export.models.loader import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningRequest:
+    """The options of a command, None for each that was left out.
+
+    Attributes:
+        classes: "all", or numbers and ranges of them, as in 0-4,7.
+        prompts: file with one prompt a line.
+        guidance: scale of classifier-free guidance; 1 is none.
+
+    Raises:
+        GaqError: the scale is not a finite number.
+    """
+
+    classes: str | None = None
+    prompts: Path | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise GaqError(f"Found a guidance of {self.guidance}; give a number, such as 3.0, or 1 for none.")
+
+    @property
+    def options(self) -> list[str]:
+        """The options that were given, as the user wrote them."""
+        return [f"--{name}" for name, value in vars(self).items() if value is not None]
+
+
+def condition_model(model: LoadedModel, request: ConditioningRequest = ConditioningRequest()) -> LoadedModel:
+    """Return the model with conditioning: as requested, or all classes with the guidance of the model table.
+
+    Its sampler becomes one that suits the guidance, see `schedule.under_guidance`.
+
+    Args:
+        model: a model of `load_model`; one with conditioning, or an unconditional one, is returned as it is.
+        request: what to draw.
+
+    Raises:
+        GaqError: the request does not suit the network, or the network needs prompts and there are none.
+    """
+    if model.conditioning is not None:
+        return model
+    refuse_unsuitable(request, f"The network of {model.spec.name!r}", set(model.condition_inputs))
+    if not model.condition_inputs:
+        return model
+    scale = model.spec.guidance if request.guidance is None else request.guidance
+    rows = class_rows(model.module)
+    if rows is not None and set(model.condition_inputs) == {LABELS}:
+        # A plain U-Net's config does not say whether its last class is the unconditional one: guidance implies it.
+        has_null = scale != 1 or model.spec.guidance != 1 or not isinstance(model.module, UNet2DModel)
+        count, null = (rows - 1, rows - 1) if has_null else (rows, None)
+        chosen = parse_classes(request.classes or "all", count)
+        conditioning = class_conditioning(chosen, unconditional=null, guidance=scale)
+    elif request.prompts is None:
+        raise GaqError(f"{model.spec.name!r} draws from prompts: give --prompts FILE, one a line.")
+    else:
+        conditioning = text_encoder.prompt_conditioning(model, read_prompts(request.prompts), scale)
+    sampler = under_guidance(model.spec.sampler, model.schedule, scale)
+    return replace(model, conditioning=conditioning, spec=replace(model.spec, sampler=sampler))
+
+
+def parse_classes(text: str, count: int) -> list[int]:
+    """Read "all", "0-9" or "3,7-9" of `count` classes.
+
+    >>> parse_classes("3,7-9", 10)
+    [3, 7, 8, 9]
+    """
+    if text.strip() == "all":
+        return list(range(count))
+    try:
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        numbers = [number for first, *last in ends for number in range(first, (last[0] if last else first) + 1)]
+    except ValueError:
+        numbers = []
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < count:
+        raise GaqError(f"Found classes {text!r}; write all, or numbers of 0 to {count - 1}, as in 3,7 or 0-9.")
+    return numbers
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Read prompts, one a line; raise GaqError if there are none."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise GaqError(f"Cannot read the prompts {file}: {error}") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise GaqError(f"{file} holds no prompts: write one a line.")
+    return prompts
+
+
+def refuse_unsuitable(request: ConditioningRequest, who: str, inputs: set[str]) -> None:
+    """Raise GaqError if a request names what a network with these condition inputs does not take."""
+    if not inputs and request.options:
+        raise GaqError(f"{who} is unconditional: leave out {', '.join(request.options)}.")
+    if request.classes is not None and inputs != {LABELS}:
+        raise GaqError(f"{who} takes prompts, not classes: give --prompts FILE in place of --classes.")
+    if request.prompts is not None and text_encoder.STATES not in inputs:
+        raise GaqError(f"{who} takes classes, not prompts: give --classes in place of --prompts.")

@@ -1,0 +1,104 @@
+"""Quantize a model into a run folder: draw the calibration set, make the plan, write both down.
+
+In: a `LoadedModel` and a `Preset`. Out: a `QuantPlan`, and in the run folder everything that was computed on the way,
+so that a calibration that was stopped continues where it was, and one that finished is read and not repeated.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calib import config as configs
+from calib.plan import QuantPlan, load_plan, save_plan
+from calib.progress import Progress
+from gaq_export import run as runs
+from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.models.conditioning_request import condition_model
+from gaq_export.models.loader import LoadedModel
+from gaq_export.models.provenance import Provenance, provenance_of
+from gaq_export.quantize.make_plan import SILENT, CalibrationCallbacks, make_plan
+from gaq_export.quantize.presets import Preset
+from gaq_export.quantize.trajectories import collect
+from gaq_export.run import Run
+
+
+def calibrate(
+    model: LoadedModel,
+    chosen: Preset,
+    *,
+    folder: str | Path = runs.DEFAULT,
+    sampler: SamplerSpec | None = None,
+    callbacks: CalibrationCallbacks = SILENT,
+) -> QuantPlan:
+    """Quantize a model and keep everything in the run folder; the same call again continues or returns the result.
+
+    Args:
+        model: What to quantize. One that draws classes, but has no conditioning yet, draws all of them.
+        chosen: How long to calibrate, and with which settings, from `preset`.
+        folder: Run folder.
+        sampler: Sampler that the calibration follows; the model's if None.
+        callbacks: What to call meanwhile.
+
+    Raises:
+        GaqError, CalibError: Bad settings, a folder that holds another run, or one that cannot be written.
+    """
+    run = Run(folder=Path(folder))
+    model = condition_model(model).with_sampler(sampler)
+    provenance = Provenance.of(model, model.spec.sampler)
+    runs.claim(run, _settings(model, chosen, provenance))
+    if run.plan.exists():
+        return load_plan(run.plan)
+    if model.conditioning is not None:
+        model.conditioning.save(run.folder)
+    started = time.perf_counter()
+    data = collect(
+        model,
+        model.spec.sampler,
+        images=chosen.images,
+        seed=chosen.config.seed,
+        folder=run.calibration,
+        on_step=callbacks.on_collect,
+    )
+    collected = time.perf_counter()
+    phases: dict[str, float] = {}
+
+    def keep_seconds(progress: Progress) -> None:
+        phases.update(progress.seconds)
+        callbacks.on_progress(progress)
+
+    plan = make_plan(model, data, chosen.config, run.blocks, replace(callbacks, on_progress=keep_seconds))
+    plan = replace(plan, provenance=provenance.to_json())
+    save_plan(plan, run.plan)
+    runs.add_entry(
+        run,
+        "calibrate",
+        collect_seconds=round(collected - started, 1),
+        seconds=round(time.perf_counter() - collected, 1),
+        phase_seconds={name: round(seconds, 1) for name, seconds in phases.items()},
+        peak_memory_mib=runs.peak_memory_mib(),
+    )
+    return plan
+
+
+def _settings(model: LoadedModel, chosen: Preset, provenance: Provenance) -> dict[str, Any]:
+    """Return all that the files of a run depend on, as JSON values."""
+    settings = {
+        "model": provenance.model_record,
+        "sampler": provenance.sampler.to_json(),
+        "images": chosen.images,
+    }
+    if model.conditioning is not None:
+        settings |= {
+            "conditioning": list(model.conditioning.names),
+            "guidance": model.conditioning.guidance,
+            "tables_sha256": model.conditioning.sha256,
+        }
+    # Through JSON and back, since tuples become lists there and the settings of an earlier call are compared.
+    return settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))}
+
+
+def sampler_of(folder: str | Path = runs.DEFAULT) -> SamplerSpec:
+    """Return the sampler that the calibration in the run folder followed; raise CalibError if there is none."""
+    return provenance_of(load_plan(Run(folder=Path(folder)).plan)).sampler
