@@ -122,7 +122,8 @@ def _fitted(
     start = gptq.STARTS[config.start](module, layers, io, generator)
     scores = omega.initial_scores(weighting, len(io), generator)
     loss = reconstruct.per_sample_loss(module, layers)
-    logits = reconstruct.fit_rounding(loss, start, io, scores, weighting, config, generator, lambda done: None)
+    fit = reconstruct.Fit(omega=weighting, settings=config, scores=scores, generator=generator)
+    logits = reconstruct.fit_rounding(loss, start, io, fit)
     return [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""One block: align the sample scores, learn the rounding, harden it, and learn activation grids where that is asked."""
+"""Calibrate one block: align the sample scores, learn the rounding, harden it; learn activation grids if asked to."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,26 +12,48 @@ from calib.block_state import BlockState
 from calib.blocks import Block, BlockIO
 from calib.choices import ActivationLearning
 from calib.config import QuantConfig
-from calib.data import Split
+from calib.data import CalibrationSet, Split
 from calib.learned_grids import LearnedGrid
+from calib.omega import Recordings
 from calib.progress import ProgressMeter
-from calib.reconstruct import LayerWeight
+from calib.reconstruct import Fit, LayerWeight
 from calib.seeds import generator_for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What the calibration of every block needs: the float `model`, and the `network` that is quantized in place."""
+    """A calibration under way.
+
+    Attributes:
+        model: the float network.
+        network: its copy, which is quantized in place, block by block.
+        scales: weight scales (C,) by layer name.
+        bits: weight bits by layer name.
+        data: all samples; activation ranges are observed on them.
+        samples: those that calibrate weights, in training and validation samples.
+        config: the settings.
+        key: identifies this calibration among the saved blocks.
+        folder: where finished blocks are saved, if anywhere.
+        meter: reports the progress.
+    """
 
     model: nn.Module
     network: nn.Module
     scales: Mapping[str, Tensor]
     bits: Mapping[str, int]
-    subset: Split
+    data: CalibrationSet
+    samples: Split
     config: QuantConfig
     key: str
     folder: Path | None
     meter: ProgressMeter
+
+    def generator(self, block: Block, purpose: str) -> torch.Generator:
+        """Return random numbers for one purpose in one block.
+
+        Each purpose has its own, so that rules of omega are compared on the same mini-batches.
+        """
+        return generator_for(self.config.seed, block.name, purpose)
 
 
 def calibrate_block(
@@ -39,73 +61,92 @@ def calibrate_block(
 ) -> BlockState:
     """Align, reconstruct and harden one block.
 
-    Each part draws from a stream of its own, so that rules of omega are compared on the same mini-batches.
+    Args:
+        calibration: its network is quantized up to this block.
+        block: the block.
+        io: recording of all samples that calibrate weights.
+        scores: (N,) float64, the sample scores after the block before.
+        on_iteration: called with the number of finished iterations.
     """
-    config, meter, r = calibration.config, calibration.meter, calibration.config.reconstruction
+    config, meter, settings = calibration.config, calibration.meter, calibration.config.reconstruction
     module = calibration.network.get_submodule(block.name) if block.module is None else block.module
     layers = reconstruct.layer_weights(module, block, calibration.scales, calibration.bits)
-    train, validation = io.part(calibration.subset.train), io.part(calibration.subset.validation)
+    samples = calibration.samples
+    train, validation = io.part(samples.train), io.part(samples.validation)
     with meter.phase("start"):
         logits = gptq.first_logits(config, block.name, module, layers, train)
     loss = reconstruct.per_sample_loss(module, layers)
-    if train.reference is not None and r.fine:
-        loss = reconstruct.fine_grained_loss(module, calibration.model.get_submodule(block.name), layers, r.fine)
-    learned = _first_grids(calibration, block, module, train) if r.activations is ActivationLearning.QDROP else []
+    if train.reference is not None and settings.fine:
+        float_module = calibration.model.get_submodule(block.name)
+        loss = reconstruct.fine_grained_loss(module, float_module, layers, settings.fine)
+    qdrop = settings.activations is ActivationLearning.QDROP
+    grids = _initial_grids(calibration, block, module, train) if qdrop else []
     with meter.phase("meta"):
-        drawn = generator_for(config.seed, block.name, "meta")
-        scores = omega.align_scores(
-            loss, logits, train, validation, calibration.subset.group, scores, config.omega, drawn
+        recordings = Recordings(train=train, validation=validation, group=samples.group)
+        generator = calibration.generator(block, "meta")
+        scores = omega.align_scores(loss, logits, recordings, scores, config.omega, generator)
+    rounded = learned_grids.rounded_inputs(module, grids, settings.drop, calibration.generator(block, "drop"))
+    with meter.phase("fit"), rounded:
+        fit = Fit(
+            omega=config.omega,
+            settings=settings,
+            scores=scores,
+            generator=calibration.generator(block, "fit"),
+            on_iteration=on_iteration,
         )
-    with (
-        meter.phase("fit"),
-        learned_grids.rounded_inputs(module, learned, r.drop, generator_for(config.seed, block.name, "drop")),
-    ):
-        drawn, steps = generator_for(config.seed, block.name, "fit"), [grid.step for grid in learned]
-        logits = reconstruct.fit_rounding(loss, logits, train, scores, config.omega, r, drawn, on_iteration, steps)
-    with meter.phase("decide"), learned_grids.rounded_inputs(module, learned):
-        codes, result = reconstruct.harden(module, block.name, block.layers, layers, logits, train)
-    if r.activations is ActivationLearning.LSQ:
+        logits = reconstruct.fit_rounding(loss, logits, train, fit, [grid.scale for grid in grids])
+    with meter.phase("decide"), learned_grids.rounded_inputs(module, grids):
+        codes, result = reconstruct.harden(module, block, layers, logits, train)
+    if settings.activations is ActivationLearning.LSQ:
         with meter.phase("activations"):
-            learned = _grids_after(calibration, block, module, layers, codes, train, on_iteration)
-    grids = {name: grid.grid for grid in learned for name in block.layers if block.inner(name) in grid.layers}
-    return BlockState(codes=dict(zip(block.layers, codes, strict=True)), grids=grids, scores=scores, result=result)
+            weights = [affine.dequantize_weight(c, w.scale) for c, w in zip(codes, layers, strict=True)]
+            grids = _grids_after(calibration, block, layers, weights, train, on_iteration)
+    return BlockState(
+        codes=dict(zip(block.layers, codes, strict=True)),
+        grids={name: grid.current for grid in grids for name in block.layers if block.inner(name) in grid.layers},
+        scores=scores,
+        result=result,
+    )
 
 
-def _first_grids(calibration: Calibration, block: Block, module: nn.Module, io: BlockIO) -> list[LearnedGrid]:
-    """Return the grids that a block's layers start from; none for a part that the network does not have as a module."""
+def _initial_grids(calibration: Calibration, block: Block, module: nn.Module, io: BlockIO) -> list[LearnedGrid]:
+    """Return the grids that a block's layers start from; none for the temporal block, which has no module to hook."""
     if block.module is not None:
         return []
-    inner = [block.inner(name) for name in block.layers]
-    drawn = generator_for(calibration.config.seed, block.name, "activations")
-    return learned_grids.initial_grids(module, inner, io, calibration.config.activation, drawn)
+    layers = [block.inner(name) for name in block.layers]
+    generator = calibration.generator(block, "activations")
+    return learned_grids.initial_grids(module, layers, io, calibration.config.activation, generator)
 
 
 def _grids_after(
     calibration: Calibration,
     block: Block,
-    module: nn.Module,
     layers: Sequence[LayerWeight],
-    codes: Sequence[Tensor],
+    weights: Sequence[Tensor],
     io: BlockIO,
     on_iteration: Callable[[int], None],
 ) -> list[LearnedGrid]:
-    """Learn the block's activation grids with its weights rounded, on inputs of the float network (Q-Diffusion)."""
-    if io.reference is None:
+    """Learn a block's activation grids with its weights rounded, on inputs of the float network (Q-Diffusion)."""
+    if io.reference is None:  # the temporal block
         return []
-    config, r = calibration.config, calibration.config.reconstruction
+    settings = calibration.config.reconstruction
+    module = calibration.network.get_submodule(block.name)
     io = replace(io, inputs=io.reference)
-    learned = _first_grids(calibration, block, module, io)
-    fixed = [affine.dequantize_weight(c, w.scale) for c, w in zip(codes, layers, strict=True)]
-    with learned_grids.rounded_inputs(module, learned):
+    grids = _initial_grids(calibration, block, module, io)
+    fit = Fit(
+        omega=calibration.config.omega,
+        settings=replace(settings, iterations=settings.activation_iterations),
+        scores=torch.zeros(len(io), dtype=torch.float64),  # every sample weighs the same
+        generator=calibration.generator(block, "lsq"),
+        on_iteration=lambda done: on_iteration(settings.iterations + done),
+    )
+    with learned_grids.rounded_inputs(module, grids):
+        # No logits: the weights are decided, and the scales alone are learned.
         reconstruct.fit_rounding(
-            lambda _, part: reconstruct.block_loss(module, layers, fixed, part),
+            lambda _, part: reconstruct.block_loss(module, layers, weights, part),
             [],
             io,
-            torch.zeros(len(io), dtype=torch.float64),
-            config.omega,
-            replace(r, iterations=r.activation_iterations),
-            generator_for(config.seed, block.name, "lsq"),
-            lambda done: on_iteration(r.iterations + done),
-            [grid.step for grid in learned],
+            fit,
+            [grid.scale for grid in grids],
         )
-    return learned
+    return grids

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib import affine, block_state, blocks, mixed_precision, omega, power_law, ranges, step_scales, temporal
+from calib import affine, block_state, blocks, omega, power_law, ranges, step_scales, temporal
 from calib import config as configs
 from calib.attention import OPERANDS
 from calib.block_calibration import Calibration, calibrate_block
@@ -26,21 +26,20 @@ from calib.block_recording import open_recorder
 from calib.block_state import BlockState
 from calib.blocks import Block
 from calib.choices import ActivationLearning, Rounding, RoundingStart, StepScales
-from calib.config import FLOAT_BITS, QuantConfig
+from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split, split
-from calib.errors import CalibError
 from calib.fakequant import round_input
-from calib.float_layers import float_reasons, quantized_products, require_batch_first
-from calib.mixed_precision import BitAssignment, Clock
+from calib.layer_choice import LayerChoice, choose_layers
+from calib.mixed_precision import Clock
 from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
-from calib.progress import Progress, ProgressMeter, Stage, expected_times
+from calib.progress import Progress, ProgressMeter, expected_times
 from calib.ranges import Reach
 from calib.reconstruct import BlockResult
 from calib.seeds import generator_for
 from calib.selection import select
 from calib.shared_copy import copy_sharing_tensors, replace_weight_by_codes
 from calib.surgery import apply_surgery, plan_surgery
-from calib.trace import Trace, group_by_input, trace
+from calib.trace import group_by_input
 
 
 def calibrate(
@@ -57,240 +56,228 @@ def calibrate(
     """Quantize `model` and return the plan; the model itself is not changed.
 
     Args:
-        model: float32 network in eval mode, called as (x (N, C, H, W), t (N,)) -> (N, C, H, W), and with the data's
-            `cond` as its third argument if that has any.
+        model: float32 network in eval mode, called as (x (N, C, H, W), t (N,)) -> (N, C, H, W), with the data's `cond`
+            as a third argument if there is one.
         data: what the float network saw at each sampling step.
         config: bits, schedule, sample weights, convention, seed.
-        timesteps: number of training timesteps; `t` lies below it.
+        timesteps: number of training timesteps; every `t` lies below it.
         provenance: which model and sampler the plan belongs to; any JSON object, copied into the plan.
-        folder: finished blocks are kept here, and taken from here if they belong to the same calibration.
-        clock: measures milliseconds, for a budget of those.
-        on_progress: told after every iteration and block.
+        folder: where finished blocks are saved, and loaded from if they belong to the same calibration.
+        clock: measures milliseconds, for a budget in that unit.
+        on_progress: called after every iteration and block.
 
     Raises:
-        CalibError: nothing to quantize, too few samples, or a network of another form.
+        CalibError: there is no layer to quantize, there are too few samples, or the network has another form.
     """
-    shape = tuple(data.x.shape[1:])
     surgery = plan_surgery(model, data, config.surgery)
     model = apply_surgery(model, surgery)
-    found = trace(model, shape, timesteps, data.cond)
-    reasons = float_reasons(found, config.convention, config.keep_float)
-    quantized = [layer.name for layer in found.layers if layer.name not in reasons]
-    given = _bits(model, data, quantized, config, timesteps, clock, on_progress)
-    bits = given.bits
-    reasons |= {n: "left float within the budget, since it matters most" for n in quantized if bits[n] == FLOAT_BITS}
-    quantized = [n for n in quantized if n not in reasons]
-    if not quantized:
-        raise CalibError("The budget has room for every layer in float, so nothing is left to quantize: lower it.")
-    products = quantized_products(found, config.convention, reasons)
-    if config.activation.per_step:
-        require_batch_first(found, quantized)
-    order, loose = _cut(model, found, quantized, data, config)
-    w = config.weight
-    scales = {n: affine.search_weight_scale(_weight(model, n), bits[n], w.norm, w.candidates) for n in quantized}
-    network = copy_sharing_tensors(model)
-    calibration = Calibration(
+    chosen = choose_layers(model, data, config, timesteps=timesteps, clock=clock, on_progress=on_progress)
+    order, loose = _cut(model, chosen, data, config)
+    calibration = _begin(model, chosen, order, data, config, folder, on_progress)
+    codes = {name: _nearest(calibration, name) for name in loose}
+    _put(calibration, codes)
+    states = _calibrate_blocks(calibration, order)
+    codes |= {name: integers for state in states for name, integers in state.codes.items()}
+    learned = _learned_grids(calibration, chosen, states, timesteps)
+    layers, products = _quantized(calibration, chosen, codes, learned)
+    by_step = config.activation.per_step or bool(config.activation.narrower)
+    return QuantPlan(
+        layers=layers,
+        products=products,
+        float_layers=chosen.float_reasons,
+        blocks=(*(_unlearned(name) for name in loose), *(state.result for state in states)),
+        scores=states[-1].scores if states else _first_scores(calibration),
+        config=config,
+        provenance=dict(provenance or {}),
+        num_train=timesteps,
+        timesteps=torch.unique(data.t) if by_step else None,
+        sensitivity=chosen.sensitivity,
+        surgery=surgery,
+    )
+
+
+def weight_samples(data: CalibrationSet, config: QuantConfig, model: nn.Module) -> Split:
+    """Return the samples that calibrate weights, those for validation set aside; `model` is the float network."""
+    samples = select(data, config, model)
+    return split(samples, config.omega.validation, config.omega.groups, generator_for(config.seed, "split"))
+
+
+def _cut(
+    model: nn.Module, chosen: LayerChoice, data: CalibrationSet, config: QuantConfig
+) -> tuple[list[Block], Sequence[str]]:
+    """Return the blocks, the temporal one first and the others in network order, and the layers that are in none.
+
+    Where nothing is learned and rounding starts from the float weight there is nothing to reconstruct: no blocks.
+    """
+    if config.reconstruction.iterations == 0 and config.reconstruction.start is RoundingStart.FLOAT:
+        return [], chosen.layers
+    first = temporal.find_block(model, chosen.traced, chosen.layers, tuple(data.x.shape[1:]), data.cond)
+    temporal_layers = {name for block in first for name in block.layers}
+    others, loose = blocks.find_blocks(chosen.traced, [n for n in chosen.layers if n not in temporal_layers])
+    return first + others, loose
+
+
+def _begin(
+    model: nn.Module,
+    chosen: LayerChoice,
+    order: Sequence[Block],
+    data: CalibrationSet,
+    config: QuantConfig,
+    folder: Path | None,
+    on_progress: Callable[[Progress], None],
+) -> Calibration:
+    """Search the weight scales, select the samples, and estimate how long each block will take."""
+    weight, bits = config.weight, chosen.bits
+    scales = {
+        name: affine.search_weight_scale(_weight(model, name), bits[name], weight.norm, weight.candidates)
+        for name in chosen.layers
+    }
+    return Calibration(
         model=model,
-        network=network,
+        network=copy_sharing_tensors(model),
         scales=scales,
         bits=bits,
-        subset=weight_samples(data, config, model),
+        data=data,
+        samples=weight_samples(data, config, model),
         config=config,
         key=_key(model, data, config, order, bits),
         folder=folder if order else None,
         meter=ProgressMeter(expected_times(model, order, data, config), on_progress),
     )
-    codes = {n: affine.quantize_weight(_weight(model, n), scales[n], bits[n]) for n in loose}
-    _put(network, codes, scales)
-    states = _calibrate_blocks(calibration, order)
-    codes |= {name: integer for state in states for name, integer in state.codes.items()}
-    together = group_by_input(found, quantized)
-    grids = _share(together, {name: grid for state in states for name, grid in state.grids.items()})
-    if config.activation.sizes is not StepScales.RANGES:
-        grids = step_scales.learn_step_grids(network, together, data, config.activation, timesteps, config.seed)
-    seen = _reaches(calibration, quantized, products, data)
-    tailed = frozenset[str]()
-    if config.activation.logarithmic:
-        tailed = power_law.find_heavy_tails(network, products, data, generator_for(config.seed, "tails"))
-    return QuantPlan(
-        layers={
-            n: _layer(
-                codes[n],
-                scales[n],
-                bits[n],
-                grids.get(n) or ranges.make_grids(seen[n, "input"], config.activation),
-                seen[n, "output"],
-            )
-            for n in quantized
-        },
-        products={
-            n: ProductQuant(
-                **{
-                    o: ranges.make_operand_grid(seen[n, o], o, config.activation.bits, log2=n in tailed)
-                    for o in OPERANDS
-                }
-            )
-            for n in products
-        },
-        float_layers=reasons,
-        blocks=(*(_untouched(n) for n in loose), *(state.result for state in states)),
-        scores=states[-1].scores if states else _first_scores(calibration),
-        config=config,
-        provenance=dict(provenance or {}),
-        num_train=timesteps,
-        timesteps=torch.unique(data.t) if config.activation.per_step or config.activation.narrower else None,
-        sensitivity=given.errors,
-        surgery=surgery,
-    )
-
-
-def _bits(
-    model: nn.Module,
-    data: CalibrationSet,
-    layers: Sequence[str],
-    config: QuantConfig,
-    timesteps: int,
-    clock: Clock | None,
-    on_progress: Callable[[Progress], None],
-) -> BitAssignment:
-    """Return the weight bits of each layer: the same for all, or the best within the budget."""
-    if not config.mixed.budget:
-        return BitAssignment(bits=dict.fromkeys(layers, config.weight.bits), errors=None)
-
-    def report_step(done: int, total: int) -> None:
-        on_progress(
-            Progress(stage=Stage.BITS, name=f"bits, layer {done}/{total}", index=0, total=0, fraction=0.0, seconds={})
-        )
-
-    return mixed_precision.assign_bits(model, data, layers, config, timesteps, clock, report_step)
-
-
-def _cut(
-    model: nn.Module, found: Trace, quantized: Sequence[str], data: CalibrationSet, config: QuantConfig
-) -> tuple[list[Block], Sequence[str]]:
-    """Cut the network up: the temporal block, if there is one, and the others in network order; the layers in none.
-
-    Without iterations from the float weight there is nothing to reconstruct, and every layer is in none.
-    """
-    if config.reconstruction.iterations == 0 and config.reconstruction.start is RoundingStart.FLOAT:
-        return [], quantized
-    first = temporal.find_block(model, found, quantized, tuple(data.x.shape[1:]), data.cond)
-    apart = {n for block in first for n in block.layers}
-    order, loose = blocks.find_blocks(found, [n for n in quantized if n not in apart])
-    return first + order, loose
-
-
-def weight_samples(data: CalibrationSet, config: QuantConfig, model: nn.Module) -> Split:
-    """Return the samples that calibrate weights, the validation samples set aside; `model` is the float network."""
-    return split(
-        select(data, config, model), config.omega.validation, config.omega.groups, generator_for(config.seed, "split")
-    )
 
 
 def _calibrate_blocks(calibration: Calibration, order: Sequence[Block]) -> list[BlockState]:
-    """Calibrate the blocks in order, or take them from the folder."""
+    """Calibrate the blocks in order, or load them from the folder."""
+    config, folder, meter = calibration.config, calibration.folder, calibration.meter
     states: list[BlockState] = []
     scores = _first_scores(calibration)
-    reference = calibration.config.reconstruction.wants_reference
     with open_recorder(
         calibration.model,
         calibration.network,
-        calibration.subset.data,
-        calibration.config.micro_batch,
-        calibration.folder,
-        reference=reference,
-    ) as recording:
+        calibration.samples.data,
+        config.micro_batch,
+        folder,
+        reference=config.reconstruction.wants_reference,
+    ) as recorder:
         for i, block in enumerate(order):
-            state = block_state.load_block_state(calibration.folder, i, calibration.key) if calibration.folder else None
+            state = block_state.load_block_state(folder, i, calibration.key) if folder else None
             resumed = state is not None
             if state is None:
-                with calibration.meter.phase("record"):
-                    io = recording.record(block)
-                tick = calibration.meter.block(i, block.name, calibration.config.reconstruction.passes)
-                state = calibrate_block(calibration, block, io, scores, tick)
-                if calibration.folder:
-                    block_state.save_block_state(calibration.folder, i, calibration.key, state)
-            _put(calibration.network, state.codes, calibration.scales)
-            if (
-                calibration.config.reconstruction.activations is ActivationLearning.QDROP
-            ):  # what follows is fitted to rounded activations too
+                with meter.phase("record"):
+                    io = recorder.record(block)
+                on_iteration = meter.block(i, block.name, config.reconstruction.passes)
+                state = calibrate_block(calibration, block, io, scores, on_iteration)
+                if folder:
+                    block_state.save_block_state(folder, i, calibration.key, state)
+            _put(calibration, state.codes)
+            if config.reconstruction.activations is ActivationLearning.QDROP:
+                # The blocks behind this one are fitted to rounded activations too.
                 for name, grid in state.grids.items():
                     round_input(calibration.network.get_submodule(name), name, grid)
-            recording.finish(block)
+            recorder.finish(block)
             scores = state.scores
             states.append(state)
-            calibration.meter.finished(i, state.result, resumed)
+            meter.finished(i, state.result, resumed)
     return states
 
 
-def _share(together: Sequence[tuple[str, ...]], learned: Mapping[str, Grid]) -> dict[str, tuple[Grid, ...]]:
-    """Return the learned grids, those who read the same tensor in different blocks all with the first of theirs."""
-    found: dict[str, tuple[Grid, ...]] = {}
-    for names in together:
-        grid = next((learned[name] for name in names if name in learned), None)
-        found |= dict.fromkeys(names, (grid,)) if grid is not None else {}
-    return found
+def _learned_grids(
+    calibration: Calibration, chosen: LayerChoice, states: Sequence[BlockState], timesteps: int
+) -> dict[str, tuple[Grid, ...]]:
+    """Return the input grids that were learned, the widest first; layers whose ranges are observed have none here."""
+    config = calibration.config
+    groups = group_by_input(chosen.traced, chosen.layers)
+    if config.activation.sizes is not StepScales.RANGES:
+        network, data = calibration.network, calibration.data
+        return step_scales.learn_step_grids(network, groups, data, config.activation, timesteps, config.seed)
+    by_layer = {name: grid for state in states for name, grid in state.grids.items()}
+    grids: dict[str, tuple[Grid, ...]] = {}
+    for names in groups:
+        # Layers of different blocks that read one tensor all take the first one's grid, since an engine rounds it once.
+        if first := next((by_layer[name] for name in names if name in by_layer), None):
+            grids |= dict.fromkeys(names, (first,))
+    return grids
 
 
-def _reaches(
-    calibration: Calibration, layers: Sequence[str], products: Sequence[str], data: CalibrationSet
-) -> dict[tuple[str, str], tuple[Reach, ...]]:
-    """Return what `ranges.observe` sees of the network once its weights are quantized."""
-    activation = calibration.config.activation
+def _quantized(
+    calibration: Calibration,
+    chosen: LayerChoice,
+    codes: Mapping[str, Tensor],
+    learned: Mapping[str, Sequence[Grid]],
+) -> tuple[dict[str, LayerQuant], dict[str, ProductQuant]]:
+    """Observe the ranges of the network with quantized weights, and put layers and products together."""
+    config = calibration.config
+    seen = _observed(calibration, chosen)
+    layers = {}
+    for name in chosen.layers:
+        grids = learned.get(name) or ranges.make_grids(seen[name, "input"], config.activation)
+        farthest = max(max(reach) for reach in seen[name, "output"])
+        layers[name] = LayerQuant(
+            codes=codes[name],
+            weight_scale=calibration.scales[name],
+            weight_bits=calibration.bits[name],
+            input=grids[0],
+            narrower=tuple(grids[1:]),
+            output_scale=ranges.symmetric_scale(farthest, 8),
+        )
+    heavy = frozenset[str]()
+    if config.activation.logarithmic:
+        drawn = generator_for(config.seed, "tails")
+        heavy = power_law.find_heavy_tails(calibration.network, chosen.products, calibration.data, drawn)
+    bits = config.activation.bits
+    products = {
+        name: ProductQuant(
+            **{o: ranges.make_operand_grid(seen[name, o], o, bits, log2=name in heavy) for o in OPERANDS}
+        )
+        for name in chosen.products
+    }
+    return layers, products
+
+
+def _observed(calibration: Calibration, chosen: LayerChoice) -> dict[tuple[str, str], tuple[Reach, ...]]:
+    activation, data = calibration.config.activation, calibration.data
     batches = ranges.draw_batches(data, activation, generator_for(calibration.config.seed, "ranges"))
     with calibration.meter.phase("ranges"):
-        tick = calibration.meter.ranges(len(batches))
-        return ranges.observe(calibration.network, layers, products, data, batches, activation, tick)
+        on_batch = calibration.meter.ranges(len(batches))
+        return ranges.observe(calibration.network, chosen.layers, chosen.products, data, batches, activation, on_batch)
 
 
 def _first_scores(calibration: Calibration) -> Tensor:
-    return omega.initial_scores(
-        calibration.config.omega, len(calibration.subset.train), generator_for(calibration.config.seed, "scores")
-    )
+    drawn = generator_for(calibration.config.seed, "scores")
+    return omega.initial_scores(calibration.config.omega, len(calibration.samples.train), drawn)
 
 
-def _untouched(name: str) -> BlockResult:
+def _unlearned(name: str) -> BlockResult:
     return BlockResult(name=name, layers=(name,), loss_before=None, loss_after=None, rounding=Rounding.NEAREST)
 
 
-def _put(network: nn.Module, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
-    for name, integer in codes.items():
-        replace_weight_by_codes(network.get_submodule(name), integer, scales[name])
+def _nearest(calibration: Calibration, name: str) -> Tensor:
+    """Return the int8 codes of a layer's weight, rounded to nearest."""
+    return affine.quantize_weight(_weight(calibration.model, name), calibration.scales[name], calibration.bits[name])
+
+
+def _put(calibration: Calibration, codes: Mapping[str, Tensor]) -> None:
+    """Quantize layers of the network in place."""
+    for name, integers in codes.items():
+        replace_weight_by_codes(calibration.network.get_submodule(name), integers, calibration.scales[name])
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name}.weight")
 
 
-def _layer(
-    codes: Tensor,
-    scale: Tensor,
-    bits: int,
-    inputs: Sequence[Grid],
-    outputs: Sequence[Reach],
-) -> LayerQuant:
-    """Put a layer together; the first of its `inputs` is the widest grid."""
-    return LayerQuant(
-        codes=codes,
-        weight_scale=scale,
-        weight_bits=bits,
-        input=inputs[0],
-        narrower=tuple(inputs[1:]),
-        output_scale=ranges.symmetric_scale(max(max(reach) for reach in outputs), 8),
-    )
-
-
 def _key(
     model: nn.Module, data: CalibrationSet, config: QuantConfig, order: Sequence[Block], bits: Mapping[str, int]
 ) -> str:
-    """Identify what the blocks depend on: themselves, samples, float weights, all settings but the activations'.
+    """Identify what finished blocks depend on: blocks, samples, float weights, and the settings that matter to them.
 
-    Those are ranged after the last block, so finished blocks serve any activation bits, unless they learn grids too.
+    Activation settings do not, since ranges are observed after the last block: blocks serve any activation bits. Unless
+    grids are learned with the rounding.
     """
     settings = configs.to_json(config)
     if config.reconstruction.activations is ActivationLearning.FLOAT:
         del settings["activation"]
-    identity = [settings, [(b.name, b.layers) for b in order], dict(bits)]
+    identity = [settings, [(block.name, block.layers) for block in order], dict(bits)]
     sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for tensor in (*data.tensors, *model.state_dict().values()):
         sha.update(tensor.contiguous().numpy().tobytes())

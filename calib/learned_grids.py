@@ -1,7 +1,7 @@
-"""Activation grids learned with a block's rounding (QDrop) or after it (LSQ), where the others are only observed.
+"""Activation grids that are learned, with a block's rounding (QDrop) or after it (LSQ), and not just observed.
 
-Legend: x an activation, s the step of its grid, z the code that stands for 0, both learned for a block's layers
-together; layers that read the same tensor share them, as an engine's do.
+Legend: x an activation, s the scale of its grid, z the code that stands for 0. Layers of a block that read the same
+tensor share a grid, since an engine rounds it once.
 
     x_hat = s (clamp(round(x / s + z), low, high) - z),   d round / dx = 1   (Esser et al., arXiv 1902.08153)
 
@@ -28,41 +28,43 @@ from calib.ranges import Reach
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedGrid:
-    """The grid of one activation inside a block: `layers` read it, by their names there; `step` () is learned."""
+    """The grid of one activation inside a block, while its scale is learned.
+
+    Attributes:
+        layers: those that read the activation, by their names inside the block.
+        start: the grid to start from; its zero stays.
+        scale: () float32, learned in place.
+    """
 
     layers: tuple[str, ...]
     start: Grid
-    step: Tensor
+    scale: Tensor
 
     @property
-    def grid(self) -> Grid:
+    def current(self) -> Grid:
         """The grid as learned so far."""
-        step = max(float(self.step.detach()), 1e-8)
-        return replace(self.start, scale=ranges.round_to_16_bits(step) if any(self.start.zero) else step)
+        scale = max(float(self.scale.detach()), 1e-8)
+        # A grid with a zero point is exact in float32 only if scale times code is (see `ranges.round_to_16_bits`).
+        return replace(self.start, scale=ranges.round_to_16_bits(scale) if any(self.start.zero) else scale)
 
 
 def initial_grids(
     block: nn.Module, layers: Sequence[str], io: BlockIO, config: ActivationConfig, generator: torch.Generator
 ) -> list[LearnedGrid]:
-    """Return the grids to start from, by the ranges that the block's layers see of its recorded inputs.
+    """Return the grids to start from, one for each tensor that quantized layers of the block read.
 
     Args:
-        block: with its weights as they stand.
+        block: with the weights that it has now.
         layers: names of the quantized layers in it, "" for the block itself.
         io: recording of its inputs.
         config: width, rule and batches.
         generator: draws the batches.
     """
     rule = ranges.RULES[config.rule]
-    seen: dict[str, Tensor] = {}
     reaches: dict[tuple[str, ...], Reach] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: seen.update({name: args[0]})
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
-    try:
-        for index in torch.split(torch.randperm(len(io), generator=generator), config.batch)[: config.batches]:
+    batches = torch.split(torch.randperm(len(io), generator=generator), config.batch)[: config.batches]
+    with _inputs(block, layers) as seen:
+        for index in batches:
             args, kwargs = io.take(index).call()
             with torch.no_grad():
                 block(*args, **kwargs)
@@ -73,16 +75,27 @@ def initial_grids(
                     rule(below, max(-least, 0.0), config.momentum),
                     rule(above, max(most, 0.0), config.momentum),
                 )
+    learned = []
+    for names, reach in reaches.items():
+        grid = ranges.make_grid([reach], config.bits, symmetric=config.symmetric)
+        learned.append(LearnedGrid(layers=names, start=grid, scale=torch.tensor(grid.scale, requires_grad=True)))
+    return learned
+
+
+@contextmanager
+def _inputs(block: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Yield what will hold the input of each layer, by its name inside the block."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: seen.update({name: args[0]})
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    grids = {
-        names: ranges.make_grid([reach], config.bits, symmetric=config.symmetric) for names, reach in reaches.items()
-    }
-    return [
-        LearnedGrid(layers=names, start=grid, step=torch.tensor(grid.scale, requires_grad=True))
-        for names, grid in grids.items()
-    ]
 
 
 def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
@@ -111,14 +124,14 @@ def rounded_inputs(
 
 
 def _dropped(x: Tensor, grid: LearnedGrid, drop: float, generator: torch.Generator | None) -> Tensor:
-    rounded = learnable_round(x, grid.step, grid.start)
+    rounded = learnable_round(x, grid.scale, grid.start)
     if drop == 0:
         return rounded
     return torch.where(torch.rand(x.shape, generator=generator) < drop, x, rounded)
 
 
-def learnable_round(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """Round `x` to `grid` with another `step` (), differentiable in both."""
+def learnable_round(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Round `x` (any shape) to `grid` with another `scale` (), differentiable in both (LSQ, equations 1 to 3)."""
     low, high = integer_range(grid.bits)
-    codes = round_straight_through(x / step + grid.zero[0]).clamp(low, high)
-    return (codes - grid.zero[0]) * step
+    codes = round_straight_through(x / scale + grid.zero[0]).clamp(low, high)
+    return (codes - grid.zero[0]) * scale

@@ -24,6 +24,7 @@ the samples of a mini-batch happen to cancel.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -74,12 +75,25 @@ def score_gradient(omega: Tensor, gradient: Tensor, config: OmegaConfig, samples
     return omega * (gradient - share * (omega * gradient).sum()) / config.temperature
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recordings:
+    """What one block's scores are updated on.
+
+    Attributes:
+        train: recording of the N training samples.
+        validation: recording of the samples set aside.
+        group: (len(validation),) int64, the group of sampling steps, or task, of each validation sample.
+    """
+
+    train: BlockIO
+    validation: BlockIO
+    group: Tensor
+
+
 def align_scores(
     loss: PerSample,
     logits: Sequence[Tensor],
-    train: BlockIO,
-    validation: BlockIO,
-    group: Tensor,
+    data: Recordings,
     scores: Tensor,
     config: OmegaConfig,
     generator: torch.Generator,
@@ -87,43 +101,48 @@ def align_scores(
     """Return the scores (N,) after this block's meta-updates (Algorithm 2); the same ones if the rule has none.
 
     Args:
-        loss: per-sample block loss.
+        loss: the block's loss of each sample.
         logits: rounding logits of the block, at their start.
-        train: recording of the N training samples.
-        validation: recording of the validation samples.
-        group: (len(validation),) task group of each validation sample.
-        scores: (N,) scores carried over from the block before.
+        data: training and validation samples.
+        scores: (N,) float64, carried over from the block before.
         config: rule, how many steps, how large.
         generator: draws the mini-batches.
     """
     if config.rule not in RULES:
         return scores
-    point = torch.cat([v.detach().flatten() for v in logits])
+    point = torch.cat([v.detach().flatten() for v in logits])  # (P,)
     sizes, shapes = [v.numel() for v in logits], [v.shape for v in logits]
 
     def losses(p: Tensor, io: BlockIO) -> Tensor:
         return loss([v.reshape(s) for v, s in zip(torch.split(p, sizes), shapes, strict=True)], io)
 
-    index = _draw(torch.arange(len(train)), config.batch, generator)
-    members = [(group == k).nonzero()[:, 0] for k in torch.unique(group)]
-    rule = RULES[config.rule]
-    own = scores[index].clone().requires_grad_()
-    optimiser = torch.optim.Adam([own], lr=config.meta_learning_rate)
+    index = _draw(torch.arange(len(data.train)), config.batch, generator)  # (n,)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-        jacobian = _jacobian(losses, point, train.take(index))
+        jacobian = _jacobian(losses, point, data.train.take(index))
         size = jacobian.double().square().mean().sqrt().item()
-        if size == 0:  # nothing to weigh: no sample of this block asks for any change
+        if size == 0:  # no sample of this block asks for any change, so there is nothing to weigh
             return scores
-        for _ in range(config.meta_steps):
+
+        def gradient(omega: Tensor) -> Tensor:
+            """Return dL/domega (n,), on fresh validation samples of each group, the groups in random order."""
+            members = [(data.group == k).nonzero()[:, 0] for k in torch.unique(data.group)]
             order = torch.randperm(len(members), generator=generator).tolist()
             drawn = [_draw(members[k], config.validation_batch, generator) for k in order]
-            tasks = [_mean(losses, validation.take(task)) for task in drawn]
-            now = scores.index_copy(0, index, own.detach())
-            omega = sample_weights(now, index, config)
-            gradient = rule(jacobian, config.inner_step / size, point, tasks, omega)
-            own.grad = score_gradient(omega, gradient, config, len(scores)).to(own.dtype)
-            optimiser.step()
-    return scores.index_copy(0, index, own.detach())
+            tasks = [_mean(losses, data.validation.take(task)) for task in drawn]
+            return RULES[config.rule](jacobian, config.inner_step / size, point, tasks, omega)
+
+        return _descend(gradient, scores, index, config)
+
+
+def _descend(gradient: Callable[[Tensor], Tensor], scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor:
+    """Return the scores (N,) after Adam has moved those at `index` (n,) against the `gradient` in their weights."""
+    moving = scores[index].clone().requires_grad_()
+    optimiser = torch.optim.Adam([moving], lr=config.meta_learning_rate)
+    for _ in range(config.meta_steps):
+        omega = sample_weights(scores.index_copy(0, index, moving.detach()), index, config)
+        moving.grad = score_gradient(omega, gradient(omega), config, len(scores)).to(moving.dtype)
+        optimiser.step()
+    return scores.index_copy(0, index, moving.detach())
 
 
 def mse(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:

@@ -124,67 +124,81 @@ def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a rounding is fitted.
+
+    Attributes:
+        omega: how scores become weights.
+        settings: iterations, batch, learning rates and annealing.
+        scores: (N,) float64 sample scores; equal scores give plain AdaRound.
+        generator: draws the mini-batches.
+        on_iteration: called with the number of finished iterations.
+    """
+
+    omega: OmegaConfig
+    settings: ReconstructionConfig
+    scores: Tensor
+    generator: torch.Generator
+    on_iteration: Callable[[int], None] = lambda done: None
+
+
 def fit_rounding(
-    loss: PerSample,
-    logits: Sequence[Tensor],
-    io: BlockIO,
-    scores: Tensor,
-    omega: OmegaConfig,
-    config: ReconstructionConfig,
-    generator: torch.Generator,
-    on_iteration: Callable[[int], None],
-    steps: Sequence[Tensor] = (),
+    loss: PerSample, logits: Sequence[Tensor], io: BlockIO, fit: Fit, scales: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     """Return the logits after minimising sum_i omega_i l_i + lambda sum(1 - |2h - 1|^beta) with Adam.
 
     Args:
-        loss: per-sample block loss.
-        logits: start.
-        io: recording of the training samples.
-        scores: (N,) sample scores; equal scores give plain AdaRound.
-        omega: how scores become weights.
-        config: iterations, batch, learning rate and annealing.
-        generator: draws the mini-batches.
-        on_iteration: called with the number of finished iterations.
-        steps: step sizes of activations that `loss` depends on, learned along with the logits, in place.
+        loss: the block's loss of each sample.
+        logits: V to start from, each the shape of its weight.
+        io: recording of the N training samples.
+        fit: how.
+        scales: activation scales () that `loss` depends on; learned along with the logits, in place.
     """
+    settings = fit.settings
     values = [v.detach().clone().requires_grad_() for v in logits]
-    share = config.drop if config.activations is ActivationLearning.QDROP else 0.0
-    groups: list[dict[str, Any]] = [{"params": values, "lr": config.learning_rate}, {"params": [*steps]}]
+    share = settings.drop if settings.activations is ActivationLearning.QDROP else 0.0
+    groups: list[dict[str, Any]] = [{"params": values, "lr": settings.learning_rate}, {"params": [*scales]}]
     optimiser = torch.optim.Adam(groups)
-    for i in range(config.iterations):
-        falling = 0.5 + 0.5 * math.cos(math.pi * i / config.iterations)
-        optimiser.param_groups[1]["lr"] = config.activation_learning_rate * falling
-        index = torch.randperm(len(io), generator=generator)[: config.batch]
-        taken = io.take(index).mixed(share, generator)
-        objective = (sample_weights(scores, index, omega) * loss(values, taken)).sum()
-        sharpness = adaround.beta(i, config.iterations, config.warmup, config.beta_start, config.beta_end)
+    for i in range(settings.iterations):
+        falling = 0.5 + 0.5 * math.cos(math.pi * i / settings.iterations)
+        optimiser.param_groups[1]["lr"] = settings.activation_learning_rate * falling
+        index = torch.randperm(len(io), generator=fit.generator)[: settings.batch]
+        batch = io.take(index).mixed(share, fit.generator)
+        objective = (sample_weights(fit.scores, index, fit.omega) * loss(values, batch)).sum()
+        sharpness = adaround.beta(i, settings.iterations, settings.warmup, settings.beta_start, settings.beta_end)
         if sharpness is not None:
-            objective = objective + config.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
+            objective = objective + settings.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
         optimiser.zero_grad()
         torch.autograd.backward(objective)
         optimiser.step()
-        on_iteration(i + 1)
+        fit.on_iteration(i + 1)
     return [v.detach() for v in values]
 
 
 def harden(
-    block: nn.Module,
-    name: str,
-    names: tuple[str, ...],
-    layers: Sequence[LayerWeight],
-    logits: Sequence[Tensor],
-    io: BlockIO,
+    module: nn.Module, block: Block, layers: Sequence[LayerWeight], logits: Sequence[Tensor], io: BlockIO
 ) -> tuple[list[Tensor], BlockResult]:
-    """Harden the rounding, keep nearest rounding where that has the lower loss; return codes and the result."""
+    """Decide every rounding; keep nearest rounding if its loss is lower.
+
+    Args:
+        module: the block's; its weights do not matter.
+        block: its name, and the names of its layers.
+        layers: float weights and grids.
+        logits: V as learned.
+        io: recording of the training samples, at most COMPARED_SAMPLES of which are compared on.
+
+    Returns:
+        int8 codes of each layer, and how well they fit.
+    """
     nearest = [affine.quantize_weight(w.weight, w.scale, w.bits) for w in layers]
     learned = [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
-    some = io.part(torch.linspace(0, len(io) - 1, min(len(io), COMPARED_SAMPLES)).round().long())
-    before, after = (mean_loss(block, layers, codes, some) for codes in (nearest, learned))
+    compared = io.part(torch.linspace(0, len(io) - 1, min(len(io), COMPARED_SAMPLES)).round().long())
+    before, after = (mean_loss(module, layers, codes, compared) for codes in (nearest, learned))
     keep = after <= before
     result = BlockResult(
-        name=name,
-        layers=names,
+        name=block.name,
+        layers=block.layers,
         loss_before=before,
         loss_after=after if keep else before,
         rounding=Rounding.ADAROUND if keep else Rounding.NEAREST,

@@ -108,7 +108,7 @@ def test_the_gradients_are_those_of_lsq(x: float, value: float, slope: float, st
 
 
 def test_half_of_what_a_layer_reads_is_left_float() -> None:
-    layer, learned = nn.Identity(), LearnedGrid(layers=("",), start=BITS3, step=torch.tensor(0.5))
+    layer, learned = nn.Identity(), LearnedGrid(layers=("",), start=BITS3, scale=torch.tensor(0.5))
     x = 0.1 + torch.zeros(10_000)
     with rounded_inputs(layer, [learned], 0.5, torch.Generator().manual_seed(0)):
         out = layer(x)
@@ -122,7 +122,7 @@ def test_layers_that_read_the_same_tensor_share_a_grid_over_the_range_seen(net: 
     activation = ActivationConfig(bits=8, rule="minmax", symmetric=True, batch=8)
     learned = initial_grids(net.second, ["a", "b", "out"], io, activation, torch.Generator())
     assert [grid.layers for grid in learned] == [("a", "b"), ("out",)]
-    assert learned[0].grid.scale == pytest.approx(float(io.inputs[0].abs().max()) / 127, rel=1e-6)
+    assert learned[0].current.scale == pytest.approx(float(io.inputs[0].abs().max()) / 127, rel=1e-6)
 
 
 def test_a_mixed_recording_has_elements_of_both_networks(recorded) -> None:

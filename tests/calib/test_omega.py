@@ -9,7 +9,7 @@ from torch import Tensor
 from calib import omega
 from calib.blocks import BlockIO
 from calib.config import OmegaConfig
-from calib.omega import align_scores, initial_scores, sample_weights, score_gradient
+from calib.omega import Recordings, align_scores, initial_scores, sample_weights, score_gradient
 
 N, P, K = 7, 5, 3
 Problem = tuple[Tensor, Tensor, list[Tensor], Tensor]
@@ -155,7 +155,8 @@ def aligned(loss: Callable[[Sequence[Tensor], BlockIO], Tensor], train: BlockIO,
     start = initial_scores(settings, len(train), torch.Generator().manual_seed(5))
     held_out = recording(torch.full((10, 1), 1.0))
     generator = torch.Generator().manual_seed(0)
-    return align_scores(loss, [torch.zeros(1)], train, held_out, torch.arange(10) % 2, start, settings, generator)
+    data = Recordings(train=train, validation=held_out, group=torch.arange(10) % 2)
+    return align_scores(loss, [torch.zeros(1)], data, start, settings, generator)
 
 
 @pytest.mark.parametrize("rule", ["uniform", "random"])
