@@ -199,7 +199,7 @@ def test_the_files_of_one_build_belong_together(built: pipeline.Built, tmp_path:
             draw(plan, num=1, out=tmp_path / "s")
     record.write_bytes(record_path(built.file.path).read_bytes())
     other.unlink()
-    with pytest.raises(EngineError, match="Cannot read the plan"):
+    with pytest.raises(EngineError, match="Cannot read the engine"):
         pipeline.sample(plan, num=1, out=tmp_path / "s")
 
 
