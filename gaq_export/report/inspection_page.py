@@ -72,15 +72,16 @@ def sections(plan: QuantPlan, inspection: Inspection) -> tuple[str, ...]:
 
 
 def _facts(plan: QuantPlan, inspection: Inspection, origin: Origin) -> dict[str, str]:
-    config, model, sampler = plan.config, plan.provenance["model"], plan.provenance["sampler"]
+    config, provenance = plan.config, provenance_of(plan)
+    sampler = provenance.sampler
     fit, omega = config.reconstruction, config.omega
-    eta = f", eta {sampler['eta']:g}" if sampler["eta"] else ""
+    eta = f", eta {sampler.eta:g}" if sampler.eta else ""
     patterns = "".join(f", {pattern}" for pattern in config.keep_float)
     learned = f"{omega.rule}, {_count(omega.meta_steps, 'meta-step')} a block, temperature {omega.temperature:g}"
     return {
-        "model": f"{model['name']} ({model['source']}), weights {model['fingerprint'][:12]}",
+        "model": f"{provenance.name} ({provenance.source}), weights {provenance.fingerprint[:12]}",
         "bits": f"{config.weight.bits}-bit weights, {config.activation.bits}-bit activations",
-        "sampler": f"{sampler['name']}, {sampler['steps']} steps, {sampler['spacing']} spacing{eta}",
+        "sampler": f"{sampler.name}, {sampler.steps} steps, {sampler.spacing} spacing{eta}",
         **_conditioning_facts(plan),
         "samples": f"{origin.settings['images']} images; {inspection.train} training and {inspection.validation} "
         "validation samples for the weights",

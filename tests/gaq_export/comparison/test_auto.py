@@ -28,7 +28,7 @@ def test_the_best_is_kept_and_the_others_are_there(
     assert plan.config == load_plan(tmp_path / "run" / "auto" / best / "plan.safetensors").config
     values = {
         name: noise_sqnr.of_plan(
-            tiny_model, load_plan(tmp_path / "run" / "auto" / name / "plan.safetensors"), 2, lambda *conditioning: None
+            tiny_model, load_plan(tmp_path / "run" / "auto" / name / "plan.safetensors"), 2, lambda *progress: None
         ).both.mean()
         for name in tried
     }

@@ -37,8 +37,8 @@ def test_no_fresh_image_has_a_seed_that_calibration_used() -> None:
 
 
 def test_noise_is_compared_on_the_float_models_own_trajectories(tiny_model, plan: QuantPlan) -> None:
-    conditioning, plan = [], few_steps(plan, plan.provenance)
-    found = noise_sqnr.of_plan(tiny_model, plan, 5, lambda *step: conditioning.append(step))
+    progress, plan = [], few_steps(plan, plan.provenance)
+    found = noise_sqnr.of_plan(tiny_model, plan, 5, lambda *step: progress.append(step))
     spec = SamplerSpec.from_json(plan.provenance["sampler"])
     networks = [fake_quantized(tiny_model.network, plan, activations=rounded) for rounded in (False, True)]
     seen = []
@@ -54,8 +54,8 @@ def test_noise_is_compared_on_the_float_models_own_trajectories(tiny_model, plan
     assert found.both[:, 4].tolist() == pytest.approx(expected[1], rel=1e-3)
     assert torch.equal(found.t, timesteps(spec, 100))
     assert found.weights.shape == found.both.shape == (spec.steps, 5)
-    assert [done for _, done, _ in conditioning] == list(range(1, 2 * spec.steps + 1))  # groups of four images
-    assert {total for *_, total in conditioning} == {2 * spec.steps}
+    assert [done for _, done, _ in progress] == list(range(1, 2 * spec.steps + 1))  # groups of four images
+    assert {total for *_, total in progress} == {2 * spec.steps}
 
 
 def test_more_bits_are_closer_to_float(tiny_model, tiny_plan, plan: QuantPlan) -> None:
