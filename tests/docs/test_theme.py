@@ -1,5 +1,10 @@
-"""What the site adds to the pages: links to sources that lead to a line, and formulas as MathML."""
+"""What the site adds to the pages: links to sources that lead to a line, formulas as MathML, no need of a network."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +14,7 @@ pytest.importorskip("latex2mathml", reason="make docs installs it")
 
 from docs.theme import formulas, hooks
 
+QUIET = {"NO_MKDOCS_2_WARNING": "1"}  # the theme's advertisement of its successor
 FILE = "gaq_export/diffusion/samplers.py"
 
 
@@ -48,3 +54,14 @@ def test_a_formula_is_mathml() -> None:
     html = formulas.block(r"\frac{1}{2}")
     assert "<math" in html
     assert "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow></mfrac>" in html
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_the_network(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=hooks.ROOT, capture_output=True, text=True, env={**os.environ, **QUIET})
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 50
+    loaded = re.compile(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="?(?:https?:)?//')
+    assert [page.name for page in pages if loaded.search(page.read_text(encoding="utf-8"))] == []
