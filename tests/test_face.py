@@ -122,3 +122,11 @@ def test_the_user_errors_are_the_errors_of_the_three_rooms() -> None:
     from gaq_export.errors import GaqError, user_errors
 
     assert user_errors() == (GaqError, CalibError, EngineError)
+
+
+def test_the_pipeline_has_the_same_functions_as_the_face() -> None:
+    from gaq_export import pipeline
+
+    shared = set(pipeline.__all__) - {"sampler_of"}
+    assert shared <= set(gaq_export.__all__)
+    assert all(getattr(pipeline, name) is getattr(gaq_export, name) for name in shared)

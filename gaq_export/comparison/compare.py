@@ -13,6 +13,7 @@ from gaq_export.comparison import runner
 from gaq_export.comparison.pages import PagePaths, write_pages
 from gaq_export.comparison.spec import Bits, Comparison, claim, recipe_rows
 from gaq_export.comparison.yardstick import Yardstick
+from gaq_export.models.conditioning_request import condition_model
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.presets import PRESETS, Preset
 from gaq_export.quantize.recipes import RECIPES
@@ -32,7 +33,7 @@ def compare(
     """Calibrate with each recipe, measure the results alike, and write the pages; the same call again continues.
 
     Args:
-        model: the float model; one with classes or prompts needs its conditioning.
+        model: the float model; one that takes classes, and has no conditioning, draws all of them.
         recipes: names of recipes, keys of `RECIPES`.
         preset: how long to calibrate; each recipe changes it.
         bits: pairs of weight and activation bits, a table each.
@@ -47,7 +48,7 @@ def compare(
     Raises:
         GaqError: an unknown recipe, or a folder with results of other settings.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), condition_model(model)
     comparison = Comparison(
         yardstick=Yardstick(model=model, folder=folder, images=images),
         preset=preset,
