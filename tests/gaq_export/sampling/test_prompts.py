@@ -1,4 +1,4 @@
-"""The options for what to draw: read as they are meant, refused where the network does not take them, and obeyed."""
+"""What an engine is asked to draw: obeyed, or refused where its network does not take it."""
 
 import json
 from dataclasses import replace
@@ -11,13 +11,9 @@ from PIL import Image
 
 import engines
 from gaq_export.deploy.record import record_of
-from gaq_export.diffusion.conditioning import LABELS
-from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.images import read_metadata
-from gaq_export.models.conditioning_request import ConditioningRequest, condition_model
-from gaq_export.models.loader import LoadedModel, load_model, random_model, wrap
-from gaq_export.models.registry import MODELS, reduced
+from gaq_export.models.conditioning_request import ConditioningRequest
 from gaq_export.sampling.prompts import condition_engine
 from tests.gaq_export.commands import gaq, refused
 from tests.gaq_export.models.test_architectures import SMALL
@@ -57,66 +53,6 @@ def engine(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = gaq("build-engine", "--run", run, "--backend", "openvino", "--steps", 4, "--out", out, "-q")
     assert built.exit_code == 0, built.output
     return out
-
-
-def of(name: str) -> LoadedModel:
-    return random_model(reduced(MODELS[name]))
-
-
-def test_a_model_of_classes_gets_all_of_them_with_the_guidance_of_the_table(labelled: Path) -> None:
-    for name, scale in (("imagenet-ldm", 3.0), ("dit-xl-2-256", 1.5)):
-        conditioning = condition_model(of(name)).conditioning
-        assert conditioning is not None
-        assert (len(conditioning.names), conditioning.guidance, int(conditioning.unconditional[LABELS])) == (
-            1000,
-            scale,
-            1000,
-        )
-    plain = condition_model(load_model(weights=labelled)).conditioning  # of which nobody knows what the last class is
-    assert plain is not None
-    assert (plain.names[-1], plain.guidance, plain.unconditional) == ("10", 1.0, {})
-    model = condition_model(load_model(weights=labelled), ConditioningRequest(guidance=2.0))
-    guided = model.conditioning
-    assert guided is not None
-    assert model.spec.sampler.name == "ddim-clipped"  # guidance makes epsilon large, and the schedule clips x0
-    assert condition_model(load_model(weights=labelled)).spec.sampler.name == "ddim"
-    assert condition_model(of("imagenet-ldm")).spec.sampler.name == "ddim"  # whose schedule clips nothing
-    own = wrap(model.module, shape=model.shape, schedule=model.schedule, conditioning=guided)
-    assert own.spec.sampler.name == "ddim-clipped"
-    asked = wrap(model.module, shape=model.shape, schedule=model.schedule, conditioning=guided, sampler=SamplerSpec())
-    assert asked.spec.sampler.name == "ddim"
-    assert (guided.names[-1], guided.guidance, int(guided.unconditional[LABELS])) == ("9", 2.0, 10)
-
-
-def test_a_condition_that_the_network_does_not_take_is_refused(
-    labelled: Path, tiny_model: LoadedModel, tmp_path: Path
-) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\n")
-    assert condition_model(tiny_model) is tiny_model
-    model, text = load_model(weights=labelled), of("sd15")
-    for who, asked, words in (
-        (
-            tiny_model,
-            ConditioningRequest(classes="1", guidance=2.0),
-            "is unconditional: leave out --classes, --guidance",
-        ),
-        (model, ConditioningRequest(prompts=prompts), "takes classes, not prompts"),
-        (
-            model,
-            ConditioningRequest(classes="0-11"),
-            r"Found classes '0-11'; write all, or numbers of 0 to 10, as in 3,7 or 0-9",
-        ),
-        (model, ConditioningRequest(classes="3-1"), "Found classes '3-1'"),
-        (model, ConditioningRequest(classes="some"), "Found classes 'some'"),
-        (text, ConditioningRequest(classes="1"), "takes prompts, not classes"),
-        (text, ConditioningRequest(), "draws from prompts: give --prompts FILE"),
-        (text, ConditioningRequest(prompts=prompts), "has no text_encoder/ beside its network"),
-    ):
-        with pytest.raises(GaqError, match=words):
-            condition_model(who, asked)
-    with pytest.raises(GaqError, match="Found a guidance of nan"):
-        ConditioningRequest(guidance=float("nan"))
 
 
 def test_samples_record_their_condition_and_obey_the_options(engine: Path, tmp_path: Path) -> None:

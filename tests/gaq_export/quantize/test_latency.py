@@ -1,4 +1,4 @@
-"""Milliseconds of a network by width: measured on a real engine, and kept, since no two measurements are the same."""
+"""Milliseconds of a network by width: measured on a real engine, and cached, since no two measurements are the same."""
 
 import json
 from pathlib import Path

@@ -26,7 +26,6 @@ from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.make_plan import CalibrationCallbacks
 from gaq_export.quantize.noise_correction import measure_correction
 from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.quantize.recipes import RECIPES, find_recipe
 from gaq_export.quantize.trajectories import collect
 from tests.gaq_export.readback import session
 
@@ -187,17 +186,3 @@ def test_a_correction_is_of_one_sampler(corrected_run: Path, tiny_model: LoadedM
     with pytest.raises(GaqError, match=r"correction \(ptqd\) was measured for .*; asked for .*\(--no-correction\)\."):
         pipeline.build_engine(out=tmp_path / "unet.plan", **other)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_a_change_of_settings_that_options_go_before(name: str) -> None:
-    plain, chosen = pipeline.preset("tiny").config, pipeline.preset("tiny", CalibrationOptions(recipe=name)).config
-    assert chosen != plain
-    assert chosen == find_recipe(name).apply(plain)
-    assert pipeline.preset("tiny", CalibrationOptions(recipe=name, omega="mse")).config.omega.rule == "mse"
-    assert pipeline.preset("tiny", CalibrationOptions(recipe=name, correction="tac")).config.correction.rule == "tac"
-
-
-def test_an_unknown_recipe_is_an_error() -> None:
-    with pytest.raises(GaqError, match=r"Unknown recipe 'tfqm'. Did you mean 'tfmq'\? Choose one of \['rtn'.*\]"):
-        pipeline.preset("tiny", CalibrationOptions(recipe="tfqm"))

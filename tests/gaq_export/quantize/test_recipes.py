@@ -15,6 +15,7 @@ from gaq_export import pipeline
 from gaq_export.deploy.build import Built
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.schedule import SamplerSpec
+from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.recipes import RECIPES, find_recipe
@@ -61,3 +62,17 @@ def test_on_tensorrt_rtx_every_layer_multiplies_int8_by_int8(folder: Path, tiny_
     file = build(folder, tiny_model, EngineConfig(backend="tensorrt-rtx", targets=("sm89",))).file
     counts = file.audit.counts
     assert sum(n for (_, precision), n in counts.items() if precision == "int8") == quantized(folder, file) > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_changes_settings_and_options_take_precedence(name: str) -> None:
+    plain, chosen = pipeline.preset("tiny").config, pipeline.preset("tiny", CalibrationOptions(recipe=name)).config
+    assert chosen != plain
+    assert chosen == find_recipe(name).apply(plain)
+    assert pipeline.preset("tiny", CalibrationOptions(recipe=name, omega="mse")).config.omega.rule == "mse"
+    assert pipeline.preset("tiny", CalibrationOptions(recipe=name, correction="tac")).config.correction.rule == "tac"
+
+
+def test_an_unknown_recipe_is_an_error() -> None:
+    with pytest.raises(GaqError, match=r"Unknown recipe 'tfqm'. Did you mean 'tfmq'\? Choose one of \['rtn'.*\]"):
+        pipeline.preset("tiny", CalibrationOptions(recipe="tfqm"))
