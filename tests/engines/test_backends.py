@@ -109,9 +109,9 @@ def test_a_product_of_two_activations_is_not_a_weight_layer(tmp_path, backend):
 def test_a_result_is_not_overwritten_by_the_next_call(tiny_onnx, feeds, backend):
     with open_engine(make(tiny_onnx("int8"), backend)) as engine:
         first = engine(feeds(2))["eps"]
-        kept = first.copy()
+        copy = first.copy()
         engine({"x": feeds(2)["x"] + 1, "t": feeds(2)["t"]})
-        np.testing.assert_array_equal(first, kept)
+        np.testing.assert_array_equal(first, copy)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -184,7 +184,7 @@ def test_a_config_that_makes_no_sense_is_refused(tiny_onnx, config, message):
 def test_a_failed_build_leaves_the_previous_engine_as_it_was(tiny_onnx, tmp_path):
     path = tmp_path / "unet.plan"
     config = EngineConfig(backend="openvino")
-    before = build(tiny_onnx("int8"), path, config, {"note": "kept"})
+    before = build(tiny_onnx("int8"), path, config, {"note": "the first"})
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(tiny_onnx("int8").read_bytes()[:-40])
     with pytest.raises(EngineError, match=r"broken\.onnx is not a valid ONNX model"):

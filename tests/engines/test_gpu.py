@@ -50,7 +50,7 @@ class _Device:
         self.memory: dict[int, _Memory] = {}
         self.capturing: list[Callable[[], None]] | None = None
         self.captures = self.launches = 0
-        self.kept: list[bytes] = []
+        self.loaded: list[bytes] = []
         self.refitted: list[bytes] = []
         self.cuda: Any = SimpleNamespace(
             init=lambda: None,
@@ -148,7 +148,7 @@ class _Engine:
             self.create_runtime_config = lambda: SimpleNamespace(
                 set_execution_context_allocation_strategy=lambda strategy: None,
                 create_runtime_cache=lambda: SimpleNamespace(
-                    deserialize=device.kept.append, serialize=lambda: b"compiled"
+                    deserialize=device.loaded.append, serialize=lambda: b"compiled"
                 ),
                 set_runtime_cache=lambda cache: None,
             )
@@ -190,8 +190,8 @@ class _Context:
                 kind, shape = np.int64 if "int64" in port.type else np.float32, shapes[port.name]
                 feeds[port.name] = np.frombuffer(memory[port.name], kind, int(np.prod(shape))).reshape(shape)
             names = [port.name for port in self._session.get_outputs()]
-            for name, found in zip(names, self._session.run(names, feeds), strict=True):
-                memory[name][: found.nbytes] = found.tobytes()
+            for name, output in zip(names, self._session.run(names, feeds), strict=True):
+                memory[name][: output.nbytes] = output.tobytes()
 
         self._device._put(work)
         return True
@@ -266,13 +266,13 @@ def test_a_stripped_engine_gets_the_weights_beside_it(device: _Device, file: Eng
 
 
 def test_kernels_compiled_once_are_kept_for_the_next_time(device: _Device, file: EngineFile) -> None:
-    kept = Path(f"{file.path}.kernels")
-    kept.unlink(missing_ok=True)
+    stored = Path(f"{file.path}.kernels")
+    stored.unlink(missing_ok=True)
     _open(device, file, caches=True).close()
-    assert (kept.read_bytes(), device.kept) == (b"compiled", [])
+    assert (stored.read_bytes(), device.loaded) == (b"compiled", [])
     _open(device, file, caches=True).close()
-    assert device.kept == [b"compiled"]
-    kept.unlink()
+    assert device.loaded == [b"compiled"]
+    stored.unlink()
 
 
 def test_the_kernels_for_the_gpu_are_what_their_source_says() -> None:

@@ -9,21 +9,21 @@ from engines.machine import CPU_FEATURES, PACKAGES, inspect_machine
 
 
 def test_packages_have_the_versions_that_are_installed() -> None:
-    found = inspect_machine().packages
-    assert set(found) == set(PACKAGES)
-    assert found["onnx"] == version("onnx")
-    assert (found["pycuda"] is None) == (importlib.util.find_spec("pycuda") is None)
+    packages = inspect_machine().packages
+    assert set(packages) == set(PACKAGES)
+    assert packages["onnx"] == version("onnx")
+    assert (packages["pycuda"] is None) == (importlib.util.find_spec("pycuda") is None)
 
 
 def test_features_are_those_that_the_kernel_lists() -> None:
-    info, found = Path("/proc/cpuinfo"), inspect_machine()
+    info, machine = Path("/proc/cpuinfo"), inspect_machine()
     if not info.exists():
-        assert found.features is None
+        assert machine.features is None
         return
     words = set(info.read_text().split())
-    assert found.features is not None
-    assert set(found.features) == words & CPU_FEATURES.keys()
-    assert found.processor in info.read_text()
+    assert machine.features is not None
+    assert set(machine.features) == words & CPU_FEATURES.keys()
+    assert machine.processor in info.read_text()
 
 
 def test_there_are_gpus_where_the_driver_lists_some() -> None:

@@ -46,9 +46,9 @@ def test_rounding_is_that_of_the_format() -> None:
     ],
 )
 def test_the_numbers_reach_as_far_as_the_integers(grid: Grid, reach: float) -> None:
-    found = grid.float8()
-    assert found.scale * 448 == pytest.approx(reach)
-    assert (found.zero, found.ratio) == ((0,), grid.ratio)
+    float8 = grid.float8()
+    assert float8.scale * 448 == pytest.approx(reach)
+    assert (float8.zero, float8.ratio) == ((0,), grid.ratio)
 
 
 @pytest.mark.parametrize("form", [{}, {"per_step": True}])

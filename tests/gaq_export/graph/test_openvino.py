@@ -51,19 +51,19 @@ def _both(network: nn.Module, x: Tensor) -> tuple[Counter[str], Counter[str], Te
     before = Counter(node.op_type for node in model.graph)
     after = Counter(node.op_type for node in rewrite_for_openvino(model).graph)
     t = torch.zeros(len(x), dtype=torch.int64)
-    found = session(ir.to_proto(model)).run(None, {"x": x.numpy(), "t": t.numpy()})[0]
+    computed = session(ir.to_proto(model)).run(None, {"x": x.numpy(), "t": t.numpy()})[0]
     with torch.no_grad():
-        return before, after, network(x, t), torch.from_numpy(found)
+        return before, after, network(x, t), torch.from_numpy(computed)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("x", [torch.randn(3, 1, 6, 6), torch.full((3, 1, 6, 6), 2.0), 100 + torch.randn(3, 1, 6, 6)])
 def test_norms(groups: int, x: Tensor) -> None:
     torch.manual_seed(0)
-    before, after, expected, found = _both(_Norms(groups), x)
+    before, after, expected, computed = _both(_Norms(groups), x)
     assert before["GroupNormalization"] == 2
     assert after["GroupNormalization"] == 0
-    assert torch.allclose(found, expected, rtol=1e-2, atol=2e-2 if x.mean() > 50 else 1e-4)
+    assert torch.allclose(computed, expected, rtol=1e-2, atol=2e-2 if x.mean() > 50 else 1e-4)
 
 
 class _Rows(nn.Module):
@@ -77,8 +77,8 @@ class _Rows(nn.Module):
 
 
 def test_what_only_looks_like_images_and_parts_is_left_alone() -> None:
-    *_, expected, found = _both(_Rows(), torch.randn(3, 1, 6, 6))
-    assert torch.equal(found, expected)
+    *_, expected, computed = _both(_Rows(), torch.randn(3, 1, 6, 6))
+    assert torch.equal(computed, expected)
 
 
 def test_attention_and_silu() -> None:
@@ -86,8 +86,8 @@ def test_attention_and_silu() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 1, 6, 6)
     x[0, 0, 0] = torch.tensor([-1e3, -100.0, -20.0, 20.0, 100.0, 1e3])
-    before, after, expected, found = _both(_Attention(), x)
+    before, after, expected, computed = _both(_Attention(), x)
     assert before["Sigmoid"] == 1
     assert after["Sigmoid"] == 0
     assert after["Exp"] == 1
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(computed, expected, rtol=1e-4, atol=1e-4)

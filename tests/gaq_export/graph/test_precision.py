@@ -46,9 +46,9 @@ def test_half_precision_predicts_the_noise_to_a_thousandth(kind: str, fresh, tin
     feeds = {"x": x.numpy()} | ({"t": t.numpy()} if kind == "eps" else {"step": np.array([1])})
     with torch.no_grad():
         expected = tiny_model.network(x, t)
-    found = torch.from_numpy(session(proto).run(["eps"], feeds)[0])
-    assert found.dtype == torch.float32
-    assert sqnr_db(expected, found) > 60
+    epsilon = torch.from_numpy(session(proto).run(["eps"], feeds)[0])
+    assert epsilon.dtype == torch.float32
+    assert sqnr_db(expected, epsilon) > 60
 
 
 def test_the_step_of_the_sampler_and_what_depends_on_t_alone_stay_float32(fresh) -> None:

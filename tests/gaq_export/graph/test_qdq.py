@@ -169,7 +169,7 @@ def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_un
     onnx.checker.check_model(proto, full_check=True)
     graph = Graph(proto)
     assert sorted({n.layer for n in graph.quantized()}) == sorted(plan.layers)
-    found = []
+    operands = []
     for n in graph.products():
         for value in n.input:
             q = graph.producer[graph.producer[value].input[0]]
@@ -177,15 +177,15 @@ def test_the_four_operands_inside_attention_are_rounded_and_the_probabilities_un
             scale = numpy_helper.to_array(graph.constants[q.input[1]])
             narrow = graph.op(q.input[0]) == "Clip"
             source = graph.producer[q.input[0]].input[0] if narrow else q.input[0]
-            found.append((graph.op(source), float(scale), zero.dtype, int(zero), narrow))
+            operands.append((graph.op(source), float(scale), zero.dtype, int(zero), narrow))
     signed = (np.dtype("uint8"), 128) if profile == "ort-cpu" else (np.dtype("int8"), 0)
-    wanted = []
+    expected = []
     for p in plan.products.values():
-        wanted += [("Mul", p.query.scale, *signed, True), ("Transpose", p.key.scale, *signed, True)]
-        wanted += [("Softmax", p.probability.scale, np.dtype("uint8"), 0, False)]
-        wanted += [("Transpose", p.value.scale, *signed, True)]
+        expected += [("Mul", p.query.scale, *signed, True), ("Transpose", p.key.scale, *signed, True)]
+        expected += [("Softmax", p.probability.scale, np.dtype("uint8"), 0, False)]
+        expected += [("Transpose", p.value.scale, *signed, True)]
     assert len(plan.products) == 4
-    assert sorted(map(str, found)) == sorted(map(str, wanted))
+    assert sorted(map(str, operands)) == sorted(map(str, expected))
 
 
 def test_tensorrt_takes_no_unsigned_codes_and_keeps_the_products_float(

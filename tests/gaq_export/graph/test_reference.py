@@ -63,16 +63,16 @@ def _check(model: LoadedModel, config: QuantConfig, t: Tensor, folder: Path) -> 
     x = torch.randn(len(t), *model.shape, generator=generator, dtype=torch.float64)
     graph = to_float64(onnx.load(path))
     _exact_biases(graph, model, plan)
-    found, embedding = _run(graph, x, t)
+    computed, embedding = _run(graph, x, t)
     expected = _fake_in_float64(model, plan, embedding)(x, t)
-    assert _relative(found, expected) <= 1e-9
+    assert _relative(computed, expected) <= 1e-9
     with torch.no_grad():
         unquantized = model.network(x.float(), t)
     assert _relative(unquantized, expected) > 1e-2  # the test would notice a graph that quantizes nothing
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
+def _relative(computed: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.norm(computed - expected) / torch.linalg.norm(expected))
 
 
 def _exact_biases(graph: onnx.ModelProto, model: LoadedModel, plan: QuantPlan) -> None:

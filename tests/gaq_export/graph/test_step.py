@@ -59,20 +59,20 @@ def test_a_step_graph_run_over_and_over_draws_what_the_loop_in_pytorch_draws(spe
     make_step(graph, model.schedule, spec)
     proto = ir.to_proto(graph)
     onnx.checker.check_model(proto, full_check=True)
-    found = _loop(session(proto), model.shape, spec.steps)
+    drawn = _loop(session(proto), model.shape, spec.steps)
     expected = loop.run(model.network, SEEDS, model.sampling(spec))
-    assert torch.linalg.norm(found - expected) <= 1e-5 * torch.linalg.norm(expected)
+    assert torch.linalg.norm(drawn - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
 def test_inputs_and_outputs_are_only_those_that_the_sampler_needs(bundled) -> None:
     model, fresh = bundled
-    found = {}
+    names = {}
     for spec in SPECS:
         made = fresh()
         make_step(made, model.schedule, spec)
         graph = made.graph
-        found[spec.name, spec.eta > 0] = [v.name for v in graph.inputs][2:], [v.name for v in graph.outputs][3:]
-    assert found == {
+        names[spec.name, spec.eta > 0] = [v.name for v in graph.inputs][2:], [v.name for v in graph.outputs][3:]
+    assert names == {
         ("ddim", False): ([], []),
         ("ddim", True): (["noise"], []),
         ("ddim-clipped", False): ([], []),

@@ -97,8 +97,8 @@ def test_weights_that_lie_beside_the_graph_give_the_same_tables(bundled, tmp_pat
     tables = []
     for made in (fresh(), ir.load(tmp_path / "float.onnx")):
         make_step(made, model.schedule, SamplerSpec(steps=7))
-        found = {name: v.const_value for name, v in made.graph.initializers.items() if name.startswith("temporal.")}
-        tables.append({name: value.numpy() for name, value in found.items() if value is not None})
+        values = {name: v.const_value for name, v in made.graph.initializers.items() if name.startswith("temporal.")}
+        tables.append({name: value.numpy() for name, value in values.items() if value is not None})
     assert tables[0].keys() == tables[1].keys()
     assert all(np.array_equal(table, tables[1][name]) for name, table in tables[0].items())
 
