@@ -28,7 +28,7 @@ from gaq_export.graph.files import save_onnx
 from gaq_export.graph.openvino import rewrite_for_openvino
 from gaq_export.graph.precision import compute_in
 from gaq_export.graph.profiles import find_profile
-from gaq_export.models.text_encoder import Run, TextEncoder
+from gaq_export.models.text_encoder import EncodeTokens, TextEncoder
 
 LATENTS, IMAGES, IDS = "latents", "images", "ids"
 TOLERANCE = Tolerance(floor_db=40.0, margin_db=6.0)
@@ -98,7 +98,7 @@ def check_text(encoder: TextEncoder, file: EngineFile) -> Parity:
     return _checked(_Flat(encoder), ids, _flat(outputs), file)
 
 
-def run_text(opened: Engine, file: EngineFile) -> Run:
+def run_text(opened: Engine, file: EngineFile) -> EncodeTokens:
     """Return an open engine of a text encoder as a function of ids (N, L), any N, for `text_encoder.encode`."""
 
     def run(ids: Tensor) -> list[Tensor]:

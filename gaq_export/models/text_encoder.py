@@ -47,7 +47,9 @@ CHUNK = 16  # prompts at a time
 # Fields of a config that say how it was saved and not what the encoder is.
 _NOT_OF_THE_MODEL = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
-Run = Callable[[Tensor], Sequence[Tensor]]  # ids (N, L) to states (N, L, D) and, of a last encoder of two, (N, P)
+EncodeTokens = Callable[
+    [Tensor], Sequence[Tensor]
+]  # ids (N, L) to states (N, L, D) and, of a last encoder of two, (N, P)
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class Texts:
     """
 
     tokenizers: "tuple[Tokenizer, ...]"
-    encoders: tuple[Run, ...]
+    encoders: tuple[EncodeTokens, ...]
     zeros: bool
     time_ids: Tensor | None
 
