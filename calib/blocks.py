@@ -103,14 +103,14 @@ def _mixed(value: Tensor, reference: Tensor, share: float, generator: torch.Gene
     return torch.where(torch.rand(value.shape, generator=generator) < share, reference, value)
 
 
-def find_blocks(found: Trace, quantized: Iterable[str]) -> tuple[list[Block], list[str]]:
+def find_blocks(traced: Trace, quantized: Iterable[str]) -> tuple[list[Block], list[str]]:
     """Return the blocks in network order, and the quantized layers that no block covers (called more than once)."""
-    wanted = set(quantized)
-    order = [layer.name for layer in found.layers if layer.name in wanted]
+    chosen = set(quantized)
+    order = [layer.name for layer in traced.layers if layer.name in chosen]
     blocks: dict[str, list[str]] = {}
     loose = []
     for layer in order:
-        owner = next((name for name in _outermost_first(layer) if _is_block(found, name, order)), None)
+        owner = next((name for name in _outermost_first(layer) if _is_block(traced, name, order)), None)
         if owner is None:
             loose.append(layer)
         else:
@@ -123,9 +123,9 @@ def _outermost_first(layer: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _is_block(found: Trace, name: str, order: list[str]) -> bool:
-    call = found.calls.get(name)
+def _is_block(traced: Trace, name: str, order: list[str]) -> bool:
+    call = traced.calls.get(name)
     inside = sum(layer == name or layer.startswith(name + ".") for layer in order)
-    attends = any(attention.rpartition(".")[0] == name for attention in found.attentions)
+    attends = any(attention.rpartition(".")[0] == name for attention in traced.attentions)
     most = IN_TRANSFORMER if attends else MAX_LAYERS
     return call is not None and call.plain and call.count == 1 and inside <= most

@@ -20,14 +20,14 @@ def layer_macs(
         model: called as (x, t), or (x, t, cond).
         shape: (C, H, W).
         timesteps: number of training timesteps.
-        cond: examples of what it is told, one row each at least.
+        cond: example conditions, at least one row each.
     """
-    found: dict[str, int] = {}
+    macs: dict[str, int] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def count(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             weight = module.get_parameter("weight")
-            found[name] = found.get(name, 0) + out.numel() * weight[0].numel()
+            macs[name] = macs.get(name, 0) + out.numel() * weight[0].numel()
 
         return count
 
@@ -39,7 +39,7 @@ def layer_macs(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return macs
 
 
 def bit_operations(macs: Mapping[str, int], plan: QuantPlan) -> int:
@@ -47,13 +47,14 @@ def bit_operations(macs: Mapping[str, int], plan: QuantPlan) -> int:
 
     Of a plan whose steps differ in activation bits it is their mean.
     """
-    total, own = 0.0, plan.step_bits
+    total = 0.0
+    step_bits = plan.step_bits
     for name, count in macs.items():
         layer = plan.layers.get(name)
         if layer is None:
             total += count * FLOAT_BITS**2
         else:
-            activation = layer.input.bits if own is None else sum(own.bits) / len(own.bits)
+            activation = layer.input.bits if step_bits is None else sum(step_bits.bits) / len(step_bits.bits)
             total += count * layer.weight_bits * activation
     return round(total)
 

@@ -1,7 +1,7 @@
 """The calibration set: what the float network saw, at every sampling step, for every image.
 
-`t` is a training timestep, `step` an index into the sampling steps; 0 is the noisiest. A network that is told what to
-draw is called with a third argument, `cond`: what it is told (a class, a text's states), by name, the batch first.
+`t` is a training timestep, `step` an index into the sampling steps; 0 is the noisiest. A conditional network is
+called with a third argument, `cond`: its conditions (class labels, a text's states) by name, the batch first.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ NO_CONDITION: Mapping[str, Tensor] = {}
 def example_inputs(
     count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NO_CONDITION
 ) -> tuple[Any, ...]:
-    """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first row of what it is told."""
+    """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first condition."""
     condition = {name: tensor[:1].repeat_interleave(count, 0) for name, tensor in cond.items()}
     x, times = torch.zeros(count, *shape), torch.full((count,), t)
     return (x, times, condition) if condition else (x, times)
@@ -38,8 +38,8 @@ class CalibrationSet:
         rows = {"x": self.x, "t": self.t, "step": self.step, **self.cond}
         sizes = {len(tensor) for tensor in rows.values()}
         if len(sizes) != 1 or 0 in sizes:
-            found = ", ".join(f"{len(tensor)} {name}" for name, tensor in rows.items())
-            raise CalibError(f"A calibration set needs as many of everything, at least one; found {found}.")
+            counts = ", ".join(f"{len(tensor)} {name}" for name, tensor in rows.items())
+            raise CalibError(f"A calibration set needs as many of everything, at least one; found {counts}.")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -50,7 +50,7 @@ class CalibrationSet:
         return CalibrationSet(x=self.x[index], t=self.t[index], step=self.step[index], cond=cond)
 
     def inputs(self, index: Tensor | slice = slice(None)) -> tuple[Any, ...]:
-        """Return what the network is called with for the samples at `index`: x, t, and cond if it is told anything."""
+        """Return what the network is called with for the samples at `index`: x, t, and cond if there is any."""
         cond = {name: tensor[index] for name, tensor in self.cond.items()}
         return (self.x[index], self.t[index], cond) if cond else (self.x[index], self.t[index])
 
@@ -73,8 +73,8 @@ class Split:
 def thin_steps(data: CalibrationSet, steps: int) -> CalibrationSet:
     """Keep the samples of every k-th sampling step, k chosen so that about `steps` remain (at least one)."""
     present = torch.unique(data.step)
-    kept = present[:: max(1, len(present) // steps)]
-    return data.take(torch.isin(data.step, kept).nonzero()[:, 0])
+    some = present[:: max(1, len(present) // steps)]
+    return data.take(torch.isin(data.step, some).nonzero()[:, 0])
 
 
 def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.Generator) -> Split:

@@ -88,11 +88,11 @@ def choose_block(candidates: Sequence[BlockResult], name: str | None) -> BlockRe
     """
     if name is None:
         return max(candidates, key=lambda b: -1.0 if b.loss_before is None else b.loss_before, default=None)
-    found = {b.name: b for b in candidates}
-    if name not in found:
-        hint = did_you_mean(name, list(found), cutoff=0) if found else " This plan has none to inspect alone."
-        raise CalibError(f"No block is called {name!r}; {len(found)} can be inspected.{hint}")
-    return found[name]
+    by_name = {b.name: b for b in candidates}
+    if name not in by_name:
+        hint = did_you_mean(name, list(by_name), cutoff=0) if by_name else " This plan has none to inspect alone."
+        raise CalibError(f"No block is called {name!r}; {len(by_name)} can be inspected.{hint}")
+    return by_name[name]
 
 
 def agreement(model: nn.Module, plan: QuantPlan, block: BlockResult, io: BlockIO, step: Tensor) -> Agreement:
@@ -111,13 +111,15 @@ def agreement(model: nn.Module, plan: QuantPlan, block: BlockResult, io: BlockIO
     steps, counts = torch.unique(step, return_counts=True)
     groups = [(step == s).nonzero()[:, 0] for s in steps]
     nearest = [affine.dequantize_weight(affine.quantize_weight(w.weight, w.scale, w.bits), w.scale) for w in layers]
-    kept = [affine.dequantize_weight(plan.layers[n].codes, w.scale) for n, w in zip(block.layers, layers, strict=True)]
+    learned = [
+        affine.dequantize_weight(plan.layers[n].codes, w.scale) for n, w in zip(block.layers, layers, strict=True)
+    ]
     return Agreement(
         block=block.name,
         steps=tuple(steps.tolist()),
         samples=int(counts.min()),
         before=_cosines(module, layers, nearest, io, groups),
-        after=_cosines(module, layers, kept, io, groups),
+        after=_cosines(module, layers, learned, io, groups),
     )
 
 

@@ -42,9 +42,9 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
     for name, layer in plan.layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or weight.shape != layer.codes.shape:
-            found = tuple(weight.shape) if weight is not None else "no such layer"
+            shape = tuple(weight.shape) if weight is not None else "no such layer"
             raise CalibError(
-                f"The plan's layer {name!r} is {tuple(layer.codes.shape)}, the model has {found}: "
+                f"The plan's layer {name!r} is {tuple(layer.codes.shape)}, the model has {shape}: "
                 "this plan belongs to another model."
             )
         codes = layer.codes.float().to(torch.float8_e4m3fn) if float8 else layer.codes
@@ -87,8 +87,10 @@ def _layer_rounder(
     bits = torch.tensor(plan.step_bits.bits)
 
     def rounded(x: Tensor) -> Tensor:
-        own = per_channel(bits[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
-        return sum((torch.where(own == width, rounds(x), 0.0) for width, rounds in by_width.items()), torch.zeros(()))
+        width_here = per_channel(bits[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
+        return sum(
+            (torch.where(width_here == width, rounds(x), 0.0) for width, rounds in by_width.items()), torch.zeros(())
+        )
 
     return rounded
 
@@ -117,7 +119,7 @@ def rounder(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool 
             return on_grid(x, shifts)
         rows, samples = x.shape[0], step[0].shape[0]  # not len(), which would fix them in an exported graph
         if rows != samples:
-            raise CalibError(f"{name!r} got {rows} rows for {samples} samples: it cannot tell their steps.")
+            raise CalibError(f"{name!r} got {rows} rows for {samples} samples: the steps of the rows are unknown.")
         ratio = per_channel(ratios[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
         shift = None if shifts is None else per_channel(shifts[step[0]], x.ndim)
         return on_grid(x / ratio, shift) * ratio

@@ -8,13 +8,13 @@ from calib.errors import CalibError
 from calib.trace import Layer, Trace
 
 
-def float_reasons(found: Trace, convention: Convention, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
+def float_reasons(traced: Trace, convention: Convention, keep_float: tuple[str, ...] = ()) -> dict[str, str]:
     """Return layer name -> why it stays float; layers not in it are quantized.
 
     Where the convention quantizes the products inside attention, the modules that keep them float are in it too.
 
     Args:
-        found: what `trace` saw.
+        traced: what `trace` saw.
         convention: which layers an engine, or a paper, keeps float.
         keep_float: shell patterns of further layer names.
 
@@ -22,36 +22,36 @@ def float_reasons(found: Trace, convention: Convention, keep_float: tuple[str, .
         CalibError: a pattern that matches no layer, or nothing left to quantize.
     """
     reasons: dict[str, str] = {}
-    for layer in found.layers:
+    for layer in traced.layers:
         if layer.calls == 0:
             reasons[layer.name] = "its weight is used without calling it as a module"
         elif not layer.quantizable:
             reasons[layer.name] = f"{layer.kind} has no quantized form here"
-    usable = tuple(layer for layer in found.layers if layer.name not in reasons)
+    usable = tuple(layer for layer in traced.layers if layer.name not in reasons)
     reasons |= CONVENTIONS[convention](usable)
-    names = [layer.name for layer in found.layers]
+    names = [layer.name for layer in traced.layers]
     if convention in WITH_PRODUCTS:
-        names += found.attentions
-        reasons |= {n: "attention with a mask or other options" for n, able in found.attentions.items() if not able}
+        names += traced.attentions
+        reasons |= {n: "attention with a mask or other options" for n, able in traced.attentions.items() if not able}
     for pattern in keep_float:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             raise CalibError(f"--keep-float {pattern!r} matches no layer; names look like {usable[0].name!r}.")
         reasons |= dict.fromkeys(matches, f"asked for by {pattern!r}")
-    if all(layer.name in reasons for layer in found.layers):
-        raise CalibError(f"Nothing left to quantize: all {len(found.layers)} layers stay float.")
+    if all(layer.name in reasons for layer in traced.layers):
+        raise CalibError(f"Nothing left to quantize: all {len(traced.layers)} layers stay float.")
     return reasons
 
 
-def quantized_products(found: Trace, convention: Convention, reasons: Mapping[str, str]) -> list[str]:
+def quantized_products(traced: Trace, convention: Convention, reasons: Mapping[str, str]) -> list[str]:
     """Return the modules whose products inside attention are quantized; `reasons` is what `float_reasons` gave."""
-    return [name for name in found.attentions if convention in WITH_PRODUCTS and name not in reasons]
+    return [name for name in traced.attentions if convention in WITH_PRODUCTS and name not in reasons]
 
 
-def require_batch_first(found: Trace, names: Iterable[str]) -> None:
-    """Raise CalibError if the first axis of a named layer's input is not the batch: it could not tell the steps."""
+def require_batch_first(traced: Trace, names: Iterable[str]) -> None:
+    """Raise CalibError if the first axis of a named layer's input is not the batch: its samples have no steps."""
     for name in names:
-        if not found.calls[name].plain:
+        if not traced.calls[name].plain:
             raise CalibError(
                 f"Layer {name!r} is called with an input whose first axis is not the batch, so it cannot have a range "
                 f"for each step: give up per-step ranges, or keep the layer float with --keep-float {name!r}."

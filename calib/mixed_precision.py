@@ -1,4 +1,4 @@
-"""Weight bits of each layer's own: few where they hardly matter, many or none where they do, within a budget.
+"""Weight bits chosen layer by layer: few where they hardly matter, many or none where they do, within a budget.
 
 How much a layer matters is measured: with that layer alone quantized, the error of the predicted noise,
 |eps_hat - eps|^2 / |eps|^2, averaged over sampling steps. Errors of single layers are taken to add up, and the best
@@ -58,7 +58,7 @@ def assign_bits(
         config: budget, choices of bits, activation bits.
         timesteps: number of training timesteps.
         clock: measures milliseconds, for a budget of those.
-        on_layer: told how many layers are measured, of how many.
+        on_layer: called with (done, total) layers measured.
 
     Raises:
         CalibError: not even the fewest bits keep to the budget, or nothing measures milliseconds.
@@ -91,22 +91,22 @@ def sensitivities(
     batches = [(0, index) for index in torch.split(torch.arange(len(data)), activation.batch)]
     seen = ranges.observe(model, layers, (), data, batches, activation, lambda done: None)
     exact = _predict(model, data, config.micro_batch)
-    found: dict[str, dict[int, float]] = {}
+    errors: dict[str, dict[int, float]] = {}
     for done, name in enumerate(layers, 1):
         grid = ranges.make_grid(seen[name, "input"], activation.bits, symmetric=activation.symmetric)
-        layer, found[name] = model.get_submodule(name), {}
+        layer, errors[name] = model.get_submodule(name), {}
         for bits in config.mixed.choices:
             if bits == FLOAT_BITS:
-                found[name][bits] = 0.0
+                errors[name][bits] = 0.0
                 continue
             with _quantized(layer, bits, config):
                 handle = round_input(layer, name, grid)
                 try:
-                    found[name][bits] = _error(_predict(model, data, config.micro_batch), exact, data.step)
+                    errors[name][bits] = _error(_predict(model, data, config.micro_batch), exact, data.step)
                 finally:
                     handle.remove()
         on_layer(done, len(layers))
-    return found
+    return errors
 
 
 def solve(
@@ -171,15 +171,15 @@ def _few(data: CalibrationSet, config: MixedConfig) -> CalibrationSet:
 def _quantized(layer: nn.Module, bits: int, config: QuantConfig) -> Iterator[None]:
     """Round the layer's weight to nearest while this is open."""
     weight = layer.get_parameter("weight")
-    kept = weight.detach().clone()
-    scale = affine.search_weight_scale(kept, bits, config.weight.norm, config.weight.candidates)
+    original = weight.detach().clone()
+    scale = affine.search_weight_scale(original, bits, config.weight.norm, config.weight.candidates)
     with torch.no_grad():
-        weight.copy_(affine.dequantize_weight(affine.quantize_weight(kept, scale, bits), scale))
+        weight.copy_(affine.dequantize_weight(affine.quantize_weight(original, scale, bits), scale))
     try:
         yield
     finally:
         with torch.no_grad():
-            weight.copy_(kept)
+            weight.copy_(original)
 
 
 def _predict(model: nn.Module, data: CalibrationSet, batch: int) -> Tensor:
@@ -187,8 +187,8 @@ def _predict(model: nn.Module, data: CalibrationSet, batch: int) -> Tensor:
         return torch.cat([model(*data.inputs(i)) for i in torch.split(torch.arange(len(data)), batch)])
 
 
-def _error(found: Tensor, exact: Tensor, step: Tensor) -> float:
-    """Return |found - exact|^2 / |exact|^2, of each step's samples together, averaged over the steps."""
-    signal, error = exact.double().square().flatten(1).sum(1), (found - exact).double().square().flatten(1).sum(1)
+def _error(predicted: Tensor, exact: Tensor, step: Tensor) -> float:
+    """Return |predicted - exact|^2 / |exact|^2, of each step's samples together, averaged over the steps."""
+    signal, error = exact.double().square().flatten(1).sum(1), (predicted - exact).double().square().flatten(1).sum(1)
     shares = [float(error[step == s].sum() / signal[step == s].sum()) for s in torch.unique(step)]
     return sum(shares) / len(shares)

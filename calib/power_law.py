@@ -1,8 +1,8 @@
 """Do the probabilities inside attention follow a power law? Then most are tiny, and powers of two suit them better.
 
 TCAQ-DM (arXiv 2412.16700), its distribution-aware quantizer: a power law and an alternative are fitted by maximum
-likelihood, and the sign of the log likelihood ratio decides. Its alternative is not told; an exponential is taken here,
-as Clauset et al. 2009 (arXiv 0706.1062) do for heavy tails, of the values x above a least one m, their mean:
+likelihood, and the sign of the log likelihood ratio decides. The paper does not name its alternative; an exponential
+is taken here, as Clauset et al. 2009 (arXiv 0706.1062) do for heavy tails, of the values x above their mean m:
 
     p(x) = (a - 1) / m (x / m)^-a,  a = 1 + 1 / mean ln(x / m)        q(x) = l exp(-l (x - m)),  l = 1 / (mean x - m)
 """

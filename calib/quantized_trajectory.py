@@ -1,8 +1,8 @@
 """Activation grids of each step, on what the quantized network itself draws (PCR, arXiv 2311.06322).
 
-Ranges are otherwise observed where the float network would be. The quantized one gets elsewhere, a little further at
-every step. Here its own trajectory is followed: at a step, with all earlier ones quantized, the ranges are observed,
-the step's grids are made of them, and the step is taken with those.
+Ranges are otherwise observed on images that the float network drew. The quantized network drifts away from those, a
+little further at every step. Here its own trajectory is followed: at each step, with all earlier ones quantized, the
+ranges are observed, the step's grids are made from them, and the step is taken with those grids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from calib.step_bits import at_bits
 
 
 class ObservingNetwork:
-    """A network to sample with that finds its own grids as it goes; `plan` has them once all steps are taken.
+    """A network to sample with that makes its grids as it goes; `plan` has them once all steps are taken.
 
     Args:
         model: the float network.
@@ -41,15 +41,15 @@ class ObservingNetwork:
         Args:
             x: (N, C, H, W), all of one step.
             t: (N,) its timestep.
-            cond: what the network is told, (N, ...) each.
+            cond: conditions by name, (N, ...) each.
         """
         plan, activation = self._plan, self._plan.config.activation
         data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t), cond=cond)
         batches = [(0, index) for index in torch.split(torch.arange(len(x)), activation.batch)]
-        found = ranges.observe(
+        observed = ranges.observe(
             self._network, list(plan.layers), list(plan.products), data, batches, activation, lambda done: None
         )
-        self._seen[int(t[0])] = {key: reach for key, (reach,) in found.items()}
+        self._seen[int(t[0])] = {key: reach for key, (reach,) in observed.items()}
         step = _with_grids(plan, {key: (reach,) for key, reach in self._seen[int(t[0])].items()}, activation)
         if plan.step_bits is not None and plan.timesteps is not None:
             step = at_bits(step, plan.step_bits.bits[int(ranges.nearest_step(plan.timesteps, t[:1]))])
@@ -57,7 +57,7 @@ class ObservingNetwork:
 
     @property
     def plan(self) -> QuantPlan:
-        """The plan with the grids found, one for each timestep that was met."""
+        """The plan with the grids of this trajectory, one for each timestep that was met."""
         met = sorted(self._seen)
         reaches = {key: tuple(self._seen[t][key] for t in met) for key in self._seen[met[0]]}
         plan = _with_grids(self._plan, reaches, self._plan.config.activation)
@@ -86,9 +86,9 @@ def _with_grids(
     plan: QuantPlan, reaches: Mapping[tuple[str, str], Sequence[Reach]], config: ActivationConfig
 ) -> QuantPlan:
     """Return the plan with grids over `reaches`, one for each of its steps."""
-    found = {name: ranges.make_grids(reaches[name, "input"], config) for name in plan.layers}
+    grids = {name: ranges.make_grids(reaches[name, "input"], config) for name in plan.layers}
     layers = {
-        name: replace(layer, input=found[name][0], narrower=found[name][1:]) for name, layer in plan.layers.items()
+        name: replace(layer, input=grids[name][0], narrower=grids[name][1:]) for name, layer in plan.layers.items()
     }
     products = {
         name: ProductQuant(

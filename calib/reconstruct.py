@@ -20,7 +20,7 @@ COMPARED_SAMPLES = 256  # samples, evenly spread over the steps, that nearest an
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """Mean block loss with nearest rounding and with the rounding that was kept, over at most JUDGED training samples.
+    """Mean block loss with nearest rounding and with the rounding that was kept, over at most COMPARED_SAMPLES.
 
     `rounding` is "adaround", or "nearest" where learning did not beat it, or where a layer belongs to no block, because
     it is called several times or nothing is to be reconstructed (its losses are None).
@@ -52,12 +52,12 @@ def layer_weights(
     module: nn.Module, block: Block, scales: Mapping[str, Tensor], bits: Mapping[str, int]
 ) -> list[LayerWeight]:
     """Return copies of the weights that `module` holds of `block`, in call order; scales and bits are by layer."""
-    found = []
+    weights = []
     for name in block.layers:
         key = block.key(name)
         weight = module.get_parameter(key).detach().clone()
-        found.append(LayerWeight(key=key, weight=weight, scale=scales[name], bits=bits[name]))
-    return found
+        weights.append(LayerWeight(key=key, weight=weight, scale=scales[name], bits=bits[name]))
+    return weights
 
 
 def output_loss(out: Tensor, target: Tensor) -> Tensor:
@@ -99,10 +99,10 @@ def fine_grained_loss(
         with torch.no_grad(), _outputs(reference, inner) as expected:
             args, kwargs = replace(io, inputs=io.reference).call()
             reference(*args, **kwargs)
-        with _outputs(block, inner) as found:
+        with _outputs(block, inner) as outputs:
             total = plain(logits, io)
         for name in inner:
-            total = total + weight * output_loss(found[name], expected[name])
+            total = total + weight * output_loss(outputs[name], expected[name])
         return total
 
     return loss

@@ -1,4 +1,4 @@
-"""Random numbers: a stream of its own for each purpose, so that what one draws never shifts another's numbers."""
+"""Random numbers: a generator for each purpose, so that what one draws never shifts another's numbers."""
 
 import hashlib
 

@@ -26,7 +26,7 @@ def replace_weight_by_codes(layer: nn.Module, codes: Tensor, scale: Tensor) -> N
     """Replace the weight of `layer`, in place, by `codes` (C, ...) on grids `scale` (C,), and not a copy of them.
 
     Args:
-        layer: its `weight` is a parameter; afterwards it is computed whenever it is asked for.
+        layer: its `weight` is a parameter; afterwards it is computed at each access.
         codes: int8, or float8 where those are rounded to be such numbers.
         scale: float32.
     """

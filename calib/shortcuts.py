@@ -87,12 +87,12 @@ class Flow(TorchFunctionMode):
 
     def shortcuts(self) -> frozenset[str]:
         """Return the names of all layers that are shortcuts."""
-        found = set[str]()
+        names = set[str]()
         for total in self._sums:
             for one, other in (total.sources, total.sources[::-1]):
                 terms = _pointwise_terms(one)
-                found |= {s.layer for s in terms if _leads_to(_behind_glue(s.sources[0]), other, around=terms)}
-        return frozenset(found)
+                names |= {s.layer for s in terms if _leads_to(_behind_glue(s.sources[0]), other, around=terms)}
+        return frozenset(names)
 
 
 def _is_pointwise(module: nn.Module) -> bool:

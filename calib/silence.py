@@ -1,4 +1,4 @@
-"""Silence for what libraries tell their own developers."""
+"""Silence for warnings that libraries write for their developers."""
 
 import logging
 import warnings

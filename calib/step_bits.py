@@ -1,4 +1,4 @@
-"""Activation bits of each sampling step's own: few where the noise that they bring does not show, many where it does.
+"""Activation bits chosen step by step: few where the noise that they bring does not show, many where it does.
 
 ratio     the fewest bits with SNR^Q_b(t) > SNR^F(t), or the most if none suffice (PTQD, arXiv 2305.10657, equations
           13 to 15), where SNR^Q_b(t) = |epsilon|^2 / |epsilon_hat - epsilon|^2 with b-bit activations, and SNR^F(t)
@@ -90,7 +90,7 @@ def at_bits(plan: QuantPlan, bits: int) -> QuantPlan:
         CalibError: it has no grids of that width.
     """
     if bits not in widths(plan):
-        raise CalibError(f"This plan has activation grids of {list(widths(plan))} bits; asked for {bits}.")
+        raise CalibError(f"This plan has activation grids of {list(widths(plan))} bits, and none of {bits}.")
     layers = {}
     for name, layer in plan.layers.items():
         grids = {grid.bits: grid for grid in (layer.input, *layer.narrower)}

@@ -59,15 +59,15 @@ def learn_step_grids(
         most = float(sizes.max())
         return Grid(scale=most, bits=bits, zero=(0,) * len(t), ratio=tuple((sizes / torch.tensor(most)).tolist()))
 
-    found: dict[str, tuple[Grid, ...]] = {}
+    grids: dict[str, tuple[Grid, ...]] = {}
     for names in layer_groups:
-        found |= dict.fromkeys(names, tuple(grid(names[0], bits) for bits in (config.bits, *config.narrower)))
-    return found
+        grids |= dict.fromkeys(names, tuple(grid(names[0], bits) for bits in (config.bits, *config.narrower)))
+    return grids
 
 
 def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet, seed: int) -> dict[str, Tensor]:
     """Return VALUES values of every layer's input at every step, by rising timestep, (S, VALUES)."""
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    values: dict[str, list[Tensor]] = {name: [] for name in layers}
     seen: dict[str, Tensor] = {}
     drawn = generator_for(seed, "values")
 
@@ -86,11 +86,11 @@ def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet,
             with torch.no_grad():
                 model(*data.inputs(index))
             for name in layers:
-                found[name].append(seen[name][torch.randint(len(seen[name]), (VALUES,), generator=drawn)])
+                values[name].append(seen[name][torch.randint(len(seen[name]), (VALUES,), generator=drawn)])
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.stack(values) for name, values in found.items()}
+    return {name: torch.stack(parts) for name, parts in values.items()}
 
 
 def scales_by_network(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Rewrites of the float network that leave what it computes but give quantizers better work.
 
-A convolution of a concatenation becomes two whose outputs are added, each with grids of its own: the parts of a skip
+A convolution of a concatenation becomes two whose outputs are added, each with its own grids: the parts of a skip
 connection have very different ranges (Q-Diffusion, arXiv 2302.04304, section 3.2.2). And a convolution's input channels
 are brought to like ranges by factors r that its weights take over (TCAQ-DM, arXiv 2412.16700), one r for all steps:
 
@@ -81,7 +81,7 @@ def plan_surgery(model: nn.Module, data: CalibrationSet, config: SurgeryConfig) 
     Args:
         model: the float network.
         data: what it saw at each sampling step.
-        config: which rewrites are wanted.
+        config: which rewrites to look for.
     """
     splits = find_concatenations(model, data) if config.split else {}
     factors = (
@@ -93,7 +93,7 @@ def plan_surgery(model: nn.Module, data: CalibrationSet, config: SurgeryConfig) 
 def find_concatenations(model: nn.Module, data: CalibrationSet) -> dict[str, int]:
     """Return the convolutions that read a concatenation of two images, and the channels of the first."""
     joined: dict[int, tuple[Tensor, int]] = {}
-    found: dict[str, int] = {}
+    first_channels: dict[str, int] = {}
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,13 +101,13 @@ def find_concatenations(model: nn.Module, data: CalibrationSet) -> dict[str, int
             if func is torch.cat and len(args[0]) == 2 and out.ndim == 4:
                 channels = args[0][0].shape[1]
                 if channels < out.shape[1]:  # joined along this axis
-                    joined[id(out)] = (out, channels)  # kept, so that its id stays its own
+                    joined[id(out)] = (out, channels)  # held, so that no later tensor gets its id
             return out
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if id(args[0]) in joined:
-                found[name] = joined[id(args[0])][1]
+                first_channels[name] = joined[id(args[0])][1]
 
         return look
 
@@ -118,7 +118,7 @@ def find_concatenations(model: nn.Module, data: CalibrationSet) -> dict[str, int
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return first_channels
 
 
 def channel_factors(model: nn.Module, data: CalibrationSet, config: SurgeryConfig) -> dict[str, Tensor]:

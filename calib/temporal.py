@@ -1,15 +1,15 @@
 """The temporal information block: all quantized layers that the timestep alone decides, reconstructed as one.
 
 TFMQ-DM (Huang et al., CVPR 2024, arXiv 2311.16503) learns the rounding of a U-Net's time-embedding layer and of every
-embedding projection together, before all other blocks and apart from them, so that what the network is told about the
-step stays true:
+embedding projection together, before all other blocks and apart from them, so that the network's sense of the step
+stays true:
 
     loss(t) = sum_i || g_i(h(t)) - g_hat_i(h_hat(t)) ||^2
 
     h    time embedding     g_i  embedding projection i     _hat  with quantized weights
 
 These layers lie all over the network and are no module of it, so they are cut out of the graph that `torch.export`
-sees, as a module of their own: `t` in, the outputs of the last of them, side by side, out.
+sees, as a separate module: `t` in, the outputs of the last of them, side by side, out.
 """
 
 import copy
@@ -35,7 +35,7 @@ _Calls = dict[fx.Node, tuple[str, str]]  # the nodes of layers: layer name, and 
 
 def find_block(
     model: nn.Module,
-    found: Trace,
+    traced: Trace,
     quantized: Collection[str],
     shape: tuple[int, ...],
     cond: Mapping[str, Tensor] = NO_CONDITION,
@@ -47,21 +47,21 @@ def find_block(
 
     Args:
         model: the float network.
-        found: what `trace` saw of it.
+        traced: what `trace` saw of it.
         quantized: layer names.
         shape: (C, H, W).
-        cond: examples of what the network is told.
+        cond: example conditions.
 
     Raises:
-        CalibError: torch cannot export the network, or the layers cannot be found in what it exports.
+        CalibError: torch cannot export the network, or the layers cannot be traced in what it exports.
     """
-    by_step = {layer.name for layer in found.layers if layer.by_step}
-    wanted = by_step & set(quantized)
-    if not wanted:
+    by_step = {layer.name for layer in traced.layers if layer.by_step}
+    targets = by_step & set(quantized)
+    if not targets:
         return []
     try:
         whole = _export(model, example_inputs(PROBE_BATCH, shape, 0, cond))
-        last, names = _outputs(whole, by_step, wanted)
+        last, names = _outputs(whole, by_step, targets)
         if not last:
             return []
         module = _cut(whole, last)
@@ -72,7 +72,7 @@ def find_block(
             f"torch.export cannot take the layers that depend on the step alone out of this network: "
             f"{reason[0].rstrip('.') if reason else repr(error)}. Use --convention deploy, which keeps them float."
         ) from error
-    layers = tuple(layer.name for layer in found.layers if layer.name in names)
+    layers = tuple(layer.name for layer in traced.layers if layer.name in names)
     return [Block(name=NAME, layers=layers, module=module)]
 
 
@@ -94,26 +94,26 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     return whole
 
 
-def _outputs(whole: fx.GraphModule, by_step: set[str], wanted: set[str]) -> tuple[list[fx.Node], set[str]]:
-    """Return the outputs through which `wanted` layers act on the rest of the network, and the layers that do.
+def _outputs(whole: fx.GraphModule, by_step: set[str], targets: set[str]) -> tuple[list[fx.Node], set[str]]:
+    """Return the outputs through which `targets` layers act on the rest of the network, and the layers that do.
 
     A layer whose input not even the step decides (constant positions, say) is not among them.
 
     Args:
         whole: the network.
         by_step: its layers whose input does not depend on x.
-        wanted: those of them that are quantized.
+        targets: those of them that are quantized.
     """
     t = _placeholders(whole)[1]
     calls = {node: call for node in whole.graph.nodes if (call := _call(node, by_step))}
-    missing = wanted - {name for name, _ in calls.values()}
+    missing = targets - {name for name, _ in calls.values()}
     if missing:
         raise CalibError(f"its exported graph does not show {sorted(missing)}")
     last: list[fx.Node] = []
     names: set[str] = set()
     for node in calls:
         before = _ancestors([node])
-        inside = wanted & {calls[n][0] for n in before if n in calls}
+        inside = targets & {calls[n][0] for n in before if n in calls}
         if inside and t in before and _is_last(node, calls):
             last.append(node)
             names |= inside
@@ -140,7 +140,7 @@ def _cut(whole: fx.GraphModule, last: Sequence[fx.Node]) -> fx.GraphModule:
 
 
 def _placeholders(whole: fx.GraphModule) -> list[fx.Node]:
-    """Return x, t and what else the network is told."""
+    """Return x, t and the conditions."""
     return [node for node in whole.graph.nodes if node.op == "placeholder"]
 
 

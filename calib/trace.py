@@ -89,7 +89,7 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mappin
         model: the network.
         shape: (C, H, W).
         timesteps: number of training timesteps.
-        cond: examples of what it is told; probed with noise, or where it is of integers with 0 and 1.
+        cond: example conditions; probed with noise, and those of integers with 0 and 1.
 
     Raises:
         CalibError: the output is not one tensor of the input's shape.
@@ -181,8 +181,8 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], 
         for handle in handles:
             handle.remove()
     if not isinstance(out, Tensor) or out.shape != x.shape:
-        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise CalibError(f"The network must return one tensor of its input's shape {tuple(x.shape)}; found {found}.")
+        returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise CalibError(f"The network must return one tensor of its input's shape {tuple(x.shape)}; found {returned}.")
     return order, attentions
 
 
@@ -192,14 +192,14 @@ def _digest(x: Tensor) -> bytes:
     return sha.digest()
 
 
-def group_by_input(found: Trace, names: Iterable[str]) -> list[tuple[str, ...]]:
+def group_by_input(traced: Trace, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Group layers that read the same tensor, as q, k and v of one attention do; both orders are those of the calls.
 
     A layer that is called several times is alone.
     """
-    wanted = set(names)
+    chosen = set(names)
     groups: dict[object, list[str]] = {}
-    for name in (layer.name for layer in found.layers if layer.name in wanted):
-        call = found.calls[name]
+    for name in (layer.name for layer in traced.layers if layer.name in chosen):
+        call = traced.calls[name]
         groups.setdefault(call.digest if call.count == 1 else name, []).append(name)
     return [tuple(group) for group in groups.values()]

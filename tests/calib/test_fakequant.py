@@ -86,5 +86,5 @@ def test_a_layer_that_cannot_tell_the_samples_apart_has_no_range_for_each_step()
         calibrate(Wide(mixed=True), data, PER_STEP, timesteps=50)
     shared = replace(PER_STEP, activation=ActivationConfig())
     assert set(calibrate(Wide(mixed=True), data, shared, timesteps=50).layers) == {"middle"}
-    with pytest.raises(CalibError, match=r"'middle' got 4 rows for 8 samples: it cannot tell their steps"):
+    with pytest.raises(CalibError, match=r"'middle' got 4 rows for 8 samples: the steps of the rows are unknown"):
         fake_quantized(Wide(mixed=True), plan_by_hand())(x, data.t)

@@ -94,7 +94,7 @@ def test_it_is_kept_with_the_plan(plan: QuantPlan, tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_together_is_refused(plan: QuantPlan) -> None:
-    with pytest.raises(CalibError, match=r"grids of \[8, 4\] bits; asked for 6"):
+    with pytest.raises(CalibError, match=r"grids of \[8, 4\] bits, and none of 6"):
         step_bits.at_bits(plan, 6)
     with pytest.raises(CalibError, match=r"Found \[8\] as activation bits beside 8; choose 2 to fewer"):
         QuantConfig(activation=ActivationConfig(bits=8, narrower=(8,)))
