@@ -48,7 +48,7 @@ class GraphOptions:
 
     @property
     def kind(self) -> str:
-        """What tells the graph from others of the same plan and profile in its file's name."""
+        """The part of its file's name by which the graph differs from others of the same plan and profile."""
         return self.graph + (".rows" if self.rows else "") + ("" if self.abits is None else f".a{self.abits}")
 
 

@@ -90,17 +90,16 @@ class Conditioning:
 
         Raises:
             CalibError: the file is missing or damaged.
-            GaqError: the file is not the one that the record was written with.
+            GaqError: the record is incomplete, or the file is not the one that it was written with.
         """
-        if record["file"] is None:
-            tables = {table: {n: torch.tensor(row) for n, row in record[table].items()} for table in TABLES}
-        else:
-            _, tensors = read_safetensors(folder / record["file"])
-            tables = {table: {} for table in TABLES}
-            for name, row in tensors.items():
-                table, _, key = name.partition("/")
-                tables[table][key] = row
-        read = cls(names=tuple(record["names"]), guidance=record["guidance"], **tables)
+        try:
+            if record["file"] is None:
+                tables = {table: {n: torch.tensor(row) for n, row in record[table].items()} for table in TABLES}
+            else:
+                tables = _read_tables(folder / record["file"])
+            read = cls(names=tuple(record["names"]), guidance=record["guidance"], **tables)
+        except (KeyError, TypeError, ValueError) as error:
+            raise GaqError(f"The record of the conditioning is incomplete ({error!r}): calibrate again.") from error
         if read.file != record["file"]:
             raise GaqError(f"{folder / record['file']} was altered since it was written: calibrate and build again.")
         return read
@@ -138,6 +137,15 @@ class Conditioning:
     def scale(self) -> Tensor:
         """The guidance, (1,) float32."""
         return torch.tensor([self.guidance], dtype=torch.float32)
+
+
+def _read_tables(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the tables that `Conditioning.save` wrote, by table and input; raise CalibError if they are damaged."""
+    tables: dict[str, dict[str, Tensor]] = {table: {} for table in TABLES}
+    for name, row in read_safetensors(path)[1].items():
+        table, _, key = name.partition("/")
+        tables[table][key] = row
+    return tables
 
 
 def class_conditioning(

@@ -75,6 +75,14 @@ def test_an_images_condition_depends_on_its_seed() -> None:
         Conditioning(names=("a", "b"), rows={"class_labels": torch.zeros(3)}, unconditional={})
 
 
+def test_an_incomplete_record_is_refused(tmp_path: Path) -> None:
+    record = class_conditioning((1, 2), unconditional=10).to_json()
+    assert Conditioning.from_json(record, tmp_path).names == ("1", "2")
+    del record["unconditional"]
+    with pytest.raises(GaqError, match=r"incomplete \(KeyError\('unconditional'\)\): calibrate again"):
+        Conditioning.from_json(record, tmp_path)
+
+
 def test_guidance_leads_away_from_the_unconditional_noise() -> None:
     model = made("classes", None)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([40, 40])
