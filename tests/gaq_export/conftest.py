@@ -25,6 +25,7 @@ from gaq_export.graph.export import export_float
 from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.quantize import latency
+from tests.gaq_export.folders import write_latent_pipelines, write_text_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -146,3 +147,16 @@ def tiny_plan(tiny_model: LoadedModel, quick_plan: Callable[..., QuantPlan]) -> 
         return kept(wbits, abits, per_step, symmetric, convention)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def latent_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A pipeline folder with each kind of decoder, see `folders.write_latent_pipelines`."""
+    return write_latent_pipelines(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
+def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """Return what writes a pipeline folder of one text encoder, or of two, once each."""
+    pytest.importorskip("transformers", reason="no transformers: pip install 'gaq-export[text]'")
+    return functools.cache(lambda pair: write_text_pipeline(tmp_path_factory.mktemp("pipeline"), pair=pair))
