@@ -5,13 +5,10 @@ settings that the files depend on, and a journal with an entry for each command 
 """
 
 import json
-import os
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,41 +155,6 @@ def read_record(run: Run) -> RunRecord:
     if record is None or "images" not in record.settings:
         raise GaqError(f"No record of a calibration in {run.folder}: run `gaq-export calibrate` first.")
     return record
-
-
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, from where a rename puts finished files in place, all or none.
-
-    Raises:
-        GaqError: the folder around `out` cannot be made or written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
-    except OSError as error:
-        raise GaqError(f"Cannot write to {out.parent}: {error.strerror}. Choose a folder you may write to.") from error
-    with folder as name:
-        yield Path(name)
-
-
-def check_replaceable(out: Path, mark: str) -> None:
-    """Raise GaqError if writing to `out` would replace something else than this command writes.
-
-    Args:
-        out: folder to write; it may be new or empty.
-        mark: name of a file that is in every folder of this kind.
-    """
-    is_empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not (out / mark).is_file() and not is_empty:
-        raise GaqError(f"{out} is there and has no {mark}: choose a folder that is new, empty, or of this kind.")
-
-
-def replace_folder(finished: Path, out: Path) -> None:
-    """Put a finished folder in the place of `out`; it lies in a `staging` folder, which then holds the old one."""
-    if out.exists():
-        os.replace(out, finished.with_name(f"{finished.name}.old"))
-    os.replace(finished, out)
 
 
 def _read(run: Run) -> RunRecord | None:

@@ -84,13 +84,13 @@ def pull(
 ) -> None:
     """Download a pack from the Hugging Face hub and check that it is complete."""
     with one_line_errors():
-        from gaq_export import run as runs
+        from gaq_export import folders
         from gaq_export.models import hub
         from gaq_export.sharing.pack import MARK, read_pack
 
         folder = out or Path(repo.rpartition("/")[2])
         if not (folder / ".cache").is_dir():  # where the hub's client keeps an unfinished download
-            runs.check_replaceable(folder, MARK)
+            folders.check_replaceable(folder, MARK)
         hub.download(repo, folder, revision)
         read_pack(folder)
         typer.echo(f"{folder}; next: gaq-export build-engine --weights {folder}")

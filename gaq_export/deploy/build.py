@@ -16,6 +16,7 @@ from calib.ranges import nearest_step
 from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
 from engines.files import data_path
+from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy import parity, submodels, verify
 from gaq_export.deploy.onnx_artifact import GraphOptions, correction_for, write_graph
@@ -148,7 +149,7 @@ def build(
     not_run = job.backend.can_run()
     on_begin("collecting inputs for the check")
     data = None if not_run else verify.samples(job.model, job.sampler, job.plan, job.run, job.config)
-    with runs.staging(out) as staged:
+    with folders.staging(out) as staged:
         if job.model.conditioning is not None:
             job.model.conditioning.save(staged)
         on_begin("building the decoder and the text encoders")
@@ -275,7 +276,7 @@ def build_float(
     make_step(network, model.schedule, spec, guided=model.conditioning is not None and model.conditioning.guided)
     if find_profile(engines.find_backend(config.backend).profile).openvino_forms:
         rewrite_for_openvino(network)
-    with runs.staging(out) as staged:
+    with folders.staging(out) as staged:
         if model.conditioning is not None:
             model.conditioning.save(staged)
         decoder = build_decoder(model, staged / out.name, config, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan
+from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.models.loader import LoadedModel
@@ -61,7 +62,7 @@ def examine(
         on_step: as for `inspect`.
     """
     record = runs.read_record(run)
-    with runs.staging(beside) as staged:
+    with folders.staging(beside) as staged:
         # The run folder has these trajectories already, unless someone deleted them.
         data = collect(
             model,

@@ -27,6 +27,7 @@ from huggingface_hub import ModelCard
 import engines
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
+from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy.onnx_artifact import export_onnx
 from gaq_export.errors import GaqError
@@ -94,14 +95,14 @@ def write_pack(
     plan = load_plan(run.plan)
     model = find_model(provenance_of(plan), model, run.folder)
     out = out or run.folder / FOLDER
-    runs.check_replaceable(out, MARK)
+    folders.check_replaceable(out, MARK)
     whole = options.whole or not model.source.public
     if whole and (model.source == MODULE or type(model.module) not in ARCHITECTURES):
         raise GaqError(f"{model.spec.name!r} is a module of your own, which nobody else could load: it is not packed.")
     evaluation = _evaluation(run, options.evaluation)  # before anything is written, since it may raise
     home = _home(model.source)
     terms = _terms(home, model.source) if options.licence is None else {"license": options.licence}
-    with runs.staging(out) as staged:
+    with folders.staging(out) as staged:
         folder = staged / FOLDER
         _write_files(folder, run, plan, model, options.profile, whole=whole)
         for paper in _papers(home):
@@ -115,7 +116,7 @@ def write_pack(
         write_atomically(folder / CARD, model_card.render(content).encode())
         _write_record(folder, settings, str(PACK if whole else model.source))
         size = sum((folder / name).stat().st_size for name in _files(folder))
-        runs.replace_folder(folder, out)
+        folders.replace_folder(folder, out)
     runs.add_entry(run, "pack", folder=os.path.relpath(out, run.folder), bytes=size, whole=whole)
     return Pack(folder=out, size_bytes=size, whole=whole, licence=terms.get("license"))
 
@@ -181,7 +182,7 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
     runs.claim(run, settings | {"model": {**settings["model"], "source": source}})
     if (conditioning := load_conditioning(provenance_of(plan), folder)) is not None:
         conditioning.save(run.folder)
-    with runs.staging(run.plan) as staged:
+    with folders.staging(run.plan) as staged:
         save_plan(plan, staged / run.plan.name)
         readable = run.plan.with_suffix(".json").name
         if run.plan.exists() and run.plan.read_bytes() != (staged / run.plan.name).read_bytes():

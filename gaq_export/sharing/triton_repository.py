@@ -23,7 +23,7 @@ from calib.plan import load_plan
 from calib.step_bits import widths
 from engines import EngineConfig, EngineFile, TensorSpec, philox
 from engines.files import data_path
-from gaq_export import run as runs
+from gaq_export import folders
 from gaq_export.deploy.build import BuildOptions, Built, build
 from gaq_export.deploy.record import TextEncoders, record_of
 from gaq_export.diffusion.conditioning import LABELS, Conditioning
@@ -91,7 +91,7 @@ def write(
     run, out = Run(folder=Path(folder)), Path(out)
     if options.backend not in SERVERS:
         raise GaqError(f"A Triton server has no backend for {options.backend!r}. Choose one of {list(SERVERS)}.")
-    runs.check_replaceable(out, MARK)
+    folders.check_replaceable(out, MARK)
     plan = load_plan(run.plan)
     if len(widths(plan)) > 1:
         raise GaqError(
@@ -100,7 +100,7 @@ def write(
     conditioning = load_conditioning(provenance_of(plan), run.folder)
     most = options.largest_batch
     config = EngineConfig(backend=options.backend, batch=(1, min(4, most), most))
-    with runs.staging(out) as staged:
+    with folders.staging(out) as staged:
         engine, repository = staged / "engine" / SERVERS[options.backend].file, staged / "repository"
         engine.parent.mkdir()
         # With rows, the images of a batch may be at different steps, so that the batcher may mix clients.
@@ -110,7 +110,7 @@ def write(
         write_atomically(repository / MARK, client_text().encode())
         write_atomically(repository / "philox.py", inspect.getsource(philox).encode())
         write_atomically(repository / "README.md", _readme(built).encode())
-        runs.replace_folder(repository, out)
+        folders.replace_folder(repository, out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The run folder: its record, the refusal to mix two runs, and writing that replaces everything or nothing."""
+"""The run folder: its record and the refusal to mix two runs."""
 
 import json
 import sys
@@ -11,13 +11,10 @@ from gaq_export.errors import GaqError
 from gaq_export.run import (
     Run,
     add_entry,
-    check_replaceable,
     claim,
     command_and_versions,
     peak_memory_mib,
     read_record,
-    replace_folder,
-    staging,
 )
 
 SETTINGS = {"images": 4, "model": "tiny"}
@@ -107,46 +104,3 @@ def test_only_our_own_command_line_is_recorded(
 def test_peak_memory_is_that_of_this_process() -> None:
     peak = peak_memory_mib()
     assert peak is None or 50 < peak < 1 << 20
-
-
-def test_a_staged_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    with staging(out) as staged:
-        finished = staged / "finished"
-        finished.mkdir()
-        (finished / "new").touch()
-        replace_folder(finished, out)
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def fail_while_staging(out: Path) -> None:
-    with staging(out) as staged:
-        (staged / "half").touch()
-        raise ZeroDivisionError
-
-
-def test_a_failure_while_staging_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        fail_while_staging(tmp_path / "deep" / "out")
-    assert list((tmp_path / "deep").iterdir()) == []
-
-
-def test_staging_beside_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(GaqError, match=r"Cannot write to .*file: .*Choose a folder you may write to"):
-        fail_while_staging(tmp_path / "file" / "out")
-
-
-def test_only_a_folder_of_the_same_kind_may_be_replaced(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    check_replaceable(out, "pack.json")
-    out.mkdir()
-    check_replaceable(out, "pack.json")
-    (out / "thesis.tex").touch()
-    with pytest.raises(GaqError, match=r"out is there and has no pack\.json"):
-        check_replaceable(out, "pack.json")
-    (out / "pack.json").touch()
-    check_replaceable(out, "pack.json")
