@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 
 import gaq_export
+from gaq_export.cli import choices
 from gaq_export.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +169,17 @@ def test_python_on_a_page_uses_what_there_is(page: str) -> None:
                 assert {alias.name for alias in node.names} <= known
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "gaq":
                 assert node.attr in gaq_export.__all__
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("docs/guide/build.md", (*choices.SAMPLERS.names, *choices.SPACINGS.names, *choices.BACKENDS.names)),
+        ("docs/guide/choose-a-recipe.md", tuple(gaq_export.RECIPES)),
+    ],
+)
+def test_the_guide_has_every_name_of_a_table(page: str, names: tuple[str, ...]) -> None:
+    assert [name for name in names if f"`{name}`" not in _prose(page)] == []
 
 
 def test_the_python_page_has_all_of_the_public_face() -> None:
