@@ -20,6 +20,7 @@ from calib.choices import OmegaRule, RangeRule, RoundingStart
 from calib.config import QuantConfig
 from command import command_line, one_line_errors, write_markdown
 from gaq_export.comparison import curves, runner, tables
+from gaq_export.comparison.curves import Curves
 from gaq_export.comparison.results import Table, table_at
 from gaq_export.comparison.spec import Comparison, Row, adjusted_preset, parse_bits, parse_seeds
 from gaq_export.comparison.tables import Column
@@ -155,7 +156,8 @@ def columns(comparison: Comparison) -> list[Column]:
 def _figure(comparison: Comparison, out: Path, setting: str, table: Table) -> str:
     path = out.with_suffix(".svg")
     visited = timesteps(comparison.model.spec.sampler, comparison.model.schedule.num_train).tolist()
-    curves.draw(path, f"{comparison.model.spec.name} {setting}", table, visited, omitted=(RTN,))
+    title = f"{comparison.model.spec.name} {setting}"
+    curves.draw(path, Curves(title=title, table=table, timesteps=visited, omitted=(RTN,)))
     return path.name
 
 

@@ -135,7 +135,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)
-    globals()[name] = value  # so that this function is asked once for each name
+    globals()[name] = value  # so that this function runs once for each name
     return value
 
 
@@ -147,9 +147,10 @@ def _check_packages() -> None:
     """Raise ImportError if Python finds another `calib` or `engines` than those installed beside this package."""
     parent = Path(__file__).resolve().parent.parent
     for package in ("calib", "engines"):
-        spec = find_spec(package)
+        spec = find_spec(package)  # does not import it, so no stray file is run
         expected = parent / package / "__init__.py"
         actual = spec.origin if spec is not None else None
+        # A folder without __init__.py is a namespace package, whose origin is None.
         if actual is None or Path(actual).resolve() != expected:
             raise ImportError(
                 f"gaq_export needs its own package {package!r} at {expected}, but Python finds {actual or 'none'}. "

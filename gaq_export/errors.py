@@ -17,7 +17,7 @@ def unknown(what: str, name: object, choices: Iterable[str], hint: str = "") -> 
         choices: the names that exist, in the order in which to list them.
         hint: another sentence for the end of the message.
     """
-    choices = [str(choice) for choice in choices]
+    choices = [str(choice) for choice in choices]  # members of an enumeration would be listed with their class
     sentences = [f"Unknown {what} {name!r}."]
     sentences += [f"Did you mean {near!r}?" for near in get_close_matches(str(name), choices, n=1)]
     sentences.append(f"Choose one of {choices}.")
@@ -32,7 +32,7 @@ def one_line(error: BaseException) -> str:
 def user_errors() -> tuple[type[Exception], ...]:
     """Return the error classes that a command prints in one line instead of a traceback.
 
-    A function and not a constant: importing `calib` loads torch, which `--help` must not wait for. Call it when a
+    A function and not a constant: importing `engines` loads onnx, which `--help` must not wait for. Call it when a
     command has already failed.
     """
     from calib.errors import CalibError

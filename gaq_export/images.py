@@ -35,7 +35,7 @@ def to_uint8(images: torch.Tensor) -> npt.NDArray[np.uint8]:
         (..., H, W, C), 0 to 255.
 
     Raises:
-        GaqError: If there are other than one or three channels, or a value is not finite.
+        GaqError: there are other than one or three channels, or a value is not finite.
     """
     if images.dim() < 3 or images.shape[-3] not in (1, 3):
         raise GaqError(f"An image needs 1 or 3 channels, (C, H, W); found shape {tuple(images.shape)}.")
@@ -55,12 +55,12 @@ def save_png(path: Path, image: torch.Tensor, metadata: Mapping[str, Any]) -> No
     """Write one image as a PNG that carries how it was made.
 
     Args:
-        path: File to write; it appears whole or not at all.
+        path: file to write; it appears whole or not at all.
         image: (C, H, W) in [-1, 1].
         metadata: how it was made; written as JSON to the text chunk "gaq-export".
 
     Raises:
-        GaqError: If the image cannot be converted, see `to_uint8`.
+        GaqError: the image cannot be converted, see `to_uint8`.
     """
     _write(path, _to_pil(to_uint8(image)), metadata)
 
@@ -69,7 +69,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata that `save_png` wrote beside the pixels.
 
     Raises:
-        GaqError: If the file cannot be read as an image, or was not written by this tool.
+        GaqError: the file cannot be read as an image, or was not written by this tool.
     """
     try:
         with Image.open(path) as picture:
@@ -91,13 +91,13 @@ def save_grid(
     """Write labelled rows of images as one PNG, small images enlarged to whole multiples.
 
     Args:
-        path: File to write; it appears whole or not at all.
-        rows: Label and images (N, C, H, W) of each row; all images of one size, rows may differ in length.
-        metadata: How they were made, as for `save_png`.
-        titles: Titles of the columns, cut to their width.
+        path: file to write; it appears whole or not at all.
+        rows: label and images (N, C, H, W) of each row; all images of one size, rows may differ in length.
+        metadata: how they were made, as for `save_png`.
+        titles: of the columns; each is cut to its column's width.
 
     Raises:
-        GaqError: If there are no images, their sizes differ, or one cannot be converted.
+        GaqError: there are no images, their sizes differ, or one cannot be converted.
     """
     sizes = {tuple(images.shape[-2:]) for _, images in rows}
     if len(sizes) != 1 or any(images.dim() != 4 or len(images) == 0 for _, images in rows):
@@ -105,7 +105,8 @@ def save_grid(
         raise GaqError(f"A grid needs rows of images (N, C, H, W), all of one height and width; found {shapes}.")
     height, width = sizes.pop()
     factor = max(1, _SMALLEST_SIDE // max(height, width))
-    cell_h, cell_w = height * factor + _GAP, width * factor + _GAP
+    cell_h = height * factor + _GAP
+    cell_w = width * factor + _GAP
     font = ImageFont.load_default(size=13)
     labels = [max((font.getlength(line) for line in label.splitlines()), default=0) for label, _ in rows]
     margin = int(max(labels)) + 2 * _GAP
@@ -121,6 +122,7 @@ def save_grid(
         top = head + row * cell_h + _GAP
         draw.multiline_text((_GAP, top + cell_h / 2), label, fill="black", font=font, anchor="lm")
         for column, image in enumerate(to_uint8(images)):
+            # Nearest, so that an enlarged pixel stays a pixel and a reader sees what was drawn.
             picture = _to_pil(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(picture, (margin + column * cell_w, top))
     _write(path, sheet, metadata or {})
@@ -141,14 +143,14 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     The peak is 2, the full range from -1 to 1.
 
     Args:
-        a: Images in [-1, 1], (N, C, H, W).
-        b: Images of the same shape.
+        a: images in [-1, 1], (N, C, H, W).
+        b: images of the same shape.
 
     Returns:
-        Decibels, (N,) float64; infinite where two images are equal.
+        decibels, (N,) float64; infinite where two images are equal.
 
     Raises:
-        GaqError: If the shapes differ.
+        GaqError: the shapes differ.
     """
     if a.shape != b.shape or a.dim() != 4:
         raise GaqError(f"PSNR compares batches (N, C, H, W) of one shape; found {tuple(a.shape)}, {tuple(b.shape)}.")

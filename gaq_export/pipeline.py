@@ -1,4 +1,4 @@
-"""The whole way: one function for each command, from the module that does it.
+"""One function for each command, from the module that does the work.
 
     calibrate     float model       -> QuantPlan in a run folder
     build_engine  run folder        -> Q/DQ ONNX -> engine, audited and checked against PyTorch

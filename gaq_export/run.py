@@ -98,6 +98,7 @@ def claim(run: Run, settings: Mapping[str, Any]) -> None:
         _write(run, RunRecord(settings=dict(settings), journal=[]))
         return
     old = record.settings
+    # Keys of both: a setting that only one version of this tool knows differs too.
     differing = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
     if differing:
         key = differing[0]
@@ -120,6 +121,7 @@ def add_entry(run: Run, step: str, **facts: Any) -> None:
         CalibError: the folder cannot be written.
     """
     record = _read(run) or RunRecord(settings={}, journal=[])
+    # With its offset from UTC, since a run folder may move between machines.
     entry = {"step": step, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **command_and_versions(), **facts}
     _write(run, RunRecord(settings=record.settings, journal=[*record.journal, entry]))
 
@@ -127,6 +129,7 @@ def add_entry(run: Run, step: str, **facts: Any) -> None:
 def command_and_versions() -> dict[str, Any]:
     """Return the command line of this process, None if it is another program's, and the versions of our packages."""
     program = Path(sys.argv[0])
+    # Of another program, a notebook or a test, the arguments could hold anything and repeat nothing.
     is_ours = program.stem == "gaq-export" or program.parts[-2:] == ("gaq_export", "__main__.py")
     return {
         "command": shlex.join(["gaq-export", *sys.argv[1:]]) if is_ours else None,
@@ -149,10 +152,10 @@ def read_record(run: Run) -> RunRecord:
     """Return the record of a run folder in which a calibration was started.
 
     Raises:
-        GaqError: there is no record of a calibration, or it cannot be read.
+        GaqError: no calibration was started there, or its record cannot be read.
     """
     record = _read(run)
-    if record is None or "images" not in record.settings:
+    if record is None or "images" not in record.settings:  # `add_entry` alone leaves no settings
         raise GaqError(f"No record of a calibration in {run.folder}: run `gaq-export calibrate` first.")
     return record
 

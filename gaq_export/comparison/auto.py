@@ -15,7 +15,7 @@ from gaq_export.quantize.presets import Preset
 from gaq_export.run import Run
 
 CANDIDATES = ("rtn", "adaround", "qdrop", "tfmq")
-IMAGES = 8  # fresh trajectories that they are compared on
+IMAGES = 8  # fresh trajectories on which the recipes are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def choose(
         candidates: preset with the recipe's settings, by recipe.
         folder: run folder; the candidates' run folders stay in `auto` inside it.
         calibrate: called as (preset, folder=...); makes the plan in that run folder, or returns the one that is there.
-        on_step: called with what is being done, how much of it is done, and in all.
+        on_step: called with (what is being done, done, total).
 
     Returns:
         All results, the best first.
@@ -53,13 +53,14 @@ def choose(
         started = time.perf_counter()
         _share(Run(folder=next(iter(folders.values()))), Run(folder=folders[name]))
         plan = calibrate(preset, folder=folders[name])
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started  # of calibration alone: the comparison below is no part of a recipe
         decibels = noise_sqnr.of_plan(model, plan, IMAGES, on_step).both.mean(1)  # (S, N) -> (S,)
         result = Tried(
             recipe=name, mean_db=float(decibels.mean()), worst_db=float(decibels.min()), seconds=round(seconds, 1)
         )
         tried.append(result)
     tried.sort(key=lambda result: -result.mean_db)
+    # Copied and not moved: the next call finds every candidate finished.
     shutil.copytree(folders[tried[0].recipe], folder, dirs_exist_ok=True)
     runs.add_entry(Run(folder=folder), "auto", tried={result.recipe: round(result.mean_db, 2) for result in tried})
     return tried
@@ -75,8 +76,8 @@ def _share(first: Run, run: Run) -> None:
 
 
 def explain(tried: list[Tried]) -> str:
-    """Say which recipe was chosen, and why."""
-    best, rest = tried[0], tried[1:]
+    """Return a sentence that says which recipe was chosen, and why."""
+    best, *rest = tried
     others = ", ".join(f"{result.recipe} {result.mean_db:.1f}" for result in rest)
     lead = best.mean_db - rest[0].mean_db
     return (

@@ -1,7 +1,7 @@
 """Compare recipes from Python: one calibration after the other in this process, then the pages.
 
 The command `gaq-export compare` measures the same cells with a process for each, so that several run at a time and each
-has its own peak memory. Results of either are continued by the other.
+has a peak memory that is its alone. Either continues what the other has measured.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,8 @@ def compare(
     Raises:
         GaqError: an unknown recipe, or a folder with results of other settings.
     """
-    folder, model = Path(folder), condition_model(model)
+    folder = Path(folder)
+    model = condition_model(model)
     comparison = Comparison(
         yardstick=Yardstick(model=model, folder=folder, images=images),
         preset=preset,
@@ -58,6 +59,15 @@ def compare(
         workers=1,
     )
     claim(comparison)
+    _measure(comparison, on_step)
+    name = f"compare-{model.spec.name}"
+    pages = PagePaths(html=folder / f"{name}.html", markdown=folder / f"{name}.md")
+    write_pages(comparison, f"gaq_export.compare(model, {list(recipes)})", pages)
+    return pages
+
+
+def _measure(comparison: Comparison, on_step: Callable[[int, int], None]) -> None:
+    """Measure every cell that is missing, one after the other in this process."""
     todo = runner.missing(comparison)
     threads = torch.get_num_threads()  # a job takes one, so that its results do not depend on the machine's cores
     try:
@@ -67,7 +77,3 @@ def compare(
             on_step(done, len(todo))
     finally:
         torch.set_num_threads(threads)
-    name = f"compare-{model.spec.name}"
-    pages = PagePaths(html=folder / f"{name}.html", markdown=folder / f"{name}.md")
-    write_pages(comparison, f"gaq_export.compare(model, {list(recipes)})", pages)
-    return pages

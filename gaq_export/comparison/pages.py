@@ -37,14 +37,15 @@ class Setting:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Return the command to show on a page: of files elsewhere, the names without their folders."""
+    """Return the command to show on a page; of an absolute path, only the file name, since it is this machine's."""
+    # "--option=PATH" -> ("--option", "=", "PATH"); a bare word is all tail.
     split = [word.rpartition("=") for word in words if word != "--report-only"]
     short = [head + sep + (Path(tail).name if Path(tail).is_absolute() else tail) for head, sep, tail in split]
     return shlex.join(["gaq-export", *short])
 
 
 def write_pages(comparison: Comparison, command: str, paths: PagePaths) -> None:
-    """Write both pages, and their pictures beside the Markdown page, from the cells that were measured so far.
+    """Write both pages from the cells measured so far; the pictures lie beside the Markdown page.
 
     Args:
         comparison: what was measured.
@@ -79,7 +80,8 @@ def _columns(comparison: Comparison) -> list[tables.Column]:
 
 def _draw_setting(comparison: Comparison, bits: Bits, paths: PagePaths) -> Setting | None:
     """Draw the pictures of one setting of bits; return None if nothing was measured at it."""
-    table, name = table_at(comparison, *bits), f"W{bits[0]}A{bits[1]}"
+    table = table_at(comparison, *bits)
+    name = f"W{bits[0]}A{bits[1]}"
     if not table:
         return None
     stem = paths.markdown.with_name(f"{paths.markdown.stem}-{name.lower()}")
@@ -87,14 +89,15 @@ def _draw_setting(comparison: Comparison, bits: Bits, paths: PagePaths) -> Setti
     if images is not None:
         _draw_grid(comparison, table, bits, images)
     visited = timesteps(comparison.model.spec.sampler, comparison.model.schedule.num_train).tolist()
-    curves.draw(
-        stem.with_suffix(".svg"),
-        f"{comparison.model.spec.name} {name}",
-        table,
-        visited,
+    drawn = curves.Curves(
+        title=f"{comparison.model.spec.name} {name}",
+        table=table,
+        timesteps=visited,
         omitted=(WORST,),
+        # The lower plot shows what each recipe adds to plain AdaRound.
         baseline="adaround" if "adaround" in table else next(iter(table)),
     )
+    curves.draw(stem.with_suffix(".svg"), drawn)
     return Setting(name=name, table=table, curves=stem.with_suffix(".svg"), images=images)
 
 
@@ -102,6 +105,7 @@ def _draw_grid(comparison: Comparison, table: Table, bits: Bits, path: Path) -> 
     """Draw the float network's images and those of every recipe, one row each."""
     rows = [("float", yardstick.float_images(comparison.yardstick)[: runner.SHOWN])]
     for name in table:
+        # Of one seed: all rows start from the same noise, so a column shows one image drawn by every recipe.
         cell = Cell(row=name, seed=comparison.seeds[0], wbits=bits[0])
         stored = runner.images_path(comparison, cell, bits[1])
         if stored.is_file():
@@ -117,7 +121,7 @@ def _markdown_section(comparison: Comparison, setting: Setting, columns: Sequenc
 
 
 def _html_section(comparison: Comparison, setting: Setting, columns: Sequence[tables.Column]) -> str:
-    svg = setting.curves.read_text(encoding="utf-8")
+    svg = setting.curves.read_text(encoding="utf-8")  # inside the page, which then needs no file beside it
     rows = [*tables.rows(setting.table, columns), *tables.float_rows(comparison, columns)]
     parts = [
         html.table(["recipe", *(c.title for c in columns)], [[cell.strip("`") for cell in row] for row in rows]),

@@ -68,7 +68,7 @@ def table_at(comparison: Comparison, wbits: int, abits: int) -> Table:
 
 
 def _scores(signal: Sequence[float], record: Mapping[str, Any], at: Mapping[str, Any]) -> CellScores:
-    weights = record.get("weights_error", [math.nan])
+    weights = record.get("weights_error", [math.nan])  # one NaN: `map` below stops at it, and its mean is NaN
     return CellScores(
         # Mean of decibels and decibels of sums differ: a few bad steps hide in the first, the quiet ones in the second.
         steps_db=tuple(map(ratio_db, signal, at["error"])),

@@ -33,7 +33,6 @@ from calib.surgery import apply_surgery
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import Cell, Comparison, calibration_set, claim, version
 from gaq_export.errors import GaqError
-from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.make_plan import CalibrationCallbacks, make_plan
 from gaq_export.run import peak_memory_mib
 
@@ -53,8 +52,8 @@ def execute(
     Args:
         comparison: what to measure.
         job: name of the job; None for the command that a user gave.
-        report_only: whether only the page is written.
-        write_page: writes it.
+        report_only: whether to write the page without measuring.
+        write_page: writes the page.
         say: called with a line for each finished job.
 
     Raises:
@@ -71,15 +70,16 @@ def execute(
 
 
 def run(comparison: Comparison, say: Callable[[str], None]) -> list[Cell]:
-    """Measure every cell that is missing, each in a process that repeats this command with --job; return the failed."""
+    """Measure every missing cell, each in a process that repeats this command with --job; return those that failed."""
     if not _spawn(comparison, PREPARE, say):
         raise GaqError(f"The preparation failed: see {_log(comparison, PREPARE)}.")
     todo = missing(comparison)
+    # Threads, since each does nothing but wait for a process.
     with ThreadPoolExecutor(comparison.workers) as pool:
         try:
             succeeded = list(pool.map(lambda cell: _spawn(comparison, cell.name, say), todo))
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # else the cells in the queue would still start
             raise
     return [cell for cell, ok in zip(todo, succeeded, strict=True) if not ok]
 
@@ -114,39 +114,25 @@ def images_path(comparison: Comparison, cell: Cell, abits: int) -> Path:
     return comparison.path(cell, f"-a{abits}.safetensors")
 
 
-def plan_at(
-    model: LoadedModel,
-    data: CalibrationSet,
-    config: QuantConfig,
-    abits: int,
-    folder: Path,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> QuantPlan:
-    """Return the plan of `config` at another activation width.
+def at_width(config: QuantConfig, abits: int) -> QuantConfig:
+    """Return a config at another activation width.
 
-    The blocks that `folder` holds from one width serve all others, so that only the ranges are observed again. They
-    are observed rather than computed from the old scales, because a float32 scale has lost bits of its range.
-
-    Args:
-        model: the float model.
-        data: calibration set.
-        config: at any activation width.
-        abits: activation width of the plan.
-        folder: where finished blocks are stored.
-        on_progress: called after every iteration and block.
+    The blocks that a folder holds from one width serve all others, so `make_plan` only observes ranges again. They are
+    observed rather than computed from the old scales, because a float32 scale has lost bits of its range.
     """
-    config = dataclasses.replace(config, activation=dataclasses.replace(config.activation, bits=abits))
-    return make_plan(model, data, config, folder, CalibrationCallbacks(on_progress=on_progress))
+    return dataclasses.replace(config, activation=dataclasses.replace(config.activation, bits=abits))
 
 
 def _measure(comparison: Comparison, cell: Cell) -> None:
     """Calibrate once for each activation width that is missing, and write down the results."""
     data = _calibration_set(comparison, cell.seed)
-    config, blocks = comparison.config(cell), comparison.path(cell, "")
+    config = comparison.config(cell)
+    blocks = comparison.path(cell, "")
     record = read_cell(comparison, cell) or {"activations": {}}
     for abits in _missing_widths(comparison, cell):
         clock = Clock(blocks / "clock.json")
-        plan = plan_at(comparison.model, data, config, abits, blocks, clock.on_progress)
+        callbacks = CalibrationCallbacks(on_progress=clock.on_progress)
+        plan = make_plan(comparison.model, data, at_width(config, abits), blocks, callbacks)
         if "seconds" not in record:  # a later width finds the blocks ready, so its time would say nothing
             record |= clock.read() | _calibration_facts(comparison, config, plan)
         scores, images = _scores(comparison, plan)
@@ -154,6 +140,7 @@ def _measure(comparison: Comparison, cell: Cell) -> None:
             shown = {"images": images[:SHOWN].contiguous()}
             write_atomically(images_path(comparison, cell, abits), save(shown))
         record["activations"][str(abits)] = scores
+        # After every width, so that a stop costs one.
         write_atomically(comparison.path(cell, ".json"), json.dumps(record, indent=1).encode())
 
 
@@ -174,7 +161,8 @@ def _calibration_facts(comparison: Comparison, config: QuantConfig, plan: QuantP
 
 def _scores(comparison: Comparison, plan: QuantPlan) -> tuple[dict[str, Any], Tensor | None]:
     """Return a plan's size, work and quality, and the images (N, C, H, W) that it draws, None if there are none."""
-    shared, model = comparison.yardstick, comparison.model
+    shared = comparison.yardstick
+    model = comparison.model
     network = apply_surgery(model.network, plan.surgery)
     macs = cost.layer_macs(network, model.shape, model.schedule.num_train, model.condition_inputs)
     scores: dict[str, Any] = {
@@ -197,7 +185,7 @@ class Clock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._started = time.process_time()
+        self._started = time.process_time()  # not the clock on the wall, which runs for other workers too
         self._before: dict[str, Any] = (
             json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "peak_mib": None}
         )
@@ -233,9 +221,11 @@ def _missing_widths(comparison: Comparison, cell: Cell) -> list[int]:
 
 def _spawn(comparison: Comparison, job: str, say: Callable[[str], None]) -> bool:
     """Run this command again for one job, with one thread, its output in a log; return whether it succeeded."""
-    started, log = time.perf_counter(), _log(comparison, job)
+    started = time.perf_counter()
+    log = _log(comparison, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
+        # The command that `compare` or a benchmark was started with, so that a job parses the same options.
         ours = Path(sys.argv[0]).name in ("gaq-export", "__main__.py")
         program = ["-m", "gaq_export"] if ours else [sys.argv[0]]
         command = [sys.executable, *program, *sys.argv[1:], "--job", job]

@@ -25,7 +25,7 @@ from gaq_export.quantize.recipes import find_recipe
 from gaq_export.quantize.trajectories import collect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-Row = Callable[[QuantConfig], QuantConfig]  # makes of the preset's config the one of a row
+Row = Callable[[QuantConfig], QuantConfig]  # the preset's config -> the row's
 Bits = tuple[int, int]  # weights, activations
 
 
@@ -40,7 +40,7 @@ class Cell:
     @property
     def name(self) -> str:
         """What files and the command line call it."""
-        return f"{self.row}-w{self.wbits}-seed{self.seed}"
+        return f"{self.row}-w{self.wbits}-seed{self.seed}"  # no activation bits: one cell measures all widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Comparison:
     @property
     def cells(self) -> list[Cell]:
         """All cells, one seed after the other, so that a part of them is a fair comparison already."""
-        widths = dict.fromkeys(w for w, _ in self.bits)
+        widths = dict.fromkeys(w for w, _ in self.bits)  # a set would lose the user's order
         return [Cell(row=r, seed=s, wbits=w) for s in self.seeds for w in widths for r in self.rows]
 
     def config(self, cell: Cell) -> QuantConfig:
@@ -141,7 +141,8 @@ def calibration_set(model: LoadedModel, preset: Preset, seed: int, folder: Path)
 
 def claim(comparison: Comparison) -> None:
     """Write down what the folder's numbers depend on; raise GaqError if it holds numbers of something else."""
-    yardstick, conditioning = comparison.yardstick, comparison.model.conditioning
+    yardstick = comparison.yardstick
+    conditioning = comparison.model.conditioning
     path = yardstick.folder / "settings.json"
     settings = {
         "model": comparison.model.fingerprint,
@@ -156,6 +157,7 @@ def claim(comparison: Comparison) -> None:
     }
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they are in the file
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    # Rows, bits and seeds are not among them: more of those may be added to the same folder.
     changed = [key for key in settings if old.get(key) != settings[key]]
     if changed:
         raise GaqError(

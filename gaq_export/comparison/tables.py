@@ -148,6 +148,7 @@ def rows(table: Table, columns: Sequence[Column], words: Mapping[str, str] = {})
         for c in columns:
             values = paired(table, row, c.value) if c.paired else [c.value(m) for m in seeds.values()]
             known = [v for v in values if v is not None]
+            # The baseline's difference to itself would be a row of zeros.
             line.append("-" if c.paired and row == BASELINE else mean_sd(known, c.digits))
         lines.append(line)
     return lines
@@ -170,7 +171,8 @@ def float_rows(comparison: Comparison, columns: Sequence[Column]) -> list[list[s
 
 
 def ranking(table: Table) -> str:
-    """Say in which order the rows stand by mean SQNR over the seeds that all have, and which are too close to call."""
+    """Return a sentence with the rows by mean SQNR over the seeds that all have, and which are too close to call."""
+    # Seeds that only some rows have would compare different calibration images.
     shared = sorted(set.intersection(*(set(seeds) for seeds in table.values())))
     if len(table) < 2 or not shared:
         return "Fewer than two rows have a seed in common, so there is no order."
@@ -194,11 +196,14 @@ def how_measured(comparison: Comparison, columns: Sequence[Column]) -> list[str]
     Raises:
         GaqError: nothing was measured yet.
     """
-    shared, preset, spec = comparison.yardstick, comparison.preset, comparison.model.spec.sampler
+    shared = comparison.yardstick
+    preset = comparison.preset
+    spec = comparison.model.spec.sampler
     records = [r for r in (runner.read_cell(comparison, cell) for cell in comparison.cells) if r]
     if not records:
         raise GaqError(f"{shared.folder} holds no results yet: run without --report-only first.")
-    config, reconstruction = preset.config, preset.config.reconstruction
+    config = preset.config
+    reconstruction = config.reconstruction
     lines = [
         f"Machine: {machine()}; cells at a time: {_listed(r['workers'] for r in records)}, one thread each. "
         f"torch {installed('torch')}, OpenVINO {installed('openvino')}, "
@@ -224,17 +229,19 @@ def how_measured(comparison: Comparison, columns: Sequence[Column]) -> list[str]
 
 
 def still_missing(comparison: Comparison) -> list[str]:
-    """Return the lines that name the cells not measured yet, none if there are none."""
+    """Return the lines that name the cells not measured yet; empty if all are."""
     names = [cell.name for cell in runner.missing(comparison)]
     return ["", f"Not measured: {', '.join(names)}."] if names else []
 
 
 def _listed(values: Iterable[object]) -> str:
+    # Cells of one folder may be from several versions or numbers of workers; each is named once.
     return ", ".join(sorted({str(value) for value in values}))
 
 
 def _frechet_line(comparison: Comparison) -> str:
-    n, facts = comparison.yardstick.images, yardstick.facts(comparison.yardstick).frechet
+    n = comparison.yardstick.images
+    facts = yardstick.facts(comparison.yardstick).frechet
     assert facts is not None  # there is data
     return (
         f"FD: Frechet distance (squared) in the 64 features of a {facts.classifier} that classifies "

@@ -160,6 +160,7 @@ def prepare(yardstick: Yardstick) -> None:
         sets = _float_images(yardstick)
         if yardstick.data:
             frechet = _references(yardstick, yardstick.data, sets)
+    # Written last: its presence says that everything else is there.
     shared = Facts(signal=tuple(signal.tolist()), frechet=frechet)
     write_atomically(yardstick.facts_path, json.dumps(asdict(shared), indent=1).encode())
 
@@ -168,7 +169,7 @@ def facts(yardstick: Yardstick) -> Facts:
     """Return what `prepare` stored.
 
     Raises:
-        GaqError: `prepare` was not called, or by a version that stored other facts.
+        GaqError: `prepare` was not called, or another version of this tool stored other facts.
     """
     path = yardstick.facts_path
     if not path.exists():
@@ -183,7 +184,8 @@ def noise_errors(
     yardstick: Yardstick, network: ConditionalNetwork, correction: Correction | None = None
 ) -> list[float]:
     """Return the squared error of the predicted noise at each sampling step, summed over the held-out images."""
-    conditioning, starts = yardstick.model.conditioning, range(0, HELD_OUT, BATCH)
+    conditioning = yardstick.model.conditioning
+    starts = range(0, HELD_OUT, BATCH)
     # One denoiser a batch, because conditioning depends on which images are in it.
     bound = [bind(network, conditioning, HELD_OUT_SEEDS[i : i + BATCH], apart=True) for i in starts]
 
@@ -205,7 +207,7 @@ def quantized(yardstick: Yardstick, plan: QuantPlan) -> Iterator[ConditionalNetw
         yield fake_quantized(model.network, plan)
         return
     network = apply_surgery(model.network, plan.surgery)
-    unchanged = network is model.network
+    unchanged = network is model.network  # then the graph that `prepare` exported serves
     graph = ir.load(yardstick.float_graph) if unchanged else export_float(network, model.shape, model.condition_inputs)
     graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
     config = EngineConfig(backend=BACKEND, batch=(1, BATCH, BATCH), threads=1)
@@ -228,9 +230,10 @@ def float_images(yardstick: Yardstick) -> Tensor:
 
 def image_scores(yardstick: Yardstick, images: Tensor) -> dict[str, Any]:
     """Return the PSNR of each of the images of `draw_images` and, if there is data, the Frechet distances."""
-    near = psnr(images, float_images(yardstick))
+    near = psnr(images, float_images(yardstick))  # (N,), pair by pair: both are from the same noise
     result: dict[str, Any] = {"psnr_db": [round(v, 3) for v in near.tolist()]}
     if yardstick.data:
+        # As bytes, like the real images: rounding to 256 levels must not count as a difference.
         result |= asdict(_distances(yardstick, _features(yardstick, to_uint8_tensor(images))))
     return result
 
@@ -260,6 +263,7 @@ def _float_images(yardstick: Yardstick) -> dict[str, Tensor]:
     path = yardstick.folder / "float-images.safetensors"
     if path.is_file():
         return read_safetensors(path)[1]
+    # Three sets: one to pair with the quantized images, one as the reference, one to measure float against float.
     sets = {name: _draw(yardstick, yardstick.model.network, yardstick.seeds(name)) for name in FIRST_SEEDS}
     write_atomically(path, save(sets))
     return sets
@@ -281,11 +285,13 @@ def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> Fr
 
     As many test images as each network draws are set aside to measure real against real; the rest are the reference.
     """
-    count, test = yardstick.images, frechet.load_images(data, "test", yardstick.model.shape)
+    count = yardstick.images
+    test = frechet.load_images(data, "test", yardstick.model.shape)
     if len(test.images) < 2 * count:
         raise GaqError(f"{data} has {len(test.images)} test images; {count} drawn ones need at least twice as many.")
     drawn = {name: _features(yardstick, to_uint8_tensor(images)) for name, images in sets.items()}
     real = _features(yardstick, test.images)
+    # Shuffled, since a test set may be sorted by class; by a fixed seed, so that every folder has the same reference.
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     aside, rest = real[order[:count]], real[order[count:]]
     references = {"real": frechet.moments(rest), "float": frechet.moments(drawn["reference"])}
@@ -302,7 +308,8 @@ def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> Fr
 
 def _distances(yardstick: Yardstick, features: Tensor) -> Distances:
     """Return the Frechet distances of images, as features (N, D), to the real and to the float reference."""
-    tensors, moments = read_safetensors(yardstick.moments_path)[1], frechet.moments(features)
+    tensors = read_safetensors(yardstick.moments_path)[1]
+    moments = frechet.moments(features)
 
     def distance_to(name: str) -> float:
         reference = Moments(mean=tensors[f"{name}.mean"], covariance=tensors[f"{name}.covariance"])

@@ -37,7 +37,7 @@ StepRows = Mapping[str, Mapping[str, Sequence[float]]]  # by row, then by trajec
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The result: scores by row, SQNR of the predicted noise by row, and the metrics that could not be measured."""
+    """The result: scores by row, SQNR of the predicted noise by row, the metrics left out, and the file it is in."""
 
     rows: Rows
     steps: StepRows
@@ -76,10 +76,10 @@ def evaluate_sets(
 
     Args:
         path: a folder that `sample` wrote, a folder of PNGs, or an .npz.
-        reference: likewise.
-        extractor: makes their features.
+        reference: the images to compare with, likewise.
+        extractor: makes the features of both.
         out: folder for the result and for features, which a later call reuses.
-        on_step: called with what is measured, how much of it is done, and in all.
+        on_step: called with (what is measured, done, total).
     """
     images = open_images(path)
     row = scores.compare_sets(images, open_images(reference, images.shape), extractor, out / "features", on_step)
@@ -104,7 +104,7 @@ def evaluate_engines(
         data: .npz of real images as the reference; None for twice as many images of the float network, from other
             noise.
         model: the float model; loaded again by the engines' records if None.
-        on_step: called with who draws or what is measured, how much of it is done, and in all.
+        on_step: called with (what is drawn or measured, done, total).
 
     Raises:
         GaqError: engines of different models or samplers, or what `sample_shards` raises.
@@ -112,21 +112,19 @@ def evaluate_engines(
     opened = _open(files)
     first = next(iter(opened.values()))
     origin = record_of(first).provenance
-    model, spec = find_model(origin, model, first.path.parent), origin.sampler
-    exact = build_float(model, drawing.out / "float.plan", sampler=spec, config=EngineConfig(backend=first.backend))
-    same = _draw("float", exact.path, drawing, on_step)
+    model = find_model(origin, model, first.path.parent)
+    # The float images come from the same backend, so that they differ from the quantized ones by quantization alone.
+    config = EngineConfig(backend=first.backend)
+    exact = build_float(model, drawing.out / "float.plan", sampler=origin.sampler, config=config)
+    float_images = _draw("float", exact.path, drawing, on_step)
     reference = _reference(exact, drawing, on_step) if data is None else open_images(data, session.image_shape(exact))
-    score = partial(
-        scores.compare_sets,
-        reference=reference,
-        extractor=extractor,
-        cache=drawing.out / "features",
-        on_step=on_step,
-    )
-    rows, steps = {"float": score(same)}, {}
+    cache = drawing.out / "features"
+    score = partial(scores.compare_sets, reference=reference, extractor=extractor, cache=cache, on_step=on_step)
+    rows = {"float": score(float_images)}
+    steps = {}
     for name, file in opened.items():
         images = _draw(name, file.path, drawing, on_step)
-        rows[name] = [*score(images), *scores.compare_pairs(images, same)]
+        rows[name] = [*score(images), *scores.compare_pairs(images, float_images)]
         steps[name] = _compare_noise(file, model, drawing.seed)
     return write_evaluation(drawing.out, rows, steps)
 
@@ -135,7 +133,7 @@ def _open(files: Sequence[Path]) -> dict[str, EngineFile]:
     """Return engine files by name; raise GaqError if their images could not be compared."""
     opened = {file.name.removesuffix(".plan"): engines.load_engine_file(file) for file in files}
     if len(opened) != len(files):
-        raise GaqError(f"Found engines of one name among {[str(file) for file in files]}: rename one.")
+        raise GaqError(f"Two of these engines have the same name, {[str(file) for file in files]}: rename one.")
     origins = [record_of(file).provenance for file in opened.values()]
     specs = {str(origin.sampler) for origin in origins}
     if len(specs) != 1 or len({origin.fingerprint for origin in origins}) != 1:
@@ -174,7 +172,8 @@ def _draw(name: str, engine: Path, drawing: DrawingOptions, on_step: OnStage) ->
 
 
 def _reference(exact: EngineFile, drawing: DrawingOptions, on_step: OnStage) -> ImageSet:
-    """Draw the float network's images from other noise, twice as many so that a floor can be measured."""
+    """Draw the float network's images from other noise; a floor needs two sets of this size, hence twice as many."""
+    # The seeds after those of the drawing, so that the two sets share no image.
     other = replace(drawing, num=2 * drawing.num, seed=drawing.seed + drawing.num)
     return _draw("float, other noise", exact.path, other, on_step)
 
@@ -185,12 +184,13 @@ def write_evaluation(out: Path, rows: Rows, steps: StepRows) -> Evaluation:
     Raises:
         GaqError: scores of different rows depend on different things.
     """
-    left_out = sorted({s.context[LEFT_OUT] for row in rows.values() for s in row if LEFT_OUT in s.context})
+    every_score = [score for row in rows.values() for score in row]
+    left_out = sorted({score.context[LEFT_OUT] for score in every_score if LEFT_OUT in score.context})
     for group in scores.groups(rows):
         scores.table(group)  # raises before anything is written
     record: dict[str, Any] = {
         **command_and_versions(),
-        "libraries": versions(LIBRARIES),
+        "libraries": versions(LIBRARIES),  # the metrics are theirs
         "rows": {name: [score.to_json() for score in row] for name, row in rows.items()},
         "steps": steps,
         "left out": left_out,

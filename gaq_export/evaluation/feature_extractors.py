@@ -1,4 +1,4 @@
-"""Networks whose features sets of images are compared by; distances are called FID only with Inception's.
+"""Networks that make features of images, by which sets are compared. Only with Inception's is the distance an FID.
 
 digits             a small classifier of digits, in the package; its features are 64 wide
 resnet56=PATH      a ResNet-56 of akamaster/pytorch_resnet_cifar10, for images like CIFAR-10's
@@ -31,8 +31,8 @@ class Extractor:
     """A network that makes features of images.
 
     Attributes:
-        name: as the user gave it, without the path.
-        distance: what a Frechet distance of its features is called.
+        name: a key of EXTRACTORS.
+        distance: name of a Frechet distance of its features.
         sha256: of its weights.
         channels: of its images; one-channel images are repeated for a network of three.
         size: height and width of its images, None if it takes any.
@@ -48,6 +48,7 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> Features:
         """Return the features of images (N, C, H, W) uint8; raise GaqError if they have other channels or sizes."""
+        # (N, 1, H, W) -> (N, 3, H, W); a grey image looks the same to a network that takes colours.
         if images.shape[1] == 1 and self.channels == 3:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != self.channels:
@@ -80,41 +81,56 @@ def _digits(name: str, path: Path | None) -> Extractor:
     if not path.is_file():
         raise GaqError(f"{path} is not there; examples/train_digits.py makes such a file.")
     net = frechet.digit_net(path, path, (1, 32, 32))
-    return _of_classifier(name, "Frechet distance (digits)", path, (1, 32), net, net.convolutions)
+    return Extractor(
+        name=name,
+        distance="Frechet distance (digits)",
+        sha256=engines.sha256_of(path),
+        channels=1,
+        size=32,  # its hidden layer takes the 4x4 that three strides of 2 leave
+        run=_run_of_classifier(net, net.convolutions),
+    )
 
 
 def _resnet56(name: str, path: Path | None) -> Extractor:
     if path is None:
         raise GaqError("There is no ResNet-56 in the package: give its file, as resnet56=PATH.")
     net = frechet.resnet56(path)
-    return _of_classifier(name, "Frechet distance (ResNet-56)", path, (3, None), net, net.layer3)
+    return Extractor(
+        name=name,
+        distance="Frechet distance (ResNet-56)",
+        sha256=engines.sha256_of(path),
+        channels=3,
+        size=None,  # it ends in a mean over places
+        run=_run_of_classifier(net, net.layer3),
+    )
 
 
-def _of_classifier(
-    name: str, distance: str, path: Path, takes: tuple[int, int | None], net: Classifier, last: nn.Module
-) -> Extractor:
-    """Make an extractor of a classifier.
+def _run_of_classifier(net: Classifier, last: nn.Module) -> Callable[[Tensor], Features]:
+    """Return what makes a classifier's features.
 
     Args:
-        name: of the extractor.
-        distance: what its Frechet distance is called.
-        path: of the weights.
-        takes: channels and size of its images, None for any size.
         net: the classifier.
-        last: the module whose output is the last with a height and a width.
+        last: its last module whose output has a height and a width.
     """
-    spatial: list[Tensor] = []  # the hook runs inside the forward pass and cannot return features
-    # (N, C, h, w) -> (N, SPATIAL_CHANNELS * h * w)
-    last.register_forward_hook(lambda _, args, out: spatial.append(out[:, :SPATIAL_CHANNELS].flatten(1)))
+    spatial = _record_spatial(last)
 
     def run(images: Tensor) -> Features:
         spatial.clear()
         pooled = net.features(frechet.pixels(images))
         return Features(pooled=pooled, logits=net.linear(pooled), spatial=spatial[0])
 
-    return Extractor(
-        name=name, distance=distance, sha256=engines.sha256_of(path), channels=takes[0], size=takes[1], run=run
-    )
+    return run
+
+
+def _record_spatial(module: nn.Module) -> list[Tensor]:
+    """Return a list to which each forward pass appends the module's spatial features, (N, SPATIAL_CHANNELS * h * w).
+
+    A list, because a hook runs inside the forward pass and cannot return anything to its caller.
+    """
+    spatial: list[Tensor] = []
+    # (N, C, h, w) -> (N, SPATIAL_CHANNELS * h * w)
+    module.register_forward_hook(lambda _, args, out: spatial.append(out[:, :SPATIAL_CHANNELS].flatten(1)))
+    return spatial
 
 
 def _inception(name: str, path: Path | None) -> Extractor:
@@ -123,22 +139,21 @@ def _inception(name: str, path: Path | None) -> Extractor:
     if path is not None and not path.is_file():
         raise GaqError(f"{path} is not there.")
     try:
+        # 2048 is the pooled layer of FID; the Inception score takes the logits without the last layer's bias.
         net = module.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path and str(path)
         )
     except Exception as error:  # the download and the loading raise many kinds
         reason = str(error).strip().partition("\n")[0]
         raise GaqError(f"Inception's weights cannot be loaded ({reason}): give their file, as {name}=PATH.") from error
-    spatial: list[Tensor] = []  # the hook runs inside the forward pass and cannot return features
-    net.Mixed_6d.branch1x1.conv.register_forward_hook(
-        lambda _, args, out: spatial.append(out[:, :SPATIAL_CHANNELS].flatten(1))
-    )
+    spatial = _record_spatial(net.Mixed_6d.branch1x1.conv)
 
     def run(images: Tensor) -> Features:
         spatial.clear()
         pooled, logits = net(_resized_clean(images) if name == "inception-clean" else images)
         return Features(pooled=pooled.float(), logits=logits.float(), spatial=spatial[0].float())
 
+    # Of the weights and not of a file: a downloaded network and one from a path are then the same.
     state = b"".join(value.numpy().tobytes() for value in net.state_dict().values())
     distance = "FID (clean resizing)" if name == "inception-clean" else "FID"
     return Extractor(
@@ -153,7 +168,9 @@ def _resized_clean(images: Tensor) -> Tensor:
     except ImportError as error:
         raise GaqError(f"clean-fid cannot be loaded ({error}): pip install 'gaq-export[evaluate]'.") from error
     resize: Any = make_resizer("PIL", False, "bicubic", (299, 299))
+    # PIL's layout there and back: (3, H, W) -> (H, W, 3) -> (299, 299, 3) -> (3, 299, 299)
     resized = [torch.from_numpy(resize(image.permute(1, 2, 0).numpy())).permute(2, 0, 1) for image in images]
+    # Bicubic weights overshoot 0 and 255, and Inception takes bytes.
     return torch.stack(resized).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Distances between two sets of images by their features, through torch-fidelity, and how sure they are.
+"""Distances between two sets of images by their features, through torch-fidelity, and their intervals.
 
     fd         Frechet distance of the features (Heusel et al. 2017); with Inception's it is FID
     sfd        the same of spatial features (Nash et al. 2021); with Inception's it is sFID
@@ -65,10 +65,11 @@ class _Empty(ModuleType):
 
 @contextmanager
 def _torchvision() -> Iterator[None]:
-    """Make `import torchvision` work while this is open."""
+    """Make `import torchvision` work inside the block."""
     try:
         importlib.import_module("torchvision")
     except (ImportError, OSError, RuntimeError):
+        # A failed import leaves the submodules that had loaded, which would mix with the stand-ins.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
     else:
@@ -77,7 +78,7 @@ def _torchvision() -> Iterator[None]:
     # torch-fidelity subclasses some of torchvision's classes while it is imported, so modules alone would not do.
     stand_ins = {name: _Empty(name) for name in (*_ABSENT, "torchvision.transforms.functional")}
     for module in stand_ins.values():
-        module.__path__ = []
+        module.__path__ = []  # makes a package of it, so that its submodules can be imported
     sys.modules.update(stand_ins)
     try:
         yield
@@ -122,6 +123,7 @@ def measure(
 
 def _fd(features: Tensor, reference: Tensor) -> float:
     metric = library("metric_fid")
+    # float64, as in `frechet.moments`.
     statistics = [metric.fid_features_to_statistics(part.double()) for part in (features, reference)]
     return float(metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID])
 
@@ -134,6 +136,7 @@ def _score(logits: Tensor) -> float:
 
 def _kd(features: Tensor, reference: Tensor) -> float:
     metric = library("metric_kid")
+    # The unbiased estimate divides by n - 1, so a subset has two images at least.
     size = min(SUBSET, max(2, min(len(features), len(reference)) // 2))
     settings = {"kid_subsets": SUBSETS, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
     result = metric.kid_features_to_metric(features.double(), reference.double(), **settings)
@@ -141,7 +144,7 @@ def _kd(features: Tensor, reference: Tensor) -> float:
 
 
 def _precision_recall(images: Features, reference: Features) -> dict[str, float]:
-    """Return both, since either takes the neighbours within the reference, minutes for 60 000 images."""
+    """Return both: each needs the neighbours within the reference, which takes minutes for 60 000 images."""
     settings = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
     result = library("metric_prc").prc_features_to_metric(images.pooled, reference.pooled, **settings)
     return {name: float(result[name]) for name in ("precision", "recall")}
@@ -201,7 +204,8 @@ def floor(reference: Tensor, size: int, splits: int = 5, seed: int = 0) -> float
     """
     if len(reference) < 2 * size:
         raise GaqError(f"A floor at {size} images needs {2 * size}; found {len(reference)}.")
-    generator, values = torch.Generator().manual_seed(seed), list[float]()
+    generator = torch.Generator().manual_seed(seed)
+    values: list[float] = []
     for _ in range(splits):
         order = torch.randperm(len(reference), generator=generator)  # disjoint parts: no image is its own neighbour
         parts = reference[order[:size]], reference[order[size:]]

@@ -26,7 +26,9 @@ from calib.files import read_safetensors, write_atomically
 from gaq_export.errors import GaqError
 
 BATCH = 250
-EPOCHS, TRAIN_BATCH, RATE = 3, 128, 2e-3
+EPOCHS = 3
+TRAIN_BATCH = 128
+RATE = 2e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ def load_images(path: Path, part: str, shape: tuple[int, int, int]) -> Labelled:
             array, labels = loaded[f"{prefix}images"], loaded[f"{prefix}labels"]
     except (OSError, ValueError, KeyError) as error:
         raise GaqError(f"{path} cannot be read as an .npz with the {part} images and labels: {error}") from error
-    array = array[..., None] if array.ndim == 3 else array
+    array = array[..., None] if array.ndim == 3 else array  # grey images may come without a channel
     channels, height, width = shape
     if array.dtype != np.uint8 or array.shape[-1] != channels or array.shape[1] > height or array.shape[2] > width:
         raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; the model draws {shape} (C, H, W).")

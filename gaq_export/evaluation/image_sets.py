@@ -32,7 +32,7 @@ class ImageSet:
         shape: (C, H, W).
         parts: yields them in order, (n, C, H, W) each.
         sha256: of their pixels.
-        made: what `sample` recorded about them (engine, sampler, seeds); empty for images from elsewhere.
+        recorded: what `sample` recorded about them (engine, sampler, seeds); empty for images from elsewhere.
     """
 
     name: str
@@ -40,10 +40,13 @@ class ImageSet:
     shape: tuple[int, int, int]
     parts: Parts
     sha256: str
-    made: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the images, `size` at a time whatever the parts are, since a network's last digits depend on it."""
+        """Yield the images, `size` at a time whatever the parts are.
+
+        The last digits of a network's features depend on the batch size, so it must not depend on how a set is stored.
+        """
         pending: list[Tensor] = []
         for part in self.parts():
             pending.append(part)
@@ -57,7 +60,7 @@ class ImageSet:
     def take(self, count: int) -> "ImageSet":
         """Return the first `count` images; raise GaqError if there are fewer."""
         if count > self.count:
-            raise GaqError(f"{self.name} has {self.count} images; asked for {count}.")
+            raise GaqError(f"{self.name} has {self.count} images; expected at least {count}.")
         if count == self.count:
             return self
 
@@ -68,8 +71,8 @@ class ImageSet:
                     yield part[:left]
                 left -= len(part)
 
-        made = dict(self.made) | ({"num": count} if "num" in self.made else {})
-        return replace(self, count=count, parts=parts, sha256=_digest(parts), made=made)
+        recorded = dict(self.recorded) | ({"num": count} if "num" in self.recorded else {})
+        return replace(self, count=count, parts=parts, sha256=_digest(parts), recorded=recorded)
 
 
 def open_images(path: Path, shape: tuple[int, int, int] | None = None) -> ImageSet:
@@ -97,19 +100,20 @@ def _of_shards(path: Path) -> ImageSet:
             yield images
 
     first = next(parts())
-    made = {**record["identity"], "seed": record["seed"], "num": record["num"], "batch": record["batch"]}
+    recorded = {**record["identity"], "seed": record["seed"], "num": record["num"], "batch": record["batch"]}
     return ImageSet(
-        name=str(path), count=record["num"], shape=_shape(first), parts=parts, sha256=_digest(parts), made=made
+        name=str(path), count=record["num"], shape=_shape(first), parts=parts, sha256=_digest(parts), recorded=recorded
     )
 
 
 def _of_pngs(path: Path) -> ImageSet:
-    made: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     if (path / shards.RECORD).is_file():
         record = shards.read_record(path)
         files = [path / image["file"] for image in record["images"]]
-        made = {key: value for key, value in record.items() if key not in ("images", "seconds")}
-        made |= {"seed": record["images"][0]["seed"], "num": len(files)}
+        # How long it took changes no pixel, and the list of files is no setting.
+        recorded = {key: value for key, value in record.items() if key not in ("images", "seconds")}
+        recorded |= {"seed": record["images"][0]["seed"], "num": len(files)}
     else:
         files = sorted(path.glob("*.png"))
     if not files:
@@ -120,7 +124,12 @@ def _of_pngs(path: Path) -> ImageSet:
             yield _stacked([_read_png(file) for file in files[start : start + PART]], path)
 
     return ImageSet(
-        name=str(path), count=len(files), shape=_shape(next(parts())), parts=parts, sha256=_digest(parts), made=made
+        name=str(path),
+        count=len(files),
+        shape=_shape(next(parts())),
+        parts=parts,
+        sha256=_digest(parts),
+        recorded=recorded,
     )
 
 
@@ -135,7 +144,7 @@ def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:
     array = array[..., None] if array.ndim == 3 else array  # grey images may come without a channel
     height, width, channels = array.shape[1:]
     if array.dtype != np.uint8 or (shape and (channels != shape[0] or height > shape[1] or width > shape[2])):
-        raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; wanted are uint8 images {shape} (C, H, W).")
+        raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; expected uint8 images {shape} (C, H, W).")
     images = frechet.padded(array, *(shape[1:] if shape else (height, width)))
 
     def parts() -> Iterator[Tensor]:
@@ -147,6 +156,7 @@ def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:
 def _read_png(path: Path) -> Tensor:
     try:
         with Image.open(path) as picture:
+            # Palettes, alpha channels and the like become three colours; 8-bit grey stays one channel.
             array = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
     except OSError as error:
         raise GaqError(f"{path} cannot be read as an image: {error}") from error

@@ -25,7 +25,7 @@ from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import provenance_of
 from gaq_export.quantize.trajectories import GROUP, image_seed
 
-OnStage = Callable[[str, int, int], None]  # called with what is being done, how much of it is done, and in all
+OnStage = Callable[[str, int, int], None]  # called with (what is being done, done, total)
 Visit = Callable[[Tensor, Tensor, Tensor], None]  # called with x, t and the leader's predicted noise
 FLOAT, QUANTIZED = "float trajectory", "quantized trajectory"
 
@@ -97,10 +97,11 @@ def squared_errors(trajectory: Trajectory, denoiser: Denoiser, correction: Corre
     errors = []
     with torch.no_grad():
         for step, (x, t, exact) in enumerate(zip(trajectory.x, trajectory.t, trajectory.epsilon, strict=True)):
-            predicted = denoiser(x, t).double()
+            predicted = denoiser(x, t).double()  # the sum is over all pixels of all images
             if correction is not None:
                 # (C,) -> (C, 1, 1), so that it spreads over (N, C, H, W)
-                gain, bias = (torch.tensor(rows[step])[:, None, None] for rows in (correction.gain, correction.bias))
+                gain = torch.tensor(correction.gain[step])[:, None, None]
+                bias = torch.tensor(correction.bias[step])[:, None, None]
                 predicted = gain * (predicted - bias)
             errors.append(float((predicted - exact.double()).square().sum()))
     return errors
@@ -126,7 +127,7 @@ def along_both(
         rows[FLOAT].append(sqnr_db(epsilon, quantized(x, t)))
 
     def visit_quantized(x: Tensor, t: Tensor, epsilon: Tensor) -> None:
-        rows[QUANTIZED].append(sqnr_db(exact(x, t), epsilon))  # the float network is the signal whoever leads
+        rows[QUANTIZED].append(sqnr_db(exact(x, t), epsilon))  # the float network is the signal, whichever leads
 
     follow(exact, seeds, sampling, visit_float)
     follow(quantized, seeds, sampling, visit_quantized)
@@ -142,10 +143,11 @@ def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnStage) 
         model: the float model.
         plan: made from it.
         images: trajectories to draw.
-        on_step: called with what is being done, and the steps done and in all.
+        on_step: called with (what is being done, steps done, steps in all).
     """
     spec = provenance_of(plan).sampler
     quantized = [fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True)]
+    # Hashed under a purpose, "inspection", so these are never the seeds of calibration images.
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
     groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]
     rows: list[list[list[float]]] = []  # one entry a network call: 2 networks x images of the group
@@ -153,6 +155,7 @@ def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnStage) 
     for group in groups:
         exact, *others = (bind(network, model.conditioning, group) for network in (model.network, *quantized))
 
+        # A default binds this group's denoisers to the function.
         def visit(x: Tensor, t: Tensor, epsilon: Tensor, others: Sequence[Denoiser] = others) -> None:
             rows.append([[sqnr_db(e, o) for e, o in zip(epsilon, net(x, t), strict=True)] for net in others])
             on_step("following fresh trajectories, step", len(rows), len(groups) * spec.steps)

@@ -1,4 +1,4 @@
-"""Does it still draw the same pictures? Each score with all that it depends on; only like is compared with like.
+"""Does it still draw the same pictures? Scores, each with all that it depends on; others are not compared with it.
 
     sets     a set of images against another, by features (`feature_metrics`): how alike are they as a whole?
     pairs    images against those of the float network from the same noise: PSNR, SSIM, LPIPS
@@ -30,7 +30,8 @@ from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.images import psnr
 
 WIDE = 256  # features: a bootstrap of wider ones takes minutes, so it gets fewer draws
-BOOTSTRAP_DRAWS, BOOTSTRAP_DRAWS_WIDE = 200, 20
+BOOTSTRAP_DRAWS = 200
+BOOTSTRAP_DRAWS_WIDE = 20
 PAIR_METRICS = ("psnr", "psnr_low", "ssim", "lpips")
 ROW_CONTEXT = ("images_sha256", "engine_sha256", "bits", "backend")  # what the rows of one table may differ in
 LEFT_OUT = "left out"  # key of a context: a metric that could not be measured, and why
@@ -103,14 +104,14 @@ def compare_sets(
         reference: real images, or the float network's from other noise.
         extractor: makes the features.
         cache: folder that stores features.
-        on_step: called with what is measured, how many metrics are done, and how many there are.
+        on_step: called with (what is measured, metrics done, metrics in all).
 
     Raises:
         GaqError: fewer than two images, or a feature network that cannot be loaded.
     """
     if min(images.count, reference.count) < 2:
         raise GaqError(
-            f"Found {images.count} images to evaluate by {reference.count}; 2 of each are the least that have a spread."
+            f"Found {images.count} images to compare with {reference.count}; a spread needs at least 2 of each."
         )
     names = NAMES | {"fd": extractor.distance}
     if "FID" not in extractor.distance:
@@ -124,19 +125,25 @@ def compare_sets(
     report_step("fd")
     size = min(images.count, reference.count // 2)  # a floor needs as many images again on the other side
     context = _context_of(images) | _reference_context(reference, extractor) | {"floor_images": size}
-    draws = BOOTSTRAP_DRAWS_WIDE if a.pooled.shape[1] > WIDE else BOOTSTRAP_DRAWS
-    interval = feature_metrics.interval(a.pooled, b.pooled, draws)
-    distance = Score(
+    distance = _frechet_score(a.pooled, b.pooled, names["fd"], context)
+    values = feature_metrics.measure(METRICS[1:], a, b, report_step)
+    return [distance, *(Score(metric=m, name=names[m], value=value, context=context) for m, value in values.items())]
+
+
+def _frechet_score(features: Tensor, reference: Tensor, name: str, context: Mapping[str, Any]) -> Score:
+    """Return the Frechet distance of features (N, D) to a reference's, with its interval and its floor."""
+    draws = BOOTSTRAP_DRAWS_WIDE if features.shape[1] > WIDE else BOOTSTRAP_DRAWS
+    interval = feature_metrics.interval(features, reference, draws)
+    size = context["floor_images"]
+    return Score(
         metric="fd",
-        name=names["fd"],
+        name=name,
         value=interval.value,
         low=interval.low,
         high=interval.high,
-        floor=feature_metrics.floor(b.pooled, size) if size > 1 else None,
-        context=context | {"bootstrap_draws": draws},
+        floor=feature_metrics.floor(reference, size) if size > 1 else None,  # one image has no covariance
+        context={**context, "bootstrap_draws": draws},
     )
-    values = feature_metrics.measure(METRICS[1:], a, b, report_step)
-    return [distance, *(Score(metric=m, name=names[m], value=value, context=context) for m, value in values.items())]
 
 
 def compare_pairs(images: ImageSet, exact: ImageSet) -> list[Score]:
@@ -154,16 +161,19 @@ def compare_pairs(images: ImageSet, exact: ImageSet) -> list[Score]:
             f"Pairs need as many images of one size: {images.name} has {images.count} of {images.shape}, {exact.name} "
             f"{exact.count} of {exact.shape}."
         )
-    if images.made.get("seed") != exact.made.get("seed"):
+    if images.recorded.get("seed") != exact.recorded.get("seed"):
         raise GaqError(f"{images.name} and {exact.name} are from different noise: their first seeds differ.")
     context = _context_of(images) | {"exact_sha256": exact.sha256}
-    decibels, similarities, distances = list[float](), list[float](), list[float]()
+    decibels: list[float] = []
+    similarities: list[float] = []
+    distances: list[float] = []
     perceptual = None
-    try:
+    try:  # LPIPS downloads VGG's weights; without them the other scores are still worth having
         perceptual = _lpips()
     except GaqError as error:
         context |= {LEFT_OUT: str(error)}
     for a, b in zip(images.batches(BATCH), exact.batches(BATCH), strict=True):
+        # Equal images have infinite PSNR, which JSON cannot hold.
         decibels += psnr(frechet.pixels(a), frechet.pixels(b)).clamp(max=EQUAL_DB).tolist()
         similarities += [_ssim(x, y) for x, y in zip(a, b, strict=True)]
         distances += perceptual(a, b) if perceptual is not None else []
@@ -178,7 +188,7 @@ def compare_pairs(images: ImageSet, exact: ImageSet) -> list[Score]:
 
 
 def groups(rows: Mapping[str, Sequence[Score]]) -> list[dict[str, list[Score]]]:
-    """Split rows into those of sets and those of pairs: one table each, since only some rows have both."""
+    """Split scores into those of sets and of pairs, a table each, since the float network has no pairs."""
     parts = []
     for pairs in (False, True):
         part = {name: [s for s in scores if (s.metric in PAIR_METRICS) == pairs] for name, scores in rows.items()}
@@ -208,7 +218,8 @@ def _check_comparable(first: str, a: Score, other: str, b: Score) -> None:
     if different or a.metric != b.metric:
         what = different[0] if different else "metric"
         raise GaqError(
-            f"{first!r} and {other!r} cannot stand in one table: {what} is {ours.get(what)!r} and {theirs.get(what)!r}."
+            f"{first!r} and {other!r} cannot be compared in one table: {what} is {ours.get(what)!r} and "
+            f"{theirs.get(what)!r}."
         )
 
 
@@ -227,12 +238,13 @@ def _text(score: Score) -> str:
 
 def _context_of(images: ImageSet) -> dict[str, Any]:
     """Return what scores depend on as far as the evaluated images go."""
-    made = images.made
+    recorded = images.recorded
     context = {"images": images.count, "images_sha256": images.sha256}
-    if made:
-        first = made["seed"]
+    if recorded:
+        first = recorded["seed"]
         context |= {"seeds": [first, first + images.count - 1]}
-        context |= {key: made[key] for key in ("model", "sampler", "bits", "backend", "engine_sha256") if key in made}
+        keys = ("model", "sampler", "bits", "backend", "engine_sha256")
+        context |= {key: recorded[key] for key in keys if key in recorded}
     return context
 
 
@@ -254,12 +266,13 @@ def _ssim(a: Tensor, b: Tensor) -> float:
     except ImportError as error:
         raise GaqError(f"scikit-image cannot be loaded ({error}): pip install 'gaq-export[evaluate]'.") from error
     similarity: Callable[..., float] = structural_similarity
+    # The paper's window; scikit-image's defaults are another one.
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     return float(similarity(a.numpy(), b.numpy(), channel_axis=0, **settings))
 
 
 def _lpips() -> Callable[[Tensor, Tensor], list[float]]:
-    """Return what measures LPIPS (Zhang et al. 2018, VGG16); raise GaqError if its weights cannot be loaded."""
+    """Return the measure of LPIPS (Zhang et al. 2018, VGG16); raise GaqError if its weights cannot be loaded."""
     try:
         network = feature_metrics.library("sample_similarity_lpips").SampleSimilarityLPIPS("lpips-vgg16")
     except Exception as error:  # the download and the loading raise many kinds

@@ -14,6 +14,7 @@ def take_turns(loops: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop()  # caches fill and buffers are allocated
+    # Rounds outside: a machine that grows hot or busy then slows every loop, not the last ones.
     for _ in range(rounds):
         for name, loop in loops.items():
             started = time.perf_counter()

@@ -15,6 +15,7 @@ from calib.progress import Progress
 from gaq_export.comparison import runner
 from gaq_export.comparison.spec import Cell, Comparison
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.make_plan import CalibrationCallbacks, make_plan
 from tests.gaq_export.comparison.conftest import RUNGS, comparison_of
 
 
@@ -26,18 +27,22 @@ def saved(plan: QuantPlan, folder: Path) -> bytes:
 def plan_of(row: str, model: LoadedModel, folder: Path) -> QuantPlan:
     comparison = comparison_of(model, folder)
     config = comparison.config(Cell(row=row, seed=0, wbits=4))
-    return runner.plan_at(model, runner._calibration_set(comparison, 0), config, 8, folder / "blocks")
+    data = runner._calibration_set(comparison, 0)
+    return make_plan(model, data, runner.at_width(config, 8), folder / "blocks")
 
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_plan_at_other_activation_bits_is_what_calibrating_at_them_gives(rung, model, tmp_path: Path) -> None:
     comparison = comparison_of(model, tmp_path)
     config, data = comparison.config(Cell(row=rung, seed=1, wbits=4)), runner._calibration_set(comparison, 1)
-    runner.plan_at(model, data, config, 8, tmp_path / "blocks")
+    make_plan(model, data, runner.at_width(config, 8), tmp_path / "blocks")
     seen: list[Progress] = []
-    derived = runner.plan_at(model, data, config, 4, tmp_path / "blocks", seen.append)
+    callbacks = CalibrationCallbacks(on_progress=seen.append)
+    derived = make_plan(model, data, runner.at_width(config, 4), tmp_path / "blocks", callbacks)
     assert all(p.resumed for p in seen if p.result is not None)
-    assert saved(derived, tmp_path) == saved(runner.plan_at(model, data, config, 4, tmp_path / "fresh"), tmp_path)
+    assert saved(derived, tmp_path) == saved(
+        make_plan(model, data, runner.at_width(config, 4), tmp_path / "fresh"), tmp_path
+    )
 
 
 def test_rounding_to_nearest_learns_nothing_and_searches_nothing(model, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet
 from gaq_export.images import psnr, to_uint8_tensor
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.make_plan import make_plan
 from tests.gaq_export.comparison.conftest import comparison_of
 
 
@@ -48,7 +49,7 @@ def test_the_engine_draws_what_pytorch_draws(model: LoadedModel, tmp_path: Path)
     runner.work(comparison, runner.PREPARE)
     data = runner._calibration_set(comparison, 0)
     config = comparison.config(Cell(row="uniform", seed=0, wbits=4))
-    plan = runner.plan_at(model, data, config, 4, tmp_path / "blocks")
+    plan = make_plan(model, data, runner.at_width(config, 4), tmp_path / "blocks")
     shared = comparison.yardstick
     plain = dataclasses.replace(shared, computed_by=ComputedBy.PYTORCH)
     with yardstick.quantized(shared, plan) as engine, yardstick.quantized(plain, plan) as fake:

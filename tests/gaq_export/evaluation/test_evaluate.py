@@ -112,6 +112,6 @@ def test_scores_that_cannot_stand_in_one_table_are_not_written(tmp_path: Path) -
         name: [Score(metric="fd", name="FID", value=3.0, context={"images": count})]
         for name, count in (("a", 9), ("b", 10))
     }
-    with pytest.raises(GaqError, match="'a' and 'b' cannot stand in one table: images is 9 and 10"):
+    with pytest.raises(GaqError, match="'a' and 'b' cannot be compared in one table: images is 9 and 10"):
         evaluate.write_evaluation(tmp_path, rows, {})
     assert not (tmp_path / "evaluation.json").exists()

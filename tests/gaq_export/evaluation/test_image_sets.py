@@ -19,8 +19,8 @@ def test_shards_and_pngs_of_one_drawing_are_the_same_set(tiny_step_engine: Engin
     assert pngs.sha256 == shards.sha256
     assert (pngs.count, pngs.shape) == (shards.count, shards.shape) == (6, (1, 16, 16))
     assert [len(part) for part in shards.parts()] == [4, 2]
-    assert (pngs.made["seed"], shards.made["seed"]) == (3, 3)
-    assert pngs.made["engine_sha256"] == shards.made["engine_sha256"] == tiny_step_engine.sha256
+    assert (pngs.recorded["seed"], shards.recorded["seed"]) == (3, 3)
+    assert pngs.recorded["engine_sha256"] == shards.recorded["engine_sha256"] == tiny_step_engine.sha256
     for size, sizes in ((2, [2, 2, 2]), (4, [4, 2]), (5, [5, 1]), (9, [6])):
         batches = list(shards.batches(size))
         assert [len(batch) for batch in batches] == sizes
@@ -28,7 +28,7 @@ def test_shards_and_pngs_of_one_drawing_are_the_same_set(tiny_step_engine: Engin
     first = shards.take(5)
     assert first.sha256 != shards.sha256
     assert torch.equal(torch.cat(list(first.parts())), torch.cat(list(pngs.parts()))[:5])
-    with pytest.raises(GaqError, match="has 6 images; asked for 7"):
+    with pytest.raises(GaqError, match="has 6 images; expected at least 7"):
         shards.take(7)
 
 
@@ -37,10 +37,10 @@ def test_a_data_sets_training_images_are_padded_to_the_model(tmp_path: Path) -> 
     np.savez(tmp_path / "digits.npz", train_images=train, test_images=train[:2])
     found = open_images(tmp_path / "digits.npz", (1, 32, 32))
     (part,) = found.parts()
-    assert (found.count, found.shape, found.made) == (5, (1, 32, 32), {})
+    assert (found.count, found.shape, found.recorded) == (5, (1, 32, 32), {})
     assert np.array_equal(part[:, 0, 2:30, 2:30].numpy(), train)
     assert int(part[:, :, :2].sum()) == 0
-    with pytest.raises(GaqError, match=r"has uint8 images \(28, 28, 1\); wanted are uint8 images \(3, 32, 32\)"):
+    with pytest.raises(GaqError, match=r"has uint8 images \(28, 28, 1\); expected uint8 images \(3, 32, 32\)"):
         open_images(tmp_path / "digits.npz", (3, 32, 32))
 
 

@@ -28,7 +28,7 @@ def images(count: int, draw: int, name: str = "images", low: int = 0, **made: ob
     def parts() -> list[Tensor]:
         return iter(torch.split(pixels, 7))
 
-    return ImageSet(name=name, count=count, shape=(1, 32, 32), parts=parts, sha256=_digest(parts), made=made)
+    return ImageSet(name=name, count=count, shape=(1, 32, 32), parts=parts, sha256=_digest(parts), recorded=made)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_scores_that_depend_on_other_things_refuse_to_stand_in_one_table() -> No
     assert body == [["a", "3 [2.5, 3.5], floor 1"], ["b", "3 [2.5, 3.5], floor 1"]]
     for name, value in (("images", 10), ("features_sha256", "z"), ("sampler", {"steps": 3}), ("seeds", [0, 8])):
         odd = {**rows, "c": row(**{"images": 9, name: value})}
-        with pytest.raises(GaqError, match=f"'a' and 'c' cannot stand in one table: {name} is"):
+        with pytest.raises(GaqError, match=f"'a' and 'c' cannot be compared in one table: {name} is"):
             scores.table(odd)
 
 
@@ -111,5 +111,5 @@ def test_scores_survive_json() -> None:
 
 
 def test_a_set_of_one_image_has_no_score(digits: Extractor, tmp_path: Path) -> None:
-    with pytest.raises(GaqError, match="Found 1 images to evaluate by 130; 2 of each"):
+    with pytest.raises(GaqError, match="Found 1 images to compare with 130; a spread needs at least 2 of each"):
         scores.compare_sets(images(1, 1), images(130, 2), digits, tmp_path)
