@@ -74,7 +74,8 @@ def _corrected(row: Coefficients, correction: Correction, step: int) -> Coeffici
     """
     factor = row.direction - row.clean * row.epsilon_to_clean
     left = math.sqrt(max(row.fresh**2 - factor**2 * correction.variance[step], 0.0))
-    direction = math.sqrt(row.direction**2 + row.fresh**2 - left**2) if row.direction else 0.0
+    length = math.sqrt(row.direction**2 + row.fresh**2 - left**2) if row.direction else 0.0
+    direction = math.copysign(length, row.direction)
     after = (*correction.shift[1:], (0.0,) * len(correction.shift[0]))[step]
     return replace(
         row,

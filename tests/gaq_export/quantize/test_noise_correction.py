@@ -60,6 +60,13 @@ def test_the_sampler_adds_as_much_less_noise_as_the_error_brings(spec: SamplerSp
         )
 
 
+def test_a_sampler_that_subtracts_the_noise_still_does_so_corrected() -> None:
+    row = samplers.Coefficients(x_to_clean=1.0, epsilon_to_clean=0.5, keep=1.0, direction=-3.0, fresh=0.5)
+    corrected = samplers._corrected(row, _made_up(1, 0.01), 0)
+    assert corrected.direction < -3.0  # longer by what the added noise is shorter
+    assert corrected.fresh**2 + corrected.direction**2 == pytest.approx(row.fresh**2 + row.direction**2)
+
+
 def test_without_noise_of_its_own_a_sampler_changes_nothing_but_the_predicted_noise() -> None:
     spec, schedule = SamplerSpec(steps=4), linear_schedule()
     made = _made_up(4)
