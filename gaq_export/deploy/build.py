@@ -1,7 +1,7 @@
 """From a plan to an engine: export the backend's graph, build it, audit it, check what it computes.
 
-Everything is built in a folder beside the target and moved there when all of it has passed, so that a failed build
-leaves the engine that was there before.
+Everything is built in a folder beside the target and moved there once all of it has passed. A failed build therefore
+leaves an earlier engine as it was.
 """
 
 import os
@@ -142,37 +142,40 @@ def build(
         out: the engine file.
         options: what to build.
         model: the float model; loaded again from the plan's record if None.
-        on_begin: called with the name of each stage that begins, since none can say how much of it is done.
+        on_begin: called with the name of each stage as it begins; how much of a stage is done is not known.
     """
     on_begin("loading the model")
     job = _prepare(run, options, model)
     not_run = job.backend.can_run()
     on_begin("collecting inputs for the check")
+    # Where the engine cannot run, as for another GPU, it is built all the same and not checked.
     data = None if not_run else verify.samples(job.model, job.sampler, job.plan, job.run, job.config)
     with folders.staging(out) as staged:
         if job.model.conditioning is not None:
             job.model.conditioning.save(staged)
+        # Before the denoiser, whose record names their files with sha256.
         on_begin("building the decoder and the text encoders")
         decoder = build_decoder(job.model, staged / out.name, job.config, data)
         texts, encoders = build_texts(job.model, staged / out.name, job.config, check=data is not None)
         record = replace(job.record, decoder=_link_to(decoder), text_encoders=encoders)
         files, checks = _build_graphs(job, record, staged / out.name, data, on_begin)
         _put(staged, out)
-    checked = parity.merge(checks) if checks else None
+    merged = parity.merge(checks) if checks else None
     runs.add_entry(
         job.run,
         options.step_name,
         engine=os.path.relpath(out, job.run.folder),
         backend=job.backend.name,
         seconds=round(sum(file.build_seconds for file in files), 1),
-        sqnr_db=checked and checked.sqnr_db,
+        sqnr_db=merged and merged.sqnr_db,
     )
+    # Loaded again, because the paths in `files` are those in the staging folder. The widest is last.
     *others, file = (engines.load_engine_file(out.with_name(file.path.name)) for file in files)
     return Built(
         file=file,
         others=tuple(others),
         plan=job.plan,
-        parity=checked,
+        parity=merged,
         not_run=not_run,
         decoder=decoder and _moved(decoder, out),
         texts=tuple(_moved(encoder, out) for encoder in texts),
@@ -181,7 +184,7 @@ def build(
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """A build with everything it needs in memory; `turns` are the activation bits of each step."""
+    """A build with everything it needs in memory."""
 
     run: Run
     options: BuildOptions
@@ -191,23 +194,25 @@ class _Job:
     plan: QuantPlan
     model: LoadedModel
     sampler: SamplerSpec
-    turns: tuple[int, ...]
-    record: EngineRecord = field(repr=False)
+    turns: tuple[int, ...]  # activation bits of each step, (S,)
+    record: EngineRecord = field(repr=False)  # without what only the build brings: tables, decoder, text encoders
 
 
 def _prepare(run: Run, options: BuildOptions, model: LoadedModel | None) -> _Job:
-    """Read the plan, find the model, and settle everything that can be wrong before anything is built."""
+    """Read the plan, find the model, and report everything that can be wrong before anything is built."""
     config = options.config or EngineConfig(backend=engines.best_backend())
     backend = engines.find_backend(config.backend)
     if reason := backend.can_build():
         raise GaqError(f"{backend.name} cannot build here: {reason}")
-    plan, sha256 = load_plan(run.plan), engines.sha256_of(run.plan)
+    plan = load_plan(run.plan)
+    sha256 = engines.sha256_of(run.plan)
     profile = _profile(backend, options.numbers, plan)
     provenance = provenance_of(plan)
     model = find_model(provenance, model, run.folder)
     sampler = options.sampler or provenance.sampler
     turns = _turns(plan, sampler, model.schedule.num_train, options.graph)
     record = EngineRecord(
+        # The sampler that the engine is for, in place of the one that calibration followed.
         provenance=replace(provenance, sampler=sampler),
         graph=options.graph,
         bits=_bits(plan, turns),
@@ -233,13 +238,15 @@ def _build_graphs(
     job: _Job, record: EngineRecord, out: Path, data: CalibrationSet | None, on_begin: OnBegin
 ) -> tuple[list[EngineFile], list[Parity]]:
     """Build an engine for each activation width of the steps, and check each on its own steps."""
-    files, checks = list[EngineFile](), list[Parity]()
+    files = list[EngineFile]()
+    checks = list[Parity]()
     order = sorted(set(job.turns))  # the widest last, since its record names the others
     for abits in order:
         last = abits == order[-1]
         options = GraphOptions(
             graph=job.options.graph,
             sampler=job.sampler,
+            # A runtime that is not strongly typed chooses its types itself, and wants a float32 graph.
             compute=job.backend.compute(job.config.compute) if job.backend.typed else "float32",
             correct=job.options.correct,
             abits=None if job.plan.step_bits is None else abits,
@@ -248,10 +255,11 @@ def _build_graphs(
         on_begin("exporting the graph")
         exported = write_graph(job.profile, job.plan, job.model, options, folder=job.run.folder)
         switching = Switching(engines=tuple(map(link, files)), turns=tuple(order.index(bits) for bits in job.turns))
-        mine = replace(record, tables=exported.tables, switching=switching if last and files else None)
+        # Tables depend on the graph, so every engine has its own record; only the last one names the others.
+        own_record = replace(record, tables=exported.tables, switching=switching if last and files else None)
         path = out if last else out.with_name(f"{out.stem}-a{abits}{out.suffix}")
         on_begin(f"building with {job.backend.name}")
-        files.append(engines.build(exported.path, path, job.config, mine.to_json()))
+        files.append(engines.build(exported.path, path, job.config, own_record.to_json()))
         if data is not None:
             on_begin("checking against PyTorch")
             target = verify.Target(profile=job.profile, turns=job.turns, abits=abits)
@@ -262,7 +270,7 @@ def _build_graphs(
 def build_float(
     model: LoadedModel, out: Path, *, sampler: SamplerSpec | None = None, config: EngineConfig | None = None
 ) -> EngineFile:
-    """Build an engine of the float network's steps, to draw with as fast and in as many processes as the quantized.
+    """Build an engine of the float network's steps, which draws in the same runtime and worker processes as a quantized one.
 
     Args:
         model: the float model.
@@ -273,13 +281,13 @@ def build_float(
     spec = sampler or model.spec.sampler
     config = replace(config or EngineConfig(backend=engines.best_backend()), compute="float32")
     network = export_float(model.network, model.shape, model.condition_inputs)
-    make_step(network, model.schedule, spec, guided=model.conditioning is not None and model.conditioning.guided)
+    make_step(network, model.schedule, spec, guided=model.guided)
     if find_profile(engines.find_backend(config.backend).profile).openvino_forms:
         rewrite_for_openvino(network)
     with folders.staging(out) as staged:
         if model.conditioning is not None:
             model.conditioning.save(staged)
-        decoder = build_decoder(model, staged / out.name, config, None)
+        decoder = build_decoder(model, staged / out.name, config, data=None)
         record = EngineRecord(
             provenance=Provenance.of(model, spec),
             graph=GraphKind.STEP,
@@ -298,6 +306,7 @@ def build_decoder(model: LoadedModel, out: Path, config: EngineConfig, data: Cal
     file = submodels.build_decoder(model.decoder, model.shape, submodels.decoder_path(out), config)
     if data is None:
         return Part(file=file, parity=None)
+    # Latents near the end of sampling, the only ones that a decoder is made for.
     last = (data.step == data.step.max()).nonzero()[: max(file.batch[0], min(file.batch[2], parity.IMAGES)), 0]
     return Part(file=file, parity=submodels.check_decoder(model.decoder, file, data.x[last]))
 
@@ -311,14 +320,14 @@ def build_texts(
         The encoders, and what the engine's record says of them; none where the model takes no prompts, its folder has
         no encoders, or transformers is not installed.
     """
-    texts = (
-        text_encoder.of(model) if text_encoder.STATES in model.condition_inputs and text_encoder.installed() else None
-    )
+    # An engine without text encoders still draws the prompts of its calibration, so a missing library is no error.
+    takes_prompts = text_encoder.STATES in model.condition_inputs
+    texts = text_encoder.of(model) if takes_prompts and text_encoder.installed() else None
     if texts is None:
         return (), None
     parts, tokenizers = [], []
     for index, (tokenizer, encoder) in enumerate(zip(texts.tokenizers, texts.encoders, strict=True)):
-        assert isinstance(encoder, text_encoder.TextEncoder)
+        assert isinstance(encoder, text_encoder.TextEncoder)  # `of` returns modules, never engines
         path = submodels.text_path(out, index)
         file = submodels.build_text(encoder, path, config)
         parts.append(Part(file=file, parity=submodels.check_text(encoder, file) if check else None))
@@ -337,38 +346,41 @@ def _link_to(part: Part | None) -> LinkedFile | None:
 
 
 def _moved(part: Part, out: Path) -> Part:
-    """Return a part as it is after `_put`."""
+    """Return a part with the path that it has after `_put`."""
     return replace(part, file=engines.load_engine_file(out.with_name(part.file.path.name)))
 
 
 def _put(staged: Path, out: Path) -> None:
     """Move finished files beside `out`, the record that names all others last."""
-    made = sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json"))
-    for path in made:
+    # In this order an interrupted move never leaves a new record beside old files.
+    finished = sorted(staged.iterdir(), key=lambda path: (path.name.startswith(out.name), path.suffix == ".json"))
+    names = {path.name for path in finished}
+    for path in finished:
         os.replace(path, out.with_name(path.name))
-    for built in (out.with_name(path.stem) for path in made if path.suffix == ".json"):
-        if data_path(built).name not in {path.name for path in made}:
-            data_path(built).unlink(missing_ok=True)  # of the engine that was here before
+    for engine in (out.with_name(path.stem) for path in finished if path.suffix == ".json"):
+        if data_path(engine).name not in names:
+            data_path(engine).unlink(missing_ok=True)  # left by an earlier engine that had its weights apart
 
 
 def _turns(plan: QuantPlan, spec: SamplerSpec, num_train: int, graph: GraphKind) -> tuple[int, ...]:
-    """Return the activation bits of each of the sampler's steps; raise GaqError if the graph does not know steps."""
+    """Return the activation bits of each of the sampler's steps, (S,); raise GaqError if the graph has no steps."""
     visited = timesteps(spec, num_train)
     if plan.step_bits is None or plan.timesteps is None:
         return (plan.config.activation.bits,) * len(visited)
     if graph is not GraphKind.STEP:
         raise GaqError("Steps differ in activation bits in this plan, and --graph eps does not know steps; use step.")
+    # The engine's sampler may visit other timesteps than the plan's.
     return tuple(plan.step_bits.bits[k] for k in nearest_step(plan.timesteps, visited))
 
 
 def _bits(plan: QuantPlan, turns: Sequence[int]) -> str:
-    """Say how many bits weights and activations have, as W4A8."""
-    weights, activations = {layer.weight_bits for layer in plan.layers.values()}, set(turns)
-    return "".join(f"{what}{'/'.join(map(str, sorted(w)))}" for what, w in (("W", weights), ("A", activations)))
+    """Return the bits of weights and activations in short: W4A8, or W4/8A6/8 where there are several."""
+    weights = {layer.weight_bits for layer in plan.layers.values()}
+    return f"W{'/'.join(map(str, sorted(weights)))}A{'/'.join(map(str, sorted(set(turns))))}"
 
 
 def _profile(backend: engines.Backend, numbers: Numbers, plan: QuantPlan) -> str:
-    """Return the profile of the backend's graph; raise GaqError if it has none of such numbers."""
+    """Return the profile of the backend's graph; raise GaqError if the backend or the plan does not suit `numbers`."""
     profile = backend.profile + _PROFILE_SUFFIX[numbers]
     if profile not in PROFILES:
         raise GaqError(f"{backend.name} does not compute in {numbers}; tensorrt and tensorrt-rtx do.")

@@ -1,4 +1,7 @@
-"""The quantized graph of a plan, as one backend wants it, written as an ONNX file."""
+"""Write the quantized graph of a plan as an ONNX file, in the form that one backend takes.
+
+In: a plan, its float model, a profile and `GraphOptions`. Out: an ONNX file in the run folder.
+"""
 
 import gc
 from dataclasses import dataclass, replace
@@ -48,7 +51,7 @@ class GraphOptions:
 
     @property
     def kind(self) -> str:
-        """The part of its file's name by which the graph differs from others of the same plan and profile."""
+        """The part of the file name that distinguishes the graph from others of the same plan and profile."""
         return self.graph + (".rows" if self.rows else "") + ("" if self.abits is None else f".a{self.abits}")
 
 
@@ -107,6 +110,7 @@ def write_graph(
 ) -> Exported:
     """Write the quantized graph of a plan and its model; `out` as for `export_onnx`, by default in `folder`."""
     target = find_profile(profile)
+    # The plan names the layers of the network after surgery, so the network is rewritten before it is exported.
     plan = at_bits(plan, options.abits or plan.config.activation.bits)
     model = rewritten(model, plan)
     if options.graph is GraphKind.STEP:
@@ -114,6 +118,7 @@ def write_graph(
     else:
         network, step = export_float(model.network, model.shape, model.condition_inputs), None
     path = out or Run(folder=folder).onnx(profile, options.kind)
+    # In this order: the quantization scales are inserted as float32, and become 16 bits together with the rest.
     insert_qdq(network, plan, target, step)
     if target.openvino_forms:
         rewrite_for_openvino(network)
@@ -124,21 +129,22 @@ def write_graph(
 
 
 def _step(model: LoadedModel, plan: QuantPlan, options: GraphOptions) -> tuple[ir.Model, StepInfo]:
-    """Return the graph of a step, still float but for the layers that became tables.
+    """Return the graph of a step, still float except for the layers that became tables.
 
-    If the plan rounds some of those, the tables hold the rounded values: the other layers were fitted to them.
+    If the plan rounds some of those, the tables hold the rounded values, because the other layers were fitted to them.
     """
     sampler = options.sampler or provenance_of(plan).sampler
     correction = correction_for(plan, sampler) if options.correct else None
-    guided = model.conditioning is not None and model.conditioning.guided
     network = export_float(model.network, model.shape, model.condition_inputs)
-    step = make_step(network, model.schedule, sampler, correction, guided=guided, step_per_image=options.rows)
+    step = make_step(network, model.schedule, sampler, correction, guided=model.guided, step_per_image=options.rows)
+    # Only the finished step says which layers became tables; if the plan rounds any, it is made again from those.
     rounded = {name: layer for name, layer in plan.layers.items() if name in step.baked}
     if not rounded:
         return network, step
     fake = fake_quantized(model.network, replace(plan, layers=rounded, products={}))
     network = export_float(fake, model.shape, model.condition_inputs)
-    return network, make_step(network, model.schedule, sampler, correction, guided=guided, step_per_image=options.rows)
+    step = make_step(network, model.schedule, sampler, correction, guided=model.guided, step_per_image=options.rows)
+    return network, step
 
 
 def correction_for(plan: QuantPlan, sampler: SamplerSpec) -> Correction | None:
@@ -146,7 +152,7 @@ def correction_for(plan: QuantPlan, sampler: SamplerSpec) -> Correction | None:
     measured = provenance_of(plan).sampler
     if plan.correction is not None and sampler != measured:
         raise GaqError(
-            f"This plan's correction ({plan.correction.rule}) was measured for {measured}; asked for {sampler}. "
+            f"This plan's correction ({plan.correction.rule}) was measured for {measured}, not for {sampler}. "
             "Calibrate with that sampler, or build without the correction (--no-correction)."
         )
     return plan.correction

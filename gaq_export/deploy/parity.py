@@ -1,7 +1,7 @@
-"""Does the engine compute what fake-quantized PyTorch computes? Signal over difference, step by step.
+"""Compare an engine with fake-quantized PyTorch, step by step: the ratio of signal to difference, in dB.
 
-Two correct implementations never agree to the last bit, and where a value sits on a rounding edge a difference in its
-seventh digit moves it by a whole quantization step, which moves others. So a quantized network has a resolution: the
+Two correct implementations never agree to the last bit. Where a value lies on a rounding edge, a difference in its
+seventh digit moves it by a whole quantization step, and that moves others. So a quantized network has a resolution: the
 SQNR it has against itself when the input of every quantized layer changes by one part in a million (or, where the
 engine's floats have 16 bits, by about their rounding error). No engine can be expected to come closer than that, and at
 the last sampling steps it can be far below 40 dB. An engine passes if every step reaches its floor or comes within
@@ -21,7 +21,7 @@ from calib.sqnr import EQUAL_DB, sqnr_db
 
 IMAGES = 4  # of each checked step
 PERTURBATION = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}  # of the input of every layer, relative
-DRAWS = 8  # perturbations to try before a step fails: in a small network a value on the edge is a matter of luck
+DRAWS = 8  # perturbations to try before a step fails: in a small network it is chance whether one moves a value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Tolerance:
     margin_db: float
 
     def required_db(self, resolution_db: float) -> float:
-        """Return what is asked of a step where the network has this resolution."""
+        """Return the least SQNR of a step where the network has this resolution."""
         return min(self.floor_db, resolution_db - self.margin_db)
 
 
@@ -58,16 +58,16 @@ class Parity:
 
     @property
     def worst(self) -> int:
-        """Index of the step that is furthest below, or least above, what is asked of it."""
+        """Index of the checked step that is furthest below its required SQNR, or least above it."""
         return min(range(len(self.steps)), key=lambda i: self.sqnr_db[i] - self.required_db(i))
 
     @property
     def passed(self) -> bool:
-        """Whether every step is as close as is asked."""
+        """Whether every step reaches its required SQNR."""
         return self.sqnr_db[self.worst] >= self.required_db(self.worst)
 
     def required_db(self, i: int) -> float:
-        """Return what is asked of the checked step number `i`."""
+        """Return the required SQNR of checked step number `i`."""
         return self.tolerance.required_db(self.resolution_db[i])
 
 
@@ -87,23 +87,24 @@ def compare(
     Args:
         reference: fake-quantized module.
         layers: names of its quantized layers.
-        other: engine.
+        other: the engine, called like the reference.
         data: calibration samples to take the inputs from.
-        tolerance: what `Parity.passed` asks.
+        tolerance: what `Parity.passed` requires.
         compute: type of the engine's floats, a key of `PERTURBATION`.
         steps: how many sampling steps, evenly spaced.
         images: how many images of each.
     """
-    present = torch.unique(data.step)
+    present = torch.unique(data.step)  # an engine that takes turns with others has only some of the steps
     chosen = present[torch.linspace(0, len(present) - 1, min(steps, len(present))).round().long()]
     layers = tuple(layers)
-    measured, resolution = [], []
+    measured = []
+    resolution = []
     with torch.no_grad():
         for step in chosen:
             sample = data.take((data.step == step).nonzero()[:images, 0])
             args = sample.inputs()
-            near, lowest = closeness(reference, layers, args, other(*args), tolerance, compute=compute, seed=int(step))
-            measured.append(near)
+            ratio, lowest = closeness(reference, layers, args, other(*args), tolerance, compute=compute, seed=int(step))
+            measured.append(ratio)
             resolution.append(lowest)
     return Parity(
         steps=tuple(int(s) for s in chosen),
@@ -135,7 +136,9 @@ def closeness(
         seed: of the perturbations.
     """
     expected = reference(*args)
-    measured, lowest = sqnr_db(expected, actual), EQUAL_DB
+    measured = sqnr_db(expected, actual)
+    lowest = EQUAL_DB
+    # The lowest of several draws, because each perturbation moves other values over an edge.
     for draw in range(DRAWS):
         with perturbed(reference, layers, PERTURBATION[compute], seed=DRAWS * seed + draw):
             lowest = min(lowest, sqnr_db(expected, reference(*args)))
@@ -145,7 +148,7 @@ def closeness(
 
 
 def merge(parts: Sequence[Parity]) -> Parity:
-    """Return what was measured of engines that take turns as one, its steps in order."""
+    """Return the parities of engines that take turns as one parity, in the order of the steps."""
     rows = sorted(row for part in parts for row in zip(part.steps, part.sqnr_db, part.resolution_db, strict=True))
     steps, sqnr, resolution = zip(*rows, strict=True)
     return Parity(steps=steps, sqnr_db=sqnr, resolution_db=resolution, tolerance=parts[0].tolerance)
@@ -155,12 +158,12 @@ def merge(parts: Sequence[Parity]) -> Parity:
 def perturbed(network: nn.Module, layers: Iterable[str], relative: float, seed: int) -> Iterator[None]:
     """Add noise to the input of each layer, before it is rounded, of a size `relative` to its root mean square.
 
-    Perturbing only the network's input would not do: runtimes differ in every layer.
+    Perturbing only the network's input would not be enough, since runtimes differ in every layer.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
+        x = args[0]  # (N, C, H, W) of a convolution, (N, ..., D) of a linear layer
         size = relative * x.square().mean().sqrt()
         return x + size * torch.randn(x.shape, generator=generator), *args[1:]
 

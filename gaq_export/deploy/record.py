@@ -1,4 +1,4 @@
-"""The engine record: what an engine file was made from and how to draw with it, read and written here alone.
+"""The engine record: what an engine file was made from and how to draw with it, read and written only here.
 
 `engines` stores a JSON object beside each engine without knowing what it means (`EngineFile.metadata`). This module
 gives it its meaning: `EngineRecord.to_json` when an engine is built, `record_of` when one is used.
@@ -14,7 +14,7 @@ from engines import EngineFile
 from gaq_export.errors import GaqError, unknown
 from gaq_export.models.provenance import Provenance
 
-FORMAT = 1
+FORMAT = 1  # raised when older records can no longer be read
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
@@ -80,7 +80,7 @@ class Switching:
     """
 
     engines: tuple[LinkedFile, ...]
-    turns: tuple[int, ...]
+    turns: tuple[int, ...]  # (S,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +116,12 @@ class EngineRecord:
         provenance: the float model; its sampler is the one that the engine was built for.
         graph: what the engine computes.
         bits: bits of weights and activations, such as W4A8; "float" for an engine of the float network.
-        numbers: what those bits are.
+        numbers: whether those bits are integers or floats.
         plan: None for an engine of the float network.
         correction: of the predicted noise; None if there is none.
         tables: modules of the network that are time tables in the engine.
         switching: engines that take turns with this one; None if it does all steps.
-        decoder: engine of the decoder of its latents; None if it draws images, or latents nobody decodes.
+        decoder: engine of the decoder of its latents; None if it draws images, or latents without a decoder.
         text_encoders: None if it takes no prompts, or its folder had no encoders.
     """
 
@@ -143,7 +143,9 @@ class EngineRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        switching, texts = self.switching, self.text_encoders
+        switching = self.switching
+        texts = self.text_encoders
+        # A part that an engine lacks is written as null, so that every record has the same keys.
         return {
             "format": FORMAT,
             "provenance": self.provenance.to_json(),
@@ -168,8 +170,12 @@ class EngineRecord:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """Read what `to_json` returned; raises KeyError, TypeError or ValueError on anything else."""
-        plan, correction, decoder = fields["plan"], fields["correction"], fields["decoder"]
-        switching, texts = fields["switching"], fields["text_encoders"]
+        # Indexed and not `get`: a key that is missing marks a damaged record, a null one a part that is not there.
+        plan = fields["plan"]
+        correction = fields["correction"]
+        switching = fields["switching"]
+        decoder = fields["decoder"]
+        texts = fields["text_encoders"]
         return cls(
             provenance=Provenance.from_json(fields["provenance"]),
             graph=GraphKind(fields["graph"]),
@@ -200,6 +206,7 @@ def record_of(file: EngineFile) -> EngineRecord:
     Raises:
         GaqError: it was written by another version, or is incomplete.
     """
+    # Checked first, because another version's record may lack any key.
     version = file.metadata.get("format")
     if version != FORMAT:
         raise GaqError(

@@ -44,14 +44,15 @@ def sampling_of(
         CalibError, GaqError: the file with the record's text states is missing, damaged or another one.
     """
     record = record_of(file)
+    # A correction is measured at one sampler's steps, and a graph of whole steps holds one sampler's coefficients.
     built_for = record.provenance.sampler
     if sampler not in (None, built_for) and record.correction is not None:
         raise GaqError(
-            f"{file.path} corrects its noise for {built_for} only; asked for {sampler}. Build with --no-correction."
+            f"{file.path} corrects its noise for {built_for} only, not for {sampler}. Build with --no-correction."
         )
     if sampler not in (None, built_for) and record.whole_steps:
         raise GaqError(
-            f"{file.path} holds the steps of {built_for}; asked for {sampler}. Build another engine for it, or one "
+            f"{file.path} holds the steps of {built_for}, not those of {sampler}. Build another engine for it, or one "
             "with --graph eps, which takes any sampler."
         )
     return Sampling(
@@ -73,10 +74,11 @@ def open_engines(file: EngineFile) -> Engine:
     switching = record_of(file).switching
     if switching is None:
         return engines.open_engine(file)
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # closes what is already open if a later engine cannot be opened
+        # This engine comes last, as `Switching.turns` counts.
         files = (*(replace(other, threads=file.threads) for other in others_of(file)), file)
         opened = [stack.enter_context(engines.open_engine(one)) for one in files]
-        stack.pop_all()
+        stack.pop_all()  # from here on the switch closes them
     return EngineSwitch(opened, switching.turns, "step")
 
 
@@ -116,14 +118,14 @@ def image_shape(file: EngineFile) -> tuple[int, int, int]:
     other = decoder_of(file)
     if other is None:
         return record_of(file).provenance.shape
-    _, channels, height, width = other.outputs[0].at_batch(1)
+    _, channels, height, width = other.outputs[0].at_batch(1)  # (1, 3, H, W)
     return channels, height, width
 
 
 def require_pictures(file: EngineFile) -> None:
     """Raise GaqError if an engine file draws latents and has no decoder that makes images of them."""
     channels = image_shape(file)[0]
-    if channels not in (1, 3):
+    if channels not in (1, 3):  # gray or RGB, all that a PNG of ours holds; latents of 3 channels pass for images
         raise GaqError(
             f"{file.path} draws latents of {channels} channels and has no decoder of them beside it: calibrate and "
             "build from a pipeline folder, with a vae/ or a vqvae/ beside the network."
@@ -148,6 +150,7 @@ def open_texts(file: EngineFile) -> Iterator[Texts]:
         from tokenizers import Tokenizer
     except ImportError:
         raise GaqError("Prompts need a tokenizer: pip install 'gaq-export[text]'.") from None
+    # All files are checked before the first engine is opened.
     files = [replace(_linked(file, link), threads=file.threads) for link in texts.engines]
     tokenizers = [_read_tokenizer(file, link) for link in texts.tokenizers]
     with ExitStack() as stack:
@@ -163,7 +166,8 @@ def open_texts(file: EngineFile) -> Iterator[Texts]:
 def _read_tokenizer(file: EngineFile, link: LinkedFile) -> str:
     path = file.path.with_name(link.file)
     try:
-        sha256, text = engines.sha256_of(path), path.read_text(encoding="utf-8")
+        sha256 = engines.sha256_of(path)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise GaqError(f"Cannot read {path}: {error.strerror}. Run build-engine again.") from error
     if sha256 != link.sha256:
@@ -172,7 +176,7 @@ def _read_tokenizer(file: EngineFile, link: LinkedFile) -> str:
 
 
 def draw_with_engine(engine: Engine, file: EngineFile, sampling: Sampling) -> Draw:
-    """Return what draws with an open engine.
+    """Return a function that draws with an open engine.
 
     Args:
         engine: the engine, see `open_engines`.
@@ -186,7 +190,7 @@ def draw_with_engine(engine: Engine, file: EngineFile, sampling: Sampling) -> Dr
 
 
 def draw_with_network(network: ConditionalNetwork, sampling: Sampling, *, apart: bool = False) -> Draw:
-    """Return what draws with anything called as (x, t), or (x, t, cond); `apart` as for `loop.run`."""
+    """Return a function that draws with anything called as (x, t) or (x, t, cond); `apart` as for `loop.run`."""
 
     def draw(seeds: Sequence[int], on_step: Callable[[], None]) -> Tensor:
         return loop.run(network, seeds, sampling, lambda step, x, t: on_step(), apart=apart)
@@ -210,5 +214,5 @@ def denoiser_for(engine: Engine, file: EngineFile, seeds: Sequence[int]) -> Deno
     conditioning = load_conditioning(record.provenance, file.path.parent)
     if conditioning is None or not record.whole_steps:
         return bind(network, conditioning, seeds, apart=True)
-    feeds = conditioning.feeds(seeds)  # guidance is inside the engine
+    feeds = conditioning.feeds(seeds)  # both conditions, because guidance is inside the engine
     return lambda x, t, /: network(x, t, feeds)

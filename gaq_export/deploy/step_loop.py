@@ -1,4 +1,4 @@
-"""Draw with an engine that holds whole denoising steps (`gaq_export.graph.step`), or ask it for the noise alone."""
+"""Draw with an engine of whole denoising steps (`gaq_export.graph.step`), or get just the predicted noise from it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,31 +37,34 @@ def run(
     Raises:
         GaqError: no seeds, or images that are not finite.
     """
+    # `previous`, the x0 of the step before, has factor 0 at the first step.
     x = loop.noise(seeds, 0, sampling.shape).numpy()
     feeds = {"x": x, "step": np.zeros(1, np.int64), "previous": np.zeros_like(x)}
     if sampling.conditioning is not None:
         feeds |= {name: tensor.numpy() for name, tensor in sampling.conditioning.feeds(seeds).items()}
-    inputs = {spec.name for spec in engine.inputs}
-    outputs = {spec.name for spec in engine.outputs}
-    turns = Loop(
+    input_names = {spec.name for spec in engine.inputs}
+    output_names = {spec.name for spec in engine.outputs}
+    iterations = Loop(
         count=sampling.sampler.steps,
-        feedback={output: name for output, name in FEEDBACK.items() if output in outputs},
-        noise={"noise": seeds} if "noise" in inputs else {},
+        # DDIM's engines have no `clean` output, since DDIM does not look back; those without fresh noise no `noise`.
+        feedback={output: name for output, name in FEEDBACK.items() if output in output_names},
+        noise={"noise": seeds} if "noise" in input_names else {},
         on_step=on_step,
     )
-    last = engine.loop(as_taken(engine, feeds, len(x)), turns)
-    return loop.finish(seeds, torch.from_numpy(last["x_next"]), sampling)
+    outputs = engine.loop(as_taken(engine, feeds, len(x)), iterations)
+    return loop.finish(seeds, torch.from_numpy(outputs["x_next"]), sampling)
 
 
 def as_taken(engine: Engine, feeds: Mapping[str, npt.NDArray[Any]], batch: int) -> dict[str, npt.NDArray[Any]]:
-    """Return those of `feeds` that the engine takes; a value for all images, (1,), is repeated where it wants rows."""
+    """Return those of `feeds` that the engine takes; a value for all images, (1,), is repeated where it takes rows."""
+    # `step` and `guidance` are (1,) in most engines, and (N,) in those with a step for each image.
     specs = {spec.name: spec for spec in engine.inputs if spec.name in feeds}
     single = {name for name in specs if feeds[name].shape == (1,)}
     return {n: np.resize(feeds[n], s.at_batch(batch)) if n in single else feeds[n] for n, s in specs.items()}
 
 
 def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
-    """Make the engine callable as (x, t), or (x, t, cond), at the timesteps it knows.
+    """Make the engine callable as (x, t), or (x, t, cond), at the timesteps of its steps.
 
     Args:
         engine: one that computes whole steps; the caller closes it.

@@ -3,7 +3,8 @@
     decoder        latents (N, C, h, w) -> images (N, 3, H, W)
     text encoder   ids (N, L) -> states (N, L, D) [, pooled (N, P)]
 
-They compute in float32 everywhere: they run once an image, and some decoders' numbers are too large for FP16.
+They compute in float32 everywhere: they run once for each image, and the activations of some decoders are too large for
+FP16.
 """
 
 import tempfile
@@ -31,7 +32,7 @@ from gaq_export.graph.profiles import find_profile
 from gaq_export.models.text_encoder import EncodeTokens, TextEncoder
 
 LATENTS, IMAGES, IDS = "latents", "images", "ids"
-TOLERANCE = Tolerance(floor_db=40.0, margin_db=6.0)
+TOLERANCE = Tolerance(floor_db=40.0, margin_db=6.0)  # as for the denoiser's graphs, see `parity.TOLERANCES`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,8 @@ def build_decoder(decoder: nn.Module, latents: tuple[int, ...], out: Path, confi
 def check_decoder(decoder: nn.Module, file: EngineFile, latents: Tensor) -> Parity:
     """Compare a decoder's engine with PyTorch on latents that the sampler ended with; raise GaqError below the floor.
 
-    As for quantized networks, the floor is lower where the decoder's own resolution is: of two codebook entries that
-    are nearly equally near, either may be looked up.
+    As for quantized networks, the floor is lower where the decoder's own resolution is lower: of two codebook entries
+    at nearly the same distance, either may be looked up.
     """
     with engines.open_engine(file) as opened:
         images = torch.from_numpy(opened({LATENTS: latents.numpy()})[IMAGES])
@@ -84,6 +85,7 @@ def write_tokenizer(text: str, encoder_path: Path) -> LinkedFile:
 
 def build_text(encoder: TextEncoder, out: Path, config: EngineConfig) -> EngineFile:
     """Build the engine of a text encoder; arguments as for `build_decoder`."""
+    # (1, L), an example for the exporter; any tokens do.
     ids = torch.arange(encoder.length)[None] % encoder.embeddings.token_embedding.num_embeddings
     graph = export_submodel(encoder, IDS, ids, encoder.outputs)
     return _build(graph, out, config, "text encoder")
@@ -91,7 +93,8 @@ def build_text(encoder: TextEncoder, out: Path, config: EngineConfig) -> EngineF
 
 def check_text(encoder: TextEncoder, file: EngineFile) -> Parity:
     """Compare a text encoder's engine with PyTorch on random tokens; raise GaqError below the floor."""
-    count, words = file.batch[0], encoder.embeddings.token_embedding.num_embeddings
+    count = file.batch[0]
+    words = encoder.embeddings.token_embedding.num_embeddings
     ids = torch.randint(words, (count, encoder.length), generator=torch.Generator().manual_seed(0))
     with engines.open_engine(file) as opened:
         outputs = run_text(opened, file)(ids)
@@ -106,13 +109,14 @@ def run_text(opened: Engine, file: EngineFile) -> EncodeTokens:
         for part in split_rows({IDS: ids}, file.batch[0], file.batch[2]):
             outputs = opened({IDS: part[IDS].contiguous().numpy()})
             parts.append([torch.from_numpy(outputs[spec.name]) for spec in file.outputs])
+        # Batches of (states, pooled) -> all states, all pooled, without the copies that filled the last batch up.
         return [torch.cat(tensors)[: len(ids)] for tensors in zip(*parts, strict=True)]
 
     return run
 
 
 class _Flat(nn.Module):
-    """A text encoder as one tensor, (N, L D + P), to be compared."""
+    """A text encoder that returns one tensor, (N, L*D + P), for the comparison."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         super().__init__()
@@ -129,6 +133,7 @@ def _flat(outputs: Sequence[Tensor]) -> Tensor:
 def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> EngineFile:
     if find_profile(engines.find_backend(config.backend).profile).openvino_forms:
         rewrite_for_openvino(graph)
+    # The record says only which part it is: the denoiser's record has everything else.
     return build_graph(graph, out, replace(config, compute="float32", stripped=False), {"part": part})
 
 
@@ -140,6 +145,7 @@ def build_graph(graph: ir.Model, out: Path, config: EngineConfig, metadata: dict
 
 
 def _checked(network: nn.Module, inputs: Tensor, outputs: Tensor, file: EngineFile) -> Parity:
+    # The layers whose inputs are perturbed to measure the resolution: those where runtimes add in different orders.
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
         measured, resolution = parity.closeness(network, layers, (inputs,), outputs, TOLERANCE)

@@ -13,7 +13,7 @@ Draw = Callable[[Sequence[int], Callable[[], None]], Tensor]  # images of some s
 
 
 def draw_in_batches(draw: Draw, seeds: Sequence[int], batch: int, steps: int, on_step: OnProgress) -> Tensor:
-    """Draw all images in batches of one size, the last one filled up, so that no image's arithmetic depends on it.
+    """Draw all images in batches of one size; the last is filled up with copies of its last seed, which are dropped.
 
     Args:
         draw: draws one image for each seed, and calls back after every step.
@@ -25,7 +25,7 @@ def draw_in_batches(draw: Draw, seeds: Sequence[int], batch: int, steps: int, on
     Returns:
         The images, (N, C, H, W).
     """
-    total = -(-len(seeds) // batch) * steps
+    total = -(-len(seeds) // batch) * steps  # rounded up to whole batches
     done = 0
 
     def report_step() -> None:
@@ -36,6 +36,7 @@ def draw_in_batches(draw: Draw, seeds: Sequence[int], batch: int, steps: int, on
     parts = []
     for start in range(0, len(seeds), batch):
         rows = [*seeds[start : start + batch]]
+        # Kernels depend on the batch size: in a smaller last batch the same seed could give slightly other pixels.
         padded = rows + rows[-1:] * (batch - len(rows))
         parts.append(draw(padded, report_step)[: len(rows)])
     return torch.cat(parts)
@@ -51,6 +52,7 @@ def split_rows(rows: Mapping[str, Tensor], least: int, most: int) -> Iterator[di
         part = {name: row[start : start + most] for name, row in rows.items()}
         short = least - len(next(iter(part.values())))
         if short > 0:
+            # (N, ...) -> (least, ...)
             part = {name: torch.cat((row, row[-1:].expand(short, *row.shape[1:]))) for name, row in part.items()}
         yield part
 
@@ -64,6 +66,7 @@ def bind_in_batches(
     apart: bool = False,
 ) -> Denoiser:
     """Return the network as a denoiser for images of these seeds that runs `batch` of them at a time; see `bind`."""
+    # The seed decides an image's condition, so every batch is bound to its own seeds.
     parts = [
         bind(network, conditioning, seeds[start : start + batch], apart=apart) for start in range(0, len(seeds), batch)
     ]

@@ -60,15 +60,18 @@ class Conditioning:
     def sha256(self) -> str:
         """sha256, in hex, of everything that images depend on."""
         sha = hashlib.sha256(f"{self.guidance!r}".encode())
+        # Without guidance the unconditional rows are not drawn with.
         for table in (self.rows, self.unconditional if self.guided else {}):
             for name in sorted(table):
+                # With the shape, because tables of different shapes can have the same bytes.
                 sha.update(f"{name}{tuple(table[name].shape)}".encode() + table[name].contiguous().numpy().tobytes())
         return sha.hexdigest()
 
     @property
     def file(self) -> str | None:
         """Name of the file that `save` writes; None where the record itself holds the rows, as for classes."""
-        texts = any(row.is_floating_point() for row in self.rows.values())
+        texts = any(row.is_floating_point() for row in self.rows.values())  # labels are integers
+        # The name holds the hash of the content, so `from_json` notices a file that was altered.
         return f"conditioning-{self.sha256[:12]}.safetensors" if texts else None
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +84,7 @@ class Conditioning:
     def save(self, folder: Path) -> None:
         """Write the rows that are too large for the record into its folder, if there are any."""
         if self.file is not None:
+            # safetensors stores contiguous tensors only.
             tables = {f"{table}/{n}": row.contiguous() for table in TABLES for n, row in getattr(self, table).items()}
             write_atomically(folder / self.file, save(tables))
 
@@ -119,7 +123,7 @@ class Conditioning:
     def feeds(self, seeds: Sequence[int]) -> Condition:
         """Return the condition as an engine of whole steps takes it: (N, ...) each, and the guidance scale, (1,).
 
-        The unconditional condition is there whenever the network has one, also with a scale of 1.
+        It includes the unconditional condition whenever the network has one, also at a scale of 1.
         """
         index = self._rows_of(seeds)
         condition = {name: row[index] for name, row in self.rows.items()}
@@ -152,6 +156,7 @@ def class_conditioning(
     chosen: Sequence[int], *, unconditional: int | None = None, guidance: float = 1.0
 ) -> Conditioning:
     """Return conditioning on classes; `unconditional` is the label that stands for no class."""
+    # int64 is PyTorch's type of an index, and so the type of this input in every exported graph.
     rows = {LABELS: torch.tensor(chosen, dtype=torch.int64)}
     null = {} if unconditional is None else {LABELS: torch.tensor([unconditional])}
     return Conditioning(names=tuple(map(str, chosen)), rows=rows, unconditional=null, guidance=guidance)
@@ -182,8 +187,10 @@ class Guided(nn.Module):
             unconditional = self.network(x, t, null)
             conditional = self.network(x, t, cond)
         else:
-            both = {name: torch.cat((null[name], cond[name])) for name in names}  # 2 x (N, ...) -> (2N, ...)
+            # 2 x (N, ...) -> (2N, ...), unconditional first, as in `Conditioning.of` and in the calibration set.
+            both = {name: torch.cat((null[name], cond[name])) for name in names}
             unconditional, conditional = self.network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
+        # The scale is (1,), or (N,) all alike in a calibration set.
         return unconditional + feeds[GUIDANCE][0] * (conditional - unconditional)
 
 
@@ -201,6 +208,7 @@ def bind(
     if conditioning is None:
         return network
     guided = conditioning.guided
+    # Built once for the whole loop: it does not change from step to step.
     condition = conditioning.feeds(seeds) if guided else conditioning.of(seeds)
     outer = Guided(network, apart=apart) if guided else network
     return lambda x, t, /: outer(x, t, condition)

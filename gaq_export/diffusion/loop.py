@@ -1,7 +1,7 @@
 """From noise to images: one loop over any network, for every sampler.
 
-In: a network, one seed per image, and a `Sampling`. Out: images in [-1, 1]. The state is float32, as the network wants
-it. What an image looks like depends on its seed and never on its batch.
+In: a network, one seed per image, and a `Sampling`. Out: images in [-1, 1]. The state is float32, the type
+that networks take. An image's noise depends on its seed and not on its batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,19 +67,22 @@ def run(
     Raises:
         GaqError: `seeds` is empty, the network returns the wrong shape, or the images are not finite.
     """
-    spec, schedule = sampling.sampler, sampling.schedule
+    spec = sampling.sampler
+    schedule = sampling.schedule
     denoiser = bind(network, sampling.conditioning, seeds, apart=apart)
     rows = table(schedule, spec, sampling.correction)
     x = noise(seeds, 0, sampling.shape).to(device)
-    previous = torch.zeros_like(x)
+    previous = torch.zeros_like(x)  # no sampler reads it at the first step
     with torch.no_grad():
         for step, (t, row) in enumerate(zip(timesteps(spec, schedule.num_train), rows, strict=True)):
+            # (N,) int64, all alike: networks take a timestep for each image.
             t_batch = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
-            if on_step is not None:
+            if on_step is not None:  # before the call, since what the network sees is what calibration collects
                 on_step(step, x, t_batch)
             epsilon = denoiser(x, t_batch)
             if epsilon.shape != x.shape:
                 raise GaqError(f"The network returned shape {tuple(epsilon.shape)} for images of {tuple(x.shape)}.")
+            # Stream 0 was the start, so step i draws from stream i + 1.
             fresh = noise(seeds, step + 1, sampling.shape).to(x.device) if row.fresh else None
             x, previous = update(row, schedule.clip, x, epsilon, previous, fresh)
     return finish(seeds, x, sampling)
@@ -99,7 +102,7 @@ def noise(seeds: Sequence[int], stream: int, shape: tuple[int, int, int]) -> Ten
 def finish(seeds: Sequence[int], x: Tensor, sampling: Sampling) -> Tensor:
     """Return the images of a finished loop, clamped to [-1, 1].
 
-    Where a model has neither a decoder nor a clipping range, `x` may be latents, and stays as it is.
+    Where a model has neither a decoder nor a clipping range, `x` may be latents, and is returned as it is.
 
     Args:
         seeds: one per image.
@@ -116,5 +119,5 @@ def finish(seeds: Sequence[int], x: Tensor, sampling: Sampling) -> Tensor:
             "or its precision (FP16 overflow) are the usual cause."
         )
     if sampling.decode is None and sampling.schedule.clip is None:
-        return x
+        return x  # latents have no bounds, and clamping would damage them
     return (x if sampling.decode is None else sampling.decode(x)).clamp(-1, 1)

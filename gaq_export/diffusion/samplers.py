@@ -58,6 +58,7 @@ def table(schedule: NoiseSchedule, spec: SamplerSpec, correction: Correction | N
         GaqError: the sampler cannot be used with this schedule, or the correction has other steps.
     """
     visited = timesteps(spec, schedule.num_train)
+    # A sampler ends at the clean image, whose share of signal is 1.
     rows = SAMPLERS[spec.name]([*schedule.alpha_bar[visited].tolist(), 1.0], schedule, spec)
     if correction is None:
         return rows
@@ -67,15 +68,19 @@ def table(schedule: NoiseSchedule, spec: SamplerSpec, correction: Correction | N
 
 
 def _corrected(row: Coefficients, correction: Correction, step: int) -> Coefficients:
-    """Return the row with the correction of its step, and less noise by as much as the rest of the error brings.
+    """Return the row with its step's correction, and with less fresh noise, since the remaining error is noise too.
 
-    The rest's variance reaches x_next times the square of epsilon's whole factor; where the sampler adds less noise
-    than that, it adds none (PTQD, variance schedule calibration). DDIM's direction keeps the total.
+    That error's variance reaches x_next times the square of epsilon's total factor, and the sampler adds that much
+    less, or none if it would add less than that (PTQD, variance schedule calibration). DDIM's direction grows instead,
+    so that the total variance stays the same.
     """
+    # epsilon reaches x_next directly and through x0.
     factor = row.direction - row.clean * row.epsilon_to_clean
     left = math.sqrt(max(row.fresh**2 - factor**2 * correction.variance[step], 0.0))
     length = math.sqrt(row.direction**2 + row.fresh**2 - left**2) if row.direction else 0.0
     direction = math.copysign(length, row.direction)
+    # x is corrected as the next step will read it, so that step's shift belongs here. The first step reads pure noise,
+    # which has no drift, and nothing reads x after the last.
     after = (*correction.shift[1:], (0.0,) * len(correction.shift[0]))[step]
     return replace(
         row,
@@ -95,7 +100,7 @@ def update(
         epsilon = _channels(row.gain, x) * (epsilon - _channels(row.bias, x))
     clean = row.x_to_clean * x - row.epsilon_to_clean * epsilon
     if clip is not None:
-        clean = clean.clamp(-clip, clip)
+        clean = clean.clamp(-clip, clip)  # and epsilon stays as it was, as in diffusers
     parts = (
         (row.keep, x),
         (row.clean, clean),
@@ -103,13 +108,14 @@ def update(
         (row.previous, previous),
         (row.fresh, fresh),
     )
+    # Terms with a factor of 0 are left out: `fresh` is None there, and 0 times a tensor still costs a pass over it.
     terms = [factor * part for factor, part in parts if factor and part is not None]
     total = sum(terms[1:], start=terms[0])
     return total - _channels(row.shift, x) if any(row.shift) else total, clean
 
 
 def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:
-    """Return values of channels as (1, C, 1, 1)."""
+    """Return one value for each channel as (1, C, 1, 1)."""
     return torch.tensor(values, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
 
 
@@ -118,24 +124,27 @@ def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec)
 
     Args:
         alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
-        schedule: Where it ends instead.
-        spec: eta.
+        schedule: its `last` is where DDIM ends, in place of 1.
+        spec: the sampler, for its eta.
     """
     rows = []
     for a, a_prev in itertools.pairwise((*alpha_bar[:-1], schedule.last)):
+        # Equation 16: eta 1 is the variance of ancestral sampling, eta 0 is deterministic.
         sigma = spec.eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+        # Rounding may take the difference just below 0, hence max.
         direction = math.sqrt(max(1 - a_prev - sigma**2, 0.0))
         rows.append(_row(a, clean=math.sqrt(a_prev), direction=direction, fresh=sigma))
     return rows
 
 
 def ddim_clipped(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
-    """DDIM whose noise is what x holds beside the clipped x0, as in Dhariwal and Nichol 2021; arguments as for `ddim`.
+    """DDIM with epsilon computed again from x and the clipped x0 (Dhariwal and Nichol 2021); arguments as for `ddim`.
 
-    Guidance makes epsilon large. Where x0 is clipped and epsilon is not, x drifts away from what the network knows.
+    Guidance makes epsilon large. Where x0 is clipped and epsilon is not, x drifts away from what the network was
+    trained on.
     """
     rows = []
-    for a, row in zip(alpha_bar, ddim(alpha_bar, schedule, spec), strict=False):
+    for a, row in zip(alpha_bar, ddim(alpha_bar, schedule, spec), strict=False):  # alpha_bar has its end as well
         keep = row.direction / math.sqrt(1 - a)  # epsilon = (x - sqrt(a) x0) / sqrt(1 - a)
         rows.append(replace(row, keep=keep, clean=row.clean - keep * math.sqrt(a), direction=0.0))
     return rows
@@ -146,11 +155,11 @@ def ddpm(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec)
 
     Args:
         alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
-        schedule: The noise schedule the network was trained with, its `variance` a key of `VARIANCES`.
-        spec: Not used.
+        schedule: the noise schedule that the network was trained with, its `variance` a key of `VARIANCES`.
+        spec: not used.
 
     Raises:
-        GaqError: If the schedule's variance is not one of `VARIANCES`.
+        GaqError: the schedule's variance is not one of `VARIANCES`.
     """
     if schedule.variance not in VARIANCES:
         raise GaqError(
@@ -159,7 +168,8 @@ def ddpm(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec)
         )
     rows = []
     for a, a_prev in itertools.pairwise(alpha_bar):
-        beta = 1 - a / a_prev
+        beta = 1 - a / a_prev  # of the shortened chain
+        # The last step adds no noise (algorithm 2); "fixed_large" alone would add some.
         sigma = math.sqrt(VARIANCES[schedule.variance](a, a_prev)) if a_prev < 1 else 0.0
         clean = math.sqrt(a_prev) * beta / (1 - a)
         rows.append(_row(a, keep=math.sqrt(1 - beta) * (1 - a_prev) / (1 - a), clean=clean, fresh=sigma))
@@ -167,22 +177,24 @@ def ddpm(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec)
 
 
 def dpmpp_2m(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, from the clean image of the step before.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, with the help of the previous step's clean image.
 
-    The first and the last step are of first order: the one has no step before it, the other ends without noise.
+    The first and the last step are of first order: the first has no previous step, and the last ends without noise.
 
     Args:
         alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
-        schedule: Not used.
-        spec: Not used.
+        schedule: not used.
+        spec: not used.
     """
     log_snr = [0.5 * math.log(a / (1 - a)) for a in alpha_bar[:-1]]  # lambda
     widths = [after - before for before, after in itertools.pairwise(log_snr)]  # h
     rows = []
     for i, (a, a_prev) in enumerate(itertools.pairwise(alpha_bar)):
         last = i == len(widths)
-        shrink = math.sqrt((1 - a_prev) / (1 - a))
+        shrink = math.sqrt((1 - a_prev) / (1 - a))  # sigma at the next timestep over sigma at this one
+        # alpha (1 - exp(-h)); the last step ends at an infinite log-SNR, where the bracket is 1.
         gain = math.sqrt(a_prev) * (1.0 if last else -math.expm1(-widths[i]))
+        # A repeated timestep ("quad" has some) has width 0: no slope can be taken across it.
         half = 0.0 if last or i == 0 or not widths[i - 1] else widths[i] / (2 * widths[i - 1])  # 1 / 2r
         rows.append(_row(a, keep=shrink, clean=gain * (1 + half), previous=-gain * half))
     return rows
@@ -203,5 +215,6 @@ VARIANCES: dict[str, Callable[[float, float], float]] = {
 
 
 def _row(a: float, **factors: float) -> Coefficients:
+    # x = sqrt(a) x0 + sqrt(1 - a) epsilon, solved for x0
     plain = Coefficients(x_to_clean=1 / math.sqrt(a), epsilon_to_clean=math.sqrt((1 - a) / a))
     return replace(plain, **factors)  # type: ignore[arg-type]

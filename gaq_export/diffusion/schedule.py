@@ -24,7 +24,7 @@ class NoiseSchedule:
     """The forward process a model was trained to undo.
 
     Attributes:
-        alpha_bar: Share of signal variance left at each training timestep, (T,) float64, falling, inside (0, 1).
+        alpha_bar: Share of signal variance left at each training timestep, (T,) float64, falling, within (0, 1).
         clip: Largest magnitude allowed for the predicted clean image, or None for no clipping.
         variance: Which variance ancestral sampling adds, "fixed_small" or "fixed_large"; DDIM does not use it.
         last: Share of signal variance where DDIM ends: 1, or as in latent diffusion that of the first timestep.
@@ -39,6 +39,7 @@ class NoiseSchedule:
     last: float = 1.0
 
     def __post_init__(self) -> None:
+        # float64, because the samplers' coefficients are differences of numbers close to 1.
         a = self.alpha_bar
         if a.dim() != 1 or a.dtype != torch.float64 or len(a) == 0:
             raise GaqError(f"alpha_bar must be a float64 vector, not {a.dtype} of shape {tuple(a.shape)}.")
@@ -85,15 +86,17 @@ def _uniform(steps: int, num_train: int) -> torch.Tensor:
 
 def _from_1(steps: int, num_train: int) -> torch.Tensor:
     """Equal strides from 1, as latent diffusion draws (Rombach et al. 2022), diffusers' "leading" with an offset."""
+    # With a step for every timestep, the last one would lie behind the schedule.
     return (_uniform(steps, num_train) + 1).clamp(max=num_train - 1)
 
 
 def _quad(steps: int, num_train: int) -> torch.Tensor:
     """Squares of equal strides, dense near t = 0 (Song et al. 2021, appendix D.2; Q-Diffusion on CIFAR-10).
 
-    With many steps several of the first squares truncate to the same timestep. They stay: the published protocol
-    visits them as often as that, and a repeat changes nothing but what clipping changes.
+    With many steps, several of the first squares truncate to the same timestep. The repeats stay, because the published
+    protocol visits them too; without clipping, a repeated step changes nothing.
     """
+    # The factor 0.8 is the published code's.
     # numpy, because torch rounds some squares to the other side of an integer than the published code does.
     squares = np.linspace(0, np.sqrt(0.8 * num_train), steps) ** 2
     return torch.from_numpy(squares.astype(np.int64))
@@ -104,8 +107,9 @@ def _beta(steps: int, num_train: int) -> torch.Tensor:
 
     The paper's sources do not state the exponent; 0.6 is what a widely used interface calls beta.
     """
-    from scipy.stats import beta  # half a second, and only for this
+    from scipy.stats import beta  # importing it takes half a second, and only this spacing needs it
 
+    # Quantiles of 0, 1/S, ..., (S - 1)/S: that of 1 would be T, one too many.
     return torch.from_numpy((num_train * beta.ppf(np.arange(steps) / steps, 0.6, 0.6)).astype(np.int64))
 
 
@@ -141,6 +145,7 @@ class SamplerSpec:
             raise unknown("sampler", self.name, SAMPLER_NAMES)
         if self.spacing not in SPACINGS:
             raise unknown("spacing", self.spacing, sorted(SPACINGS))
+        # The fields may come from JSON, where `true` would pass for the integer 1.
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise GaqError(f"The number of sampling steps must be a whole number from 1 up, not {self.steps!r}.")
         if isinstance(self.eta, bool) or not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
@@ -149,7 +154,7 @@ class SamplerSpec:
             raise GaqError(f"eta belongs to DDIM; the {self.name!r} sampler takes none, so leave it at 0.")
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Describe the sampler in words."""
         noise = f", eta {self.eta:g}" if self.eta else ""
         return f"{self.name}, {self.steps} steps, {self.spacing} spacing{noise}"
 
@@ -188,10 +193,11 @@ def timesteps(spec: SamplerSpec, num_train: int) -> torch.Tensor:
         raise GaqError(
             f"{spec.steps} sampling steps are more than the {num_train} timesteps of the model: choose fewer --steps."
         )
-    return SPACINGS[spec.spacing](spec.steps, num_train).flip(0)
+    return SPACINGS[spec.spacing](spec.steps, num_train).flip(0)  # spacings rise, sampling falls
 
 
 def under_guidance(spec: SamplerSpec, schedule: NoiseSchedule, scale: float) -> SamplerSpec:
-    """Return a sampler for guidance of a `scale`: of DDIM the clipped kind, if the schedule clips."""
+    """Return a sampler that suits guidance of this scale: `ddim-clipped` for DDIM, if the schedule clips."""
+    # Guidance makes epsilon large; where x0 is clipped and epsilon is not, x drifts, see `samplers.ddim_clipped`.
     drifts = spec.name == "ddim" and schedule.clip is not None and scale != 1
     return dataclasses.replace(spec, name="ddim-clipped") if drifts else spec

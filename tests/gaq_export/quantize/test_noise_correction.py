@@ -183,13 +183,13 @@ def test_a_plan_keeps_its_correction_and_both_kinds_of_engine_apply_it(
     assert torch.allclose(drawn["step", True], drawn["eps", True], atol=0.02)
     assert torch.allclose(drawn["step", False], drawn["eps", False], atol=0.02)
     assert not torch.allclose(drawn["step", True], drawn["step", False], atol=1e-4)
-    with pytest.raises(GaqError, match=r"corrects its noise for .* only; asked for .*Build with --no-correction"):
+    with pytest.raises(GaqError, match=r"corrects its noise for .* only, not for .*Build with --no-correction"):
         sampling_of(engines.load_engine_file(tmp_path / "eps-True.plan"), SamplerSpec(steps=9))
 
 
 def test_a_correction_is_of_one_sampler(corrected_run: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
     config = EngineConfig(backend="openvino", threads=1)
     other = {"config": config, "sampler": SamplerSpec(steps=7), "model": tiny_model, "folder": corrected_run}
-    with pytest.raises(GaqError, match=r"correction \(ptqd\) was measured for .*; asked for .*\(--no-correction\)\."):
+    with pytest.raises(GaqError, match=r"correction \(ptqd\) was measured for .*, not for .*\(--no-correction\)\."):
         pipeline.build_engine(out=tmp_path / "unet.plan", **other)
     assert list(tmp_path.iterdir()) == []

@@ -79,7 +79,7 @@ def test_an_engine_of_steps_draws_what_one_of_the_network_draws(tiny_step_engine
 
 def test_an_engine_of_steps_has_one_sampler(tiny_step_engine, tmp_path: Path) -> None:
     with pytest.raises(
-        GaqError, match=r"holds the steps of ddim, 5 steps, uniform spacing, eta 0.5; asked for ddim, 5"
+        GaqError, match=r"holds the steps of ddim, 5 steps, uniform spacing, eta 0.5, not those of ddim, 5"
     ):
         pipeline.sample(tiny_step_engine.path, num=1, sampler=FEW, out=tmp_path)
 
