@@ -161,14 +161,7 @@ def build(
         files, checks = _build_graphs(job, record, staged / out.name, data, on_begin)
         _put(staged, out)
     merged = parity.merge(checks) if checks else None
-    runs.add_entry(
-        job.run,
-        options.step_name,
-        engine=os.path.relpath(out, job.run.folder),
-        backend=job.backend.name,
-        seconds=round(sum(file.build_seconds for file in files), 1),
-        sqnr_db=merged and merged.sqnr_db,
-    )
+    _add_to_journal(job, out, files, merged)
     # Loaded again, because the paths in `files` are those in the staging folder. The widest is last.
     *others, file = (engines.load_engine_file(out.with_name(file.path.name)) for file in files)
     return Built(
@@ -267,10 +260,21 @@ def _build_graphs(
     return files, checks
 
 
+def _add_to_journal(job: _Job, out: Path, files: Sequence[EngineFile], checked: Parity | None) -> None:
+    runs.add_entry(
+        job.run,
+        job.options.step_name,
+        engine=os.path.relpath(out, job.run.folder),  # a run folder can be moved together with its engines
+        backend=job.backend.name,
+        seconds=round(sum(file.build_seconds for file in files), 1),
+        sqnr_db=checked and checked.sqnr_db,
+    )
+
+
 def build_float(
     model: LoadedModel, out: Path, *, sampler: SamplerSpec | None = None, config: EngineConfig | None = None
 ) -> EngineFile:
-    """Build an engine of the float network's steps, which draws in the same runtime and worker processes as a quantized one.
+    """Build an engine of the float network's steps, which draws in the same runtime as a quantized one.
 
     Args:
         model: the float model.

@@ -1,7 +1,7 @@
 """Quantize a model into a run folder: draw the calibration set, make the plan, write both down.
 
 In: a `LoadedModel` and a `Preset`. Out: a `QuantPlan`, and in the run folder everything that was computed on the way,
-so that a calibration that was stopped continues where it was, and one that finished is read and not repeated.
+so that an interrupted calibration continues where it was, and a finished one is read and not repeated.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calib import config as configs
+from calib.data import CalibrationSet
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from gaq_export import run as runs
@@ -47,8 +48,9 @@ def calibrate(
     run = Run(folder=Path(folder))
     model = condition_model(model).with_sampler(sampler)
     provenance = Provenance.of(model, model.spec.sampler)
+    # First, so that two runs with different settings never mix their files in one folder.
     runs.claim(run, _settings(model, chosen, provenance))
-    if run.plan.exists():
+    if run.plan.exists():  # it is written last, so the calibration is complete
         return load_plan(run.plan)
     if model.conditioning is not None:
         model.conditioning.save(run.folder)
@@ -62,24 +64,32 @@ def calibrate(
         on_step=callbacks.on_collect,
     )
     collected = time.perf_counter()
-    phases: dict[str, float] = {}
-
-    def keep_seconds(progress: Progress) -> None:
-        phases.update(progress.seconds)
-        callbacks.on_progress(progress)
-
-    plan = make_plan(model, data, chosen.config, run.blocks, replace(callbacks, on_progress=keep_seconds))
-    plan = replace(plan, provenance=provenance.to_json())
+    plan, phase_seconds = _make_timed_plan(model, data, chosen, run, callbacks)
+    plan = replace(plan, provenance=provenance.to_json())  # `calib` knows no models, so it is added here
     save_plan(plan, run.plan)
     runs.add_entry(
         run,
         "calibrate",
         collect_seconds=round(collected - started, 1),
         seconds=round(time.perf_counter() - collected, 1),
-        phase_seconds={name: round(seconds, 1) for name, seconds in phases.items()},
+        phase_seconds={name: round(seconds, 1) for name, seconds in phase_seconds.items()},
         peak_memory_mib=runs.peak_memory_mib(),
     )
     return plan
+
+
+def _make_timed_plan(
+    model: LoadedModel, data: CalibrationSet, chosen: Preset, run: Run, callbacks: CalibrationCallbacks
+) -> tuple[QuantPlan, dict[str, float]]:
+    """Return the plan, and how many seconds each phase of the calibration took."""
+    phases: dict[str, float] = {}
+
+    def on_progress(progress: Progress) -> None:
+        phases.update(progress.seconds)  # each report holds the totals so far, by phase
+        callbacks.on_progress(progress)
+
+    plan = make_plan(model, data, chosen.config, run.blocks, replace(callbacks, on_progress=on_progress))
+    return plan, phases
 
 
 def _settings(model: LoadedModel, chosen: Preset, provenance: Provenance) -> dict[str, Any]:

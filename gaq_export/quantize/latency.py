@@ -1,4 +1,4 @@
-"""How long a network takes on a backend with all its layers at one width, for budgets of milliseconds.
+"""Measure how long a network takes on a backend with all its layers at one width, for budgets in milliseconds.
 
 In: a network, names of layers, and widths. Out: milliseconds by width, measured on engines built for the purpose.
 """
@@ -32,14 +32,15 @@ from gaq_export.models.loader import LoadedModel
 
 BATCH = 4  # images
 ROUNDS = 25  # timed calls of each engine
-WARM_UP = 5  # calls before those
+WARM_UP = 5  # calls before those: runtimes allocate and choose kernels in the first ones
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepClock:
     """Measures how long a network takes at several widths, for `calib.mixed_precision`.
 
-    No two measurements are the same, so the first is cached: a calibration that continues gets the same bits again.
+    No two measurements are the same, so the first one is cached: an interrupted calibration continues with the same
+    times, and so with the same bits.
 
     Attributes:
         model: The float model.
@@ -57,16 +58,19 @@ class StepClock:
         With guidance a step is a call with twice as many samples.
 
         Args:
-            network: The model's network as it is going to be quantized.
-            layers: Names of the layers that have the width.
+            network: The model's network as it will be quantized.
+            layers: Names of the layers that get the width.
             widths: Weight bits; FLOAT_BITS for the network in float.
         """
         backend = self.backend or engines.best_backend()
         batch = 2 * BATCH if self.model.guided else BATCH
         conditions = {"backend": backend, "batch": batch, "widths": list(widths), "layers": list(layers)}
+        # Times measured under other conditions are measured again.
         cached = json.loads(self.cache.read_text(encoding="utf-8")) if self.cache.is_file() else None
         if cached is not None and cached["conditions"] == conditions:
+            # JSON has no integer keys.
             return {int(bits): ms for bits, ms in cached["milliseconds"].items()}
+        # Exported once, as a proto that `_build` reads anew for each width, because Q/DQ is inserted in place.
         exported = ir.to_proto(export_float(network, self.model.shape, self.model.condition_inputs))
         with tempfile.TemporaryDirectory() as scratch:
             calls = {}
@@ -96,7 +100,8 @@ def _median_ms(calls: Mapping[int, Callable[[], object]]) -> dict[int, float]:
 
 def _build(exported: onnx.ModelProto, plan: QuantPlan | None, scratch: Path, config: EngineConfig) -> EngineFile:
     """Build the engine of the float graph, or of a plan for it."""
-    profile, graph = find_profile(engines.find_backend(config.backend).profile), ir.from_proto(exported)
+    profile = find_profile(engines.find_backend(config.backend).profile)
+    graph = ir.from_proto(exported)
     if plan is not None:
         insert_qdq(graph, plan, profile)
     if profile.openvino_forms:
@@ -106,16 +111,17 @@ def _build(exported: onnx.ModelProto, plan: QuantPlan | None, scratch: Path, con
 
 
 def _call(model: LoadedModel, file: EngineFile, batch: int) -> Callable[[], object]:
-    """Open an engine, and return what runs it once on `batch` samples in the middle of the noise schedule."""
+    """Open an engine; return a function that runs it once on `batch` samples in the middle of the noise schedule."""
     engine = engines.open_engine(file)
     x = np.random.default_rng(0).standard_normal((batch, *model.shape), np.float32)
+    # (1, ...) -> (N, ...)
     condition = {name: row.expand(batch, *row.shape[1:]).numpy() for name, row in model.condition_inputs.items()}
     feeds = {"x": x, "t": np.full(batch, model.schedule.num_train // 2), **condition}
     return lambda: engine(feeds)
 
 
 def _rounded(network: nn.Module, layers: Sequence[str], bits: int) -> QuantPlan:
-    """Return a plan of the layers at one width, made in a moment: what the codes are does not matter for time."""
+    """Return a quick plan of the layers at one width: the values of the codes do not matter for the time."""
     weights = {name: network.get_parameter(f"{name}.weight").detach() for name in layers}
     scales: Mapping[str, torch.Tensor] = {
         name: affine.search_weight_scale(weight, bits, candidates=1) for name, weight in weights.items()
@@ -125,7 +131,7 @@ def _rounded(network: nn.Module, layers: Sequence[str], bits: int) -> QuantPlan:
             codes=affine.quantize_weight(weight, scales[name], bits),
             weight_scale=scales[name],
             weight_bits=bits,
-            input=Grid(scale=2.0**-5, bits=8),
+            input=Grid(scale=2.0**-5, bits=8),  # any scale does
             output_scale=2.0**-5,
         )
         for name, weight in weights.items()

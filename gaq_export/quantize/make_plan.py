@@ -1,8 +1,8 @@
-"""From a calibration set to a finished plan: calibrate, perhaps in rounds, then measure along the sampler.
+"""Make a plan from a calibration set: calibrate, perhaps in several rounds, then measure along the sampler.
 
-Rounds after the first collect a new calibration set with the quantized network in place of the float one, and calibrate
-on that (progressive alignment, TCAQ-DM, arXiv 2412.16700): what a block sees while its rounding is learned is then what
-it will see in use.
+Each round after the first collects a new calibration set with the quantized network in place of the float one, and
+calibrates on that (progressive alignment, TCAQ-DM, arXiv 2412.16700). A block's rounding is then learned on what the
+block will see in use.
 """
 
 from collections.abc import Callable
@@ -54,24 +54,27 @@ def make_plan(
     folder: Path,
     callbacks: CalibrationCallbacks = SILENT,
 ) -> QuantPlan:
-    """Return the plan that the config asks for, without provenance.
+    """Return the plan that the config describes, without provenance.
 
     Args:
         model: The float model; its sampler is the one that the plan is for.
         data: What the float network saw at each of the sampler's steps.
         config: Everything else.
-        folder: Keeps finished blocks, so that a calibration that was stopped continues. Beside it are the folders of
+        folder: Keeps finished blocks, from which an interrupted calibration continues. Beside it are the folders of
             further rounds, and `times.json` if the budget is in milliseconds.
         callbacks: What to call meanwhile.
     """
     images = _images(model, data)
     clock = StepClock(model=model, cache=folder.with_name("times.json"))
-    seen, plan = data, None
+    seen = data
+    plan = None
     for k in range(config.rounds):
         if plan is not None:
-            drawing = replace(model, module=fake_quantized(model.network, plan))
+            quantized = replace(model, module=fake_quantized(model.network, plan))
             spec = model.spec.sampler
-            seen = collect(drawing, spec, images=images, seed=config.seed, on_step=callbacks.on_correct)
+            # No folder: these trajectories depend on the plan, which is not part of a saved group's identity.
+            seen = collect(quantized, spec, images=images, seed=config.seed, on_step=callbacks.on_correct)
+        # Every round starts again from the float network, and only the samples are new.
         plan = calibrate(
             model.network,
             seen,
@@ -81,13 +84,15 @@ def make_plan(
             clock=clock,
             on_progress=callbacks.on_progress,
         )
-    assert plan is not None  # there is one round at least
+    assert plan is not None  # there is at least one round
     return _measure_along_sampler(model, plan, data, callbacks.on_correct)
 
 
 def _measure_along_sampler(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_step: OnProgress) -> QuantPlan:
-    """Return the plan with what its config wants measured step by step: bits, ranges, a correction."""
-    config, steps = plan.config, model.spec.sampler.steps
+    """Return the plan with what its config has measured step by step: bits, ranges, a correction."""
+    config = plan.config
+    steps = model.spec.sampler.steps
+    # In this order: ranges are observed at the bits of each step, and a correction is measured on the final network.
     if config.activation.narrower:
         plan = replace(plan, step_bits=_step_bits(model, plan, data))
     if config.activation.trajectory is Trajectory.QUANTIZED:
@@ -95,7 +100,7 @@ def _measure_along_sampler(model: LoadedModel, plan: QuantPlan, data: Calibratio
         seeds = [image_seed(config.seed, i) for i in range(_images(model, data))]
         loop.run(network, seeds, model.sampling(), lambda step, x, t: on_step(step + 1, steps))
         plan = network.plan
-    if config.correction.rule is not CorrectionRule.NONE:  # last, since it depends on all that came before
+    if config.correction.rule is not CorrectionRule.NONE:
         quantized = fake_quantized(model.network, plan)
         plan = replace(plan, correction=measure_correction(model, quantized, data, config, on_step))
     return plan
@@ -103,6 +108,7 @@ def _measure_along_sampler(model: LoadedModel, plan: QuantPlan, data: Calibratio
 
 def _images(model: LoadedModel, data: CalibrationSet) -> int:
     """Return the number of images that the samples are of: guidance makes two samples of each at every step."""
+    # Every step has as many samples, so those of step 0 are counted.
     return int(torch.bincount(data.step)[0]) // (2 if model.guided else 1)
 
 
@@ -112,8 +118,9 @@ def _step_bits(model: LoadedModel, plan: QuantPlan, data: CalibrationSet) -> Ste
     if window is not None:
         return step_bits.by_window(plan, window)
     # PTQD's criterion: the predicted noise needs a better ratio, in dB, than x_t has of image to noise.
-    signal = model.schedule.alpha_bar[plan.timesteps]
+    signal = model.schedule.alpha_bar[plan.timesteps]  # (S,)
     required = (10 * torch.log10(signal / (1 - signal))).tolist()
     if not model.guided:
         return step_bits.by_ratio(model.network, plan, data, required)
+    # With guidance, what the sampler gets is the guided noise.
     return step_bits.by_ratio(model.network, plan, with_step_conditioning(data, model.conditioning), required, Guided)

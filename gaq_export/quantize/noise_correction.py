@@ -1,9 +1,9 @@
-"""Measure a `calib.correction.Correction`: the quantized network beside the float one, at the sampler's steps.
+"""Measure a `calib.correction.Correction`: compare the quantized network with the float one at the sampler's steps.
 
 In: a float model, its quantized network, and the calibration set. Out: what the sampler takes back at each step. PTQD
-compares the two networks on the float network's trajectories. TAC follows the trajectories that the corrected network
-draws, so that every step is fitted with those before it already corrected, and x's drift is known. With guidance it is
-the guided noise that is corrected.
+compares the two networks on the float network's trajectories. TAC follows the trajectories of the corrected network:
+each step is fitted after the earlier ones were corrected, and the drift of x is known. With guidance, the guided noise
+is corrected.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def measure_correction(
     config: QuantConfig,
     on_step: OnProgress = lambda done, total: None,
 ) -> Correction:
-    """Return the correction that the config asks for.
+    """Return the correction that the config describes.
 
     Args:
         model: The float model; its sampler is the one to correct.
@@ -43,6 +43,7 @@ def measure_correction(
     """
     if config.correction.rule is CorrectionRule.PTQD:
         return _ptqd(model, quantized, data, on_step)
+    # Seeds of their own, because rounding was learned on the images of the calibration set.
     seeds = [image_seed(config.seed, i, "correction") for i in range(config.correction.images)]
     return _tac(model, quantized, seeds, config.correction, on_step)
 
@@ -53,18 +54,21 @@ def _ptqd(model: LoadedModel, quantized: nn.Module, data: CalibrationSet, on_ste
 
     The sampler then takes (epsilon - bias) / (1 + k), and what is left of the error has variance (sigma / (1 + k))^2.
     """
-    steps, channels = model.spec.sampler.steps, model.shape[0]
+    steps = model.spec.sampler.steps
+    channels = model.shape[0]
     data = with_step_conditioning(data, model.conditioning)
     float_network = Guided(model.network) if model.guided else model.network
     quantized = Guided(quantized) if model.guided else quantized
     fits = []
     for step in range(steps):
         index = (data.step == step).nonzero()[:, 0]
-        exact, predicted = _predict(float_network, data, index), _predict(quantized, data, index)
+        exact = _predict(float_network, data, index)  # (N, C, H, W)
+        predicted = _predict(quantized, data, index)
         fits.append(regress(exact, predicted - exact))
         on_step(step + 1, steps)
     return Correction(
         rule=CorrectionRule.PTQD,
+        # k is one number for all channels: (S,) -> (S, C)
         gain=tuple((1 / (1 + fit.k),) * channels for fit in fits),
         bias=tuple(tuple(fit.bias.tolist()) for fit in fits),
         shift=((0.0,) * channels,) * steps,
@@ -80,7 +84,7 @@ def _predict(network: nn.Module, data: CalibrationSet, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Path:
-    """Where a network's trajectories are: x (N, C, H, W), and what the sampler remembers of the step before."""
+    """The state of a sampler's trajectories: x (N, C, H, W), and the x0 of the step before, of the same shape."""
 
     x: Tensor
     previous: Tensor
@@ -98,14 +102,15 @@ def _tac(
     float_network, quantized_network = (
         bind_in_batches(network, model.conditioning, seeds, BATCH) for network in (model.network, quantized)
     )
-    start = loop.noise(seeds, 0, model.shape)
+    start = loop.noise(seeds, 0, model.shape)  # stream 0, as in `loop.run`
     exact = drawn = _Path(start, torch.zeros_like(start))
     gains, shifts, explained = [], [], []
     for step, (t, row) in enumerate(
         zip(timesteps(spec, schedule.num_train), samplers.table(schedule, spec), strict=True)
     ):
         t_batch = torch.full((len(seeds),), int(t))
-        shift = (drawn.x - exact.x).double().mean((0, 2, 3))  # (N, C, H, W) -> (C,)
+        # Summed in float64, because differences that nearly cancel have a small mean. (N, C, H, W) -> (C,)
+        shift = (drawn.x - exact.x).double().mean((0, 2, 3))
         x = drawn.x - shift.float().reshape(1, -1, 1, 1)
         target, predicted = float_network(x, t_batch), quantized_network(x, t_batch)  # both where the quantized one is
         gain = channel_gain(predicted, target, relative=config.relative, ridge=config.ridge, floor=config.floor)

@@ -1,4 +1,4 @@
-"""How much time a calibration takes, by name, and the options that a user sets beside it.
+"""Presets, which decide how long a calibration takes, and the options that a user sets beside them.
 
 In: the name of a preset and `CalibrationOptions`. Out: a `Preset`, whose `QuantConfig` says all that `calib` needs to
 know. Precedence: an option, then the recipe, then the preset.
@@ -28,7 +28,7 @@ class Preset:
         description: One line for a list of presets.
         images: Trajectories to collect; each gives one sample at every sampling step.
         config: Everything else.
-        published: Whether a known model takes as many images as its paper does, see `with_images`.
+        published: Whether a known model takes as many images as in its paper, see `with_images`.
     """
 
     description: str

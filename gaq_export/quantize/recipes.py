@@ -1,8 +1,8 @@
 """Published methods as a few lines of configuration each: what they change of a preset's settings.
 
-All of them are made of the same parts: which layers stay float, how ranges are measured, how rounding is learned, how
-samples are chosen and weighted, what the sampler corrects. How long it all takes is the preset's business, so a recipe
-changes durations only in proportion.
+All of them combine the same parts: which layers stay float, how ranges are measured, how rounding is learned, how
+samples are chosen and weighted, and what the sampler corrects. The preset decides how long all of it takes, so a recipe
+changes numbers of iterations only in proportion to the preset's.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,7 @@ class Recipe:
 
 
 def _rtn(config: QuantConfig) -> QuantConfig:
+    # One candidate is the widest scale, and no iterations leave every weight at the nearest code.
     return replace(
         config,
         weight=replace(config.weight, candidates=1),
@@ -47,6 +48,7 @@ def _rtn(config: QuantConfig) -> QuantConfig:
 
 
 def _adaround(config: QuantConfig) -> QuantConfig:
+    # Only the sample weights differ from the presets'.
     return replace(config, omega=replace(config.omega, rule=OmegaRule.UNIFORM))
 
 
@@ -77,6 +79,7 @@ def _pqd(config: QuantConfig) -> QuantConfig:
 
 
 def _ptq4dm(config: QuantConfig) -> QuantConfig:
+    # PQD without moved grids.
     return replace(_pqd(config), activation=replace(config.activation, symmetric=True))
 
 

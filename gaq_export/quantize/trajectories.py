@@ -1,10 +1,10 @@
-"""Run the float sampler and keep what the network saw at every step: the calibration set.
+"""Run the float sampler and collect what the network saw at every step: the calibration set.
 
 In: a model, a sampler, a number of images. Out: a `CalibrationSet` of their trajectories.
 
-Images are drawn in groups of GROUP, the last one filled up, each image from its own seed. Since a group's arithmetic
-never changes, neither does an image, however many are asked for. A finished group is saved, so that a collection that
-was stopped continues; for more images later, only the new groups are drawn.
+Images are drawn in full groups of GROUP, each image from its own seed. A group's arithmetic is always the same, so an
+image does not depend on how many are collected. Each finished group is saved: an interrupted collection continues, and
+if more images are needed later, only the new groups are drawn.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 
-GROUP = 4
+GROUP = 4  # images; part of the identity of saved groups
 
 
 def image_seed(seed: int, image: int, purpose: str = "calibration") -> int:
-    """Return the seed of image number `image`, another for each purpose; far from the small seeds users sample with."""
+    """Return the seed of an image, different for each purpose, and far from the small seeds that users sample with."""
     return derive_seed(purpose, seed, image)
 
 
@@ -52,8 +52,8 @@ def collect(
         spec: The sampler that it will be used with.
         images: Number of trajectories.
         seed: Base of the per-image seeds.
-        folder: Keeps finished groups; None keeps none. Groups of other weights, another sampler or seed are drawn
-            again.
+        folder: Where finished groups are saved; None saves none. Groups of other weights, another sampler or another
+            seed are drawn again.
         on_step: Called with (steps done, total) over all groups.
 
     Raises:
@@ -61,13 +61,14 @@ def collect(
     """
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
-    groups = -(-images // GROUP)
+    groups = -(-images // GROUP)  # rounded up
     identity = _identity(model, spec, seed)
     parts = []
     for group in range(groups):
         path = folder / f"{group:04d}.safetensors" if folder else None
         part = _load(path, identity) if path else None
         if part is None:
+            # All GROUP images, also those of the last group that are not needed yet.
             seeds = [image_seed(seed, image) for image in range(group * GROUP, (group + 1) * GROUP)]
             report = _part_of(on_step, group * spec.steps, groups * spec.steps)
             part = _trajectories(model, spec, seeds, report)
@@ -80,6 +81,7 @@ def collect(
 
 def _identity(model: LoadedModel, spec: SamplerSpec, seed: int) -> str:
     """Return a sha256 of all that trajectories depend on."""
+    # "philox" names the generator of the noise, on which trajectories depend too.
     facts = f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox"
     if model.conditioning is not None:
         facts += f":{model.conditioning.sha256}"
@@ -117,9 +119,11 @@ def with_step_conditioning(data: CalibrationSet, conditioning: Conditioning | No
         return data
     steps = len(torch.unique(data.step))
 
+    # A step's samples are the unconditional half, then the conditional half, see `_calibration_set`.
     def half(rows: Tensor, which: int) -> Tensor:  # (S * 2N, ...) -> (S * N, ...)
         return rows.reshape(steps, 2, -1, *rows.shape[1:])[:, which].flatten(0, 1)
 
+    # Both halves have the same x, t and step.
     x, t, step = (half(rows, 1) for rows in (data.x, data.t, data.step))
     cond = {name: half(rows, 1) for name, rows in data.cond.items()}
     cond |= {f"{UNCONDITIONAL}{name}": half(rows, 0) for name, rows in data.cond.items()}

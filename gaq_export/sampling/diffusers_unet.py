@@ -2,9 +2,9 @@
 
     pipe = DDIMPipeline.from_pretrained("google/ddpm-cifar10-32", unet=EngineUNet("unet.plan"))
 
-An engine of the network alone (`--graph eps`) takes any scheduler that visits whole timesteps. One of whole steps
-predicts noise too, at its sampler's timesteps only. Guidance and noise corrections belong to our own loop: a pipeline
-does its own guidance, and corrects nothing.
+An engine of the network alone (`--graph eps`) takes any scheduler that visits whole timesteps. An engine of whole steps
+predicts noise too, but only at its sampler's timesteps. Guidance and noise corrections belong to our own loop: a
+pipeline does its own guidance, and makes no correction.
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ TEXT = "encoder_hidden_states"
 class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """An open engine, called as `UNet2DModel` and `UNet2DConditionModel` are.
 
-    It keeps the engine open; `close` it, or use it in a `with` statement. `to` sets the device and type of its outputs;
-    where and in which type the engine computes was settled when it was built.
+    It keeps the engine open; `close` it, or use it in a `with` statement. `to` sets the device and type that a pipeline
+    sees; where and in which type the engine computes was decided when it was built.
 
     Attributes:
         file: the engine file.
@@ -53,7 +53,8 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.file = source if isinstance(source, EngineFile) else load_engine_file(source)
         provenance = record_of(self.file).provenance
         self.register_to_config(**provenance.network_config)
-        self.register_buffer("place", torch.zeros(()), persistent=False)  # what `to`, `device` and `dtype` go by
+        # The one tensor that `to` can move: ModelMixin reads its device and dtype from it.
+        self.register_buffer("place", torch.zeros(()), persistent=False)
         self._engine = session.open_engines(self.file)
         self.predict_noise = session.noise_predictor(self._engine, self.file)
         self._timesteps = provenance.schedule.num_train
@@ -91,33 +92,37 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             GaqError: a timestep that the engine does not have, or anything else that it does not take.
         """
-        odd = sorted(name for name, value in others.items() if value is not None and value != {})
-        if odd:
-            raise GaqError(f"{self.file.path} takes no {', '.join(odd)}: leave it out, or use the float network.")
+        # Pipelines pass some of these along as None or {} even where they are not used.
+        unsupported = sorted(name for name, value in others.items() if value is not None and value != {})
+        if unsupported:
+            raise GaqError(
+                f"{self.file.path} takes no {', '.join(unsupported)}: leave it out, or use the float network."
+            )
         count = len(sample)
-        given = {TEXT: encoder_hidden_states, "class_labels": class_labels, **(added_cond_kwargs or {})}
-        condition = self._rows({name: value for name, value in given.items() if value is not None}, count)
-        parts = {"x": sample.detach().to("cpu", torch.float32), "t": self._whole(timestep, count), **condition}
-        noise = torch.cat([self._part(part) for part in split_rows(parts, self.file.batch[0], self.file.batch[2])])[
-            :count
-        ].to(sample)
+        inputs = {TEXT: encoder_hidden_states, "class_labels": class_labels, **(added_cond_kwargs or {})}
+        condition = self._rows({name: value for name, value in inputs.items() if value is not None}, count)
+        # Engines exchange NumPy arrays: whatever the pipeline computes with, they take float32 on the CPU.
+        rows = {"x": sample.detach().to("cpu", torch.float32), "t": self._whole(timestep, count), **condition}
+        batches = split_rows(rows, self.file.batch[0], self.file.batch[2])
+        noise = torch.cat([self._predict(batch) for batch in batches])[:count].to(sample)
         if not return_dict:
             return (noise,)
         return UNet2DConditionOutput(sample=noise) if TEXT in self._condition_specs else UNet2DOutput(sample=noise)
 
-    def _rows(self, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    def _rows(self, condition: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """Return the condition, (N, ...) each, in the engine's types."""
-        if given.keys() != self._condition_specs.keys():
+        if condition.keys() != self._condition_specs.keys():
             raise GaqError(
                 f"{self.file.path} takes {sorted(self._condition_specs) or 'no condition'} beside sample and timestep; "
-                f"found {sorted(given) or 'nothing'}."
+                f"found {sorted(condition) or 'nothing'}."
             )
-        rows = {name: value.detach().to("cpu", self._condition_specs[name]) for name, value in given.items()}
+        rows = {name: value.detach().to("cpu", self._condition_specs[name]) for name, value in condition.items()}
+        # (1, ...) for all images -> (N, ...)
         return {name: row.reshape(-1, *row.shape[1:]).expand(count, *row.shape[1:]) for name, row in rows.items()}
 
     def _whole(self, timestep: Tensor | float, count: int) -> Tensor:
         """Return timesteps as (N,) int64."""
-        t = torch.as_tensor(timestep).to("cpu").reshape(-1)
+        t = torch.as_tensor(timestep).to("cpu").reshape(-1)  # () or (N,) -> (1,) or (N,)
         if bool(((t != t.round()) | (t < 0) | (t >= self._timesteps)).any()):
             raise GaqError(
                 f"{self.file.path} takes whole timesteps from 0 to {self._timesteps - 1}; found {t.tolist()}. "
@@ -125,7 +130,8 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         return t.to(torch.int64).expand(count)
 
-    def _part(self, rows: Mapping[str, Tensor]) -> Tensor:
+    def _predict(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the noise of one batch that the engine takes."""
         condition = {name: rows[name].contiguous() for name in self._condition_specs}
         if self._guided:  # with the same condition on both sides, guidance of any scale returns the plain noise
             condition |= {f"{UNCONDITIONAL}{name}": row for name, row in condition.items()} | {GUIDANCE: torch.ones(1)}
@@ -134,7 +140,7 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return noise
 
     def save_pretrained(self, *args: object, **options: object) -> None:
-        """Refuse: an engine is for the machine it was built for, and is two files already.
+        """Refuse: an engine belongs to the machine it was built for, and is already in files that can be copied.
 
         Raises:
             GaqError: always.

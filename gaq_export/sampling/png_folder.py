@@ -1,4 +1,4 @@
-"""Images on disk as PNGs: one an image, a grid, and samples.json with everything needed to draw them again."""
+"""Write images as PNGs, with a grid of them and a samples.json that holds all that is needed to draw them again."""
 
 import json
 import re
@@ -18,7 +18,8 @@ from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.errors import GaqError
 
-GRID_COLUMNS, NAME_LENGTH = 16, 40
+GRID_COLUMNS = 16
+NAME_LENGTH = 40  # characters of a condition in a file name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ def check_writable(out: Path) -> None:
     """Make the folder `out`; raise GaqError now, rather than after the drawing, if it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Permission bits alone do not say it: a disk may be mounted read-only.
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
@@ -56,7 +58,8 @@ def check_writable(out: Path) -> None:
 
 def image_facts(file: EngineFile, sampling: Sampling) -> dict[str, Any]:
     """Return what an engine's images depend on, but for seeds and batch, as JSON."""
-    record, conditioning = record_of(file), sampling.conditioning
+    record = record_of(file)
+    conditioning = sampling.conditioning
     facts: dict[str, Any] = {}
     if conditioning is not None:
         facts["conditioning"] = list(conditioning.names)
@@ -82,34 +85,37 @@ def write_overview(out: Path, file: EngineFile, sampling: Sampling, first: Tenso
         file: the engine.
         sampling: how its images were drawn.
         first: images of the first shard, (N, C, H, W) uint8.
-        seeds: theirs, (N,).
+        seeds: seeds of those images, (N,).
     """
     grid = out / "grid.png"
-    row = (_row_title(file), first[:GRID_COLUMNS].float() / 127.5 - 1)
+    row = (_row_title(file), first[:GRID_COLUMNS].float() / 127.5 - 1)  # bytes 0 to 255 -> [-1, 1]
     images.save_grid(grid, [row], image_facts(file, sampling), _names(sampling.conditioning, seeds.tolist()))
     return grid
 
 
 def write_pngs(out: Path, file: EngineFile, sampling: Sampling, drawn: Drawn) -> Sampled:
     """Write one PNG an image, the grid and samples.json."""
-    facts, conditioning, reference = image_facts(file, sampling), sampling.conditioning, drawn.reference
+    facts = image_facts(file, sampling)
+    conditioning = sampling.conditioning
+    reference = drawn.reference
     psnr = None if reference is None else tuple(images.psnr(drawn.images, reference).tolist())
     rows = []
     for i, (seed, image) in enumerate(zip(drawn.seeds, drawn.images, strict=True)):
         stem = _stem(conditioning, seed)
-        about_image = (
-            {"seed": seed} if conditioning is None else {"seed": seed, "condition": conditioning.name_of(seed)}
-        )
-        images.save_png(out / f"{stem}.png", image, facts | about_image)
+        # PNGs carry these facts as text, so that each can be drawn again without samples.json.
+        own_facts = {"seed": seed} if conditioning is None else {"seed": seed, "condition": conditioning.name_of(seed)}
+        images.save_png(out / f"{stem}.png", image, facts | own_facts)
         if reference is not None:
-            images.save_png(out / f"{stem}-float.png", reference[i], facts | {"backend": "float"} | about_image)
+            images.save_png(out / f"{stem}-float.png", reference[i], facts | {"backend": "float"} | own_facts)
         distance = {} if psnr is None else {"psnr_db": round(psnr[i], 3)}
-        rows.append(about_image | {"file": f"{stem}.png"} | distance)
+        rows.append(own_facts | {"file": f"{stem}.png"} | distance)
     grid = out / "grid.png"
     shown = slice(GRID_COLUMNS)
+    # The float model's row is above the engine's, so that an image and its reference share a column.
     grid_rows = [] if reference is None else [("float", reference[shown])]
     grid_rows.append((_row_title(file), drawn.images[shown]))
     images.save_grid(grid, grid_rows, facts, _names(conditioning, drawn.seeds))
+    # Last: a folder with samples.json has all its pictures.
     record = {**facts, "seconds": round(drawn.seconds, 3), "images": rows}
     write_atomically(out / "samples.json", json.dumps(record, indent=1).encode())
     return Sampled(
@@ -128,12 +134,13 @@ def _row_title(file: EngineFile) -> str:
 
 
 def _names(conditioning: Conditioning | None, seeds: Sequence[int]) -> list[str]:
-    """Return what is written over the grid's columns: each image's condition."""
+    """Return the titles of the grid's columns: each image's condition."""
     return [] if conditioning is None else [conditioning.name_of(seed) for seed in seeds[:GRID_COLUMNS]]
 
 
 def _stem(conditioning: Conditioning | None, seed: int) -> str:
     """Return an image's file name without its suffix: the seed, and its condition in short."""
     name = "" if conditioning is None else conditioning.name_of(seed).lower()
+    # Only characters that every file system takes.
     words = re.sub(r"[^a-z0-9]+", "-", name)[:NAME_LENGTH].strip("-")
     return f"{seed:06d}-{words}" if words else f"{seed:06d}"

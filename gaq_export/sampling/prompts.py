@@ -1,4 +1,7 @@
-"""What an engine is asked to draw: its record's conditioning, changed as the options of a command say."""
+"""Choose what an engine draws: its record's conditioning, changed by the options of a command.
+
+In: an engine file and a `ConditioningRequest`. Out: a `Conditioning`.
+"""
 
 from dataclasses import replace
 
@@ -29,6 +32,7 @@ def condition_engine(file: EngineFile, request: ConditioningRequest) -> Conditio
     if default is None or not request.options:
         return None
     scale = default.guidance if request.guidance is None else request.guidance
+    # A graph of whole steps has inputs for guidance only if it was built with it, and then takes any scale.
     if scale != 1 and not default.guided and (record.whole_steps or not default.unconditional):
         raise GaqError(f"{file.path} has no guidance: calibrate with --guidance {scale:g}, and build again.")
     if request.prompts is not None:
@@ -37,7 +41,8 @@ def condition_engine(file: EngineFile, request: ConditioningRequest) -> Conditio
             return text_encoder.prompt_conditioning(texts, prompts, scale)
     if request.classes is None:
         return replace(default, guidance=scale)
+    # The class that stands for none comes last, so its label is also the number of classes to choose from.
     null = int(default.unconditional[LABELS]) if default.unconditional else None
     count = record.provenance.classes if null is None else null
-    assert count is not None
+    assert count is not None  # a network that takes classes has a table of them
     return class_conditioning(parse_classes(request.classes, count), unconditional=null, guidance=scale)

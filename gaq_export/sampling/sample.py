@@ -1,7 +1,10 @@
-"""Draw images with an engine: a few as PNGs, or any number as shards."""
+"""Draw images with an engine: a few as PNGs, or any number as shards.
+
+In: an engine file, and a `Request` as keywords. Out: files in a folder, and a summary of what was drawn.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +16,14 @@ from gaq_export.deploy import session
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.batching import OnProgress, draw_in_batches
 from gaq_export.diffusion.conditioning import Conditioning
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model
 from gaq_export.sampling import png_folder, shards
 from gaq_export.sampling.png_folder import Drawn, Sampled
-from gaq_export.sampling.workers import Job, choose_workers
+from gaq_export.sampling.workers import DrawShards, Job, choose_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class Request:
         num: number of images; image i has seed `seed + i`.
         seed: of the first image.
         batch: images at a time, within the engine's profile; its best batch if None.
-        sampler: what to draw with; the engine's if None. An engine of whole steps has no other.
+        sampler: what to draw with; the engine's if None. An engine of whole steps takes no other.
         conditioning: what to draw; what the engine's record says if None.
 
     Raises:
@@ -58,7 +62,7 @@ class Request:
         _at_least_one(("images to draw", self.num), ("images at a time", self.batch))
 
 
-class RequestFields(TypedDict, total=False):
+class RequestFields(TypedDict, total=False):  # so that type checkers know the keywords of both functions
     """The fields of a `Request` as keywords."""
 
     num: int
@@ -91,22 +95,24 @@ def sample(
         GaqError, EngineError: a batch outside the profile, a sampler that the engine does not have, an engine that
             cannot run here.
     """
-    request, file = Request(**fields), engines.load_engine_file(engine)
-    session.require_pictures(file)
-    sampling = session.sampling_of(file, request.sampler, request.conditioning)
-    batch = file.batch[1] if request.batch is None else request.batch
-    seeds, steps = tuple(range(request.seed, request.seed + request.num)), sampling.sampler.steps
+    request = Request(**fields)
+    file, sampling = _load(engine, request)
+    batch = file.batch[1] if request.batch is None else request.batch  # batch[1]: the size that it was tuned for
+    seeds = tuple(range(request.seed, request.seed + request.num))
+    steps = sampling.sampler.steps
     png_folder.check_writable(Path(out))
-    exact = find_model(record_of(file).provenance, model, file.path.parent) if compare else None
+    # Loaded before drawing begins, so that a model that cannot be loaded is reported at once.
+    float_model = find_model(record_of(file).provenance, model, file.path.parent) if compare else None
     with session.open_engines(file) as opened, session.open_decoder(file) as decode:
-        started = time.perf_counter()
+        started = time.perf_counter()  # opening an engine is not drawing
         draw = session.draw_with_engine(opened, file, replace(sampling, decode=decode))
         images = draw_in_batches(draw, seeds, batch, steps, partial(on_step, "engine"))
         seconds = time.perf_counter() - started
     reference = None
-    if exact is not None:
-        exact = replace(exact, conditioning=sampling.conditioning)
-        draw = session.draw_with_network(exact.network, exact.image_sampling(sampling.sampler))
+    if float_model is not None:
+        # The conditioning that was requested, which may differ from the recorded one; no correction, since it is float.
+        float_model = replace(float_model, conditioning=sampling.conditioning)
+        draw = session.draw_with_network(float_model.network, float_model.image_sampling(sampling.sampler))
         reference = draw_in_batches(draw, seeds, batch, steps, partial(on_step, "float"))
     drawn = Drawn(seeds=seeds, images=images, reference=reference, seconds=seconds)
     return png_folder.write_pngs(Path(out), file, sampling, drawn)
@@ -131,15 +137,15 @@ def sample_shards(
         workers: processes that draw, one thread each.
         ray: address of a Ray cluster that draws in their place, or "local".
         on_images: called with (images drawn, images in all).
-        fields: which images, the fields of `Request`; `num` has to be given.
+        fields: which images, the fields of `Request`.
 
     Raises:
         GaqError, EngineError: as for `sample`; a folder that holds other images; a worker that died.
     """
     _at_least_one(("images a shard", shard), ("workers", workers))
-    request, file, out = Request(**fields), engines.load_engine_file(engine), Path(out)
-    session.require_pictures(file)
-    sampling = session.sampling_of(file, request.sampler, request.conditioning)
+    request = Request(**fields)
+    out = Path(out)
+    file, sampling = _load(engine, request)
     batch = _batch_within(file, request.batch)
     png_folder.check_writable(out)
     order = shards.Order(
@@ -151,14 +157,9 @@ def sample_shards(
     )
     shards.claim(out, order)
     todo = shards.missing(out, order)
-    done = order.num - sum(len(order.seeds(index)) for index in todo)
-    started, drawn = time.perf_counter(), 0
-    on_images(done, order.num)
+    started = time.perf_counter()
     draw = choose_workers(Job(file=file, sampling=sampling, batch=batch), min(workers, len(todo)), ray)
-    for index, images in draw([(index, order.seeds(index)) for index in todo]) if todo else ():
-        shards.write_shard(out, order, index, images)
-        drawn += len(images)
-        on_images(done + drawn, order.num)
+    drawn = _draw_shards(draw, out, order, todo, on_images)
     return Streamed(
         folder=out,
         grid=png_folder.write_overview(out, file, sampling, *next(shards.read_shards(out))),
@@ -166,6 +167,26 @@ def sample_shards(
         seconds=time.perf_counter() - started,
         digest=shards.digest(out),
     )
+
+
+def _load(engine: str | Path, request: Request) -> tuple[EngineFile, Sampling]:
+    """Return the engine file, and how it draws what was requested; raise as `sample` does."""
+    file = engines.load_engine_file(engine)
+    session.require_pictures(file)
+    return file, session.sampling_of(file, request.sampler, request.conditioning)
+
+
+def _draw_shards(draw: DrawShards, out: Path, order: shards.Order, todo: Sequence[int], on_images: OnProgress) -> int:
+    """Draw the shards with these numbers and write each as soon as it is there; return the number of images drawn."""
+    done = order.num - sum(len(order.seeds(index)) for index in todo)  # by an earlier call
+    drawn = 0
+    on_images(done, order.num)
+    tasks = [(index, order.seeds(index)) for index in todo]
+    for index, images in draw(tasks) if tasks else ():  # without tasks, no worker has to open the engine
+        shards.write_shard(out, order, index, images)
+        drawn += len(images)
+        on_images(done + drawn, order.num)
+    return drawn
 
 
 def _batch_within(file: EngineFile, batch: int | None) -> int:

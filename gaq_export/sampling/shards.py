@@ -30,8 +30,8 @@ class Order:
 
     Attributes:
         num: images in all; image i has seed `seed + i`.
-        seed: of the first.
-        shard: images in a file, but for the last.
+        seed: seed of the first image.
+        shard: images in a file; the last file may have fewer.
         batch: images drawn at a time.
         identity: everything else that the images depend on, JSON values.
     """
@@ -45,7 +45,7 @@ class Order:
     @property
     def shards(self) -> int:
         """Number of files."""
-        return -(-self.num // self.shard)
+        return -(-self.num // self.shard)  # rounded up
 
     def seeds(self, index: int) -> tuple[int, ...]:
         """Return the seeds of one file's images."""
@@ -65,14 +65,16 @@ class Order:
 
 def claim(out: Path, order: Order) -> None:
     """Write the request down, or check that it is the one written there; raise GaqError if `out` holds other images."""
-    path, record = out / RECORD, json.loads(json.dumps(order.to_json()))
+    path = out / RECORD
+    record = json.loads(json.dumps(order.to_json()))  # tuples become lists, as they are in the record that was read
     if not path.exists():
         write_atomically(path, json.dumps(record, indent=1).encode())
         return
     old = read_record(out)
     changed = [key for key in record if old.get(key) != record[key]]
+    # More of the same images are welcome if the old ones fill their files: a shard, once written, never changes.
     if changed == ["num"] and old["num"] < order.num and old["num"] % order.shard == 0:
-        write_atomically(path, json.dumps(record, indent=1).encode())  # more of the same
+        write_atomically(path, json.dumps(record, indent=1).encode())
     elif changed:
         raise GaqError(f"{out} holds other images ({changed[0]} differs). Give --out another folder, or delete it.")
 
@@ -82,12 +84,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise GaqError(f"{folder / RECORD} cannot be read ({error}): this is no folder that `sample` wrote.") from error
+        raise GaqError(
+            f"{folder / RECORD} cannot be read ({error}): this folder was not written by `sample`."
+        ) from error
     return record
 
 
 def missing(out: Path, order: Order) -> list[int]:
-    """Return the numbers of the shards that are not there yet."""
+    """Return the numbers of the shards that have yet to be drawn."""
+    # A file that exists is complete, because shards are written to another name and renamed.
     return [index for index in range(order.shards) if not shard_path(out, index).exists()]
 
 
@@ -98,7 +103,7 @@ def write_shard(out: Path, order: Order, index: int, images: Tensor) -> None:
 
 
 def shard_path(out: Path, index: int) -> Path:
-    """Return where a shard lies."""
+    """Return the path of a shard."""
     return out / f"shard-{index:06d}.safetensors"
 
 
@@ -117,5 +122,6 @@ def digest(folder: Path) -> str:
     """Return the sha256 of all images and seeds."""
     sha = hashlib.sha256()
     for images, seeds in read_shards(folder):
+        # File by file, so the whole set never has to fit into memory.
         sha.update(images.numpy().tobytes() + seeds.numpy().tobytes())
     return sha.hexdigest()

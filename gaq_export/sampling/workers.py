@@ -1,7 +1,8 @@
-"""Who draws shards: this process, several on this machine, or actors on a Ray cluster; the same images whoever it is.
+"""Draw shards in this process, in several on this machine, or in actors on a Ray cluster: the same images every time.
 
 Every worker opens the engine for itself, on a CPU with one thread, and draws batches of one size. So an image's
-arithmetic does not depend on the number of workers. (It does on the processor, by which runtimes choose kernels.)
+arithmetic does not depend on the number of workers. (It does depend on the processor, since runtimes choose kernels by
+it.)
 """
 
 import logging
@@ -32,6 +33,7 @@ from gaq_export.images import to_uint8_tensor
 
 Task = tuple[int, tuple[int, ...]]  # number of a shard, seeds of its images
 Drawn = tuple[int, Tensor]  # number of a shard, its images (N, C, H, W) uint8
+DrawShards = Callable[[Sequence[Task]], Iterator[Drawn]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +55,16 @@ class Worker:
     """An open engine that draws shards on one thread."""
 
     def __init__(self, job: Job) -> None:
+        # One thread each: workers share the machine without slowing each other down, and sums keep their order.
         torch.set_num_threads(1)
         file = replace(engines.load_engine_file(job.file.path), threads=1)
         with ExitStack() as stack:
             opened = stack.enter_context(session.open_engines(file))
             decode = stack.enter_context(session.open_decoder(file))
-            self._engines = stack.pop_all()
+            self._engines = stack.pop_all()  # they stay open until `close`; an error before this line closes them
         self._draw = session.draw_with_engine(opened, file, replace(job.sampling, decode=decode))
-        self._batch, self._steps = job.batch, job.sampling.sampler.steps
+        self._batch = job.batch
+        self._steps = job.sampling.sampler.steps
 
     def draw(self, task: Task) -> Drawn:
         """Draw one shard."""
@@ -82,7 +86,7 @@ def draw_here(job: Job, tasks: Sequence[Task]) -> Iterator[Drawn]:
         worker.close()
 
 
-_worker: Worker  # of a process of `draw_in_processes`
+_worker: Worker  # in each process of `draw_in_processes`, because an open engine cannot be sent with a task
 
 
 def _start(job: Job) -> None:
@@ -92,11 +96,11 @@ def _start(job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is killed, which would leave it waiting for tasks for ever."""
+    """End this process when the one that started it is killed; otherwise it would wait for tasks for ever."""
     parent = parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)
+        os._exit(1)  # from a thread, `sys.exit` would end only the thread
 
 
 def _draw(task: Task) -> Drawn:
@@ -107,8 +111,9 @@ def draw_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator
     """Draw in several processes on this machine, in the order in which they finish.
 
     Raises:
-        GaqError: a process died; what was yielded before stays good.
+        GaqError: a process died; the shards yielded before that are complete.
     """
+    # Not "fork": a copy of a process whose libraries run threads may wait for ever for a lock that one of them holds.
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job,)) as pool:
         waiting: set[Future[Drawn]] = set()
@@ -124,7 +129,7 @@ def draw_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator
                     yield future.result()
         except BrokenProcessPool as error:
             raise GaqError(
-                "A worker died, most likely killed for want of memory. The same command goes on where this one "
+                "A worker died, most likely because memory ran out. The same command goes on where this one "
                 "stopped; give fewer --workers if it happens again."
             ) from error
         finally:
@@ -155,7 +160,9 @@ def draw_on_ray(job: Job, tasks: Sequence[Task], address: str) -> Iterator[Drawn
     try:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         count = min(len(tasks), max(1, int(resources.get("CPU", 1))))
+        # The files travel as one object in Ray's store, since the machines need not share a disk.
         content = ray.put({path.name: path.read_bytes() for path in files_of(job.file)})
+        # -1 is without limit: machines of a cluster may come and go.
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Actor)
         pool = ActorPool([actor.remote() for _ in range(count)])
         yield from pool.map_unordered(lambda one, task: one.draw.remote(content, job, task), list(tasks))
@@ -183,16 +190,16 @@ class _Actor:
 def files_of(file: EngineFile) -> list[Path]:
     """Return all files that an engine needs to draw images: engine, record, weights, and those its record names."""
     record = record_of(file)
-    texts = record.provenance.conditioning and record.provenance.conditioning["file"]
+    texts = record.provenance.conditioning and record.provenance.conditioning["file"]  # None for classes
     switching = record.switching.engines if record.switching else ()
     linked = [*switching, *([record.decoder] if record.decoder else [])]
-    built = [file.path, *(file.path.with_name(one.file) for one in linked)]
-    present = [path for one in built for path in engines.files_of(one) if path.exists()]
+    built = [file.path, *(file.path.with_name(link.file) for link in linked)]
+    present = [path for engine in built for path in engines.files_of(engine) if path.exists()]
     return [*present, file.path.with_name(texts)] if texts else present
 
 
-def choose_workers(job: Job, workers: int, address: str | None) -> Callable[[Sequence[Task]], Iterator[Drawn]]:
-    """Return who draws: Ray if there is an address, else as many processes as `workers`."""
+def choose_workers(job: Job, workers: int, address: str | None) -> DrawShards:
+    """Return the function that draws: on Ray if there is an address, else in as many processes as `workers`."""
     if address is not None:
         return lambda tasks: draw_on_ray(job, tasks, address)
     if workers > 1:

@@ -121,7 +121,7 @@ def test_numbers_below_one_and_other_batches_are_refused(
         draw(tiny_step_engine, tmp_path, workers=0)
     with pytest.raises(GaqError, match="Found 99 images at a time; this engine takes 1 to 16"):
         pipeline.sample_shards(tiny_step_engine.path, num=1, batch=99, out=tmp_path)
-    with pytest.raises(GaqError, match="this is no folder that `sample` wrote"):
+    with pytest.raises(GaqError, match="this folder was not written by `sample`"):
         shards.digest(tmp_path)
     (tmp_path / "samples.json").write_bytes((alone / "samples.json").read_bytes())
     with pytest.raises(GaqError, match=r"shard-000000\.safetensors is missing: the same `sample` command"):
