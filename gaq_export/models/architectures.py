@@ -137,7 +137,7 @@ def condition_inputs_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def class_rows(module: nn.Module) -> int | None:
-    """Return how many classes a network has a row for, the unconditional one included; None if it has no classes."""
+    """Return the number of classes in a network's table, the unconditional one included; None if it has no classes."""
     config = config_of(module)
     if "num_embeds_ada_norm" in config:  # of diffusion transformers, which count the unconditional row apart
         return int(config["num_embeds_ada_norm"]) + 1

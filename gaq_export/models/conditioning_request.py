@@ -1,6 +1,6 @@
-"""What the options of a command ask to draw: classes by number or prompts by line, and the guidance scale.
+"""Turn the options of a command into conditioning: classes by number or prompts by line, and the guidance scale.
 
-In: a model and a `ConditioningRequest`. Out: the model with the `Conditioning` that was asked for.
+In: a model and a `ConditioningRequest`. Out: the model with the `Conditioning` that was requested.
 """
 
 import math
@@ -40,7 +40,7 @@ class ConditioningRequest:
 
     @property
     def options(self) -> list[str]:
-        """The options that were given, as the user wrote them."""
+        """The names of the options that the user set, such as "--classes"."""
         return [f"--{name}" for name, value in vars(self).items() if value is not None]
 
 
@@ -50,7 +50,7 @@ def condition_model(model: LoadedModel, request: ConditioningRequest = Condition
     Its sampler becomes one that suits the guidance, see `schedule.under_guidance`.
 
     Args:
-        model: a model of `load_model`; one with conditioning, or an unconditional one, is returned as it is.
+        model: from `load_model`; one with conditioning, or an unconditional one, is returned as it is.
         request: what to draw.
 
     Raises:
@@ -73,6 +73,7 @@ def condition_model(model: LoadedModel, request: ConditioningRequest = Condition
         raise GaqError(f"{model.spec.name!r} draws from prompts: give --prompts FILE, one a line.")
     else:
         conditioning = text_encoder.prompt_conditioning(model, read_prompts(request.prompts), scale)
+    # The scale is known only here, and it decides whether x0 may be clipped without epsilon.
     sampler = under_guidance(model.spec.sampler, model.schedule, scale)
     return replace(model, conditioning=conditioning, spec=replace(model.spec, sampler=sampler))
 
@@ -89,7 +90,7 @@ def parse_classes(text: str, count: int) -> list[int]:
         ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
         numbers = [number for first, *last in ends for number in range(first, (last[0] if last else first) + 1)]
     except ValueError:
-        numbers = []
+        numbers = []  # reported below, together with numbers out of range
     if not numbers or not 0 <= min(numbers) <= max(numbers) < count:
         raise GaqError(f"Found classes {text!r}; write all, or numbers of 0 to {count - 1}, as in 3,7 or 0-9.")
     return numbers

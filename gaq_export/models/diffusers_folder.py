@@ -122,13 +122,15 @@ def build_network(config: Mapping[str, Any], origin: str) -> nn.Module:
         origin: Where the config came from, for messages.
 
     Raises:
-        GaqError: If diffusers rejects the architecture, or it is one no sampler here can drive.
+        GaqError: If diffusers rejects the architecture, or no sampler here can use it.
     """
     kind = _CLASSES[config["_class_name"]]
+    # With the parameters of its bases, which `ClassUNet` passes on as keywords.
     known = {name for base in kind.__mro__ for name in inspect.signature(base).parameters}
     ignored = sorted(k for k, v in config.items() if k not in known and not k.startswith("_") and v)
     if ignored:
         _log.warning("%s: this version of diffusers does not know %s; ignored", origin, ignored)
+    # diffusers checks little of a config itself; the rest fails somewhere in the layers' constructors.
     try:
         network = kind(**{k: v for k, v in config.items() if k in known})
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -148,7 +150,8 @@ def _require_drivable(network: nn.Module, origin: str) -> None:
                 )
     if not isinstance(config.get("cross_attention_dim", 0), int):
         raise GaqError(f"The model in {origin} has several widths of texts ({config['cross_attention_dim']}), not one.")
-    inputs, outputs = config["in_channels"], config["out_channels"] or config["in_channels"]
+    inputs = config["in_channels"]
+    outputs = config["out_channels"] or inputs  # transformers leave it out where the two are equal
     if outputs not in (inputs, 2 * inputs):
         raise GaqError(
             f"The model in {origin} turns {inputs} channels into {outputs}; a network that predicts noise returns as "
@@ -197,6 +200,7 @@ def load_weights(
     Raises:
         GaqError: If there are no weights, or they are damaged, or do not fit the network.
     """
+    # Renamed before the check, so that a tensor with an old name is neither missing nor unexpected.
     file, state = _read_weights(folder, allow_pickle, files)
     renamed = {(rename or _modern_name)(name): value for name, value in state.items()}
     fill(network, {name: value for name, value in renamed.items() if name is not None}, file)
@@ -211,12 +215,12 @@ def fill(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> N
         file: Where they came from, for messages.
 
     Raises:
-        GaqError: If a tensor is missing, too many, of another shape or kind, or not finite.
+        GaqError: If a tensor is missing, unexpected, of another shape or kind, or not finite.
     """
     _check(state, network, file)
     parameters = network.state_dict()
     with torch.no_grad():
-        for name, value in state.items():  # one by one, so that weights in half precision are never all held twice
+        for name, value in state.items():  # one by one: weights in half precision are never all in memory twice
             parameters[name].copy_(value)
 
 
@@ -230,6 +234,7 @@ def fingerprint(network: nn.Module) -> str:
         64 hexadecimal digits, the same for the same weights whatever file they came from.
     """
     digest = hashlib.sha256()
+    # As sorted float32, because files differ in the order and precision in which they hold the same weights.
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -237,7 +242,8 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def _read_weights(folder: Path, allow_pickle: bool, files: WeightFiles) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Return the file of weights in a folder, the first of those there are, and what it holds by name."""
+    """Return the preferred one of the weight files in a folder, and its tensors by name."""
+    # Full precision first: a folder may hold both.
     for file in (folder / files.whole, folder / files.half):
         if file.is_file():
             return file, _read_safetensors(file)
@@ -269,6 +275,7 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise GaqError(f"The index of weights {index} cannot be read ({one_line(error)}). Copy it again.") from error
     state: dict[str, torch.Tensor] = {}
+    # Whole files: `fill` notices a tensor that is in none of them, or should not be in one.
     for name in sorted(names):
         state |= _read_safetensors(index.parent / name)
     return state
@@ -278,12 +285,13 @@ def read_pickle(file: Path) -> Any:
     """Read a foreign file with torch's restricted unpickler; raise GaqError if it holds more than plain values."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    # What torch raises depends on where the file breaks off.
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise GaqError(f"The weights {file} are damaged ({one_line(error)}). Fetch them again.") from error
 
 
 def tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:
-    """Return what `read_pickle` returned; raise GaqError if it is no table of tensors by name."""
+    """Check that what `read_pickle` returned is a table of tensors by name, and return it; raise GaqError if not."""
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise GaqError(f"The weights {file} are not a plain table of tensors.")
     return state
@@ -297,7 +305,8 @@ def _modern_name(name: str) -> str:
 
 def _check(state: Mapping[str, torch.Tensor], network: nn.Module, file: Path) -> None:
     expected = {name: value.shape for name, value in network.state_dict().items()}
-    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    missing = sorted(set(expected) - set(state))
+    extra = sorted(set(state) - set(expected))
     if missing or extra:
         raise GaqError(
             f"The weights {file} do not fit the config.json beside them: {len(missing)} tensors missing "

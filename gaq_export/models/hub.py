@@ -1,4 +1,4 @@
-"""Fetch a model from the Hugging Face hub, or say at once that it is out of reach.
+"""Fetch a model from the Hugging Face hub, or report quickly that the hub cannot be reached.
 
 In: a repository and perhaps a commit. Out: a local folder and the commit it holds: a network's files, or those of a
 pipeline with its decoder and text encoders. A cached commit is used without a request; otherwise one short request
@@ -13,9 +13,10 @@ from huggingface_hub import HfApi, snapshot_download
 from gaq_export.errors import GaqError
 from gaq_export.models.diffusers_folder import INDEX, PICKLE, PLACES, SAFETENSORS
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0  # seconds
 PARTS = ("scheduler", "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-_WEIGHTS = (SAFETENSORS, "model.safetensors", PICKLE, "pytorch_model.bin")  # of a folder's, the first is fetched
+# Of the weights in a folder only the first of these is fetched: repositories hold the same weights in several formats.
+_WEIGHTS = (SAFETENSORS, "model.safetensors", PICKLE, "pytorch_model.bin")
 
 
 def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
@@ -32,7 +33,7 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
         GaqError: If the hub is out of reach, or has no such repository or commit.
     """
     cached = _cached(repo, revision)
-    if cached is not None and revision is not None:
+    if cached is not None and revision is not None:  # a commit never changes; "the newest" has to be looked up
         return cached, cached.name
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S)
@@ -40,7 +41,7 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
         folder = snapshot_download(repo, revision=revision, allow_patterns=wanted(files), etag_timeout=TIMEOUT_S)
     # The transport library, and with it the class of a network error, changes between versions of the client.
     except Exception as error:
-        if cached is not None:
+        if cached is not None:  # without a connection, the newest that is here
             return cached, cached.name
         at = f" at commit {revision}" if revision else ""
         raise GaqError(f"Cannot fetch {repo}{at} from the Hugging Face hub ({_reason(error)}).") from error
@@ -61,7 +62,7 @@ def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
 
     Args:
         folder: What to upload.
-        repo: "owner/name", or the name alone of a repository of the user's.
+        repo: "owner/name", or the name alone of one of the user's repositories.
         private: Whether a new repository is private; an existing one stays as it is.
         message: Message of the commit.
 
@@ -99,22 +100,24 @@ def wanted(files: Sequence[str]) -> list[str]:
     ['unet/config.json', 'unet/diffusion_pytorch_model.bin']
     """
     chosen = []
+    # Only in the folders of a PyTorch pipeline: those of other frameworks and components are left out.
     for place in (*PLACES, *PARTS):
         inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(place)]
         names = {PurePosixPath(file).name: file for file in inside}
         chosen += [file for name, file in names.items() if name.endswith((".json", ".txt"))]
-        if INDEX in names:
+        if INDEX in names:  # weights in several files, named as 00001-of-00002
             chosen += [file for name, file in names.items() if "-of-" in name and name.endswith(".safetensors")]
         chosen += [names[name] for name in _WEIGHTS if name in names][:1]
     return chosen
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """Return the cached folder if it is complete enough to load."""
+    """Return the cached folder if it is complete enough to load, else None."""
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None
+    # The cache also holds folders of interrupted downloads, and those of the card alone (`papers`).
     complete = [("config.json", name) for name in (SAFETENSORS, INDEX, PICKLE)]
     whole = any(all((folder / place / name).is_file() for name in names) for names in complete for place in PLACES)
     return folder if whole else None

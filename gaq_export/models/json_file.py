@@ -1,4 +1,4 @@
-"""Read one of the JSON files that stand beside weights: configs of networks, schedulers, decoders and text encoders."""
+"""Read one of the JSON files beside weights: configs of networks, schedulers, decoders and text encoders."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise GaqError(f"There is no {what} {file}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
         raise GaqError(f"The {what} {file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise GaqError(f"The {what} {file} must hold a JSON object, not a {type(fields).__name__}.")

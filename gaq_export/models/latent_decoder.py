@@ -1,8 +1,8 @@
-"""The decoder that makes images of the latents that a latent diffusion model draws.
+"""The decoder that turns the latents of a latent diffusion model into images.
 
 In: a diffusers pipeline folder with a `vae/` (AutoencoderKL) or a `vqvae/` (VQModel). Out: a module from the sampler's
-latents, (N, C, h, w), to images, (N, 3, H, W), about in [-1, 1]. It undoes the latents' scale and shift and looks up
-the codebook, if there is one, so that nothing but this module is needed; the encoder is left out.
+latents, (N, C, h, w), to images, (N, 3, H, W), roughly in [-1, 1]. It undoes the latents' scale and shift and looks up
+the codebook, if there is one, so no other module is needed; the encoder is left out.
 """
 
 import inspect
@@ -40,14 +40,17 @@ class LatentDecoder(nn.Module):
     def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
         config: Mapping[str, Any] = autoencoder.config  # type: ignore[assignment]
-        self.channels, self.kind = int(config["latent_channels"]), type(autoencoder).__name__
+        self.channels = int(config["latent_channels"])
+        self.kind = type(autoencoder).__name__
         scale, shift = (_channels(config.get(name), default) for name, default in _FACTORS)
         if config.get("shift_factor") is not None:
             shift = shift + float(config["shift_factor"])
         # Buffers are part of the state, and so of the fingerprint.
         self.register_buffer("scale", scale / float(config["scaling_factor"]))
         self.register_buffer("shift", shift)
-        autoencoder.encoder, autoencoder.quant_conv = nn.Identity(), nn.Identity()
+        # The encoder's weights leave the state, and with it the fingerprint and the engine.
+        autoencoder.encoder = nn.Identity()
+        autoencoder.quant_conv = nn.Identity()
         if self.kind == "VQModel":
             autoencoder.quantize = Nearest(autoencoder.get_parameter("quantize.embedding.weight"))
         self.autoencoder = autoencoder.eval().requires_grad_(False)

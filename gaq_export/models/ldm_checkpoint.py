@@ -55,7 +55,7 @@ BLOCKS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
 
 
 def original_names(network: nn.Module) -> dict[str, str]:
-    """Return the original name of every tensor of a network but the table of classes; q, k and v share one name.
+    """Return the original name of every tensor of a network except the table of classes; q, k and v share one name.
 
     Args:
         network: A `UNet2DModel` or `UNet2DConditionModel`, its tensors possibly without values ("meta").
@@ -111,10 +111,10 @@ def read(file: Path, network: nn.Module) -> dict[str, Tensor]:
 
     Args:
         file: The checkpoint, a pickle (read with torch's restricted unpickler) or safetensors.
-        network: What they are for.
+        network: The network that the weights are for.
 
     Returns:
-        The weights by the network's names; what the file lacks is missing here too.
+        The weights by the network's names; tensors that the file lacks are missing here too.
 
     Raises:
         GaqError: If the file is damaged, or holds no network of latent diffusion.

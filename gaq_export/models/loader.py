@@ -38,9 +38,9 @@ class LoadedModel:
         spec: Name, sampler and architecture.
         module: The network as it was loaded, float32, in evaluation mode, on the CPU.
         schedule: The noise schedule it was trained with.
-        source: What to pass as `load_model`'s `weights` to get the same network; a path is absolute.
+        source: What `load_model` takes as `weights` to load the same network again; a path is absolute.
         fingerprint: sha256 of the weights, see `diffusers_folder.fingerprint`.
-        random_weights: Whether the weights are random, so that images mean nothing.
+        random_weights: Whether the weights are random, and images meaningless.
         conditioning: What to draw; None if the network takes no conditioning, or none was chosen yet.
         decoder: Makes images of latents, (N, C, h, w) to (N, 3, H, W) in [-1, 1]; None if the network draws images.
     """
@@ -93,6 +93,7 @@ class LoadedModel:
 
     def image_sampling(self, sampler: SamplerSpec | None = None) -> Sampling:
         """Return how images are drawn: as `sampling`, and latents are decoded."""
+        # The loop of the sampler has ended by then, and its no_grad with it.
         decode = None if self.decoder is None else torch.no_grad()(self.decoder)
         return replace(self.sampling(sampler), decode=decode)
 
@@ -104,14 +105,14 @@ def load_model(name: str | None = None, weights: str | Path | WeightSource | Non
     then among the bundled models, then on the Hugging Face hub.
 
     Args:
-        name: A key of `MODELS`. With a folder it is only what to call the model (the folder's name if None), and
-            lends its sampler if it is a known one; the folder's own config decides the structure.
+        name: A key of `MODELS`. With a folder it is only what to call the model (the folder's name if None); a known
+            name also sets the sampler. The folder's own config decides the structure.
         weights: A diffusers folder; an original checkpoint (`ldm_checkpoint`), or a folder with its `model.ckpt`;
             "random" or "random:SEED" for random weights; "hub:OWNER/NAME" or "hub:OWNER/NAME@COMMIT"; or the
             `source` of an earlier `LoadedModel`.
 
     Raises:
-        GaqError: If the model is unknown, out of reach, damaged or of a kind that is not supported.
+        GaqError: If the model is unknown, unreachable, damaged, or of a kind that is not supported.
     """
     if weights is None:
         return _by_name(_known(name))
@@ -122,7 +123,7 @@ def load_model(name: str | None = None, weights: str | Path | WeightSource | Non
         return random_model(_known(name), source.seed)
     if source.kind is SourceKind.HUB:
         return _from_hub(name or source.repository.rpartition("/")[2], source)
-    # No other kind can be loaded, so that its word can only be the name of a folder.
+    # The other kinds cannot be loaded, so "module", "original" or "pack" from a user is the name of a folder.
     path = Path(str(source)).expanduser().resolve()
     checkpoint = path if path.suffix in (".ckpt", ".safetensors") else path / ldm_checkpoint.FILE
     if checkpoint.is_file():
@@ -137,6 +138,7 @@ def random_model(spec: ModelSpec, seed: int = 0) -> LoadedModel:
         spec: A row of `MODELS`, perhaps `registry.reduced`.
         seed: Seed of the weights.
     """
+    # The caller's random stream stays as it was; no devices, because the weights are drawn on the CPU.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = diffusers_folder.build_network(spec.config, f"the table, model {spec.name!r}")
@@ -204,7 +206,7 @@ def _known(name: str | None) -> ModelSpec:
 
 def _by_name(spec: ModelSpec) -> LoadedModel:
     """Load a known model from this machine or, if its weights are not here, from where they are published."""
-    local = _models_folder(spec.name)
+    local = _models_folder(spec.name)  # first, so that a machine without a network can provide any model
     if local is not None and (local / ldm_checkpoint.FILE).is_file():
         return _from_checkpoint(local / ldm_checkpoint.FILE, spec.name, local)
     if local is not None:
@@ -254,6 +256,7 @@ def _from_hub(name: str, source: WeightSource) -> LoadedModel:
 
 def _from_folder(folder: Path, name: str, source: WeightSource, *, allow_pickle: bool = False) -> LoadedModel:
     module = diffusers_folder.load_network(diffusers_folder.network_folder(folder), allow_pickle=allow_pickle)
+    # Looked for in the pipeline folder, of which the network has only a sub-folder.
     decoder = find_decoder(folder, int(config_of(module)["in_channels"]), allow_pickle=allow_pickle)
     return replace(_trained(module, folder, name, source), decoder=decoder)
 
@@ -284,7 +287,9 @@ def _trained(module: nn.Module, folder: Path, name: str, source: WeightSource) -
         name: What to call the model; if the table knows it, its row says how images are drawn.
         source: Where the weights are from.
     """
-    row, fields = MODELS.get(name), config_of(module)
+    row = MODELS.get(name)
+    fields = config_of(module)
+    # Fields with an underscore are diffusers' notes: its version, the path of the file, fields left at their defaults.
     config = {"_class_name": type(module).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
     scheduler = _scheduler(folder, row)
     if row is not None:

@@ -22,6 +22,7 @@ from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.models.source import MODULE, WeightSource
 
+# Unknown parts are refused, since a newer version may depend on them.
 _PARTS = {"conditioning", "decoder", "model", "architecture", "sampler", "schedule"}
 
 
@@ -39,12 +40,12 @@ class Provenance:
 
     Attributes:
         name: what the model is called.
-        source: where its weights can be got again.
+        source: where to get its weights again.
         fingerprint: sha256 of its weights.
         shape: (C, H, W) of what the network denoises.
         classes: rows of its class table, the unconditional one included; None if it has none.
-        random_weights: whether the weights are random, so that pictures show nothing.
-        architecture: the network's config; empty for a module of the caller's.
+        random_weights: whether the weights are random, and pictures meaningless.
+        architecture: the network's config; empty for the caller's own module.
         sampler: the sampler.
         schedule: the noise schedule.
         conditioning: as `Conditioning.to_json` writes it; None for an unconditional model. Text states lie in a file
@@ -68,6 +69,7 @@ class Provenance:
     def of(cls, model: LoadedModel, sampler: SamplerSpec) -> Self:
         """Describe a model that is drawn with `sampler`."""
         config = getattr(model.module, "config", model.spec.config)
+        # Fields with an underscore are diffusers' own notes, such as its version and the path of the file.
         public = {name: value for name, value in config.items() if not name.startswith("_")}
         return cls(
             name=model.spec.name,
@@ -94,7 +96,7 @@ class Provenance:
             "fingerprint": self.fingerprint,
             "shape": list(self.shape),
             "classes": self.classes,
-            "meaningless": self.random_weights,
+            "meaningless": self.random_weights,  # this name is part of the plan's format
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Provenance:
             "architecture": dict(self.architecture),
             "sampler": self.sampler.to_json(),
             "schedule": {
+                # Python writes as many digits as it takes to read the same float64 again.
                 "alpha_bar": self.schedule.alpha_bar.tolist(),
                 "clip": self.schedule.clip,
                 "variance": self.schedule.variance,
@@ -127,7 +130,9 @@ class Provenance:
         if unknown:
             raise GaqError(f"The record of the float model has unknown parts {unknown}: calibrate and build again.")
         try:
-            model, schedule, decoder = fields["model"], fields["schedule"], fields.get("decoder")
+            model = fields["model"]
+            schedule = fields["schedule"]
+            decoder = fields.get("decoder")  # this part and the conditioning are written only where there is one
             channels, height, width = model["shape"]
             return cls(
                 name=model["name"],
@@ -200,6 +205,7 @@ def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) 
         if provenance.source == MODULE:
             raise GaqError(f"{provenance.name!r} is a module of your own: call this from Python with model=wrap(...).")
         model = load_model(provenance.name, provenance.source)
+    # Compared by content and not by name or path: any copy of the same weights will do.
     if model.fingerprint != provenance.fingerprint:
         raise GaqError(
             f"This plan belongs to another model: it was made from {provenance.name} with weights "

@@ -1,4 +1,4 @@
-"""The table of known models: the architecture of each and how it is drawn, before any weights are loaded.
+"""The table of known models: the architecture of each and how it is sampled, before any weights are loaded.
 
 The architecture of a known model is written once, in `weights/<name>/config.json` and `scheduler_config.json`; the
 weights themselves are beside it only for the bundled models.
@@ -27,7 +27,7 @@ class ModelSpec:
 
     Attributes:
         name: What the user calls it.
-        source: Where its weights are; of a hub repository without a commit, the newest is taken and recorded.
+        source: Where its weights are; for a hub repository without a commit, the newest is fetched and recorded.
         sampler: How its images are drawn unless the user says otherwise.
         config: Architecture, the fields of a diffusers config and its `_class_name`.
         scheduler: Noise schedule, the fields of a diffusers scheduler config.
@@ -163,7 +163,9 @@ def reduced(spec: ModelSpec, width: int = 16) -> ModelSpec:
 def _reduced_unet(config: Mapping[str, Any], width: int) -> dict[str, Any]:
     """Return the fields of a U-Net's config that change if its first level is to have `width` channels."""
     channels = config["block_out_channels"]
-    unit, heads = math.gcd(*channels), config["attention_head_dim"]
+    unit = math.gcd(*channels)
+    heads = config["attention_head_dim"]
+    # The ratios of the levels stay as they are.
     channels = [width * c // unit for c in channels]
     fields: dict[str, Any] = {
         "block_out_channels": channels,

@@ -40,12 +40,13 @@ def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> No
         config["clip_sample"] = False
     # With set_alpha_to_one false, the sampler's last step ends at the first timestep's alpha_bar and not at 1.
     ends_noisy = "set_alpha_to_one" in fields and not config.get("set_alpha_to_one", fields["set_alpha_to_one"].default)
+    # Other schedulers have fields that it does not take; those that say how the noise grows have the same names.
     try:
         scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in _fields_of(None)})
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise GaqError(f"diffusers cannot make a noise schedule from this scheduler config: {error}") from error
     clip = float(scheduler.config["clip_sample_range"]) if scheduler.config["clip_sample"] else None
-    alpha_bar = scheduler.alphas_cumprod.double()
+    alpha_bar = scheduler.alphas_cumprod.double()  # (T,); the float32 values of diffusers, so that images agree
     return NoiseSchedule(
         alpha_bar=alpha_bar,
         clip=clip,
@@ -55,7 +56,7 @@ def schedule_from_scheduler_config(source: str | Path | Mapping[str, Any]) -> No
 
 
 def _fields_of(scheduler: str | None) -> Mapping[str, inspect.Parameter]:
-    """Return the fields of a scheduler of diffusers; those of `DDPMScheduler` for a class that diffusers has not."""
+    """Return the fields of one of diffusers' schedulers; those of `DDPMScheduler` for a class it does not have."""
     kind = getattr(diffusers, scheduler or "", DDPMScheduler)
     return inspect.signature(kind.__init__).parameters
 

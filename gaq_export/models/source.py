@@ -1,9 +1,9 @@
-"""Where a network's weights can be got again, as one short text that plans, engines and packs record.
+"""Where to get a network's weights again, as one short text that plans, engines and packs record.
 
     bundled               beside the program, under the model's name
     random, random:7      drawn with seed 0, or 7
     hub:OWNER/NAME@COMMIT the Hugging Face hub; without "@COMMIT" the newest commit
-    module                a module of the caller's, which only the caller has
+    module                the caller's own module, which only the caller has
     original              the authors' own checkpoint, which the user has to fetch
     pack                  the folder that holds the record itself
     anything else         the path of a folder or a checkpoint
@@ -21,7 +21,7 @@ from gaq_export.errors import GaqError
 
 
 class SourceKind(StrEnum):
-    """How the weights are got; but for PATH, the first word of the text."""
+    """How to get the weights; except for PATH, the value is the first word of the text."""
 
     BUNDLED = "bundled"
     RANDOM = "random"
@@ -34,14 +34,14 @@ class SourceKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
-    """Where weights can be got again; made by `parse`, `random`, `hub`, `at`, or one of the constants below.
+    """Where to get weights again; made by `parse`, `random`, `hub` or `at`, or one of the constants below.
 
     Attributes:
         kind: How to get them.
-        seed: Of RANDOM weights.
-        repository: Of HUB, "owner/name".
-        commit: Of HUB; None for the newest.
-        path: Of PATH, a folder or a checkpoint.
+        seed: For RANDOM, the seed of the weights.
+        repository: For HUB, "owner/name".
+        commit: For HUB; None for the newest.
+        path: For PATH, a folder or a checkpoint.
     """
 
     kind: SourceKind
@@ -57,12 +57,12 @@ class WeightSource:
         Raises:
             GaqError: If the seed of random weights is no whole number.
         """
-        word, colon, rest = text.partition(":")
+        word, colon, rest = text.partition(":")  # a path may hold a colon too, so only two words are special
         if word == SourceKind.RANDOM:
             if rest and not rest.isdecimal():
                 raise GaqError(f"The seed in --weights {text} must be a whole number, as in random:7.")
             return cls.random(int(rest or 0))
-        if word == SourceKind.HUB and colon:
+        if word == SourceKind.HUB and colon:  # "hub" alone is a folder of that name
             repository, _, commit = rest.partition("@")
             return cls.hub(repository, commit or None)
         return cls(kind=SourceKind(text)) if text in _BARE else cls.at(Path(text))
@@ -85,6 +85,7 @@ class WeightSource:
     def __str__(self) -> str:
         match self.kind:
             case SourceKind.RANDOM:
+                # Seed 0 is left out: one source has one text, so records can be compared.
                 return f"random:{self.seed}" if self.seed else "random"
             case SourceKind.HUB:
                 return f"hub:{self.repository}@{self.commit}" if self.commit else f"hub:{self.repository}"

@@ -43,13 +43,12 @@ FILES = WeightFiles(
     pickle="pytorch_model.bin",
 )
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
-CHUNK = 16  # prompts at a time
+CHUNK = 16  # prompts at a time, which bounds the memory
 # Fields of a config that say how it was saved and not what the encoder is.
 _NOT_OF_THE_MODEL = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
-EncodeTokens = Callable[
-    [Tensor], Sequence[Tensor]
-]  # ids (N, L) to states (N, L, D) and, of a last encoder of two, (N, P)
+# ids (N, L) -> states (N, L, D) and, from the second of two encoders, a projection (N, P)
+EncodeTokens = Callable[[Tensor], Sequence[Tensor]]
 
 _log = logging.getLogger(__name__)
 
@@ -68,10 +67,15 @@ class TextEncoder(nn.Module):
         super().__init__()
         inner: Any = getattr(model, "text_model", model)
         config: Any = model.config
-        self.length, self.pair, self.end = int(config.max_position_embeddings), pair, int(config.eos_token_id)
-        self.embeddings, self.layers, self.norm = inner.embeddings, inner.encoder.layers, inner.final_layer_norm
+        self.length = int(config.max_position_embeddings)
+        self.pair = pair
+        self.end = int(config.eos_token_id)
+        # The layers and not the whole model, because `forward` has its own mask and its own search for the text's end.
+        self.embeddings = inner.embeddings
+        self.layers = inner.encoder.layers
+        self.norm = inner.final_layer_norm
         self.projection: nn.Module | None = getattr(model, "text_projection", None) if pair else None
-        # No token attends to a later one: the least finite number is added to its score, as transformers does.
+        # No token attends to a later one: the lowest finite number is added to its score, as in transformers.
         future = torch.full((self.length, self.length), torch.finfo(torch.float32).min).triu(1)
         self.register_buffer("hidden", future[None, None], persistent=False)  # (1, 1, L, L), like attention scores
         self.eval().requires_grad_(False)
@@ -85,7 +89,7 @@ class TextEncoder(nn.Module):
         """Return states (N, L, D) and perhaps a projection (N, P) for `ids` (N, L) int64."""
         x = before = self.embeddings(ids)
         for layer in self.layers:
-            before, x = x, layer(x, self.hidden)
+            before, x = x, layer(x, self.hidden)  # `before` ends as the states of the last layer but one
         last = self.norm(x)
         states = before if self.pair else last
         if self.projection is None:
@@ -100,7 +104,7 @@ class TextEncoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Texts:
-    """What turns prompts into a condition.
+    """Tokenizers and encoders that turn prompts into a condition.
 
     Attributes:
         tokenizers: One for each encoder; they cut and pad to its length.
@@ -120,7 +124,7 @@ def encode(where: Texts | LoadedModel | Path | str, prompts: Sequence[str]) -> d
 
     Args:
         where: Tokenizers and encoders, or a model or pipeline folder that has some.
-        prompts: K of them; what is longer than the encoders take is cut, with a warning.
+        prompts: K of them; one that is longer than the encoders take is cut, with a warning.
 
     Raises:
         GaqError: There are no prompts, no text encoders, or ones that are damaged or not supported.
@@ -133,7 +137,7 @@ def encode(where: Texts | LoadedModel | Path | str, prompts: Sequence[str]) -> d
         for tokenizer, encoder in zip(texts.tokenizers, texts.encoders, strict=True):
             parts = [encoder(part) for part in torch.split(_ids(tokenizer, prompts), CHUNK)]
             outputs.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
-    rows = {STATES: torch.cat([states for states, *_ in outputs], dim=-1)}
+    rows = {STATES: torch.cat([states for states, *_ in outputs], dim=-1)}  # (K, L, D), or (K, L, D + D')
     if texts.time_ids is None:
         return rows
     return rows | dict(zip(ADDED, (outputs[-1][-1], texts.time_ids.repeat(len(prompts), 1)), strict=True))
@@ -145,6 +149,7 @@ def empty_prompt(where: Texts | LoadedModel | Path | str) -> dict[str, Tensor]:
     rows = encode(texts, [""])
     if not texts.zeros:
         return rows
+    # The size of the image stays, since it says nothing of the text.
     return {name: row if name == "time_ids" else torch.zeros_like(row) for name, row in rows.items()}
 
 
@@ -271,5 +276,6 @@ def _time_ids(folder: Path) -> Tensor:
     levels = read_json(folder / "vae" / "config.json", "decoder's config").get("block_out_channels", ())
     if size is None or not levels:
         raise GaqError(f"{folder} does not say how large its images are: unet/config.json or vae/config.json lack it.")
+    # Each level of the decoder but one doubles the size of the latents.
     height, width = (n * 2 ** (len(levels) - 1) for n in ((size, size) if isinstance(size, int) else size))
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
