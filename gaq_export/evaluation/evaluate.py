@@ -113,9 +113,7 @@ def evaluate_engines(
     first = next(iter(opened.values()))
     origin = record_of(first).provenance
     model = find_model(origin, model, first.path.parent)
-    # The float images come from the same backend, so that they differ from the quantized ones by quantization alone.
-    config = EngineConfig(backend=first.backend)
-    exact = build_float(model, drawing.out / "float.plan", sampler=origin.sampler, config=config)
+    exact = _build_exact(first, model, drawing.out)
     float_images = _draw("float", exact.path, drawing, on_step)
     reference = _reference(exact, drawing, on_step) if data is None else open_images(data, session.image_shape(exact))
     cache = drawing.out / "features"
@@ -143,6 +141,13 @@ def _open(files: Sequence[Path]) -> dict[str, EngineFile]:
     if any(origin.conditioning != origins[0].conditioning for origin in origins):
         raise GaqError("These engines have different conditioning or guidance; evaluate them one by one.")
     return opened
+
+
+def _build_exact(file: EngineFile, model: LoadedModel, folder: Path) -> EngineFile:
+    """Build an engine of the float network."""
+    # By the same backend, so that its images differ from the quantized ones by quantization alone.
+    config = EngineConfig(backend=file.backend)
+    return build_float(model, folder / "float.plan", sampler=record_of(file).provenance.sampler, config=config)
 
 
 def _compare_noise(file: EngineFile, model: LoadedModel, first: int) -> Mapping[str, Sequence[float]]:

@@ -29,12 +29,11 @@ BINS = 50
 NUMBERED = 10  # a heat map of at most so many steps has its numbers in it
 WIDTH = 7.2  # inches; the page scales it to its column
 ROW = 0.17  # inches of a named row
-BLUE, ORANGE, GREY, INK = (
-    "#0072b2",
-    "#d55e00",
-    "#8a8f98",
-    "#22262b",
-)  # Okabe, Ito 2008: also for colour-blind readers
+# Okabe, Ito 2008: also for colour-blind readers
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+GREY = "#8a8f98"
+INK = "#22262b"  # the page's
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # of one width, so a page without the first is fine
@@ -53,7 +52,7 @@ _STYLE: dict[str, Any] = {
     "ytick.labelsize": 7.0,
     "legend.frameon": False,
     "legend.fontsize": 7.5,
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text, which a reader can search and copy
 }
 
 
@@ -111,7 +110,7 @@ def _svg(name: str, label: str, height: float, paint: Callable[["Figure"], None]
     from matplotlib.figure import Figure
 
     style: Any = _STYLE | {"svg.hashsalt": name}
-    with mpl.rc_context():
+    with mpl.rc_context():  # puts back at its end what rcdefaults overwrites
         mpl.rcdefaults()
         mpl.rcParams.update(style)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -119,8 +118,11 @@ def _svg(name: str, label: str, height: float, paint: Callable[["Figure"], None]
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
+    # An element inside a page may have no XML declaration before it. The metadata hold matplotlib's version.
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # Without a size it fills its column, at the ratio of its viewBox.
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    # Definitions and all that refers to them: href="#x" and url(#x).
     text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda match: f"{match[0]}{name}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).strip()
 
@@ -129,6 +131,7 @@ def _cosines(agreement: Agreement, figure: "Figure") -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     sides = (left, "nearest rounding", agreement.before), (right, "after calibration", agreement.after)
     for axes, title, cosines in sides:
+        # matrix (S, S); both maps on one scale with white at 0, so that they can be compared by eye.
         image = axes.imshow(cosines.matrix.numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="none")
         axes.set_title(title)
         axes.set_xlabel("sampling step")
@@ -171,7 +174,8 @@ def _alignment(alignment: Alignment, figure: "Figure") -> None:
 def _losses(blocks: Sequence[BlockResult], figure: "Figure") -> None:
     axes = figure.subplots()
     rows = range(len(blocks))
-    before, after = [b.loss_before or math.nan for b in blocks], [b.loss_after or math.nan for b in blocks]
+    before = [b.loss_before or math.nan for b in blocks]
+    after = [b.loss_after or math.nan for b in blocks]
     nearest = [i for i in rows if blocks[i].rounding == "nearest"]  # learning did not beat it
     axes.hlines(rows, after, before, color=GREY, linewidth=1)
     axes.scatter(before, rows, s=20, facecolors="white", edgecolors=INK, linewidths=0.9, label="nearest", zorder=3)
@@ -180,6 +184,7 @@ def _losses(blocks: Sequence[BlockResult], figure: "Figure") -> None:
     if nearest:
         crosses = [before[i] for i in nearest]
         axes.scatter(crosses, nearest, s=26, color=ORANGE, marker="x", linewidths=1.2, label="nearest kept", zorder=4)
+    # NaN stands for a loss of 0, which a logarithm cannot show.
     _log_axis(axes, [*before, *after])
     axes.set_xlabel("block loss")
     _name_rows(axes, [b.name for b in blocks])
@@ -203,6 +208,7 @@ def _plan_sqnr(noise: NoiseSqnr, figure: "Figure") -> None:
 
 def _engine_sqnr(t: Tensor, series: Mapping[str, Sequence[float]], figure: "Figure") -> None:
     axes = figure.subplots()
+    # Dashed as well as coloured, for readers and printers without colours.
     for (label, values), color, dashes in zip(series.items(), (BLUE, ORANGE), ("-", (0, (5, 2))), strict=True):
         marker = "o" if len(t) <= 30 else None
         axes.plot(values, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=3, label=label)
@@ -264,7 +270,7 @@ def _log_axis(axes: "Axes", values: Sequence[float]) -> None:
 def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
     """Put the first name on top, one a row, with thin lines to follow."""
     axes.set_yticks(range(len(names)), names, fontsize=6.5, fontfamily=["DejaVu Sans Mono", "monospace"])
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # upside down, so that network order reads from the top
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="both", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -1,4 +1,7 @@
-"""Parts of an HTML page that opens offline and never changes: styles inside, no script, all text escaped."""
+"""Parts of an HTML page that opens offline and never changes: styles inside, no script, all text escaped.
+
+In: text, SVG and PNG. Out: HTML. Docstrings name the arguments that are HTML already; all others are escaped.
+"""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,7 +86,7 @@ def figure(svg: str, numbers: str) -> str:
 
 def picture(png: bytes, words: str) -> str:
     """Make an image; `words` describe it for readers who cannot see it."""
-    data = base64.b64encode(png).decode()
+    data = base64.b64encode(png).decode()  # inside the page, which may be sent by mail without any file beside it
     return f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">'
 
 
@@ -98,9 +101,10 @@ def pictures(pictures: Iterable[tuple[bytes, str]]) -> str:
 
 def table(head: Iterable[str], rows: Iterable[Sequence[str]], marked: str = "") -> str:
     """Make a table; the row whose first cell is `marked` stands out."""
-    lines = [_row("th", head, ' scope="col"')]
+    lines = [_row("th", head, ' scope="col"')]  # the scope is how a screen reader finds a cell's heading
     for row in rows:
         lines.append(_row("td", row, "", ' class="chosen"' if row[0] == marked else ""))
+    # In a box that scrolls, since a wide table would widen the whole page on a phone.
     return (
         f'<div class="scroll"><table>\n<thead>\n{lines[0]}</thead>\n'
         f"<tbody>\n{''.join(lines[1:])}</tbody>\n</table></div>\n"

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from calib.files import write_atomically
-from calib.plan import QuantPlan, load_plan
+from calib.plan import load_plan
 from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.evaluation.noise_sqnr import OnStage
@@ -12,7 +12,7 @@ from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model, provenance_of
 from gaq_export.quantize.trajectories import collect
 from gaq_export.report import inspection, inspection_page
-from gaq_export.report.inspection import Inspection, InspectionOptions
+from gaq_export.report.inspection import Calibrated, Inspection, InspectionOptions
 from gaq_export.run import Run
 
 
@@ -33,7 +33,7 @@ def inspect(
         block: which block to measure closely; the one with the largest loss at nearest rounding if None.
         images: fresh trajectories on which the predicted noise is compared with the float model's.
         model: the float model; loaded again by the plan's provenance if None.
-        on_step: called with what is being done, how much of it is done, and in all.
+        on_step: called with (what is being done, done, total).
 
     Raises:
         GaqError, CalibError: no plan, an unknown block, another model, or a page that cannot be written.
@@ -43,34 +43,35 @@ def inspect(
     path = Path(out or run.inspection)
     model = find_model(provenance_of(plan), model, run.folder)
     options = InspectionOptions(block=block, images=images)
-    inspection, origin = examine(run, plan, model, options, beside=path, on_step=on_step)
+    calibrated = Calibrated(model=model, plan=plan)
+    inspection, origin = examine(run, calibrated, options, beside=path, on_step=on_step)
     write_atomically(path, inspection_page.render(plan, inspection, origin).encode())
     return path
 
 
 def examine(
-    run: Run, plan: QuantPlan, model: LoadedModel, options: InspectionOptions, *, beside: Path, on_step: OnStage
+    run: Run, calibrated: Calibrated, options: InspectionOptions, *, beside: Path, on_step: OnStage
 ) -> tuple[Inspection, inspection_page.Origin]:
     """Measure what a page about a calibration shows.
 
     Args:
         run: where the calibration was done.
-        plan: its plan.
-        model: the float model.
+        calibrated: its plan, and the float model.
         options: block and number of images.
         beside: the page; scratch files lie in the same folder.
         on_step: as for `inspect`.
     """
     record = runs.read_record(run)
     with folders.staging(beside) as staged:
+        # Recordings of a block may not fit into memory, so they go beside the page, where there is room to write.
         # The run folder has these trajectories already, unless someone deleted them.
         data = collect(
-            model,
-            provenance_of(plan).sampler,
+            calibrated.model,
+            provenance_of(calibrated.plan).sampler,
             images=record.settings["images"],
-            seed=plan.config.seed,
+            seed=calibrated.plan.config.seed,
             folder=run.calibration,
             on_step=partial(on_step, "collecting"),
         )
-        measured = inspection.examine(model, plan, data, options, scratch=staged / "scratch", on_step=on_step)
+        measured = inspection.examine(calibrated, data, options, scratch=staged / "scratch", on_step=on_step)
     return measured, inspection_page.Origin(settings=record.settings, journal=record.last("calibrate"))

@@ -53,7 +53,7 @@ class LayerRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """All that a page shows beside the plan itself.
+    """What a page shows beside the plan itself.
 
     Attributes:
         train: number of training samples.
@@ -62,7 +62,7 @@ class Inspection:
         agreement: gradients of the chosen block, from every training sample; None likewise.
         alignment: the chosen block's gradients against the sample weights; None also where all weights are equal.
         noise: SQNR of the predicted noise.
-        sensitivity: see the function of that name.
+        sensitivity: error of the predicted noise with each layer quantized alone, see `sensitivity`.
         ranges: one entry a layer.
     """
 
@@ -90,6 +90,14 @@ class InspectionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A float model, and the plan that was made from it."""
+
+    model: LoadedModel
+    plan: QuantPlan
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Subject:
     """What is examined: the float model, the network with the plan's weights, the plan, and its training samples."""
 
@@ -100,8 +108,7 @@ class _Subject:
 
 
 def examine(
-    model: LoadedModel,
-    plan: QuantPlan,
+    calibrated: Calibrated,
     data: CalibrationSet,
     options: InspectionOptions,
     *,
@@ -111,32 +118,29 @@ def examine(
     """Measure everything.
 
     Args:
-        model: the float model.
-        plan: made from it.
+        calibrated: the plan and its float model.
         data: the samples it was calibrated with, all of them.
         options: block and number of images.
         scratch: folder for recordings that are too large for memory.
-        on_step: called with what is measured, how much of it is done, and in all.
+        on_step: called with (what is measured, done, total).
 
     Raises:
         GaqError, CalibError: no images, an unknown block, or a plan that belongs to other samples.
     """
     if options.images < 1:
         raise GaqError(f"Found {options.images} images to measure with; ask for 1 or more.")
-    model = provenance.rewritten(model, plan)  # the plan's layers are those of the rewritten network
+    plan = calibrated.plan
+    model = provenance.rewritten(calibrated.model, plan)  # the plan's layers are those of the rewritten network
     blocks = diagnose.inspectable_blocks(
         model.network, plan, model.shape, model.schedule.num_train, model.condition_inputs
     )
     chosen = diagnose.choose_block(blocks, options.block)
-    samples = weight_samples(data, plan.config, model.network)
-    # Activations stay float, so that the gradients show nothing but the rounding of the weights.
-    network = fake_quantized(model.network, plan, activations=False)
-    subject = _Subject(model=model, network=network, plan=plan, samples=samples)
+    subject = _subject(model, plan, data)
     overview = _overview(subject, blocks, on_step)
     agreement, alignment = (None, None) if chosen is None else _measure_block(subject, chosen, scratch, on_step)
     return Inspection(
-        train=len(samples.train),
-        validation=len(samples.validation),
+        train=len(subject.samples.train),
+        validation=len(subject.samples.validation),
         overview=overview,
         agreement=agreement,
         alignment=alignment,
@@ -146,9 +150,18 @@ def examine(
     )
 
 
+def _subject(model: LoadedModel, plan: QuantPlan, data: CalibrationSet) -> _Subject:
+    """Split the samples as calibration did, and give the network the plan's weights."""
+    samples = weight_samples(data, plan.config, model.network)
+    # Activations stay float, so that the gradients show nothing but the rounding of the weights.
+    network = fake_quantized(model.network, plan, activations=False)
+    return _Subject(model=model, network=network, plan=plan, samples=samples)
+
+
 def _overview(subject: _Subject, blocks: Sequence[BlockResult], on_step: OnStage) -> tuple[Agreement, ...]:
     """Compare the gradients of the sampling steps in every block, from a few samples."""
-    network, plan = subject.model.network, subject.plan
+    network = subject.model.network
+    plan = subject.plan
     few = _some_of_each_step(subject.samples.data.take(subject.samples.train), FEW)
     overview = []
     # One recorder for all blocks in network order, so that each is recorded from where the one before ended.
@@ -164,8 +177,10 @@ def _overview(subject: _Subject, blocks: Sequence[BlockResult], on_step: OnStage
 def _measure_block(
     subject: _Subject, block: BlockResult, scratch: Path, on_step: OnStage
 ) -> tuple[Agreement, Alignment | None]:
-    """Compare one block's gradients from every training sample, and with omega unless all samples weigh the same."""
-    network, plan, samples = subject.model.network, subject.plan, subject.samples
+    """Compare the gradients of one block from every training sample, and with omega unless all weights are equal."""
+    network = subject.model.network
+    plan = subject.plan
+    samples = subject.samples
     weighted = len(torch.unique(plan.scores)) > 1
 
     def report_step(done: int) -> None:
@@ -173,7 +188,8 @@ def _measure_block(
 
     with open_recorder(network, subject.network, samples.data, plan.config.micro_batch, scratch) as recording:
         io = recording.record(Block(name=block.name, layers=block.layers))
-        train, held_out = io.part(samples.train), io.part(samples.validation)
+        train = io.part(samples.train)
+        held_out = io.part(samples.validation)
         report_step(1)
         agreement = diagnose.agreement(network, plan, block, train, samples.data.step[samples.train])
         report_step(2)
@@ -200,6 +216,7 @@ def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_st
     with torch.no_grad():
         exact = model.network(*few.inputs()).double()
         for name, part in alone.items():
+            # In float64: the error of one layer is a small difference of large numbers.
             error = fake_quantized(model.network, part)(*few.inputs()).double() - exact
             errors[name] = float(error.square().sum() / exact.square().sum())
             on_step("quantizing one layer alone", len(errors), len(alone))
@@ -213,6 +230,7 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
         weight = model.network.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         widest = weight.detach().flatten(1).abs().amax(1)  # (C, ...) -> (C,)
+        # A channel of zeros is covered by any grid.
         covered = torch.where(widest > 0, q.weight_scale * integer_range(q.weight_bits)[1] / widest, 1.0)
         ranges.append(
             LayerRange(
@@ -221,6 +239,7 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
                 weight_bits=q.weight_bits,
                 covered=(float(covered.min()), float(covered.median()), float(covered.max())),
                 input_bits=q.input.bits,
+                # Of the steps' zero points, the smallest reaches furthest up.
                 input_reach=q.input.scale * (integer_range(q.input.bits)[1] - min(q.input.zero)),
             )
         )

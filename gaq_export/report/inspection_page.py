@@ -55,6 +55,7 @@ def warning(plan: QuantPlan) -> str:
 def what_was_done(plan: QuantPlan, inspection: Inspection, origin: Origin) -> str:
     """Return the calibration's facts and all its settings, HTML."""
     facts = _facts(plan, inspection, origin) | _journal_facts(origin.journal)
+    # Folded away: a reader who repeats the calibration needs every setting, others need none.
     settings = escape(json.dumps(configs.to_json(plan.config), indent=1))
     return f"{html.facts(facts)}<details><summary>All settings</summary><pre>{settings}</pre></details>\n"
 
@@ -72,9 +73,11 @@ def sections(plan: QuantPlan, inspection: Inspection) -> tuple[str, ...]:
 
 
 def _facts(plan: QuantPlan, inspection: Inspection, origin: Origin) -> dict[str, str]:
-    config, provenance = plan.config, provenance_of(plan)
+    config = plan.config
+    provenance = provenance_of(plan)
     sampler = provenance.sampler
-    fit, omega = config.reconstruction, config.omega
+    fit = config.reconstruction
+    omega = config.omega
     eta = f", eta {sampler.eta:g}" if sampler.eta else ""
     patterns = "".join(f", {pattern}" for pattern in config.keep_float)
     learned = f"{omega.rule}, {_count(omega.meta_steps, 'meta-step')} a block, temperature {omega.temperature:g}"
@@ -106,7 +109,7 @@ def _conditioning_facts(plan: QuantPlan) -> dict[str, str]:
 
 def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:
     """Return what the journal says about the calibration, then the versions in use then and now."""
-    known = {
+    labels = {
         "when": "finished",
         "collect_seconds": "collecting",
         "seconds": "calibrating",
@@ -114,12 +117,12 @@ def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:
         "peak_memory_mib": "peak memory, MiB",
     }
     facts = {
-        known.get(key, key.replace("_", " ")): f"{_listed(value)} s" if key.endswith("seconds") else f"{value}"
+        labels.get(key, key.replace("_", " ")): f"{_listed(value)} s" if key.endswith("seconds") else f"{value}"
         for key, value in journal.items()
         if key not in ("step", "version", "command", "packages")
     }
-    made = f"gaq-export {journal.get('version', 'unknown')}; this page: gaq-export {__version__}"
-    return {**facts, "made with": f"{made}, torch {torch.__version__}"}
+    versions = f"gaq-export {journal.get('version', 'unknown')}; this page: gaq-export {__version__}"
+    return {**facts, "made with": f"{versions}, torch {torch.__version__}"}
 
 
 def _listed(value: Any) -> str:
@@ -201,6 +204,7 @@ def _losses_section(blocks: Sequence[BlockResult]) -> str:
         "(filled), blocks in network order, on a logarithmic scale. A cross marks a block where learning did not beat "
         "nearest, so that nearest was kept."
     )
+    # Ratios, since losses of blocks differ by orders of magnitude and a mean would be the largest block's.
     ratios = [b.loss_after / b.loss_before for b in measured if b.loss_before and b.loss_after is not None]
     nearest = sum(b.rounding == "nearest" for b in measured)
     ratio = f" The loss after is {statistics.median(ratios):.2f} of the loss before (median block)." if ratios else ""
@@ -216,7 +220,7 @@ def _noise_section(noise: NoiseSqnr) -> str:
         "step, the power of the float noise prediction over that of the difference. Higher is closer: 20 dB is a "
         "difference of a tenth. Lines are the median image, bands reach from the lowest to the highest."
     )
-    steps, images = noise.both.shape
+    steps, images = noise.both.shape  # (S, N)
     weights, both = (torch.quantile(v.double(), 0.5, dim=1) for v in (noise.weights, noise.both))
     worst = int(both.argmin())  # by the median image, like the line in the chart
     numbers = (

@@ -37,7 +37,7 @@ from gaq_export.evaluation.timing import take_turns
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model, provenance_of
 from gaq_export.report import inspect
-from gaq_export.report.inspection import Inspection, InspectionOptions
+from gaq_export.report.inspection import Calibrated, Inspection, InspectionOptions
 from gaq_export.report.inspection_page import Origin
 from gaq_export.run import Run, RunRecord
 
@@ -72,7 +72,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds of whole loops of `batch` images that took turns, by who drew: one value a round."""
+    """Seconds of whole loops of `batch` images that took turns, one value a round, by what drew."""
 
     batch: int
     seconds: Mapping[str, Sequence[float]]
@@ -165,39 +165,37 @@ def measure(
         out: the page; scratch files lie beside it.
         options: which engine, and how much is measured.
         model: the float model; loaded again by the plan's provenance if None.
-        on_step: called with what is being done, how much of it is done, and in all.
+        on_step: called with (what is being done, done, total).
 
     Raises:
         GaqError, CalibError, EngineError: no plan, no engine of it, another model, or no evaluation of this engine.
     """
     run = Run(folder=folder)
-    plan, record = load_plan(run.plan), runs.read_record(run)
+    plan = load_plan(run.plan)
+    record = runs.read_record(run)
     file = engine_of(run, record, options.engine)
     evaluation = evaluation_of(options.evaluation, file)  # before anything that takes minutes
     model = find_model(provenance_of(plan), model, folder)
     others = session.others_of(file)
-    inspection, origin = inspect.examine(run, plan, model, options.inspection, beside=out, on_step=on_step)
+    calibrated = Calibrated(model=model, plan=plan)
+    inspection, origin = inspect.examine(run, calibrated, options.inspection, beside=out, on_step=on_step)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         compared = _Engines(file=file, exact=_build_exact(file, model, Path(scratch)), model=model, plan=plan)
         with _open(compared, file) as (draw, noise_for):
-            images = _draw(compared, draw, options.inspection.images, on_step)
-            noise = _compare_noise(compared, noise_for, options.inspection.images)
-            speed = _time(compared, draw, options.rounds, on_step)
-        sizes = (_sizes(file, *others), _sizes(compared.exact))
-    return Report(
-        plan=plan,
-        origin=origin,
-        inspection=inspection,
-        file=file,
-        others=others,
-        not_run=compared.not_run,
-        images=images,
-        noise=noise,
-        sizes=sizes,
-        speed=speed,
-        evaluation=evaluation,
-        journal=record.journal,
-    )
+            return Report(
+                plan=plan,
+                origin=origin,
+                inspection=inspection,
+                file=file,
+                others=others,
+                not_run=compared.not_run,
+                images=_draw(compared, draw, options.inspection.images, on_step),
+                noise=_compare_noise(compared, noise_for, options.inspection.images),
+                sizes=(_sizes(file, *others), _sizes(compared.exact)),
+                speed=_time(compared, draw, options.rounds, on_step),
+                evaluation=evaluation,
+                journal=record.journal,
+            )
 
 
 def engine_of(run: Run, record: RunRecord, path: Path | None) -> EngineFile:
@@ -207,6 +205,7 @@ def engine_of(run: Run, record: RunRecord, path: Path | None) -> EngineFile:
         GaqError: no engine was built, or this one was built from another plan.
     """
     last = record.last("build-engine").get("engine")
+    # The journal's paths are relative to the run folder, so that both can move together.
     path = path or (last and Path(os.path.normpath(run.folder / last)))
     if path is None:
         raise GaqError(f"{run.folder} records no engine: run `gaq-export build-engine --run {run.folder}` first.")
@@ -242,13 +241,14 @@ def _build_exact(file: EngineFile, model: LoadedModel, folder: Path) -> EngineFi
 
 @contextmanager
 def _open(compared: _Engines, file: EngineFile) -> Iterator[tuple[Draw, NoiseFor]]:
-    """Yield what draws, and what predicts noise for images of given seeds: `file`, or PyTorch if that cannot run."""
+    """Yield what draws, and what predicts the noise in images of some seeds: `file`, or PyTorch if it cannot run."""
     if compared.not_run is None:
         with session.open_engines(file) as engine, session.open_decoder(file) as decode:
             sampling = replace(session.sampling_of(file), decode=decode)
             yield session.draw_with_engine(engine, file, sampling), partial(session.denoiser_for, engine, file)
         return
-    model, record = compared.model, record_of(file)
+    model = compared.model
+    record = record_of(file)
     network = fake_quantized(model.network, compared.plan)
     sampling = replace(model.image_sampling(record.provenance.sampler), correction=record.correction)
     yield session.draw_with_network(network, sampling), partial(bind, network, model.conditioning)
@@ -260,8 +260,10 @@ def _float_draw(compared: _Engines) -> Draw:
 
 def _draw(compared: _Engines, draw: Draw, images: int, on_step: OnStage) -> ImagePairs:
     """Draw with the quantized and with the float network from the same noise."""
-    seeds, conditioning = tuple(range(images)), compared.model.conditioning
-    batch, steps = compared.file.batch[1], compared.sampler.steps
+    seeds = tuple(range(images))
+    conditioning = compared.model.conditioning
+    batch = compared.file.batch[1]  # of smallest, best, largest
+    steps = compared.sampler.steps
     quantized, exact = (
         draw_in_batches(by, seeds, batch, steps, partial(on_step, f"drawing ({who}), step"))
         for who, by in (("quantized", draw), ("float", _float_draw(compared)))
@@ -272,7 +274,8 @@ def _draw(compared: _Engines, draw: Draw, images: int, on_step: OnStage) -> Imag
 
 def _compare_noise(compared: _Engines, noise_for: NoiseFor, images: int) -> Mapping[str, Sequence[float]]:
     """Return the SQNR of each step along both trajectories, of as many images as fit into one batch of the engine."""
-    model, file = compared.model, compared.file
+    model = compared.model
+    file = compared.file
     seeds = range(max(file.batch[0], min(images, file.batch[2])))
     exact = bind(model.network, model.conditioning, seeds)
     return noise_sqnr.along_both(noise_for(seeds), exact, seeds, model.sampling(compared.sampler))
@@ -288,7 +291,7 @@ def _time(compared: _Engines, draw: Draw, rounds: int, on_step: OnStage) -> Spee
 
     def loop(by: Draw) -> None:
         nonlocal done
-        by(seeds, lambda: None)
+        by(seeds, lambda: None)  # without progress: a callback for each step would be timed too
         done += 1
         on_step("timing the loop", done, 3 * (rounds + 1))  # three loops, each with a warm-up
 

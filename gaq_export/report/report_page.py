@@ -1,4 +1,4 @@
-"""One HTML page out of a `Report`, for whoever has to say whether the engine will do; it opens offline, by itself."""
+"""One HTML page out of a `Report`, for whoever decides whether the engine is good enough; it opens offline."""
 
 import statistics
 from collections import Counter
@@ -17,8 +17,8 @@ from gaq_export.report.markdown import machine
 from gaq_export.report.report import PYTORCH, Report
 from gaq_export.run import command_and_versions
 
-GAIN = 4  # by which differences are shown larger
-LITTLE = 5000  # bytes of a type, and fewer, are not listed
+GAIN = 4  # differences are shown this many times as large
+LITTLE = 5000  # bytes; types with fewer are not listed
 
 
 def render(report: Report) -> str:
@@ -47,6 +47,7 @@ def render(report: Report) -> str:
 
 def _in_short(report: Report) -> dict[str, str]:
     ours, exact = report.sizes
+    # Medians and minima: a mean of decibels would be the best images'.
     decibels = psnr(report.images.quantized, report.images.exact)
     noise = report.noise[FLOAT]
     facts = {
@@ -75,6 +76,7 @@ def _pictures_section(report: Report) -> str:
         f"times as large, with grey for none. {who} draws in {len(report.noise[FLOAT])} steps. A picture "
         "can be as good and yet another one: a low PSNR says that it differs, not that it is worse."
     )
+    # An unconditional model has no captions.
     captions = [f", {name}" for name in images.captions] or [""] * len(images.seeds)
     near = psnr(images.quantized, images.exact).tolist()
     rows = zip(images.seeds, captions, images.exact, images.quantized, near, strict=True)
@@ -90,19 +92,20 @@ def _pictures_section(report: Report) -> str:
 
 
 def _evaluation_section(report: Report) -> str:
-    title = "What do the metrics say of many pictures?"
+    title = "What do metrics of many pictures say?"
     if report.evaluation is None:
         hint = f"Not evaluated yet: gaq-export evaluate --engine {report.file.path}, then this report again."
         return html.section(title, html.note(hint))
     text = (
         "Sets of images against a reference, then images against the float network's from the same noise. In brackets "
-        "a 95 % interval; the floor is what as many images of the reference itself have, so a distance near it is as "
-        "good as this number of images can show."
+        "a 95 % interval. The floor is the distance of as many images of the reference to the rest of it; this many "
+        "images cannot show that a set is closer than that."
     )
     parts = []
     for rows in scores.groups(report.evaluation.rows):
         head, body = scores.table(rows)
         first = next(iter(rows.values()))
+        # Turned on its side, a column for each set of images: there are few sets and many metrics.
         parts.append(html.table(("", *(row[0] for row in body)), list(zip(head, *body, strict=True))[1:]))
         parts.append(html.text(_depends_on(first)))
     left_out = "".join(html.note(f"Left out: {what}") for what in report.evaluation.left_out)
@@ -110,7 +113,7 @@ def _evaluation_section(report: Report) -> str:
 
 
 def _depends_on(row: Sequence[Score]) -> str:
-    """Say in a sentence what the figures of one row, and so of all, depend on."""
+    """Return a sentence about what the scores depend on: those of one row, and so of all."""
     context = row[0].context
     parts = [f"{context['images']} images"]
     if "seeds" in context:
@@ -173,10 +176,11 @@ def _widths(report: Report) -> str:
 
 
 def _audit_section(report: Report) -> str:
-    audit, tables = report.file.audit, record_of(report.file).tables
+    audit = report.file.audit
+    tables = record_of(report.file).tables
     text = (
-        "What the runtime says it made of each layer with weights. Asking for integers is no promise: a runtime may "
-        "fall back to floats and say nothing, which is what this table is for."
+        "What each layer with weights computes in, as the runtime reports it. A runtime may fall back to floats "
+        "without a warning; this table shows where."
     )
     rows = [(kind, how, f"{count}") for (kind, how), count in sorted(audit.counts.items())]
     sentences = [f"{len(tables)} layers depend on the step alone and are tables."] if tables else []
@@ -187,6 +191,7 @@ def _audit_section(report: Report) -> str:
     if report.others:
         names = ", ".join(other.path.name for other in report.others)
         sentences.append(f"{names} take over where fewer bits are enough.")
+    # Of the newest build; one on a machine that could not run the engine has none.
     parity = next((line.get("sqnr_db") for line in reversed(report.journal) if line["step"] == "build-engine"), None)
     if report.not_run is not None:
         sentences.append(f"Not run here: {report.not_run}")
@@ -205,14 +210,16 @@ def _audit_section(report: Report) -> str:
 
 
 def _speed_section(report: Report) -> str:
-    title, speed = "Is it faster?", report.speed
+    title = "Is it faster?"
+    speed = report.speed
     if speed is None:
-        why = "asked for without timing" if report.not_run is None else f"the engine cannot run here: {report.not_run}"
+        why = "timing was switched off" if report.not_run is None else f"the engine cannot run here: {report.not_run}"
         return html.section(title, html.note(f"Not measured: {why}."))
-    rounds, steps = len(speed.seconds[PYTORCH]), len(report.noise[FLOAT])
+    rounds = len(speed.seconds[PYTORCH])
+    steps = len(report.noise[FLOAT])
     text = (
         f"Whole loops of {speed.batch} images, {steps} steps, on {machine()}; they took turns, {rounds} "
-        f"round{'s' * (rounds > 1)} after a warm-up, so that whatever else the machine did fell on all."
+        f"round{'s' * (rounds > 1)} after a warm-up, so that whatever else the machine did slowed all of them."
     )
     first = speed.median(PYTORCH)  # all ratios are to PyTorch, whatever was timed first
     rows = [
@@ -247,7 +254,7 @@ def _reproduction_section(report: Report) -> str:
         "machine": machine(),
     }
     return html.section(
-        "How is it made again?", html.text(text), f"<pre>{escape(chr(10).join(commands))}</pre>\n", html.facts(facts)
+        "How to make it again", html.text(text), f"<pre>{escape(chr(10).join(commands))}</pre>\n", html.facts(facts)
     )
 
 

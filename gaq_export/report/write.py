@@ -26,7 +26,7 @@ def write_report(
         out: where to write; report.html in the run folder if None.
         options: which engine and evaluation, and what to measure; the defaults if None.
         model: the float model; loaded again from the plan's record if None.
-        on_step: called with what is being done, how much of it is done, and in all.
+        on_step: called with (what is being done, done, total).
 
     Raises:
         GaqError, CalibError, EngineError: no plan, no engine of it, another model, or no evaluation of this engine.

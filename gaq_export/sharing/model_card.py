@@ -1,4 +1,7 @@
-"""The model card of a pack: what it is, how to use it, how it came about, how good it is, and under which licence."""
+"""The model card of a pack: what it is, how to use it, how it was made, its scores, and its licence.
+
+In: `Content`. Out: Markdown with the YAML front matter that the Hugging Face hub reads.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from gaq_export.models.source import SourceKind
 from gaq_export.report.markdown import markdown_table
 
 WHAT = {  # files of a pack by how their names begin
-    "plan.": "the quantized layers: integers, scales, and how they came about",
+    "plan.": "the quantized layers: integers, scales, and how they were calibrated",
     "onnx/": "whole denoising steps as one quantized ONNX graph, for other tools",
     "unet/": "the float network",
     "transformer/": "the float network",
@@ -39,7 +42,7 @@ class Content:
         plan: the plan.
         model: the float model that it was made from.
         settings: what calibration was run with.
-        terms: fields of the front matter on the source model's licence, {} if it is unknown.
+        terms: front matter about the source model's licence, {} if it is unknown.
         evaluation: scores, None if there are none.
         files: names in the pack.
     """
@@ -54,12 +57,13 @@ class Content:
 
 def render(content: Content) -> str:
     """Return the card: YAML front matter as the Hugging Face hub reads it, and Markdown."""
-    plan, model = content.plan, content.model
+    plan = content.plan
+    model = content.model
     bits = f"W{_joined({layer.weight_bits for layer in plan.layers.values()})}A{_joined(widths(plan))}"
     parts = (
         [f"# {model.spec.name}, {bits}", "", *_about(plan, model, bits)],
         ["## Use", "", *_use()],
-        ["## How it was made", "", *_made(plan, content.settings)],
+        ["## How it was made", "", *_calibration(plan, content.settings)],
         ["## Scores", "", *_scores(content.evaluation)],
         ["## Files", "", *markdown_table(["file", "what"], _listed(content.files))],
         ["## Licence", "", _licence(model, content.terms)],
@@ -70,16 +74,20 @@ def render(content: Content) -> str:
 
 def _front_matter(content: Content, bits: str) -> ModelCardData:
     """Return the fields by which the hub lists and searches models."""
-    model, terms = content.model, content.terms
-    repository, task = _repository(model), _task(model)
+    model = content.model
+    terms = content.terms
+    repository = _repository(model)
+    task = _task(model)
     rows = {} if content.evaluation is None else content.evaluation.rows
     return ModelCardData(
         base_model=repository,
+        # The hub then lists the pack among the source model's quantizations; without a base there is no relation.
         base_model_relation="quantized" if repository else None,
         library_name="gaq-export",
         pipeline_tag=task,
         tags=["diffusion", "quantized", "onnx", bits],
         model_name=f"{model.spec.name}-{bits}",
+        # Only with model_name, which the hub's client requires beside results.
         eval_results=[_result(score, task) for row in rows.values() for score in row] or None,
         license=terms.get("license"),
         license_name=terms.get("license_name"),
@@ -107,7 +115,7 @@ def _about(plan: QuantPlan, model: LoadedModel, bits: str) -> list[str]:
 
 def _use() -> list[str]:
     return [
-        "With gaq-export, in a folder of your own; FOLDER is this one:",
+        "With gaq-export, in any folder; FOLDER is this one:",
         "",
         "    gaq-export build-engine --weights FOLDER",
         "    gaq-export sample --engine unet.plan",
@@ -116,8 +124,9 @@ def _use() -> list[str]:
     ]
 
 
-def _made(plan: QuantPlan, settings: Mapping[str, Any]) -> list[str]:
-    config, spec = plan.config, provenance_of(plan).sampler
+def _calibration(plan: QuantPlan, settings: Mapping[str, Any]) -> list[str]:
+    config = plan.config
+    spec = provenance_of(plan).sampler
     lines = [
         f"sampler: {spec}",
         f"calibration: {settings['images']} images drawn by the float network, seed {config.seed}",
@@ -130,6 +139,7 @@ def _made(plan: QuantPlan, settings: Mapping[str, Any]) -> list[str]:
 def _scores(evaluation: Evaluation | None) -> list[str]:
     if evaluation is None or not evaluation.rows:
         return ["Not evaluated."]
+    # All rows of a table share what is listed here, else `table` raises.
     context = next(iter(evaluation.rows.values()))[0].context
     shown = [f"{name} {context[name]}" for name in ("images", "features", "reference", "seeds") if name in context]
     return [*markdown_table(*table(evaluation.rows)), "", f"Measured by `gaq-export evaluate`: {', '.join(shown)}."]

@@ -42,14 +42,15 @@ from gaq_export.run import Run
 from gaq_export.sharing import model_card
 
 FORMAT = 1
-MARK, CARD = "pack.json", "README.md"
+MARK = "pack.json"
+CARD = "README.md"
 FOLDER = "pack"  # inside the run folder
 PAPERS = ("license", "licence", "copying", "notice")  # how the names of such files begin
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """A pack that was written: `whole` if the float model is inside, `licence` as the Hugging Face hub names it."""
+    """A pack that was written: `whole` if the float model is in it, `licence` as the Hugging Face hub names it."""
 
     folder: Path
     size_bytes: int
@@ -72,6 +73,32 @@ class PackOptions:
     licence: str | None = None
     evaluation: Path | None = None
     profile: str = "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What goes into a pack, read and checked.
+
+    Attributes:
+        run: its run folder.
+        plan: of the run.
+        model: the float model.
+        whole: whether the float model goes in.
+        profile: of the ONNX file.
+        evaluation: scores of this run's engine, None if there are none.
+    """
+
+    run: Run
+    plan: QuantPlan
+    model: LoadedModel
+    whole: bool
+    profile: str
+    evaluation: Evaluation | None
+
+    @property
+    def source(self) -> WeightSource:
+        """Where whoever has the pack finds the float model."""
+        return PACK if self.whole else self.model.source
 
 
 def write_pack(
@@ -98,39 +125,67 @@ def write_pack(
     folders.check_replaceable(out, MARK)
     whole = options.whole or not model.source.public
     if whole and (model.source == MODULE or type(model.module) not in ARCHITECTURES):
-        raise GaqError(f"{model.spec.name!r} is a module of your own, which nobody else could load: it is not packed.")
-    evaluation = _evaluation(run, options.evaluation)  # before anything is written, since it may raise
+        raise GaqError(f"{model.spec.name!r} is your own module, which nobody else could load, so it cannot be packed.")
+    contents = _Contents(
+        run=run,
+        plan=plan,
+        model=model,
+        whole=whole,
+        profile=options.profile,
+        evaluation=_evaluation(run, options.evaluation),  # before anything is written, since it may raise
+    )
     home = _home(model.source)
     terms = _terms(home, model.source) if options.licence is None else {"license": options.licence}
     with folders.staging(out) as staged:
         folder = staged / FOLDER
-        _write_files(folder, run, plan, model, options.profile, whole=whole)
-        for paper in _papers(home):
-            shutil.copyfile(paper, folder / paper.name)
-        if evaluation is not None:
-            shutil.copyfile(evaluation.path, folder / RECORD)
-        settings = runs.read_record(run).settings
-        content = model_card.Content(
-            plan=plan, model=model, settings=settings, terms=terms, evaluation=evaluation, files=_files(folder)
-        )
-        write_atomically(folder / CARD, model_card.render(content).encode())
-        _write_record(folder, settings, str(PACK if whole else model.source))
+        _write_files(folder, contents, home, terms)
         size = sum((folder / name).stat().st_size for name in _files(folder))
         folders.replace_folder(folder, out)
+    # Relative, so that the run folder can move together with the pack.
     runs.add_entry(run, "pack", folder=os.path.relpath(out, run.folder), bytes=size, whole=whole)
     return Pack(folder=out, size_bytes=size, whole=whole, licence=terms.get("license"))
 
 
-def _write_files(folder: Path, run: Run, plan: QuantPlan, model: LoadedModel, profile: str, *, whole: bool) -> None:
-    """Write the plan, what it was conditioned on, the ONNX file and, if `whole`, the float model."""
-    source = PACK if whole else model.source
-    moved = replace(plan, provenance=provenance_of(plan).moved_to(source).to_json())
+def _write_files(folder: Path, contents: _Contents, home: Path | None, terms: Mapping[str, str]) -> None:
+    """Write all files of a pack.
+
+    Args:
+        folder: where to.
+        contents: what goes in.
+        home: folder with the source model's card and licences, None if there is none.
+        terms: the source model's licence, as in `_terms`.
+    """
+    _write_model(folder, contents)
+    for paper in _papers(home):
+        shutil.copyfile(paper, folder / paper.name)
+    evaluation = contents.evaluation
+    if evaluation is not None:
+        shutil.copyfile(evaluation.path, folder / RECORD)
+    settings = runs.read_record(contents.run).settings
+    # The card lists the other files, and the record holds the hashes of all of those: hence this order.
+    content = model_card.Content(
+        plan=contents.plan,
+        model=contents.model,
+        settings=settings,
+        terms=terms,
+        evaluation=evaluation,
+        files=_files(folder),
+    )
+    write_atomically(folder / CARD, model_card.render(content).encode())
+    _write_record(folder, settings, str(contents.source))
+
+
+def _write_model(folder: Path, contents: _Contents) -> None:
+    """Write the plan, what it was conditioned on, the ONNX file and, if the pack is whole, the float model."""
+    run = contents.run
+    model = contents.model
+    moved = replace(contents.plan, provenance=provenance_of(contents.plan).moved_to(contents.source).to_json())
     save_plan(moved, folder / run.plan.name)
     if model.conditioning is not None:
         model.conditioning.save(folder)
-    onnx = folder / "onnx" / run.onnx(profile, "step").name
-    export_onnx(profile, folder=run.folder, model=model, out=onnx)
-    if whole:
+    onnx = folder / "onnx" / run.onnx(contents.profile, "step").name
+    export_onnx(contents.profile, folder=run.folder, model=model, out=onnx)
+    if contents.whole:
         _save_float(model, folder)
 
 
@@ -149,14 +204,15 @@ def read_pack(folder: Path) -> dict[str, Any]:
     """Return a pack's record, its files checked against it.
 
     Raises:
-        GaqError: it is no pack, of another format, or a file is missing or altered.
+        GaqError: it is not a pack, has another format, or a file is missing or altered.
     """
     try:
         record: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        version, files = record["format"], dict(record["files"])
+        version = record["format"]
+        files = dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GaqError(
-            f"{folder} is no pack: its {MARK} cannot be read ({error!r}). `gaq-export pack` makes one."
+            f"{folder} is not a pack: its {MARK} cannot be read ({error!r}). `gaq-export pack` makes one."
         ) from error
     if version != FORMAT:
         raise GaqError(f"{folder} is a pack of format {version}, this version reads {FORMAT}: pack the run again.")
@@ -170,12 +226,13 @@ def read_pack(folder: Path) -> dict[str, Any]:
 
 
 def unpack(folder: Path, run: Run) -> QuantPlan:
-    """Make a run of a pack: its plan and settings go to the run folder; the float model stays where it is.
+    """Make a run folder from a pack: its plan and settings are copied there; the float model stays where it is.
 
     Raises:
-        GaqError, CalibError: it is no whole pack, or the run folder holds another calibration.
+        GaqError, CalibError: the pack is incomplete, or the run folder holds another calibration.
     """
-    record, plan = read_pack(folder), load_plan(folder / run.plan.name)
+    record = read_pack(folder)
+    plan = load_plan(folder / run.plan.name)
     source = str(folder.resolve()) if record["source"] == str(PACK) else record["source"]
     plan = replace(plan, provenance=provenance_of(plan).moved_to(WeightSource.parse(source)).to_json())
     settings = record["settings"]
@@ -202,6 +259,7 @@ def float_model(folder: Path) -> tuple[str, str]:
 
 def _save_float(model: LoadedModel, folder: Path) -> None:
     """Write the float model, with the decoder, text encoders and tokenizers of its pipeline folder."""
+    # diffusers finds a network by the name of its folder.
     place = "transformer" if "Transformer" in type(model.module).__name__ else "unet"
     model.module.save_pretrained(folder / place)  # type: ignore[operator]
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -230,6 +288,7 @@ def _evaluation(run: Run, folder: Path | None) -> Evaluation | None:
     evaluation = report.evaluation_of(folder, file)
     if evaluation is None:
         return None
+    # An evaluation may compare several engines, of other plans too.
     rows = {
         name: row
         for name, row in evaluation.rows.items()
@@ -259,7 +318,7 @@ def _terms(home: Path | None, source: WeightSource) -> dict[str, str]:
     path = home / CARD if home is not None else None
     if path is None or not path.is_file():
         return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    data = ModelCard.load(path, ignore_metadata_errors=True).data  # a card with a bad evaluation may name its licence
     terms = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
     return {name: str(value) for name, value in terms.items() if value}
 

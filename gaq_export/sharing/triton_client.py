@@ -36,7 +36,7 @@ def draw(
     prompts: Sequence[str] | None = None,
     words: Path = HERE,
 ) -> Array:
-    """Draw one image for each seed, in batches that the server takes; seed s has row s mod K of K classes or prompts.
+    """Draw one image for each seed, in batches that the server takes; seed s draws class or prompt s mod K of K.
 
     Args:
         client: of the server.
@@ -50,14 +50,17 @@ def draw(
         (N, C, H, W) in [-1, 1].
     """
     config = client.get_model_config(model)
+    # A parameter is a string by Triton's protocol, so numbers and lists are JSON in it.
     known = {name: json.loads(value["string_value"]) for name, value in config["parameters"].items()}
     rows, unconditional = _rows(client, known, prompts, words)
-    most, parts = int(config["max_batch_size"]), []
+    most = int(config["max_batch_size"])
+    parts = []
     for i in range(0, len(seeds), most):
         batch = seeds[i : i + most]
         condition = {name: row[[seed % len(row) for seed in batch]] for name, row in rows.items()}
         if "guidance" in known:
             condition |= {f"unconditional_{name}": np.repeat(row, len(batch), 0) for name, row in unconditional.items()}
+            # (N, 1): a tensor of Triton's has a batch and at least one more dimension.
             condition["guidance"] = np.full(
                 (len(batch), 1), known["guidance"] if guidance is None else guidance, np.float32
             )
@@ -74,6 +77,7 @@ def _loop(client: Client, config: dict[str, Any], steps: int, seeds: Sequence[in
     outputs = [tensor["name"] for tensor in config["output"] if tensor["name"] in FEEDBACK]
     feeds = condition | {
         "x": philox.normals(seeds, 0, shapes["x"]),
+        # (N, 1) int64: the index of the step, a row for each image.
         "step": np.zeros((len(seeds), 1), np.int64),
         "previous": np.zeros((len(seeds), *shapes["x"]), np.float32),
     }
@@ -119,7 +123,8 @@ def _encoded(client: Client, known: dict[str, Any], prompts: Sequence[str], word
 def _through(client: Client, model: str, feeds: Arrays) -> Arrays:
     """Run a model once on all rows, in batches that the server takes."""
     config = client.get_model_config(model)
-    most, names = int(config["max_batch_size"]), [tensor["name"] for tensor in config["output"]]
+    most = int(config["max_batch_size"])
+    names = [tensor["name"] for tensor in config["output"]]
     count = len(next(iter(feeds.values())))
     parts = [
         _infer(client, config, {name: array[i : i + most] for name, array in feeds.items()}, names)

@@ -34,7 +34,9 @@ from gaq_export.models.provenance import load_conditioning, provenance_of
 from gaq_export.run import Run
 
 MARK = "client.py"
-NAME, DECODER, TEXT = "unet", "decoder", "text"
+NAME = "unet"
+DECODER = "decoder"
+TEXT = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Server:
     """How Triton runs the engines of one of our backends: its backend, the model's file, and where."""
 
     backend: str
-    file: str
+    file: str  # the name that Triton looks for with this backend
     kind: str
 
 
@@ -88,28 +90,26 @@ def write(
         GaqError, CalibError, EngineError: what `build_engine` raises; a plan that needs several engines; a folder that
             is no repository.
     """
-    run, out = Run(folder=Path(folder)), Path(out)
+    run = Run(folder=Path(folder))
+    out = Path(out)
     if options.backend not in SERVERS:
         raise GaqError(f"A Triton server has no backend for {options.backend!r}. Choose one of {list(SERVERS)}.")
     folders.check_replaceable(out, MARK)
     plan = load_plan(run.plan)
     if len(widths(plan)) > 1:
-        raise GaqError(
-            "Steps differ in activation bits in this plan, so they are several engines: it cannot be served."
-        )
+        raise GaqError("This plan's steps differ in activation bits, so it needs several engines and cannot be served.")
     conditioning = load_conditioning(provenance_of(plan), run.folder)
     most = options.largest_batch
     config = EngineConfig(backend=options.backend, batch=(1, min(4, most), most))
     with folders.staging(out) as staged:
-        engine, repository = staged / "engine" / SERVERS[options.backend].file, staged / "repository"
+        engine = staged / "engine" / SERVERS[options.backend].file
+        repository = staged / "repository"
         engine.parent.mkdir()
         # With rows, the images of a batch may be at different steps, so that the batcher may mix clients.
         building = BuildOptions(config=config, sampler=options.sampler, rows=True, step_name="triton")
         built = build(run, engine, building, model)
         _install_all(built, engine, conditioning, repository)
-        write_atomically(repository / MARK, client_text().encode())
-        write_atomically(repository / "philox.py", inspect.getsource(philox).encode())
-        write_atomically(repository / "README.md", _readme(built).encode())
+        _write_client(built, repository)
         folders.replace_folder(repository, out)
     return out
 
@@ -117,7 +117,8 @@ def write(
 def _install_all(built: Built, engine: Path, conditioning: Conditioning | None, repository: Path) -> None:
     """Move all engines, and the tokenizers beside `engine`, to where the server and the client look for them."""
     record = record_of(built.file)
-    spec, texts = record.provenance.sampler, record.text_encoders
+    spec = record.provenance.sampler
+    texts = record.text_encoders
     facts = {"steps": spec.steps, "sampler": str(spec), **_conditioning_facts(conditioning, texts)}
     if built.decoder is not None:
         facts |= {"decoder": DECODER}
@@ -129,12 +130,20 @@ def _install_all(built: Built, engine: Path, conditioning: Conditioning | None, 
     _install(NAME, built.file, repository, facts)
 
 
+def _write_client(built: Built, repository: Path) -> None:
+    """Write the client, the one module that it needs beside it, and how to use both."""
+    write_atomically(repository / MARK, client_text().encode())
+    write_atomically(repository / "philox.py", inspect.getsource(philox).encode())
+    write_atomically(repository / "README.md", _readme(built).encode())
+
+
 def _install(name: str, file: EngineFile, repository: Path, facts: Mapping[str, Any]) -> None:
     """Move an engine to where a server looks for the model `name`, and write its config."""
     folder = repository / "models" / name
     write_atomically(folder / "config.pbtxt", config_text(name, file, facts).encode())
-    (folder / "1").mkdir()
+    (folder / "1").mkdir()  # a version; Triton loads no model without one
     shutil.move(file.path, folder / "1" / SERVERS[file.backend].file)
+    # ONNX files name the file of their weights relative to themselves, so it goes into the same folder.
     if data_path(file.path).exists():
         shutil.move(data_path(file.path), folder / "1" / data_path(file.path).name)
 
@@ -145,7 +154,7 @@ def config_text(name: str, file: EngineFile, facts: Mapping[str, Any]) -> str:
     Args:
         name: of the model.
         file: an engine whose tensors all have one row for each image.
-        facts: JSON values that its client has to know.
+        facts: JSON values that its client needs.
 
     Raises:
         GaqError: its smallest batch is not 1, or a tensor has no rows.
@@ -155,7 +164,7 @@ def config_text(name: str, file: EngineFile, facts: Mapping[str, Any]) -> str:
     single = [spec.name for spec in (*file.inputs, *file.outputs) if spec.shape[:1] != (None,)]
     if single or file.batch[0] != 1:
         raise GaqError(
-            f"A server's batches start at 1 and have a row of everything for each image; {file.path} starts at "
+            f"A server needs batches from 1 on and a row for each image in every tensor; {file.path} starts at "
             f"{file.batch[0]} and has none of {single}."
         )
     return "\n".join(
@@ -166,8 +175,10 @@ def config_text(name: str, file: EngineFile, facts: Mapping[str, Any]) -> str:
             *_tensors("input", file.inputs),
             *_tensors("output", file.outputs),
             f"instance_group [ {{ count: 1 kind: {server.kind} }} ]",
+            # A request waits at most a millisecond for others to share its batch.
             f"dynamic_batching {{ preferred_batch_size: [ {file.batch[1]} ] max_queue_delay_microseconds: 1000 }}",
             *(
+                # Triton's parameters are strings: JSON inside, quoted once more for the protobuf text.
                 f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(json.dumps(value))} }} }}"
                 for key, value in facts.items()
             ),
@@ -192,7 +203,7 @@ def client_text() -> str:
 
 
 def _conditioning_facts(conditioning: Conditioning | None, texts: TextEncoders | None) -> dict[str, Any]:
-    """Return what the client has to know about conditioning.
+    """Return what the client needs to know about conditioning.
 
     Args:
         conditioning: of the model; None for an unconditional one.
@@ -210,7 +221,7 @@ def _conditioning_facts(conditioning: Conditioning | None, texts: TextEncoders |
     if texts is None:
         raise GaqError(
             f"The network is conditioned on {sorted(conditioning.rows)}, and there are no text encoders in its model's "
-            "folder, or transformers is not installed: a client could give it no prompts."
+            "folder, or transformers is not installed, so a client could not give it prompts."
         )
     names = [TEXT if index == 0 else f"{TEXT}-{index + 1}" for index in range(len(texts.engines))]
     encoding = {"zeros": texts.zeros, "time_ids": texts.time_ids}

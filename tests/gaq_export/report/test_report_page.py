@@ -14,7 +14,7 @@ from tests.gaq_export.report.test_report import write_scores
 
 TITLES = [
     "Does it draw the same pictures?",
-    "What do the metrics say of many pictures?",
+    "What do metrics of many pictures say?",
     "Does it predict the same noise?",
     "Is it smaller?",
     "What does it compute in?",
@@ -25,7 +25,7 @@ TITLES = [
     "How close is the predicted noise?",
     "Which layers cost the most?",
     "How far do the grids reach?",
-    "How is it made again?",
+    "How to make it again",
 ]
 
 

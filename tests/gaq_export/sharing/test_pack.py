@@ -138,7 +138,7 @@ def test_a_model_that_the_hub_has_is_not_packed_again(
 
 def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, evaluated_run: Run, tmp_path: Path) -> None:
     run = Run(folder=tmp_path / "run")
-    with pytest.raises(GaqError, match=r"nothing is no pack: its pack\.json cannot be read"):
+    with pytest.raises(GaqError, match=r"nothing is not a pack: its pack\.json cannot be read"):
         pack.unpack(tmp_path / "nothing", run)
     broken = shutil.copytree(packed, tmp_path / "broken")
     (broken / "plan.json").write_text("{}")
