@@ -1,4 +1,7 @@
-"""The command line: each command parses its options, makes one call and prints. Nothing heavy loads before it runs."""
+"""The command line: each command parses its options, makes one call and prints.
+
+Commands import what they need inside their functions, so that `--help` answers at once.
+"""
 
 from typing import Annotated
 
@@ -11,7 +14,7 @@ app = typer.Typer(
     name="gaq-export",
     help="Quantize a diffusion model, build a low-bit engine, draw with it. Start with: gaq-export calibrate",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=False,  # its two options would stand beside --version in the help text
     pretty_exceptions_enable=False,
 )
 
@@ -32,7 +35,7 @@ _COMMANDS = {
     "From a float model to images": (calibrate.calibrate, build.build_engine, sample.sample),
     "Measure": (evaluate.inspect, evaluate.evaluate, evaluate.report, calibrate.compare),
     "Share and serve": (build.export, share.pack, share.push, share.pull, share.triton),
-    "What there is": (doctor.doctor, calibrate.recipes, calibrate.models),
+    "Information": (doctor.doctor, calibrate.recipes, calibrate.models),
 }
 for panel, commands in _COMMANDS.items():
     for command in commands:

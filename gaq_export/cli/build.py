@@ -85,6 +85,7 @@ def build_engine(
             smallest, best, largest = (int(n) for n in batch.split(","))
         except ValueError:
             raise GaqError(f"--batch {batch!r}: give three numbers, such as 1,4,16.") from None
+        # `best_backend` is not the option's default, since it depends on the machine, and the help text must not.
         config = engines.EngineConfig(
             backend=backend or engines.best_backend(),
             batch=(smallest, best, largest),
@@ -93,6 +94,7 @@ def build_engine(
             compute=compute,
             stripped=strip_weights,
         )
+        # First of all, since the plan of a pack says which sampler is the default.
         if weights is not None:
             from gaq_export.sharing import pack
 

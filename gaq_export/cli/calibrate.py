@@ -134,8 +134,8 @@ def calibrate(
         )
 
         def settings(recipe: str | None) -> "Preset":
-            made = presets.preset(preset, replace(options, recipe=recipe))
-            return presets.with_images(made, images, loaded.spec.images)
+            chosen = presets.preset(preset, replace(options, recipe=recipe))
+            return presets.with_images(chosen, images, loaded.spec.images)
 
         with Display(quiet) as display:
             display.stage("loading the model")
@@ -148,6 +148,7 @@ def calibrate(
                 ),
             )
             best = recipe
+            # The winner's run folder is the run by then, so the last call only reads its plan.
             if recipe == "auto":
                 candidates = {name: settings(name) for name in auto.CANDIDATES}
                 tried = auto.choose(loaded, candidates, run, calibrate_with, display.measure)
@@ -233,6 +234,7 @@ def compare(
             pages = comparison_pages.PagePaths(
                 html=(out or folder) / f"{name}.html", markdown=(out or folder) / f"{name}.md"
             )
+            # For the page, as the user typed it: whoever reads it can repeat it.
             command = comparison_pages.command_line(sys.argv[1:])
             # Each calibration is a process that this one starts, after one that prepares what all of them need.
             jobs = 1 if job or report_only else 1 + len(runner.missing(comparison))

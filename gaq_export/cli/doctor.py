@@ -1,4 +1,4 @@
-"""The command that says what this machine can do with the backends, and what it would need to do more."""
+"""The command that shows which backends build and run on this machine, and what the others need."""
 
 import json
 from collections.abc import Mapping
@@ -29,17 +29,18 @@ class Diagnosis:
     best: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return JSON values."""
         backends = {name: {"cannot_build": build, "cannot_run": run} for name, (build, run) in self.backends.items()}
         return {"machine": asdict(self.machine), "backends": backends, "best": self.best}
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine."""
+    """Return what this machine has, and what each backend can do on it."""
     import engines
     from engines.machine import inspect_machine
 
     backends = {name: (backend.can_build(), backend.can_run()) for name, backend in engines.BACKENDS.items()}
+    # The table is in order of preference.
     best = next((name for name, problems in backends.items() if problems == (None, None)), None)
     return Diagnosis(machine=inspect_machine(), backends=backends, best=best)
 
@@ -47,7 +48,7 @@ def diagnose() -> Diagnosis:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Say what is installed, which backends can build and run here, and what the others lack."""
+    """Show what is installed, which backends can build and run here, and what the others lack."""
     with one_line_errors():
         diagnosis = diagnose()
         if as_json:

@@ -51,13 +51,15 @@ def evaluate(
 ) -> None:
     """Score sets of images, and each image against the float network's from the same noise.
 
-    Scores come with confidence intervals, and with the score that two sets of the same kind have by chance.
+    The Frechet distance comes with a confidence interval, and with the distance that two sets of the same kind have by
+    chance.
     """
     with one_line_errors():
         from gaq_export.errors import GaqError
         from gaq_export.evaluation import evaluate as evaluation
         from gaq_export.evaluation.feature_extractors import find_extractor
 
+        # Exactly one of the two forms of the command.
         if bool(engine) == bool(images and reference):
             raise GaqError("Give two sets of images, or one or more --engine.")
         extractor = find_extractor(features)

@@ -1,4 +1,4 @@
-"""The options that commands share, each written once, and how an error that a user can cause ends in one line."""
+"""The options that commands share, each written once, and errors that a user can cause, printed in one line."""
 
 import contextlib
 from collections.abc import Iterator
@@ -110,20 +110,24 @@ GraphKind = Annotated[
 Profile = Annotated[str, _option(f"Form of the Q/DQ nodes in the ONNX file: {either(PROFILES)}.")]
 
 Block = Annotated[
-    str | None, _option("Block to look into. By default the one that loses most when its weights are rounded.")
+    str | None,
+    _option(
+        "Block to measure closely. By default the one with the largest loss when its weights are rounded to nearest."
+    ),
 ]
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an error that a user can cause into one line and exit code 2; let everything else show its traceback."""
+    """Print an error that a user can cause in one line and exit with code 2; all others show their traceback."""
     from gaq_export.errors import user_errors
 
     try:
         yield
+    # What was finished is in files by now: shards, blocks, cells.
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues where it was", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
     except user_errors() as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
@@ -133,6 +137,7 @@ def replace_options(sampler: "SamplerSpec", **options: object) -> "SamplerSpec":
     """Return the sampler with those of its fields replaced whose option is not None."""
     from dataclasses import replace
 
+    # None means that the option was not given; 0 is a value, as in --eta 0.
     fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     return replace(sampler, **fields)
 
@@ -163,6 +168,7 @@ def find_model(
 
     if model is None and weights is None:
         raise GaqError("Give the name of a model (see `gaq-export models`), or --weights FOLDER.")
+    # The name of `pack.MARK`, written again here because that module takes seconds to import.
     if weights is not None and Path(weights, "pack.json").is_file():
         from gaq_export.sharing import pack
 
@@ -176,4 +182,5 @@ def find_model(
 def warn_if_meaningless(meaningless: bool) -> None:
     """Write a note to stderr if the weights are random."""
     if meaningless:
+        # To stderr, so that a script which reads the result is not disturbed.
         typer.echo("note: random weights, so the pictures are meaningless", err=True)

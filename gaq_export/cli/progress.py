@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from calib.progress import Progress as CalibrationProgress
 
-INTERVAL = 30.0  # seconds between two lines where the output is no terminal
+INTERVAL = 30.0  # seconds between two lines where the output is not a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Stage:
         share: how much of it is done, from 0 to 1; None if that is unknown.
         started: when it began, in seconds of the display's clock.
         resumed_at: its share when it began; more than 0 if an earlier process did a part of it.
-        reported: when it was last heard of.
+        reported: when it last reported.
     """
 
     key: str
@@ -53,7 +53,7 @@ class Stage:
         return left - (now - self.reported) if left >= now - self.reported else None
 
     def line(self, now: float) -> str:
-        """Return it as a line of a log: what, how much of it is done, how long it will take or has taken."""
+        """Return a line for a log: the stage, how much of it is done, how long it will take or has taken."""
         share = "" if self.share is None else f" ({self.share:.0%})"
         left = self.seconds_left(now)
         seconds = f"{duration(now - self.started)} so far" if left is None else f"{duration(left)} left"
@@ -61,13 +61,13 @@ class Stage:
 
 
 class Output(Protocol):
-    """Where stages are shown, between `start` and `stop`."""
+    """A place where stages are shown, between `start` and `stop`."""
 
     def start(self) -> None:
         """Begin to show stages."""
 
     def stop(self) -> None:
-        """Show no more."""
+        """Stop showing stages."""
 
     def show(self, stage: Stage) -> None:
         """Show a stage, new or with more of it done."""
@@ -93,7 +93,7 @@ class Nowhere:
 
 
 class Bar:
-    """A bar on a terminal for the stage at work, which goes when the command ends."""
+    """A bar on a terminal for the stage at work; it disappears when the command ends."""
 
     def __init__(self, console: "Console", clock: Callable[[], float] = time.monotonic) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -129,7 +129,7 @@ class Bar:
 
 
 class Log:
-    """Lines for where the output is no terminal: one at least every `interval` seconds, whether stages report or not.
+    """Lines, for output that is not a terminal: one at least every `interval` seconds, whether stages report or not.
 
     A command that takes less time writes none.
     """
@@ -137,7 +137,9 @@ class Log:
     def __init__(
         self, write: Callable[[str], None], interval: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._write, self._interval, self._clock = write, interval, clock
+        self._write = write
+        self._interval = interval
+        self._clock = clock
         self._stage: Stage | None = None
         self._written = clock()
         self._lock = threading.Lock()  # the thread that watches the clock writes too
@@ -247,6 +249,7 @@ class Display:
         rate = ""
         if stage is not None:
             seconds = self._clock() - stage.started
+            # Without those of an earlier process, which were no work of this one.
             drawn_here = done - stage.resumed_at * total
             rate = f", {drawn_here / seconds:.2f} images/s" if seconds > 0 and drawn_here > 0 else ""
         self._show("images", f"drawing {done}/{total}{rate}", done / total)

@@ -78,15 +78,19 @@ def sample(
 
         many = num > _PNGS or shard is not None or workers is not None or ray is not None
         if many and compare:
-            raise GaqError("--compare writes one PNG an image: ask for fewer of them, without --shard or --workers.")
+            raise GaqError(
+                f"--compare writes a PNG for each image: give --num {_PNGS} at most, and no --shard, --workers or --ray."
+            )
         file = engines.load_engine_file(engine)
         recorded = record_of(file).provenance
+        # Of the engine's record, so that an option changes one thing and the rest is as calibrated.
         spec = replace_options(recorded.sampler, steps=steps, name=sampler, spacing=spacing, eta=eta)
         with Display(quiet) as display:
             display.stage("loading the engine")
             request = ConditioningRequest(classes=classes, prompts=prompts, guidance=guidance)
             conditioning = condition_engine(file, request)
             if many:
+                # Processes would take turns on one GPU, each with a copy of the engine in it.
                 cores = 1 if "tensorrt" in file.backend else os.cpu_count() or 1
                 streamed = pipeline.sample_shards(
                     engine,
@@ -124,6 +128,6 @@ def sample(
 
 
 def _spread(decibels: "Sequence[float]") -> str:
-    """Return the median and the smallest value as words."""
+    """Return a phrase with the median and the smallest value."""
     ordered = sorted(decibels)
     return f"median {ordered[len(ordered) // 2]:.1f} dB, worst {ordered[0]:.1f} dB"

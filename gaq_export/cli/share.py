@@ -1,4 +1,4 @@
-"""The commands that hand an engine on: as a folder, through the Hugging Face hub, or to a Triton Inference Server."""
+"""The commands that share an engine: as a folder, through the Hugging Face hub, or on a Triton Inference Server."""
 
 from pathlib import Path
 from typing import Annotated
@@ -72,7 +72,7 @@ def push(
         if not (run / MARK).is_file():
             options = PackOptions(whole=whole, licence=licence, evaluation=evaluation)
             folder = write_pack(Run(folder=run), options=options).folder
-        record = read_pack(folder)
+        record = read_pack(folder)  # checks it too: a damaged pack is not uploaded
         name = record["settings"]["model"]["name"]
         typer.echo(hub.upload(folder, repo, private=not public, message=f"{name}, quantized with gaq-export"))
 
@@ -89,7 +89,7 @@ def pull(
         from gaq_export.sharing.pack import MARK, read_pack
 
         folder = out or Path(repo.rpartition("/")[2])
-        if not (folder / ".cache").is_dir():  # where the hub's client keeps an unfinished download
+        if not (folder / ".cache").is_dir():  # where the hub's client puts an unfinished download
             folders.check_replaceable(folder, MARK)
         hub.download(repo, folder, revision)
         read_pack(folder)

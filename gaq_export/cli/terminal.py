@@ -1,7 +1,7 @@
 """What commands print as a result: an engine's audit, an evaluation, what a machine can do.
 
-Tables are drawn by rich, which is loaded when one is, so that `--help` need not wait for it. Everything else is plain
-lines, which are never wrapped: they go to logs too.
+Tables are drawn by rich, which is imported for the first one, so that `--help` need not wait for it. Everything else is
+plain lines, which are never wrapped: they go to logs too.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gaq_export.deploy.submodels import Part
     from gaq_export.evaluation.evaluate import Evaluation
 
-SMALLEST_SHARE = 5000  # bytes of weights of one type that are worth a mention
+SMALLEST_SHARE = 5000  # bytes; types with fewer are not printed
 
 
 def print_audit(built: "Built") -> None:
@@ -33,7 +33,9 @@ def audit_lines(built: "Built") -> list[str]:
     """Return what the table of layers does not say about an engine, a sentence a line."""
     from gaq_export.deploy.record import Numbers, record_of
 
-    audit, plan, record = built.file.audit, built.plan, record_of(built.file)
+    audit = built.file.audit
+    plan = built.plan
+    record = record_of(built.file)
     sizes = [
         f"{kind} {size / 1e6:.2f} MB" for kind, size in sorted(audit.weight_bytes.items()) if size >= SMALLEST_SHARE
     ]
@@ -63,7 +65,8 @@ def _part_line(part: "Part", purpose: str) -> str:
 
 def _parity_line(parity: "Parity") -> str:
     """Return how close an engine is to PyTorch, and where it is closest to failing."""
-    worst, count = parity.worst, len(parity.steps)
+    worst = parity.worst  # by distance to what is required, which differs from step to step
+    count = len(parity.steps)
     return (
         f"against fake-quantized PyTorch: median SQNR {sorted(parity.sqnr_db)[count // 2]:.1f} dB over {count} steps; "
         f"closest to its limit at step {parity.steps[worst]}: {parity.sqnr_db[worst]:.1f} dB, "
@@ -91,9 +94,8 @@ def print_diagnosis(diagnosis: "Diagnosis") -> None:
     _print_lines(machine_lines(diagnosis.machine))
     rows = []
     for name, problems in diagnosis.backends.items():
-        missing = "; ".join(
-            dict.fromkeys(filter(None, problems))
-        )  # once, if the same keeps it from building and running
+        # Once, if the same problem keeps it from building and running.
+        missing = "; ".join(dict.fromkeys(filter(None, problems)))
         rows.append((name, *("no" if problem else "yes" for problem in problems), missing))
     _print_table(("backend", "builds", "runs", "what is missing"), rows)
     typer.echo(f"build-engine takes: {diagnosis.best or 'nothing, see above'}")
