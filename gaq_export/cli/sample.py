@@ -79,7 +79,7 @@ def sample(
         many = num > _PNGS or shard is not None or workers is not None or ray is not None
         if many and compare:
             raise GaqError(
-                f"--compare writes a PNG for each image: give --num {_PNGS} at most, and no --shard, --workers or --ray."
+                f"--compare writes a PNG for each image: --num {_PNGS} at most, and no --shard, --workers or --ray."
             )
         file = engines.load_engine_file(engine)
         recorded = record_of(file).provenance
