@@ -329,7 +329,8 @@ def build_texts(
     texts = text_encoder.of(model) if takes_prompts and text_encoder.installed() else None
     if texts is None:
         return (), None
-    parts, tokenizers = [], []
+    parts = []
+    tokenizers = []
     for index, (tokenizer, encoder) in enumerate(zip(texts.tokenizers, texts.encoders, strict=True)):
         assert isinstance(encoder, text_encoder.TextEncoder)  # `of` returns modules, never engines
         path = submodels.text_path(out, index)

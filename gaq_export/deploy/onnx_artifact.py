@@ -36,9 +36,9 @@ class GraphOptions:
     Attributes:
         graph: whole steps, or the network alone.
         sampler: whose steps a graph of whole steps takes; the plan's if None.
-        compute: type of what is not integer, one of `engines.Compute`, by name.
+        compute: type of the arithmetic that is not integer, one of `engines.Compute`, by name.
         correct: with the plan's correction of the noise, if it has one and the graph is of whole steps.
-        abits: of a plan whose steps differ in activation bits, the width of this graph; the widest if None.
+        abits: activation bits of this graph, where the plan's steps differ in them; the widest if None.
         rows: a step index for each image in place of one for all, see `make_step`.
     """
 
@@ -80,7 +80,7 @@ def export_onnx(
         profile: a key of `gaq_export.graph.profiles.PROFILES`.
         graph: whole steps, or the network alone; a value of `GraphKind`.
         sampler: whose steps a graph of whole steps takes; the plan's if None.
-        compute: type of what is not integer, one of `engines.Compute`, by name.
+        compute: type of the arithmetic that is not integer, one of `engines.Compute`, by name.
         correct: with the plan's correction of the noise, if it has one and the graph is of whole steps.
         folder: run folder with a finished plan.
         model: the float model; loaded again from the plan's record if None.
@@ -116,7 +116,9 @@ def write_graph(
     if options.graph is GraphKind.STEP:
         network, step = _step(model, plan, options)
     else:
-        network, step = export_float(model.network, model.shape, model.condition_inputs), None
+        network = export_float(model.network, model.shape, model.condition_inputs)
+        step = None
+    # One file for each kind, so graphs of different kinds do not overwrite each other.
     path = out or Run(folder=folder).onnx(profile, options.kind)
     # In this order: the quantization scales are inserted as float32, and become 16 bits together with the rest.
     insert_qdq(network, plan, target, step)

@@ -32,7 +32,7 @@ from gaq_export.models.text_encoder import Texts
 def sampling_of(
     file: EngineFile, sampler: SamplerSpec | None = None, conditioning: Conditioning | None = None
 ) -> Sampling:
-    """Return how an engine draws, but for its decoder, which has to be opened.
+    """Return how an engine draws, without its decoder, which has to be opened first.
 
     Args:
         file: the engine file.
@@ -41,7 +41,7 @@ def sampling_of(
 
     Raises:
         GaqError: an engine of whole steps, or one that corrects its noise, cannot use another sampler.
-        CalibError, GaqError: the file with the record's text states is missing, damaged or another one.
+        CalibError, GaqError: the file with the record's text states is missing, damaged, or not the recorded one.
     """
     record = record_of(file)
     # A correction is measured at one sampler's steps, and a graph of whole steps holds one sampler's coefficients.

@@ -167,7 +167,7 @@ class Guided(nn.Module):
 
         epsilon = epsilon(unconditional) + guidance * (epsilon(cond) - epsilon(unconditional))
 
-    `feeds` is what `Conditioning.feeds` returns, so that it agrees with an engine of whole steps.
+    `feeds` is what `Conditioning.feeds` returns, the same inputs that an engine of whole steps takes.
 
     Args:
         network: called with both conditions in one batch of twice the size.
@@ -201,7 +201,7 @@ def bind(
 
     Args:
         network: called as (x, t, cond), or as (x, t) if it is unconditional.
-        conditioning: what to draw; the network is returned as it is for None.
+        conditioning: what to draw; if None, the network is returned unchanged.
         seeds: one per image.
         apart: whether guidance calls the network twice, see `Guided`.
     """

@@ -31,7 +31,7 @@ class Sampling:
         sampler: which sampler, how many steps.
         conditioning: what to draw; None for an unconditional network.
         correction: of the predicted noise, if it comes from a quantized network.
-        decode: makes images of what the loop ends with, if that is latents.
+        decode: turns the loop's result into images, if the result is latents.
     """
 
     schedule: NoiseSchedule
@@ -57,7 +57,7 @@ def run(
         network: called as (x, t), or as (x, t, cond) where `sampling` has conditioning.
         seeds: one per image.
         sampling: how to draw.
-        on_step: called before each network call with `step`, `x` and `t`, exactly what the network is about to see.
+        on_step: called before each network call with `step`, `x` and `t`, the inputs of that call.
         apart: whether guidance calls the network twice rather than with a batch of twice the size, see `Guided`.
         device: where the loop runs. Noise is drawn on the CPU, so images do not depend on it.
 

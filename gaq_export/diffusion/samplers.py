@@ -24,7 +24,7 @@ from gaq_export.errors import GaqError
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """One step of a sampler, linear but for the clipping of x0.
+    """One step of a sampler, linear except for the clipping of x0.
 
         epsilon = gain * (epsilon - bias)
         x0 = clip(x_to_clean * x - epsilon_to_clean * epsilon)

@@ -132,7 +132,8 @@ def as_denoiser(module: nn.Module) -> nn.Module:
 
 def condition_inputs_of(module: nn.Module) -> dict[str, Tensor]:
     """Return an example of a network's condition, one row (1, ...) of each tensor; empty if it is in no table here."""
-    architecture, config = ARCHITECTURES.get(type(module)), config_of(module)
+    architecture = ARCHITECTURES.get(type(module))
+    config = config_of(module)
     return architecture.condition_inputs(config) if architecture and config else {}
 
 

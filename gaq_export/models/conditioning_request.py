@@ -62,11 +62,12 @@ def condition_model(model: LoadedModel, request: ConditioningRequest = Condition
     if not model.condition_inputs:
         return model
     scale = model.spec.guidance if request.guidance is None else request.guidance
-    rows = class_rows(model.module)
+    rows = class_rows(model.module)  # classes, the unconditional one included
     if rows is not None and set(model.condition_inputs) == {LABELS}:
         # A plain U-Net's config does not say whether its last class is the unconditional one: guidance implies it.
         has_null = scale != 1 or model.spec.guidance != 1 or not isinstance(model.module, UNet2DModel)
-        count, null = (rows - 1, rows - 1) if has_null else (rows, None)
+        count = rows - 1 if has_null else rows
+        null = count if has_null else None  # the last row of the table
         chosen = parse_classes(request.classes or "all", count)
         conditioning = class_conditioning(chosen, unconditional=null, guidance=scale)
     elif request.prompts is None:
@@ -112,6 +113,7 @@ def refuse_unsuitable(request: ConditioningRequest, who: str, inputs: set[str]) 
     """Raise GaqError if a request names what a network with these condition inputs does not take."""
     if not inputs and request.options:
         raise GaqError(f"{who} is unconditional: leave out {', '.join(request.options)}.")
+    # Only where labels are all that it takes: a network with prompts and labels is drawn from prompts.
     if request.classes is not None and inputs != {LABELS}:
         raise GaqError(f"{who} takes prompts, not classes: give --prompts FILE in place of --classes.")
     if request.prompts is not None and text_encoder.STATES not in inputs:

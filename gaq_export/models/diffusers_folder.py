@@ -101,7 +101,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         folder: The folder that holds it, see `network_folder`.
 
     Raises:
-        GaqError: If it is no JSON object, or describes a network that is none of `ARCHITECTURES`.
+        GaqError: If it is not a JSON object, or describes a network that is not in `ARCHITECTURES`.
     """
     file = folder / "config.json"
     config = read_json(file, "model config")

@@ -122,7 +122,7 @@ def read(file: Path, network: nn.Module) -> dict[str, Tensor]:
     state = _state(file)
     averaged = any(name.startswith(AVERAGE) for name in state)
     if not averaged and not any(name.startswith(NETWORK) for name in state):
-        raise GaqError(f"The checkpoint {file} holds no {NETWORK}*, so it is none of latent diffusion.")
+        raise GaqError(f"The checkpoint {file} holds no {NETWORK}*, so it is not a checkpoint of latent diffusion.")
     weights = {}
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     for name, original in original_names(network).items():

@@ -124,7 +124,7 @@ def load_model(name: str | None = None, weights: str | Path | WeightSource | Non
     if source.kind is SourceKind.HUB:
         return _from_hub(name or source.repository.rpartition("/")[2], source)
     # The other kinds cannot be loaded, so "module", "original" or "pack" from a user is the name of a folder.
-    path = Path(str(source)).expanduser().resolve()
+    path = Path(str(source)).expanduser().resolve()  # absolute, because plans record it
     checkpoint = path if path.suffix in (".ckpt", ".safetensors") else path / ldm_checkpoint.FILE
     if checkpoint.is_file():
         return _from_checkpoint(checkpoint, name, path)
@@ -178,8 +178,8 @@ def wrap(
         name=name,
         source=MODULE,
         sampler=sampler or under_guidance(SamplerSpec(), schedule, conditioning.guidance if conditioning else 1.0),
-        config={"in_channels": channels, "sample_size": (height, width)},
-        scheduler={},
+        config={"in_channels": channels, "sample_size": (height, width)},  # the fields that `LoadedModel.shape` reads
+        scheduler={},  # the schedule is given as a value
         description="a module of the caller's",
     )
     module.eval()
@@ -250,7 +250,7 @@ def _from_hub(name: str, source: WeightSource) -> LoadedModel:
             f"{error} Give a local diffusers folder with --weights, set {MODELS_VARIABLE} to a folder with a "
             f"sub-folder {name!r}, try the tool with --weights random, or use a bundled model: {_bundled_names()}."
         ) from error
-    # With the commit that was fetched, since the newest may be another tomorrow. Older repositories hold pickles.
+    # With the commit that was fetched, since the newest one changes. Older repositories hold only pickles.
     return _from_folder(folder, name, WeightSource.hub(source.repository, commit), allow_pickle=True)
 
 
@@ -266,8 +266,8 @@ def _from_checkpoint(file: Path, name: str | None, path: Path) -> LoadedModel:
 
     Args:
         file: The checkpoint.
-        name: What to call the model; after the file if None.
-        path: What the user named, the checkpoint or its folder.
+        name: What to call the model; the file's name if None.
+        path: What the user gave, the checkpoint or its folder.
     """
     has_config = (file.parent / "config.json").is_file()
     config = diffusers_folder.read_config(file.parent) if has_config else _known(name).config
@@ -283,9 +283,9 @@ def _trained(module: nn.Module, folder: Path, name: str, source: WeightSource) -
 
     Args:
         module: The network.
-        folder: May hold a scheduler config, which comes before that of the table.
+        folder: May hold a scheduler config, which takes precedence over the table's.
         name: What to call the model; if the table knows it, its row says how images are drawn.
-        source: Where the weights are from.
+        source: Where the weights come from.
     """
     row = MODELS.get(name)
     fields = config_of(module)
@@ -293,6 +293,7 @@ def _trained(module: nn.Module, folder: Path, name: str, source: WeightSource) -
     config = {"_class_name": type(module).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
     scheduler = _scheduler(folder, row)
     if row is not None:
+        # The table's source stays in the row; `LoadedModel.source` says where these weights came from.
         spec = replace(row, config=config, scheduler=scheduler)
     else:
         spec = ModelSpec(

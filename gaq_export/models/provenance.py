@@ -39,7 +39,7 @@ class Provenance:
     """The float model behind a plan or an engine, and the sampler it is drawn with.
 
     Attributes:
-        name: what the model is called.
+        name: the model's name.
         source: where to get its weights again.
         fingerprint: sha256 of its weights.
         shape: (C, H, W) of what the network denoises.
@@ -48,8 +48,8 @@ class Provenance:
         architecture: the network's config; empty for the caller's own module.
         sampler: the sampler.
         schedule: the noise schedule.
-        conditioning: as `Conditioning.to_json` writes it; None for an unconditional model. Text states lie in a file
-            in the same folder, see `load_conditioning`.
+        conditioning: as `Conditioning.to_json` writes it; None for an unconditional model. Text states are in a file in
+            the same folder, see `load_conditioning`.
         decoder: of latents; None if the network denoises images.
     """
 
@@ -166,13 +166,13 @@ class Provenance:
         return {"in_channels": channels, "out_channels": channels, "sample_size": size} | dict(self.architecture)
 
     def moved_to(self, source: WeightSource) -> Self:
-        """Return the same record for weights, the decoder's too, that now lie at `source`."""
+        """Return the record with another source for the weights, the decoder's included."""
         decoder = self.decoder and replace(self.decoder, source=source)
         return replace(self, source=source, decoder=decoder)
 
 
 def provenance_of(plan: QuantPlan) -> Provenance:
-    """Return what a plan records about its float model; raise GaqError if that is incomplete."""
+    """Return what a plan records about its float model; raise GaqError if the record is incomplete."""
     return Provenance.from_json(plan.provenance)
 
 
@@ -181,10 +181,10 @@ def load_conditioning(provenance: Provenance, folder: Path) -> Conditioning | No
 
     Args:
         provenance: of a plan or an engine.
-        folder: where the plan or the engine lies, and beside it the file with text states if there are any.
+        folder: the folder of the plan or engine, which also holds the file with text states if there are any.
 
     Raises:
-        CalibError, GaqError: that file is missing, damaged, or another one.
+        CalibError, GaqError: that file is missing, damaged, or not the recorded one.
     """
     record = provenance.conditioning
     return None if record is None else Conditioning.from_json(record, folder)
@@ -196,7 +196,7 @@ def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) 
     Args:
         provenance: of a plan or an engine.
         model: the model, which is checked; loaded again if None.
-        folder: where the plan or the engine lies.
+        folder: the folder of the plan or engine.
 
     Raises:
         GaqError: it is another model, has another decoder, or cannot be loaded.
@@ -218,6 +218,7 @@ def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) 
             f"{provenance.name} was calibrated with a decoder of latents, weights {decoder.fingerprint[:12]}, from "
             f"{decoder.source}; found {present} with this model. Calibrate again, in another run folder."
         )
+    # The recorded conditioning and not the model's: a model may be loaded before anything is chosen to draw.
     return replace(model, conditioning=load_conditioning(provenance, folder))
 
 

@@ -1,7 +1,7 @@
 """Read the `scheduler_config.json` of a diffusers folder as a `NoiseSchedule`.
 
 In: the config. Out: the noise schedule that the network was trained with. diffusers' `DDPMScheduler` computes the
-numbers, so that every beta schedule it knows is understood and images agree with its pipelines.
+numbers. Every beta schedule that it knows is therefore supported, and images agree with its pipelines.
 """
 
 import inspect

@@ -9,7 +9,7 @@
     anything else         the path of a folder or a checkpoint
 
 In: such a text, as the user or a record gives it. Out: a `WeightSource`, whose `str` is that text again. Records hold
-the text and not the fields, so that a person can pass what a plan says to `--weights`.
+the text and not the fields, because a user can pass that text to `--weights`.
 """
 
 from dataclasses import dataclass

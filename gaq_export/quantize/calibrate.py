@@ -1,7 +1,7 @@
 """Quantize a model into a run folder: draw the calibration set, make the plan, write both down.
 
-In: a `LoadedModel` and a `Preset`. Out: a `QuantPlan`, and in the run folder everything that was computed on the way,
-so that an interrupted calibration continues where it was, and a finished one is read and not repeated.
+In: a `LoadedModel` and a `Preset`. Out: a `QuantPlan`, and in the run folder everything that was computed on the way.
+An interrupted calibration continues from there; a finished one is read and not repeated.
 """
 
 import json

@@ -87,7 +87,7 @@ class StepClock:
 def _median_ms(calls: Mapping[int, Callable[[], object]]) -> dict[int, float]:
     """Return the median milliseconds of each call.
 
-    The calls take turns, so that a machine that slows down meanwhile slows them all down alike.
+    The calls take turns: if the machine slows down meanwhile, it slows them all down alike.
     """
     seconds: dict[int, list[float]] = {bits: [] for bits in calls}
     for _ in range(WARM_UP + ROUNDS):

@@ -98,13 +98,16 @@ def _tac(
 
     Two samplers run side by side from the same noise: one with the float network, one with the corrected quantized one.
     """
-    spec, schedule = model.spec.sampler, model.schedule
+    spec = model.spec.sampler
+    schedule = model.schedule
     float_network, quantized_network = (
         bind_in_batches(network, model.conditioning, seeds, BATCH) for network in (model.network, quantized)
     )
     start = loop.noise(seeds, 0, model.shape)  # stream 0, as in `loop.run`
     exact = drawn = _Path(start, torch.zeros_like(start))
-    gains, shifts, explained = [], [], []
+    gains = []
+    shifts = []
+    explained = []
     for step, (t, row) in enumerate(
         zip(timesteps(spec, schedule.num_train), samplers.table(schedule, spec), strict=True)
     ):
@@ -112,7 +115,9 @@ def _tac(
         # Summed in float64, because differences that nearly cancel have a small mean. (N, C, H, W) -> (C,)
         shift = (drawn.x - exact.x).double().mean((0, 2, 3))
         x = drawn.x - shift.float().reshape(1, -1, 1, 1)
-        target, predicted = float_network(x, t_batch), quantized_network(x, t_batch)  # both where the quantized one is
+        # Both at the x of the corrected network, so that only the network's own error is measured.
+        target = float_network(x, t_batch)
+        predicted = quantized_network(x, t_batch)
         gain = channel_gain(predicted, target, relative=config.relative, ridge=config.ridge, floor=config.floor)
         corrected = predicted * gain.float().reshape(1, -1, 1, 1)
         gains.append(tuple(gain.tolist()))

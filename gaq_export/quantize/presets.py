@@ -88,6 +88,8 @@ PRESETS: dict[str, Preset] = {
         description="minutes on two cores for ddpm-mnist",
         images=64,
         config=QuantConfig(
+            # From GPTQ's rounding and with 100 times the papers' learning rate, 200 iterations come close to 20 000:
+            # see docs/results/schedules-ddpm-mnist.md.
             reconstruction=ReconstructionConfig(
                 iterations=200, batch=8, learning_rate=0.1, start=RoundingStart.GPTQ, activation_iterations=200
             ),
@@ -105,8 +107,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "paper": Preset(
         description="20 000 iterations a block, batch 32, as published",
-        images=256,
-        config=QuantConfig(),
+        images=256,  # unless the model's paper says otherwise, see `with_images`
+        config=QuantConfig(),  # its defaults are the published schedule of TFMQ-DM
         published=True,
     ),
 }
@@ -125,6 +127,7 @@ def preset(name: str, options: CalibrationOptions = CalibrationOptions()) -> Pre
     # The recipe first, so that an option has the last word.
     config = base.config if options.recipe is None else find_recipe(options.recipe).apply(base.config)
     widths = {options.abits} if isinstance(options.abits, int) else set(options.abits)
+    # The widest is the plan's width; steps that need fewer bits take a narrower one (`calib.step_bits`).
     widest, *narrower = sorted(widths, reverse=True)
     config = replace(
         config,

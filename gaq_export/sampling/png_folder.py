@@ -57,7 +57,7 @@ def check_writable(out: Path) -> None:
 
 
 def image_facts(file: EngineFile, sampling: Sampling) -> dict[str, Any]:
-    """Return what an engine's images depend on, but for seeds and batch, as JSON."""
+    """Return all that an engine's images depend on except seeds and batch, as JSON values."""
     record = record_of(file)
     conditioning = sampling.conditioning
     facts: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def write_overview(out: Path, file: EngineFile, sampling: Sampling, first: Tenso
 
 
 def write_pngs(out: Path, file: EngineFile, sampling: Sampling, drawn: Drawn) -> Sampled:
-    """Write one PNG an image, the grid and samples.json."""
+    """Write a PNG for each image, the grid and samples.json."""
     facts = image_facts(file, sampling)
     conditioning = sampling.conditioning
     reference = drawn.reference

@@ -1,4 +1,4 @@
-"""Images in shards: files of equally many images, so that a long run can stop, continue, and be divided.
+"""Images in shards: files of equally many images, with which a long run can stop, continue, and be divided.
 
     OUT/samples.json               the request: engine, sampler, seeds, images a shard
     OUT/shard-000000.safetensors   images (N, C, H, W) uint8, seeds (N,) int64
@@ -49,8 +49,9 @@ class Order:
 
     def seeds(self, index: int) -> tuple[int, ...]:
         """Return the seeds of one file's images."""
-        first, last = index * self.shard, min((index + 1) * self.shard, self.num)
-        return tuple(range(self.seed + first, self.seed + last))
+        first = index * self.shard
+        end = min(first + self.shard, self.num)
+        return tuple(range(self.seed + first, self.seed + end))
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""

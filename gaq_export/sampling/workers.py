@@ -42,7 +42,7 @@ class Job:
 
     Attributes:
         file: the engine.
-        sampling: how to draw, but for a decoder, which each worker opens itself.
+        sampling: how to draw, without a decoder, which each worker opens itself.
         batch: images at a time.
     """
 
