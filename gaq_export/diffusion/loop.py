@@ -13,6 +13,7 @@ from torch import Tensor
 from calib.correction import Correction
 from engines import philox
 from gaq_export.diffusion.conditioning import ConditionalNetwork, Conditioning, bind
+from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.diffusion.samplers import table, update
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
 from gaq_export.errors import GaqError
@@ -79,13 +80,18 @@ def run(
             t_batch = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
             if on_step is not None:  # before the call, since what the network sees is what calibration collects
                 on_step(step, x, t_batch)
-            epsilon = denoiser(x, t_batch)
-            if epsilon.shape != x.shape:
-                raise GaqError(f"The network returned shape {tuple(epsilon.shape)} for images of {tuple(x.shape)}.")
+            epsilon = _predict(denoiser, x, t_batch)
             # Stream 0 was the start, so step i draws from stream i + 1.
             fresh = noise(seeds, step + 1, sampling.shape).to(x.device) if row.fresh else None
             x, previous = update(row, schedule.clip, x, epsilon, previous, fresh)
     return finish(seeds, x, sampling)
+
+
+def _predict(denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
+    epsilon = denoiser(x, t)
+    if epsilon.shape != x.shape:  # it might broadcast, and the error would show only in the images
+        raise GaqError(f"The network returned shape {tuple(epsilon.shape)} for images of {tuple(x.shape)}.")
+    return epsilon
 
 
 def noise(seeds: Sequence[int], stream: int, shape: tuple[int, int, int]) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from calib import config as configs
-from calib.data import CalibrationSet
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from gaq_export import run as runs
@@ -54,6 +53,19 @@ def calibrate(
         return load_plan(run.plan)
     if model.conditioning is not None:
         model.conditioning.save(run.folder)
+    return _calibrate_into(run, model, chosen, provenance, callbacks)
+
+
+def _calibrate_into(
+    run: Run, model: LoadedModel, chosen: Preset, provenance: Provenance, callbacks: CalibrationCallbacks
+) -> QuantPlan:
+    """Draw the calibration set, make the plan, save it, and add to the journal how long each part took."""
+    phases: dict[str, float] = {}
+
+    def on_progress(progress: Progress) -> None:
+        phases.update(progress.seconds)  # each report holds the totals so far, by phase
+        callbacks.on_progress(progress)
+
     started = time.perf_counter()
     data = collect(
         model,
@@ -64,7 +76,7 @@ def calibrate(
         on_step=callbacks.on_collect,
     )
     collected = time.perf_counter()
-    plan, phase_seconds = _make_timed_plan(model, data, chosen, run, callbacks)
+    plan = make_plan(model, data, chosen.config, run.blocks, replace(callbacks, on_progress=on_progress))
     plan = replace(plan, provenance=provenance.to_json())  # `calib` knows no models, so it is added here
     save_plan(plan, run.plan)
     runs.add_entry(
@@ -72,24 +84,10 @@ def calibrate(
         "calibrate",
         collect_seconds=round(collected - started, 1),
         seconds=round(time.perf_counter() - collected, 1),
-        phase_seconds={name: round(seconds, 1) for name, seconds in phase_seconds.items()},
+        phase_seconds={name: round(seconds, 1) for name, seconds in phases.items()},
         peak_memory_mib=runs.peak_memory_mib(),
     )
     return plan
-
-
-def _make_timed_plan(
-    model: LoadedModel, data: CalibrationSet, chosen: Preset, run: Run, callbacks: CalibrationCallbacks
-) -> tuple[QuantPlan, dict[str, float]]:
-    """Return the plan, and how many seconds each phase of the calibration took."""
-    phases: dict[str, float] = {}
-
-    def on_progress(progress: Progress) -> None:
-        phases.update(progress.seconds)  # each report holds the totals so far, by phase
-        callbacks.on_progress(progress)
-
-    plan = make_plan(model, data, chosen.config, run.blocks, replace(callbacks, on_progress=on_progress))
-    return plan, phases
 
 
 def _settings(model: LoadedModel, chosen: Preset, provenance: Provenance) -> dict[str, Any]:

@@ -108,9 +108,8 @@ def _tac(
     gains = []
     shifts = []
     explained = []
-    for step, (t, row) in enumerate(
-        zip(timesteps(spec, schedule.num_train), samplers.table(schedule, spec), strict=True)
-    ):
+    rows = zip(timesteps(spec, schedule.num_train), samplers.table(schedule, spec), strict=True)
+    for step, (t, row) in enumerate(rows):
         t_batch = torch.full((len(seeds),), int(t))
         # Summed in float64, because differences that nearly cancel have a small mean. (N, C, H, W) -> (C,)
         shift = (drawn.x - exact.x).double().mean((0, 2, 3))

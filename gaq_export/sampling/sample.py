@@ -14,7 +14,7 @@ import engines
 from engines import EngineFile
 from gaq_export.deploy import session
 from gaq_export.deploy.record import record_of
-from gaq_export.diffusion.batching import OnProgress, draw_in_batches
+from gaq_export.diffusion.batching import Draw, OnProgress, draw_in_batches
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import SamplerSpec
@@ -110,9 +110,7 @@ def sample(
         seconds = time.perf_counter() - started
     reference = None
     if float_model is not None:
-        # The conditioning that was requested, which may differ from the recorded one; no correction, since it is float.
-        float_model = replace(float_model, conditioning=sampling.conditioning)
-        draw = session.draw_with_network(float_model.network, float_model.image_sampling(sampling.sampler))
+        draw = _draw_with_float(float_model, sampling)
         reference = draw_in_batches(draw, seeds, batch, steps, partial(on_step, "float"))
     drawn = Drawn(seeds=seeds, images=images, reference=reference, seconds=seconds)
     return png_folder.write_pngs(Path(out), file, sampling, drawn)
@@ -174,6 +172,13 @@ def _load(engine: str | Path, request: Request) -> tuple[EngineFile, Sampling]:
     file = engines.load_engine_file(engine)
     session.require_pictures(file)
     return file, session.sampling_of(file, request.sampler, request.conditioning)
+
+
+def _draw_with_float(model: LoadedModel, sampling: Sampling) -> Draw:
+    """Return a function that draws with the float model what an engine draws with `sampling`."""
+    # The conditioning that was requested may differ from the recorded one. A float network needs no correction.
+    model = replace(model, conditioning=sampling.conditioning)
+    return session.draw_with_network(model.network, model.image_sampling(sampling.sampler))
 
 
 def _draw_shards(draw: DrawShards, out: Path, order: shards.Order, todo: Sequence[int], on_images: OnProgress) -> int:

@@ -26,7 +26,7 @@ from gaq_export import EngineUNet, images
 from gaq_export.deploy import build, session
 from gaq_export.deploy.record import EngineRecord, GraphKind, record_of
 from gaq_export.deploy.step_loop import engine_denoiser
-from gaq_export.diffusion import loop, samplers
+from gaq_export.diffusion import loop
 from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
@@ -60,7 +60,7 @@ def as_pipelines_draw_it(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def noise(seeds: Sequence[int], stream: int, shape: tuple[int, int, int]) -> Tensor:
             return torch.randn((len(seeds), *shape), generator=generator)
 
-        monkeypatch.setattr(samplers, "noise", noise)
+        monkeypatch.setattr(loop, "noise", noise)
 
     return start
 
