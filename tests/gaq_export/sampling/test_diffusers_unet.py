@@ -106,7 +106,7 @@ def test_an_engine_of_steps_serves_a_pipeline_of_the_same_steps_and_no_other(
     with EngineUNet(tiny_step_engine.path) as unet:
         pipe = DDIMPipeline(unet=unet, scheduler=DDIMScheduler(**TRAINED))
         found = _drawn(pipe, batch_size=2, num_inference_steps=spec.steps, eta=spec.eta)
-        with pytest.raises(GaqError, match=r"knows the timesteps \[80, 60, 40, 20, 0\], one at a time; found \[75"):
+        with pytest.raises(GaqError, match=r"takes the timesteps \[80, 60, 40, 20, 0\], one at a time; found \[75"):
             _drawn(pipe, batch_size=1, num_inference_steps=4)
         as_pipelines_draw_it()
         assert _psnr(found, _by_us(unet, spec, 2)) > SAME_DB
