@@ -83,6 +83,7 @@ def build_engine(
 
         try:
             smallest, best, largest = (int(n) for n in batch.split(","))
+        # Too few or too many numbers are a ValueError too.
         except ValueError:
             raise GaqError(f"--batch {batch!r}: give three numbers, such as 1,4,16.") from None
         # `best_backend` is not the option's default, since it depends on the machine, and the help text must not.

@@ -1,6 +1,5 @@
 """The commands that calibrate, with one recipe or several side by side, and those that list the names."""
 
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -207,6 +206,7 @@ def compare(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the pages from the results that exist.")
     ] = False,
+    # For the processes that `runner` starts with this same command.
     job: Annotated[str | None, typer.Option(hidden=True)] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -221,7 +221,7 @@ def compare(
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
             spec_sampler = replace_options(loaded.spec.sampler, name=sampler, steps=steps, spacing=spacing, eta=eta)
-            loaded = dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, sampler=spec_sampler))
+            loaded = loaded.with_sampler(spec_sampler)
             comparison = spec.Comparison(
                 yardstick=Yardstick(model=loaded, folder=folder, images=images, data=data, classifier=features),
                 preset=spec.adjusted_preset(preset, iterations, calibration_images),

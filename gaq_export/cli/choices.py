@@ -35,6 +35,7 @@ def either(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+# Each in the order of its table; that of the backends is the order of preference.
 SAMPLERS = Names("gaq_export.diffusion.samplers:SAMPLERS", ("ddim", "ddim-clipped", "ddpm", "dpmpp-2m"))
 SPACINGS = Names("gaq_export.diffusion.schedule:SPACINGS", ("uniform", "from-1", "quad", "beta"))
 BACKENDS = Names("engines:BACKENDS", ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "onnxruntime-cuda"))

@@ -68,7 +68,7 @@ def evaluate(
             if images and reference:
                 result = evaluation.evaluate_sets(images, reference, extractor, out=out, on_step=display.measure)
             else:
-                count = workers or os.cpu_count() or 1
+                count = workers or os.cpu_count() or 1  # cpu_count may not know
                 drawing = evaluation.DrawingOptions(num=num, out=out, seed=seed, workers=count, ray=ray)
                 result = evaluation.evaluate_engines(
                     engine or [], extractor, drawing, data=data, on_step=display.measure

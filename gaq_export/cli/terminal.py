@@ -125,4 +125,4 @@ def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str 
 
 def _print_lines(lines: Iterable[str]) -> None:
     for line in lines:
-        typer.echo(line)
+        typer.echo(line)  # not by rich, which would wrap it at the width of the terminal

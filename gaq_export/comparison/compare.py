@@ -58,7 +58,7 @@ def compare(
         seeds=tuple(seeds),
         workers=1,
     )
-    claim(comparison)
+    claim(comparison)  # first, so that nothing is measured into a folder of another comparison
     _measure(comparison, on_step)
     name = f"compare-{model.spec.name}"
     pages = PagePaths(html=folder / f"{name}.html", markdown=folder / f"{name}.md")

@@ -62,6 +62,7 @@ def table_at(comparison: Comparison, wbits: int, abits: int) -> Table:
     table: dict[str, dict[int, CellScores]] = {}
     for cell in comparison.cells:
         record = runner.read_cell(comparison, cell) if cell.wbits == wbits else None
+        # JSON's keys are strings.
         if record and str(abits) in record["activations"]:
             table.setdefault(cell.row, {})[cell.seed] = _scores(signal, record, record["activations"][str(abits)])
     return table

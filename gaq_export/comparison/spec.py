@@ -84,6 +84,7 @@ class Comparison:
 
     def path(self, cell: Cell, suffix: str) -> Path:
         """Return a file of a cell; its name holds a digest of the config, so that a changed row starts anew."""
+        # Of the config alone: the model and the sampler are the folder's, see `claim`.
         digest = hashlib.sha256(json.dumps(configs.to_json(self.config(cell))).encode()).hexdigest()
         return self.yardstick.folder / "cells" / f"{cell.name}-{digest[:8]}{suffix}"
 

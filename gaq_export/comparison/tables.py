@@ -74,6 +74,7 @@ PSNR = Column(
     value=lambda m: m.psnr_db,
     meaning="of finished images against the float network's from the same noise, median over images",
 )
+# Their meaning depends on what was measured with, so `_frechet_line` writes it.
 FD_REAL = Column(title="FD to real", value=lambda m: m.fd_real)
 FD_FLOAT = Column(title="FD to float", value=lambda m: m.fd_float)
 SECONDS = Column(
@@ -117,6 +118,7 @@ def mean_sd(values: Sequence[float], digits: int) -> str:
     """
     if not values:
         return "-"
+    # One value has no standard deviation.
     text = f"{statistics.fmean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
@@ -146,6 +148,7 @@ def rows(table: Table, columns: Sequence[Column], words: Mapping[str, str] = {})
     for row, seeds in table.items():
         line = [words.get(row, f"`{row}`")]
         for c in columns:
+            # One value for each seed.
             values = paired(table, row, c.value) if c.paired else [c.value(m) for m in seeds.values()]
             known = [v for v in values if v is not None]
             # The baseline's difference to itself would be a row of zeros.
@@ -162,6 +165,7 @@ def float_rows(comparison: Comparison, columns: Sequence[Column]) -> list[list[s
     lines = []
     for name in ("same", "other"):
         cells = {column.title: "∞" for column in (SQNR, WORST, POOLED, WEIGHTS)}  # its noise is exact
+        # Images from other noise have no partner to compare with.
         cells |= {PSNR.title: "∞" if name == "same" else "-"}
         if frechet is not None:
             cells |= {FD_REAL.title: f"{frechet.drawn[name].fd_real:.2f}"}

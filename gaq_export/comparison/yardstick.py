@@ -210,6 +210,7 @@ def quantized(yardstick: Yardstick, plan: QuantPlan) -> Iterator[ConditionalNetw
     unchanged = network is model.network  # then the graph that `prepare` exported serves
     graph = ir.load(yardstick.float_graph) if unchanged else export_float(network, model.shape, model.condition_inputs)
     graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
+    # One thread, since several cells may run at a time, and with one the sums have one order.
     config = EngineConfig(backend=BACKEND, batch=(1, BATCH, BATCH), threads=1)
     with tempfile.TemporaryDirectory(dir=yardstick.folder) as scratch:
         save_onnx(graph, Path(scratch, "unet.onnx"))
@@ -242,6 +243,7 @@ def _draw(
     yardstick: Yardstick, network: ConditionalNetwork, seeds: Sequence[int], correction: Correction | None = None
 ) -> Tensor:
     sampling = replace(yardstick.model.image_sampling(), correction=correction)
+    # Apart: guidance in one call would double the batch, which an engine of BATCH cannot take.
     draw = session.draw_with_network(network, sampling, apart=True)
     return draw_in_batches(draw, seeds, BATCH, sampling.sampler.steps, lambda done, total: None)
 

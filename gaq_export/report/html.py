@@ -122,7 +122,7 @@ def text(text: str) -> str:
 
 def note(text: str) -> str:
     """Make a paragraph that stands out, or "" if there is no text."""
-    return f'<p class="note">{escape(text)}</p>\n' if text else ""
+    return f'<p class="note">{escape(text)}</p>\n' if text else ""  # so that callers need not ask
 
 
 def code(text: str) -> str:

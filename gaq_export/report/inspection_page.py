@@ -102,6 +102,7 @@ def _conditioning_facts(plan: QuantPlan) -> dict[str, str]:
     if conditioning is None:
         return {}
     names = conditioning["names"]
+    # The names of a thousand classes would fill the page.
     names = names if len(names) <= LISTED else [*names[:LISTED], "...", names[-1]]
     guidance = "no guidance" if conditioning["guidance"] == 1 else f"guidance {conditioning['guidance']:g}"
     return {"conditioning": f"{', '.join(names)}; {guidance}"}
@@ -116,6 +117,7 @@ def _journal_facts(journal: Mapping[str, Any]) -> dict[str, str]:
         "phase_seconds": "of which",
         "peak_memory_mib": "peak memory, MiB",
     }
+    # A key without a label, of another version of this tool, is shown by its name.
     facts = {
         labels.get(key, key.replace("_", " ")): f"{_listed(value)} s" if key.endswith("seconds") else f"{value}"
         for key, value in journal.items()
@@ -159,6 +161,7 @@ def _overview(rows: Sequence[Agreement], chosen: str) -> str:
         [(a.block, *(_cosine(v) for c in (a.before, a.after) for v in (c.between, c.halves))) for a in rows],
         marked=chosen,
     )
+    # Blocks may have fewer samples than FEW at a step, where the calibration set is small.
     fewest = _count(min(a.samples for a in rows), "sample")
     text = (
         f"Every block the same way, with {fewest} a step: mean cosine of two steps' gradients, and of the two halves "

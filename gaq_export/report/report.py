@@ -211,6 +211,7 @@ def engine_of(run: Run, record: RunRecord, path: Path | None) -> EngineFile:
         raise GaqError(f"{run.folder} records no engine: run `gaq-export build-engine --run {run.folder}` first.")
     file = engines.load_engine_file(path)
     built_from = record_of(file).plan
+    # By content, since a plan that was calibrated again has the same path.
     if built_from is None or built_from.sha256 != engines.sha256_of(run.plan):
         raise GaqError(f"{file.path} was not built from the plan in {run.folder}: build it again, or give --engine.")
     return file
@@ -228,13 +229,15 @@ def evaluation_of(folder: Path | None, file: EngineFile) -> Evaluation | None:
     evaluated = {score.context.get("engine_sha256") for row in evaluation.rows.values() for score in row}
     if file.sha256 in evaluated:
         return evaluation
+    # In the usual folder there may well be an evaluation of another engine; one that was named must be of this.
     if folder is not None:
         raise GaqError(f"{evaluation.path} is not about {file.path}: run `gaq-export evaluate --engine {file.path}`.")
     return None
 
 
 def _build_exact(file: EngineFile, model: LoadedModel, folder: Path) -> EngineFile:
-    """Build an engine of the float network exactly as `file` was built."""
+    """Build an engine of the float network as `file` was built."""
+    # For the same batches, targets and threads, so that the two differ in size and speed by quantization alone.
     config = EngineConfig(backend=file.backend, batch=file.batch, targets=file.targets, threads=file.threads)
     return build_float(model, folder / "float.plan", sampler=record_of(file).provenance.sampler, config=config)
 
@@ -276,6 +279,7 @@ def _compare_noise(compared: _Engines, noise_for: NoiseFor, images: int) -> Mapp
     """Return the SQNR of each step along both trajectories, of as many images as fit into one batch of the engine."""
     model = compared.model
     file = compared.file
+    # batch is (smallest, best, largest).
     seeds = range(max(file.batch[0], min(images, file.batch[2])))
     exact = bind(model.network, model.conditioning, seeds)
     return noise_sqnr.along_both(noise_for(seeds), exact, seeds, model.sampling(compared.sampler))
@@ -307,6 +311,7 @@ def _time(compared: _Engines, draw: Draw, rounds: int, on_step: OnStage) -> Spee
 
 def _sizes(*files: EngineFile) -> Sizes:
     weights: Counter[str] = Counter()
+    # Engines that take turns hold the weights several times.
     for file in files:
         weights.update(file.audit.weight_bytes)
     return Sizes(files=sum(file.path.stat().st_size for file in files), weights=weights)

@@ -60,6 +60,7 @@ def _in_short(report: Report) -> dict[str, str]:
     if report.speed is not None:
         _, by_exact, by_engine = (report.speed.median(who) for who in report.speed.seconds)
         facts["speed"] = f"{by_exact / by_engine:.2f} times the speed of a float engine of {report.file.backend}"
+    # By the audit, not by the plan: a runtime may have fallen back to floats.
     done = sum(count for (_, how), count in report.file.audit.counts.items() if how in ("int8", "float8"))
     return facts | {"arithmetic": f"{done} of {len(report.file.audit.kernels)} weight layers in integers or FP8"}
 

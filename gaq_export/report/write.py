@@ -34,5 +34,6 @@ def write_report(
     run = Run(folder=Path(folder))
     path = Path(out or run.report)
     measured = report.measure(run.folder, path, options or ReportOptions(), model=model, on_step=on_step)
+    # Rendered before anything is written: a failure leaves an older page as it was.
     write_atomically(path, report_page.render(measured).encode())
     return path

@@ -146,13 +146,14 @@ def _scores(evaluation: Evaluation | None) -> list[str]:
 
 
 def _listed(files: Sequence[str]) -> list[list[str]]:
+    # The first entry that fits; a licence file has no words, since its name says what it is.
     return [[f"`{name}`", next((w for start, w in WHAT.items() if name.startswith(start)), "")] for name in files]
 
 
 def _licence(model: LoadedModel, terms: Mapping[str, str]) -> str:
     name = terms.get("license_name") or terms.get("license")
     if name is None:
-        return "The source model's licence was not found. Find out, and say so here, before you share this."
+        return "The source model's licence was not found. Find it, and name it here, before you share this."
     repository = _repository(model)
     where = f" ({repository})" if repository else ""
     return f"{name}, as the source model{where} is: its terms apply to what is made from it."

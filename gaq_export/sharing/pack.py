@@ -45,7 +45,7 @@ FORMAT = 1
 MARK = "pack.json"
 CARD = "README.md"
 FOLDER = "pack"  # inside the run folder
-PAPERS = ("license", "licence", "copying", "notice")  # how the names of such files begin
+LICENCE_FILES = ("license", "licence", "copying", "notice")  # how the names of such files begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +123,7 @@ def write_pack(
     model = find_model(provenance_of(plan), model, run.folder)
     out = out or run.folder / FOLDER
     folders.check_replaceable(out, MARK)
-    whole = options.whole or not model.source.public
-    if whole and (model.source == MODULE or type(model.module) not in ARCHITECTURES):
-        raise GaqError(f"{model.spec.name!r} is your own module, which nobody else could load, so it cannot be packed.")
-    contents = _Contents(
-        run=run,
-        plan=plan,
-        model=model,
-        whole=whole,
-        profile=options.profile,
-        evaluation=_evaluation(run, options.evaluation),  # before anything is written, since it may raise
-    )
+    contents = _contents(run, plan, model, options)  # before anything is written, since it may raise
     home = _home(model.source)
     terms = _terms(home, model.source) if options.licence is None else {"license": options.licence}
     with folders.staging(out) as staged:
@@ -142,8 +132,22 @@ def write_pack(
         size = sum((folder / name).stat().st_size for name in _files(folder))
         folders.replace_folder(folder, out)
     # Relative, so that the run folder can move together with the pack.
-    runs.add_entry(run, "pack", folder=os.path.relpath(out, run.folder), bytes=size, whole=whole)
-    return Pack(folder=out, size_bytes=size, whole=whole, licence=terms.get("license"))
+    runs.add_entry(run, "pack", folder=os.path.relpath(out, run.folder), bytes=size, whole=contents.whole)
+    return Pack(folder=out, size_bytes=size, whole=contents.whole, licence=terms.get("license"))
+
+
+def _contents(run: Run, plan: QuantPlan, model: LoadedModel, options: PackOptions) -> _Contents:
+    """Return what goes into a pack.
+
+    Raises:
+        GaqError: the float model has to go in and cannot, or there is no evaluation of this run's engine.
+    """
+    whole = options.whole or not model.source.public
+    # Only an architecture that `load_model` knows can be read back from a folder.
+    if whole and (model.source == MODULE or type(model.module) not in ARCHITECTURES):
+        raise GaqError(f"{model.spec.name!r} is your own module, which nobody else could load, so it cannot be packed.")
+    evaluation = _evaluation(run, options.evaluation)
+    return _Contents(run=run, plan=plan, model=model, whole=whole, profile=options.profile, evaluation=evaluation)
 
 
 def _write_files(folder: Path, contents: _Contents, home: Path | None, terms: Mapping[str, str]) -> None:
@@ -308,7 +312,7 @@ def _home(source: WeightSource) -> Path | None:
 def _papers(home: Path | None) -> list[Path]:
     """Return the source model's licences."""
     files = sorted(home.iterdir()) if home is not None else []
-    return [file for file in files if file.is_file() and file.name.lower().startswith(PAPERS)]
+    return [file for file in files if file.is_file() and file.name.lower().startswith(LICENCE_FILES)]
 
 
 def _terms(home: Path | None, source: WeightSource) -> dict[str, str]:

@@ -51,23 +51,22 @@ def draw(
     """
     config = client.get_model_config(model)
     # A parameter is a string by Triton's protocol, so numbers and lists are JSON in it.
-    known = {name: json.loads(value["string_value"]) for name, value in config["parameters"].items()}
-    rows, unconditional = _rows(client, known, prompts, words)
+    parameters = {name: json.loads(value["string_value"]) for name, value in config["parameters"].items()}
+    rows, unconditional = _rows(client, parameters, prompts, words)
     most = int(config["max_batch_size"])
     parts = []
     for i in range(0, len(seeds), most):
         batch = seeds[i : i + most]
         condition = {name: row[[seed % len(row) for seed in batch]] for name, row in rows.items()}
-        if "guidance" in known:
+        if "guidance" in parameters:
+            scale = parameters["guidance"] if guidance is None else guidance
             condition |= {f"unconditional_{name}": np.repeat(row, len(batch), 0) for name, row in unconditional.items()}
             # (N, 1): a tensor of Triton's has a batch and at least one more dimension.
-            condition["guidance"] = np.full(
-                (len(batch), 1), known["guidance"] if guidance is None else guidance, np.float32
-            )
-        parts.append(_loop(client, config, known["steps"], batch, condition))
+            condition["guidance"] = np.full((len(batch), 1), scale, np.float32)
+        parts.append(_loop(client, config, parameters["steps"], batch, condition))
     images = np.concatenate(parts)
-    if "decoder" in known:  # what the loop ends with are latents
-        images = _through(client, known["decoder"], {"latents": images})["images"]
+    if "decoder" in parameters:  # what the loop ends with are latents
+        images = _through(client, parameters["decoder"], {"latents": images})["images"]
     return images.clip(-1, 1)
 
 
@@ -90,32 +89,37 @@ def _loop(client: Client, config: dict[str, Any], steps: int, seeds: Sequence[in
     return feeds["x"]
 
 
-def _rows(client: Client, known: dict[str, Any], prompts: Sequence[str] | None, words: Path) -> tuple[Arrays, Arrays]:
+def _rows(
+    client: Client, parameters: dict[str, Any], prompts: Sequence[str] | None, words: Path
+) -> tuple[Arrays, Arrays]:
     """Return all conditions, (K, ...), and the unconditional one, (1, ...), by the inputs' names."""
-    if "classes" in known:
-        unconditional = {"class_labels": np.array([[known["unconditional"]]])} if "unconditional" in known else {}
-        return {"class_labels": np.array(known["classes"], np.int64).reshape(-1, 1)}, unconditional
-    if "texts" not in known:
+    if "classes" in parameters:
+        label = parameters.get("unconditional")
+        unconditional = {} if label is None else {"class_labels": np.array([[label]])}
+        return {"class_labels": np.array(parameters["classes"], np.int64).reshape(-1, 1)}, unconditional  # (K, 1)
+    if "texts" not in parameters:
         return {}, {}
-    rows = _encoded(client, known, known["prompts"] if prompts is None else prompts, words)
-    unconditional = _encoded(client, known, [""], words)
-    if known["zeros"]:
+    rows = _encoded(client, parameters, parameters["prompts"] if prompts is None else prompts, words)
+    unconditional = _encoded(client, parameters, [""], words)
+    # Where the pipeline's force_zeros_for_empty_prompt says so; the size conditioning stays.
+    if parameters["zeros"]:
         unconditional |= {name: np.zeros_like(row) for name, row in unconditional.items() if name != "time_ids"}
     return rows, unconditional
 
 
-def _encoded(client: Client, known: dict[str, Any], prompts: Sequence[str], words: Path) -> Arrays:
+def _encoded(client: Client, parameters: dict[str, Any], prompts: Sequence[str], words: Path) -> Arrays:
     """Return prompts as the network takes them, encoded by the text encoders on the server."""
     from tokenizers import Tokenizer
 
     encoded = []
-    for name in known["texts"]:
+    for name in parameters["texts"]:
         tokenizer = Tokenizer.from_file(str(words / f"{name}.tokens.json"))
         ids = np.array([tokens.ids for tokens in tokenizer.encode_batch(list(prompts))], np.int64)
         encoded.append(_through(client, name, {"ids": ids}))
-    rows = {"encoder_hidden_states": np.concatenate([arrays["states"] for arrays in encoded], -1)}  # (K, tokens, width)
-    if known["time_ids"] is not None:
-        times = np.array(known["time_ids"], np.float32)
+    # The encoders' states side by side: (K, tokens, width)
+    rows = {"encoder_hidden_states": np.concatenate([arrays["states"] for arrays in encoded], -1)}
+    if parameters["time_ids"] is not None:
+        times = np.array(parameters["time_ids"], np.float32)
         rows |= {"text_embeds": encoded[-1]["pooled"], "time_ids": np.repeat(times, len(prompts), 0)}
     return rows
 

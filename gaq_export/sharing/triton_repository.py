@@ -91,15 +91,15 @@ def write(
             is no repository.
     """
     run = Run(folder=Path(folder))
-    out = Path(out)
     if options.backend not in SERVERS:
         raise GaqError(f"A Triton server has no backend for {options.backend!r}. Choose one of {list(SERVERS)}.")
+    out = Path(out)
     folders.check_replaceable(out, MARK)
     plan = load_plan(run.plan)
     if len(widths(plan)) > 1:
         raise GaqError("This plan's steps differ in activation bits, so it needs several engines and cannot be served.")
     conditioning = load_conditioning(provenance_of(plan), run.folder)
-    most = options.largest_batch
+    most = options.largest_batch  # and from 1 on, since a server may have a single request
     config = EngineConfig(backend=options.backend, batch=(1, min(4, most), most))
     with folders.staging(out) as staged:
         engine = staged / "engine" / SERVERS[options.backend].file
@@ -223,13 +223,15 @@ def _conditioning_facts(conditioning: Conditioning | None, texts: TextEncoders |
             f"The network is conditioned on {sorted(conditioning.rows)}, and there are no text encoders in its model's "
             "folder, or transformers is not installed, so a client could not give it prompts."
         )
+    # As diffusers names its folders: text_encoder, text_encoder_2. Triton's models: text, text-2.
     names = [TEXT if index == 0 else f"{TEXT}-{index + 1}" for index in range(len(texts.engines))]
     encoding = {"zeros": texts.zeros, "time_ids": texts.time_ids}
     return {"prompts": list(conditioning.names), "texts": names, **encoding, **guided}
 
 
 def _readme(built: Built) -> str:
-    record, server = record_of(built.file), SERVERS[built.file.backend]
+    record = record_of(built.file)
+    server = SERVERS[built.file.backend]
     spec = record.provenance.sampler
     needs = "'tritonclient[http]' numpy pillow" + (" tokenizers" if built.texts else "")
     return f"""# {record.provenance.name}, {record.bits}, on a Triton Inference Server

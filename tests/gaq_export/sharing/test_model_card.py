@@ -35,7 +35,7 @@ def test_a_card_says_what_was_quantized_and_how(content: Content) -> None:
 
 
 def test_a_card_without_a_licence_asks_for_one(content: Content) -> None:
-    assert "licence was not found. Find out, and say so here, before you share this." in render(content)
+    assert "licence was not found. Find it, and name it here, before you share this." in render(content)
     card = ModelCard(render(dataclasses.replace(content, terms={"license": "other", "license_name": "mine"})))
     assert (card.data.license, card.data.license_name) == ("other", "mine")
     assert "mine, as the source model is" in card.text
