@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calib.affine import integer_range, per_channel
 
+# The sigmoid is stretched beyond [0, 1] and cut off, so that h(V) gets to 0 and 1 at finite V.
 GAMMA, ZETA = -0.1, 1.1
 
 
@@ -22,12 +23,13 @@ def soft_rounding(logits: Tensor) -> Tensor:
 
 def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
     """Return V for which the soft weight equals the float weight: h(V) = W / Delta - floor(W / Delta)."""
-    grid = weight / per_channel(scale, weight.ndim)
+    grid = weight / per_channel(scale, weight.ndim)  # (C,) -> (C, 1, ...)
     return logits_of(grid - torch.floor(grid))
 
 
 def logits_of(soft: Tensor) -> Tensor:
     """Return V with h(V) = `soft`, elementwise in [0, 1]."""
+    # soft lies strictly between GAMMA and ZETA, so the logarithm is finite at 0 and 1 too.
     return -torch.log((ZETA - GAMMA) / (soft - GAMMA) - 1)
 
 
@@ -35,11 +37,12 @@ def soft_weight(weight: Tensor, scale: Tensor, logits: Tensor, bits: int) -> Ten
     """Return W_hat with soft rounding, differentiable in `logits`; shapes as `weight`, scale (C,)."""
     low, high = integer_range(bits)
     step = per_channel(scale, weight.ndim)
+    # floor has no gradient, and needs none: it is that of the float weight, which does not change.
     return (torch.floor(weight / step) + soft_rounding(logits)).clamp(low, high) * step
 
 
 def hard_codes(weight: Tensor, scale: Tensor, logits: Tensor, bits: int) -> Tensor:
-    """Return the int8 codes after the final decision: up where V >= 0, else down."""
+    """Return the int8 codes after the final decision: up where V >= 0, that is h(V) >= 1/2, else down."""
     low, high = integer_range(bits)
     floor = torch.floor(weight / per_channel(scale, weight.ndim))
     return (floor + (logits >= 0)).clamp(low, high).to(torch.int8)
@@ -61,4 +64,5 @@ def beta(iteration: int, iterations: int, warmup: float, start: float, end: floa
 
 def regulariser(logits: Tensor, sharpness: float) -> Tensor:
     """Return sum(1 - |2 h(V) - 1|^beta), 0 only where every rounding is decided."""
+    # 2h - 1 is -1 or 1 where a rounding is decided; a large beta pulls only at those that nearly are.
     return (1 - (2 * soft_rounding(logits) - 1).abs().pow(sharpness)).sum()

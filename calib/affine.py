@@ -55,7 +55,7 @@ def round_log2(x: Tensor, scale: float, bits: int) -> Tensor:
 
 
 def round_straight_through(x: Tensor) -> Tensor:
-    """Round to whole numbers, with the derivative of doing nothing."""
+    """Round to whole numbers, with derivative 1 (the straight-through estimator)."""
     return x + (torch.round(x) - x).detach()
 
 

@@ -23,14 +23,14 @@ OPERANDS = ("query", "key", "value", "probability")
 
 
 class AttentionIntercept(TorchFunctionMode):
-    """While active, `scaled_dot_product_attention` is `attention`."""
+    """While it is active, calls of `scaled_dot_product_attention` go to `attention`, with the same arguments."""
 
     def __init__(self, attention: Callable[..., Tensor]) -> None:
         super().__init__()
         self._attention = attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, or its stand-in."""
+        """Call `func`, or what replaces it."""
         call = self._attention if func is functional.scaled_dot_product_attention else func
         return call(*args, **(kwargs or {}))
 
@@ -38,8 +38,16 @@ class AttentionIntercept(TorchFunctionMode):
 def intercept_attention(module: nn.Module, each: Callable[[str, Tensor], Tensor]) -> list[RemovableHandle]:
     """Make `module` compute its attention with every operand replaced by each(one of OPERANDS, operand).
 
-    That goes for modules inside it too, but for those that are intercepted themselves. Removing the handles undoes it.
+    Modules inside it do the same, unless they are intercepted themselves.
+
+    Args:
+        module: one that calls `scaled_dot_product_attention`.
+        each: called with the name of an operand and its value, (..., L, D); returns a value of the same shape.
+
+    Returns:
+        Handles; to remove them undoes it.
     """
+    # A stack, since a module may run inside another, and the innermost intercept counts.
     running: list[ExitStack] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -49,6 +57,7 @@ def intercept_attention(module: nn.Module, each: Callable[[str, Tensor], Tensor]
     def leave(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
         running.pop().close()
 
+    # Left after an exception as well: a mode that stays active would change calls far from here.
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
@@ -62,7 +71,7 @@ def is_plain(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Tell whether a call of `scaled_dot_product_attention` is one that `attend` knows."""
+    """Return whether `attend` can compute a call of `scaled_dot_product_attention` with these arguments."""
     return attn_mask is None and not (dropout_p or is_causal or enable_gqa)
 
 
@@ -92,5 +101,6 @@ def attend(
     if not is_plain(query, key, value, *more, **others):
         raise CalibError("Attention with a mask or other options came where there was none before.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = each("query", query * scale) @ each("key", key).mT
+    # Scaled before it is rounded, and so in our graphs.
+    logits = each("query", query * scale) @ each("key", key).mT  # (..., L, D) x (..., D, S) -> (..., L, S)
     return each("probability", torch.softmax(logits, -1)) @ each("value", value)

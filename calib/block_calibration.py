@@ -1,4 +1,4 @@
-"""Calibrate one block: align the sample scores, learn the rounding, harden it; learn activation grids if asked to."""
+"""Calibrate one block: align the sample scores, learn the rounding, harden it; with QDrop or LSQ learn grids too."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from calib.choices import ActivationLearning
 from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split
 from calib.learned_grids import LearnedGrid
-from calib.omega import Recordings
+from calib.omega import PerSample, Recordings
 from calib.progress import ProgressMeter
 from calib.reconstruct import Fit, LayerWeight
 from calib.seeds import generator_for
@@ -49,9 +49,9 @@ class Calibration:
     meter: ProgressMeter
 
     def generator(self, block: Block, purpose: str) -> torch.Generator:
-        """Return random numbers for one purpose in one block.
+        """Return the generator of one purpose in one block.
 
-        Each purpose has its own, so that rules of omega are compared on the same mini-batches.
+        Each purpose has another one, so that rules of omega are compared on the same mini-batches.
         """
         return generator_for(self.config.seed, block.name, purpose)
 
@@ -67,34 +67,30 @@ def calibrate_block(
         io: recording of all samples that calibrate weights.
         scores: (N,) float64, the sample scores after the block before.
         on_iteration: called with the number of finished iterations.
+
+    Returns:
+        The codes, learned grids, scores and losses after this block.
     """
-    config, meter, settings = calibration.config, calibration.meter, calibration.config.reconstruction
+    config = calibration.config
+    settings = config.reconstruction
+    meter = calibration.meter
     module = calibration.network.get_submodule(block.name) if block.module is None else block.module
     layers = reconstruct.layer_weights(module, block, calibration.scales, calibration.bits)
-    samples = calibration.samples
-    train, validation = io.part(samples.train), io.part(samples.validation)
+    train = io.part(calibration.samples.train)
     with meter.phase("start"):
         logits = gptq.first_logits(config, block.name, module, layers, train)
-    loss = reconstruct.per_sample_loss(module, layers)
-    if train.reference is not None and settings.fine:
-        float_module = calibration.model.get_submodule(block.name)
-        loss = reconstruct.fine_grained_loss(module, float_module, layers, settings.fine)
+    loss = _loss(calibration, block, module, layers, fine=train.reference is not None)
     qdrop = settings.activations is ActivationLearning.QDROP
     grids = _initial_grids(calibration, block, module, train) if qdrop else []
     with meter.phase("meta"):
-        recordings = Recordings(train=train, validation=validation, group=samples.group)
-        generator = calibration.generator(block, "meta")
-        scores = omega.align_scores(loss, logits, recordings, scores, config.omega, generator)
+        scores = _aligned(calibration, block, loss, logits, io, scores)
+    # QDrop learns the rounding against activations that are rounded at random places, with grids learned along.
     rounded = learned_grids.rounded_inputs(module, grids, settings.drop, calibration.generator(block, "drop"))
     with meter.phase("fit"), rounded:
-        fit = Fit(
-            omega=config.omega,
-            settings=settings,
-            scores=scores,
-            generator=calibration.generator(block, "fit"),
-            on_iteration=on_iteration,
-        )
+        generator = calibration.generator(block, "fit")
+        fit = Fit(omega=config.omega, settings=settings, scores=scores, generator=generator, on_iteration=on_iteration)
         logits = reconstruct.fit_rounding(loss, logits, train, fit, [grid.scale for grid in grids])
+    # Now every input is rounded, as it will be in the engine.
     with meter.phase("decide"), learned_grids.rounded_inputs(module, grids):
         codes, result = reconstruct.harden(module, block, layers, logits, train)
     if settings.activations is ActivationLearning.LSQ:
@@ -107,6 +103,26 @@ def calibrate_block(
         scores=scores,
         result=result,
     )
+
+
+def _loss(
+    calibration: Calibration, block: Block, module: nn.Module, layers: Sequence[LayerWeight], *, fine: bool
+) -> PerSample:
+    """Return the loss that the rounding is learned on, with the losses of inner layers if `fine` and the settings."""
+    weight = calibration.config.reconstruction.fine
+    if not (fine and weight):
+        return reconstruct.per_sample_loss(module, layers)
+    return reconstruct.fine_grained_loss(module, calibration.model.get_submodule(block.name), layers, weight)
+
+
+def _aligned(
+    calibration: Calibration, block: Block, loss: PerSample, logits: Sequence[Tensor], io: BlockIO, scores: Tensor
+) -> Tensor:
+    """Return the sample scores (N,) after this block's meta-updates."""
+    samples = calibration.samples
+    recordings = Recordings(train=io.part(samples.train), validation=io.part(samples.validation), group=samples.group)
+    generator = calibration.generator(block, "meta")
+    return omega.align_scores(loss, logits, recordings, scores, calibration.config.omega, generator)
 
 
 def _initial_grids(calibration: Calibration, block: Block, module: nn.Module, io: BlockIO) -> list[LearnedGrid]:

@@ -16,7 +16,7 @@ from calib.errors import CalibError
 
 
 class Recorder:
-    """Follows a calibration block by block; made by `recorder`."""
+    """Follows a calibration block by block; from `open_recorder`."""
 
     def __init__(
         self,
@@ -28,13 +28,16 @@ class Recorder:
         *,
         reference: bool,
     ) -> None:
-        self._data, self._micro_batch, self._reference = data, micro_batch, reference
+        self._data = data
+        self._micro_batch = micro_batch
+        self._reference = reference
         self._float = Replay(model, data, micro_batch, scratch and scratch / "float")
         self._quantized = Replay(network, data, micro_batch, scratch and scratch / "quantized")
 
     def record(self, block: Block) -> BlockIO:
         """Pair the block's inputs in the quantized network with its output in the float one (asymmetric).
 
+        The target is the float network's, so that a block also makes up for the errors before it.
         If `reference`, its inputs in the float network are recorded too.
         """
         if block.module is not None:
@@ -45,7 +48,7 @@ class Recorder:
         return BlockIO(inputs=inputs, batched=batched, spec=spec, target=target, reference=reference)
 
     def finish(self, block: Block) -> None:
-        """Say that the block's weights are in the quantized network and will not change any more."""
+        """Mark the block as finished: its weights in the quantized network will not change any more."""
         if block.module is None:
             self._float.finish(block.name)
             self._quantized.finish(block.name)
@@ -61,9 +64,15 @@ def open_recorder(
     *,
     reference: bool = False,
 ) -> Iterator[Recorder]:
-    """Yield a recorder whose large recordings lie in a scratch folder inside `folder`; in memory if that is None.
+    """Yield a recorder whose large recordings lie in a scratch folder, which is removed afterwards.
 
-    With `reference` it records what goes into a block in the float network too.
+    Args:
+        model: the float network.
+        network: its copy, quantized block by block.
+        data: the N samples to record.
+        micro_batch: samples a forward pass.
+        folder: where the scratch folder is made; None keeps all in memory.
+        reference: whether the inputs of a block in the float network are recorded too.
 
     Raises:
         CalibError: the folder cannot be written.

@@ -1,9 +1,9 @@
 """Run a network up to one block after another, and each block only once.
 
-Calibration wants the inputs of every block in turn, for the same samples. Running the network from its start each
-time costs as many block passes as there are pairs of blocks. A replay keeps what the finished blocks gave the first
-time and returns it in place of their computation, so that the way to the next block costs next to nothing. Outputs
-beyond `budget` bytes are not kept; those blocks are computed again.
+Calibration needs the inputs of every block in turn, for the same samples. Running the network from its start each
+time costs as many block passes as there are pairs of blocks. A replay stores what the finished blocks returned the
+first time and returns it in place of their computation, so that the way to the next block costs very little. Outputs
+beyond `budget` bytes are not stored; those blocks are computed again.
 
 Samples always run in the same micro-batches, the last one filled up, so that what is recorded does not depend on
 whether a block was computed or replayed: a killed calibration that continues gets the same bits.
@@ -27,7 +27,7 @@ MEMORY_BUDGET, DISK_BUDGET = 1 << 30, 8 << 30  # bytes
 
 
 class _Reached(Exception):
-    """Raised by a hook to leave a forward pass that has shown what was wanted."""
+    """Raised by a hook to end a forward pass at the block whose values it is run for."""
 
 
 class Replay:
@@ -38,7 +38,7 @@ class Replay:
         data: the samples.
         micro_batch: samples a forward pass.
         folder: where large recordings go; None keeps all in memory.
-        budget: bytes of finished blocks' outputs to keep; if None, MEMORY_BUDGET, or on disk DISK_BUDGET but no more
+        budget: bytes of finished blocks' outputs to store; if None, MEMORY_BUDGET, or on disk DISK_BUDGET but no more
             than a quarter of what is free.
     """
 
@@ -50,13 +50,16 @@ class Replay:
         folder: Path | None = None,
         budget: int | None = None,
     ) -> None:
-        self._network, self._data, self._size, self._folder = network, data, micro_batch, folder
+        self._network = network
+        self._data = data
+        self._size = micro_batch
+        self._folder = folder
         self._budget = _affordable(folder) if budget is None else budget
-        self._finished: dict[str, None] = {}
-        self._kept: dict[str, Samples] = {}
+        self._finished: dict[str, None] = {}  # names in order; a dictionary, so that each is in it once
+        self._stored: dict[str, Samples] = {}  # their outputs (N, ...), as far as the budget goes
 
     def finish(self, name: str) -> None:
-        """Say that block `name` will not change any more."""
+        """Mark block `name` as finished: it will not change any more."""
         self._finished[name] = None
 
     def inputs(self, name: str) -> tuple[tuple[Any, ...], tuple[bool, ...], pytree.TreeSpec]:
@@ -89,17 +92,17 @@ class Replay:
             raise _Reached
 
         store: Samples | None = None
-        keep = False
+        affordable = False
         with self._network.get_submodule(name).register_forward_hook(hook):
             for start, rows in self._run():
                 out = seen.pop()
                 if store is None:
-                    keep, store = self._afford(out), self._room(out, f"{name}.output")
+                    affordable, store = self._afford(out), self._room(out, f"{name}.output")
                 store[start : start + rows] = out[:rows]
         assert store is not None
         self.finish(name)
-        if keep:
-            self._kept[name] = store
+        if affordable:
+            self._stored[name] = store
         return store
 
     def _run(self) -> Iterator[tuple[int, int]]:
@@ -107,16 +110,17 @@ class Replay:
         fresh: dict[str, Samples] = {}
         with torch.no_grad():
             for start in range(0, len(self._data), self._size):
+                # The last micro-batch repeats the last sample: other batch sizes give other last bits.
                 index = torch.arange(start, start + self._size).clamp(max=len(self._data) - 1)
                 rows = min(self._size, len(self._data) - start)
                 with self._short_cuts(index, start, rows, fresh), suppress(_Reached):
                     self._network(*self._data.inputs(index))
                 yield start, rows
-        self._kept |= fresh
+        self._stored |= fresh  # only now that all N rows of them are there
 
     @contextmanager
     def _short_cuts(self, index: Tensor, start: int, rows: int, fresh: dict[str, Samples]) -> Iterator[None]:
-        """Let finished blocks return what they gave before; where that is not kept yet, keep it as it is computed."""
+        """Make finished blocks return what they returned before; what is computed for the first time is stored."""
         modules = [(name, self._network.get_submodule(name)) for name in self._finished]
         for name, module in modules:
             module.forward = self._replayed(name, module.forward, index, start, rows, fresh)
@@ -130,8 +134,8 @@ class Replay:
         self, name: str, compute: Callable[..., Tensor], index: Tensor, start: int, rows: int, fresh: dict[str, Samples]
     ) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if name in self._kept:
-                return self._kept[name][index]
+            if name in self._stored:
+                return self._stored[name][index]
             out = compute(*args, **kwargs).contiguous()  # as it will be replayed: another layout gives other last bits
             if start == 0 and self._afford(out):
                 fresh[name] = self._room(out, f"{name}.output")

@@ -1,10 +1,10 @@
 """Cut a network into blocks in network order; what goes in and out of one.
 
 A block is what AdaRound reconstructs at once: the outermost module that is called once a forward pass with plain
-tensors, returns one tensor and holds at most MAX_LAYERS quantized layers, or IN_TRANSFORMER if an attention is its own
-child, since such a module is a transformer's block (four layers of an attention to itself, as many of one to a text,
-two of its perceptron, one of its norm). In a diffusers network that gives residual, transformer and attention blocks
-and single layers, as in the papers; in a foreign network whatever has that shape.
+tensors, returns one tensor and holds at most MAX_LAYERS quantized layers, or IN_TRANSFORMER if an attention is its
+direct child, since such a module is a transformer's block (four layers of an attention to itself, as many of one to a
+text, two of its perceptron, one of its norm). In a diffusers network that gives residual, transformer and attention
+blocks and single layers, as in the papers; in a foreign network whatever has that shape.
 """
 
 from collections.abc import Iterable
@@ -52,7 +52,7 @@ class BlockIO:
         spec: how the leaves make up (args, kwargs).
         target: (N, ...) rows.
         reference: the same leaves in the float network, if they were recorded too.
-        only: the rows that this recording is about, all of them if None.
+        only: (M,) int64, the rows that count, all of them if None.
     """
 
     inputs: tuple[Any, ...]
@@ -80,7 +80,10 @@ class BlockIO:
         return replace(self, inputs=taken(self.inputs), target=self.target[rows], reference=reference, only=None)
 
     def mixed(self, share: float, generator: torch.Generator) -> "BlockIO":
-        """Return a recording in memory with about `share` of the inputs' elements replaced by the float network's."""
+        """Return a recording in memory with about `share` of the inputs' elements replaced by the float network's.
+
+        QDrop (Wei et al. 2022, arXiv 2203.05740): each element is drawn by itself.
+        """
         if self.reference is None or share == 0:
             return self
         pairs = zip(self.inputs, self.reference, self.batched, strict=True)
@@ -98,18 +101,27 @@ class BlockIO:
 
 
 def _mixed(value: Tensor, reference: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    if not value.is_floating_point():
+    if not value.is_floating_point():  # timesteps and class labels are no activations
         return value
     return torch.where(torch.rand(value.shape, generator=generator) < share, reference, value)
 
 
 def find_blocks(traced: Trace, quantized: Iterable[str]) -> tuple[list[Block], list[str]]:
-    """Return the blocks in network order, and the quantized layers that no block covers (called more than once)."""
+    """Return the blocks in network order, and the quantized layers that no block covers.
+
+    Args:
+        traced: what `trace` saw.
+        quantized: names of the quantized layers, in any order.
+
+    Returns:
+        The blocks, and the names of layers outside all of them, which are called more than once.
+    """
     chosen = set(quantized)
     order = [layer.name for layer in traced.layers if layer.name in chosen]
     blocks: dict[str, list[str]] = {}
     loose = []
     for layer in order:
+        # The outermost: layers that are learned together can make up for each other.
         owner = next((name for name in _outermost_first(layer) if _is_block(traced, name, order)), None)
         if owner is None:
             loose.append(layer)

@@ -74,6 +74,7 @@ def calibrate(
     chosen = choose_layers(model, data, config, timesteps=timesteps, clock=clock, on_progress=on_progress)
     order, loose = _cut(model, chosen, data, config)
     calibration = _begin(model, chosen, order, data, config, folder, on_progress)
+    # Before the blocks, which then see these layers as they will be.
     codes = {name: _nearest(calibration, name) for name in loose}
     _put(calibration, codes)
     states = _calibrate_blocks(calibration, order)
@@ -107,7 +108,7 @@ def _cut(
 ) -> tuple[list[Block], Sequence[str]]:
     """Return the blocks, the temporal one first and the others in network order, and the layers that are in none.
 
-    Where nothing is learned and rounding starts from the float weight there is nothing to reconstruct: no blocks.
+    Without iterations, and starting from the float weight, rounding is to nearest whatever the blocks: there are none.
     """
     if config.reconstruction.iterations == 0 and config.reconstruction.start is RoundingStart.FLOAT:
         return [], chosen.layers
@@ -148,7 +149,9 @@ def _begin(
 
 def _calibrate_blocks(calibration: Calibration, order: Sequence[Block]) -> list[BlockState]:
     """Calibrate the blocks in order, or load them from the folder."""
-    config, folder, meter = calibration.config, calibration.folder, calibration.meter
+    config = calibration.config
+    folder = calibration.folder
+    meter = calibration.meter
     states: list[BlockState] = []
     scores = _first_scores(calibration)
     with open_recorder(
@@ -174,7 +177,7 @@ def _calibrate_blocks(calibration: Calibration, order: Sequence[Block]) -> list[
                 # The blocks behind this one are fitted to rounded activations too.
                 for name, grid in state.grids.items():
                     round_input(calibration.network.get_submodule(name), name, grid)
-            recorder.finish(block)
+            recorder.finish(block)  # after its weights are quantized: from now on its outputs are replayed
             scores = state.scores
             states.append(state)
             meter.finished(i, state.result, resumed)

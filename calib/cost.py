@@ -27,6 +27,7 @@ def layer_macs(
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def count(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             weight = module.get_parameter("weight")
+            # Each output is a sum over one row of the weight, C_in / groups * kh * kw numbers of a convolution.
             macs[name] = macs.get(name, 0) + out.numel() * weight[0].numel()
 
         return count
@@ -43,9 +44,13 @@ def layer_macs(
 
 
 def bit_operations(macs: Mapping[str, int], plan: QuantPlan) -> int:
-    """Return the sum over layers of multiplications times weight bits times activation bits, 32 where it is float.
+    """Return the sum over layers of multiplications times weight bits times activation bits, 32 each for a float layer.
 
-    Of a plan whose steps differ in activation bits it is their mean.
+    Where the steps of a plan differ in activation bits, it is the mean over the steps.
+
+    Args:
+        macs: from `layer_macs`.
+        plan: the layers that are not in it are float.
     """
     total = 0.0
     step_bits = plan.step_bits

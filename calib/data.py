@@ -19,7 +19,14 @@ NO_CONDITION: Mapping[str, Tensor] = {}
 def example_inputs(
     count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NO_CONDITION
 ) -> tuple[Any, ...]:
-    """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first condition."""
+    """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first condition.
+
+    Args:
+        count: rows N.
+        shape: (C, H, W).
+        t: the timestep of all rows.
+        cond: conditions by name, at least one row each.
+    """
     condition = {name: tensor[:1].repeat_interleave(count, 0) for name, tensor in cond.items()}
     x, times = torch.zeros(count, *shape), torch.full((count,), t)
     return (x, times, condition) if condition else (x, times)
@@ -73,8 +80,8 @@ class Split:
 def thin_steps(data: CalibrationSet, steps: int) -> CalibrationSet:
     """Keep the samples of every k-th sampling step, k chosen so that about `steps` remain (at least one)."""
     present = torch.unique(data.step)
-    some = present[:: max(1, len(present) // steps)]
-    return data.take(torch.isin(data.step, some).nonzero()[:, 0])
+    chosen = present[:: max(1, len(present) // steps)]
+    return data.take(torch.isin(data.step, chosen).nonzero()[:, 0])
 
 
 def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.Generator) -> Split:
@@ -93,12 +100,14 @@ def split(data: CalibrationSet, fraction: float, groups: int, generator: torch.G
     chosen = torch.zeros(len(data), dtype=torch.bool)
     for k in range(len(steps)):
         members = (position == k).nonzero()[:, 0]
+        # Step by step, and never all of them: at least one sample of each step trains.
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     if len(data) < 2:
         raise CalibError("There is one sample, which cannot train and validate; collect at least 2 images.")
     if not bool(chosen.any()):
         chosen[torch.randint(len(data), (1,), generator=generator)] = True
+    # (N,): consecutive steps share a group, about as many in each.
     group = position * min(groups, len(steps)) // len(steps)
     validation = chosen.nonzero()[:, 0]
     return Split(data=data, train=(~chosen).nonzero()[:, 0], validation=validation, group=group[validation])

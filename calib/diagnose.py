@@ -23,6 +23,7 @@ from calib import affine, gptq
 from calib.blocks import Block, BlockIO
 from calib.data import NO_CONDITION
 from calib.errors import CalibError, did_you_mean
+from calib.omega import PerSample
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult, LayerWeight, block_loss, layer_weights, per_sample_loss
 from calib.trace import trace
@@ -150,25 +151,9 @@ def alignment(
     layers = _layer_weights(module, plan, block)
     logits = [v.requires_grad_() for v in gptq.first_logits(plan.config, block.name, module, layers, train)]
     losses = per_sample_loss(module, layers)
-
-    def loss(io: BlockIO, index: Tensor) -> Tensor:
-        return losses(logits, io.take(index))
-
-    mean = [torch.zeros_like(v) for v in logits]
-    for index in _chunks(torch.arange(len(validation))):
-        parts = torch.autograd.grad(loss(validation, index).sum() / len(validation), logits)
-        mean = [m + p for m, p in zip(mean, parts, strict=True)]
-    inner = []
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-        for index in _chunks(torch.arange(len(train))):
-            dual = torch.ones(len(index), requires_grad=True)
-            rows = torch.autograd.grad(
-                (dual * loss(train, index)).sum(), logits, create_graph=True
-            )  # J^T u, linear in u
-            products = torch.stack([(r * m).sum() for r, m in zip(rows, mean, strict=True)]).sum()
-            inner.append(torch.autograd.grad(products, dual)[0])
+    inner = _inner_products(losses, logits, train, _mean_gradient(losses, logits, validation))
     omega = torch.softmax(plan.scores.double() / plan.config.omega.temperature, 0)
-    return Alignment(block=block.name, validation=len(validation), omega=omega, inner=torch.cat(inner).double())
+    return Alignment(block=block.name, validation=len(validation), omega=omega, inner=inner.double())
 
 
 def cosine_matrix(gradients: Tensor) -> Tensor:
@@ -196,7 +181,7 @@ def bin_means(key: Tensor, values: Sequence[Tensor], bins: int) -> list[Tensor]:
 
 def _ranks(values: Tensor) -> Tensor:
     _, position, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
+    last = counts.cumsum(0).double()  # the rank of the last of each run of ties, from 1
     ranks: Tensor = (last - (counts - 1) / 2)[position]
     return ranks
 
@@ -212,6 +197,30 @@ def _cosines(
         halved.append(float(cosine_matrix(halves)[0, 1]))
     whole = all(len(group) > 1 for group in groups)
     return Cosines(matrix=cosine_matrix(gradients), halves=sum(halved) / len(halved) if whole else None)
+
+
+def _mean_gradient(losses: PerSample, logits: Sequence[Tensor], io: BlockIO) -> list[Tensor]:
+    """Return dL/dV, L the mean loss of all samples in `io`, in the shapes of the logits V."""
+    mean = [torch.zeros_like(v) for v in logits]
+    for index in _chunks(torch.arange(len(io))):
+        parts = torch.autograd.grad(losses(logits, io.take(index)).sum() / len(io), logits)
+        mean = [m + p for m, p in zip(mean, parts, strict=True)]
+    return mean
+
+
+def _inner_products(losses: PerSample, logits: Sequence[Tensor], io: BlockIO, direction: Sequence[Tensor]) -> Tensor:
+    """Return dl_i/dV . direction (N,) of every sample in `io`.
+
+    No sample needs a backward pass alone: the derivative of (J^T u) . direction in u is J direction.
+    """
+    inner = []
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        for index in _chunks(torch.arange(len(io))):
+            dual = torch.ones(len(index), requires_grad=True)  # u (n,); which values it has does not matter
+            rows = torch.autograd.grad((dual * losses(logits, io.take(index))).sum(), logits, create_graph=True)
+            products = torch.stack([(r * d).sum() for r, d in zip(rows, direction, strict=True)]).sum()
+            inner.append(torch.autograd.grad(products, dual)[0])
+    return torch.cat(inner)
 
 
 def _gradient_sum(

@@ -1,6 +1,6 @@
 """The quantized network in PyTorch: integer weights times scale, and inputs rounded to their grid, in float32.
 
-So are, where the plan has them, the four operands of the products inside attention.
+The four operands of the products inside attention are rounded too, where the plan has grids for them.
 
 This is the reference that every exported graph and every engine is compared with.
 """
@@ -27,7 +27,7 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
 
     Args:
         model: the float network the plan was made from.
-        plan: its plan.
+        plan: the plan.
         activations: False to quantize the weights only.
         float8: with E4M3 numbers in place of integers; weight codes of up to 5 bits are such numbers already.
 
@@ -69,6 +69,9 @@ def round_input(
         grid: one for all steps, unless `step` says which step is at hand.
         step: filled, before each call of the network, with (N,), which of the grid's steps each sample belongs to.
         float8: to E4M3 numbers in place of integers.
+
+    Returns:
+        The handle of a forward pre-hook.
     """
     return _before(module, rounder(name, grid, step, float8=float8))
 
@@ -88,6 +91,7 @@ def _layer_rounder(
 
     def rounded(x: Tensor) -> Tensor:
         width_here = per_channel(bits[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
+        # Every width is computed and one is chosen, since the samples of a batch may differ in theirs.
         return sum(
             (torch.where(width_here == width, rounds(x), 0.0) for width, rounds in by_width.items()), torch.zeros(())
         )
@@ -103,7 +107,11 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
 
 
 def rounder(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> Callable[[Tensor], Tensor]:
-    """Return what rounds an activation of module `name` to its grid; for the rest see `round_input`."""
+    """Return the function that rounds an activation (N, ...) of module `name` to its grid.
+
+    Raises:
+        CalibError: when it is called, if the grid differs by step and there are more or fewer rows than samples.
+    """
     if grid.log2:
         return partial(round_log2, scale=grid.scale, bits=grid.bits)
     grid = grid.float8() if float8 else grid

@@ -16,10 +16,10 @@ def float_reasons(traced: Trace, convention: Convention, keep_float: tuple[str, 
     Args:
         traced: what `trace` saw.
         convention: which layers an engine, or a paper, keeps float.
-        keep_float: shell patterns of further layer names.
+        keep_float: shell patterns of the names of further layers, as for `--keep-float`.
 
     Raises:
-        CalibError: a pattern that matches no layer, or nothing left to quantize.
+        CalibError: a pattern matches no layer, or all layers stay float.
     """
     reasons: dict[str, str] = {}
     for layer in traced.layers:
@@ -27,6 +27,7 @@ def float_reasons(traced: Trace, convention: Convention, keep_float: tuple[str, 
             reasons[layer.name] = "its weight is used without calling it as a module"
         elif not layer.quantizable:
             reasons[layer.name] = f"{layer.kind} has no quantized form here"
+    # A convention's first and last layer are those of the layers that could be quantized.
     usable = tuple(layer for layer in traced.layers if layer.name not in reasons)
     reasons |= CONVENTIONS[convention](usable)
     names = [layer.name for layer in traced.layers]
@@ -39,12 +40,18 @@ def float_reasons(traced: Trace, convention: Convention, keep_float: tuple[str, 
             raise CalibError(f"--keep-float {pattern!r} matches no layer; names look like {usable[0].name!r}.")
         reasons |= dict.fromkeys(matches, f"asked for by {pattern!r}")
     if all(layer.name in reasons for layer in traced.layers):
-        raise CalibError(f"Nothing left to quantize: all {len(traced.layers)} layers stay float.")
+        raise CalibError(f"No layer is left to quantize: all {len(traced.layers)} stay float.")
     return reasons
 
 
 def quantized_products(traced: Trace, convention: Convention, reasons: Mapping[str, str]) -> list[str]:
-    """Return the modules whose products inside attention are quantized; `reasons` is what `float_reasons` gave."""
+    """Return the names of the modules whose products inside attention are quantized.
+
+    Args:
+        traced: what `trace` saw.
+        convention: whether there are any.
+        reasons: from `float_reasons`.
+    """
     return [name for name in traced.attentions if convention in WITH_PRODUCTS and name not in reasons]
 
 
@@ -72,13 +79,14 @@ def _tfmq(layers: tuple[Layer, ...]) -> dict[str, str]:
         reasons[first_embedding] = "first time-embedding layer (TFMQ-DM)"
     for layer in layers:
         if layer.shortcut:
-            reasons.setdefault(layer.name, "shortcut (TFMQ-DM)")
+            reasons.setdefault(layer.name, "shortcut (TFMQ-DM)")  # the ends have their reason already
         elif layer.downsampling:
             reasons.setdefault(layer.name, "down-sampling (TFMQ-DM)")
     return reasons
 
 
 def _ends(layers: tuple[Layer, ...]) -> dict[str, str]:
+    # Embeddings of the step or of a class come earlier in call order, and are no ends.
     spatial = [layer.name for layer in layers if layer.depends_on_x]
     return {spatial[0]: "first layer", spatial[-1]: "last layer"} if spatial else {}
 

@@ -41,15 +41,19 @@ def gptq_logits(
 ) -> list[Tensor]:
     """Return rounding logits that lean towards GPTQ's decision, in the order of `layers`, which is call order.
 
-    Each layer sees what the layers before it, already rounded, give. A layer whose input cannot be seen or unfolded
-    (grouped or padded other than with zeros) starts from its float weight.
+    A layer's input is that behind the layers before it, already rounded. A layer whose input does not show or does not
+    unfold (grouped, or padded other than with zeros) starts from its float weight.
 
     Args:
         block: holds `layers`; not changed.
         layers: float weights and grids.
         io: recording of the block's inputs.
         generator: draws the samples.
+
+    Returns:
+        V of each layer, the shape of its weight.
     """
+    # Few samples will do: each gives a convolution one row a pixel.
     few = io.take(torch.randperm(len(io), generator=generator)[:SAMPLES])
     weights = {w.key: w.weight for w in layers}
     logits = []
@@ -59,7 +63,7 @@ def gptq_logits(
             logits.append(adaround.initial_logits(w.weight, w.scale))
             continue
         codes = round_columns(w.weight.flatten(1), moments, w.scale, w.bits).reshape(w.weight.shape)
-        weights[w.key] = dequantize_weight(codes, w.scale)
+        weights[w.key] = dequantize_weight(codes, w.scale)  # the layers behind it see its rounding
         logits.append(_leaning(w, codes))
     return logits
 
@@ -74,20 +78,24 @@ def round_columns(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> 
         bits: its width.
     """
     low, high = integer_range(bits)
-    h, step = moments.to(torch.float64, copy=True), scale.double()
+    step = scale.double()
+    h = moments.to(torch.float64, copy=True)  # float32 loses the small eigenvalues that the inverse is made of
+    # Damping bounds the condition number; the clamp is for a weight whose inputs are all 0.
     h.diagonal().add_(DAMPING * h.diagonal().mean()).clamp_(min=1e-12)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)  # what matters most is rounded first
-    rest, h = weight.double()[:, order], h[order[:, None], order]
+    rest = weight.double()[:, order]  # (C, K), what each weight should be by now
+    h = h[order[:, None], order]
     h = torch.linalg.cholesky(h)  # one after another: 2 560 channels of 3x3 are 4.2 GB, each time
     h = torch.cholesky_inverse(h)
-    u = torch.linalg.cholesky(h, upper=True)
+    u = torch.linalg.cholesky(h, upper=True)  # row i: how column i's error is shared among the columns behind it
     codes = torch.empty_like(rest)
     for first in range(0, rest.shape[1], COLUMNS):
         last = min(first + COLUMNS, rest.shape[1])
-        errors = torch.empty(len(rest), last - first, dtype=rest.dtype)
+        errors = torch.empty(len(rest), last - first, dtype=rest.dtype)  # e_i (C,) side by side
         for i in range(first, last):
             codes[:, i] = torch.round(rest[:, i] / step).clamp(low, high)
             errors[:, i - first] = (rest[:, i] - codes[:, i] * step) / u[i, i]
+            # Only the group at hand: the columns behind it are brought up to date at once, by one matrix product.
             rest[:, i:last] -= errors[:, i - first, None] * u[i, i:last]
         rest[:, last:] -= errors @ u[first:last, last:]
     return codes[:, torch.argsort(order)].to(torch.int8)
@@ -97,13 +105,13 @@ def _leaning(w: LayerWeight, codes: Tensor) -> Tensor:
     """Return V with h(V) BLEND of the way from the float weight to `codes`, or to the neighbour on their side."""
     grid = w.weight / per_channel(w.scale, w.weight.ndim)
     floor = torch.floor(grid)
-    up = (codes - floor).clamp(0, 1)
-    h = torch.lerp(grid - floor, up, BLEND).clamp(1e-3, 1 - 1e-3)
+    up = (codes - floor).clamp(0, 1)  # GPTQ may go further than to the neighbours, AdaRound does not
+    h = torch.lerp(grid - floor, up, BLEND).clamp(1e-3, 1 - 1e-3)  # beyond 0 and 1 h(V) is flat
     return adaround.logits_of(h)
 
 
 def _second_moments(block: nn.Module, weights: Mapping[str, Tensor], key: str, io: BlockIO) -> Tensor | None:
-    """Return X X^T (K, K) of what layer `key` sees when the block holds `weights`; None if that cannot be had."""
+    """Return X X^T (K, K) of what layer `key` sees when the block has `weights`; None if it cannot be seen."""
     layer = block.get_submodule(key.rpartition(".")[0])
     total: Tensor | None = None
 
@@ -112,7 +120,7 @@ def _second_moments(block: nn.Module, weights: Mapping[str, Tensor], key: str, i
         columns = _columns(module, args[0])
         if columns is not None:
             product = columns.T @ columns
-            total = product if total is None else total.add_(product)
+            total = product if total is None else total.add_(product)  # summed over the calls of a pass as well
 
     with torch.no_grad(), layer.register_forward_pre_hook(hook):
         for index in torch.split(torch.arange(len(io)), CHUNK):
@@ -124,11 +132,12 @@ def _second_moments(block: nn.Module, weights: Mapping[str, Tensor], key: str, i
 def _columns(layer: nn.Module, x: Tensor) -> Tensor | None:
     """Return a layer's input as rows (M, K) that multiply its flattened weight (C, K)."""
     if isinstance(layer, nn.Linear):
-        return x.flatten(0, -2)
+        return x.flatten(0, -2)  # (N, ..., K) -> (M, K)
     if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.padding_mode != "zeros":
         return None
-    if isinstance(layer.padding, str):
+    if isinstance(layer.padding, str):  # "same", which unfold does not take
         return None
+    # (N, C, H, W) -> (N, K, L): K = C * kh * kw, in the order of the flattened weight; L positions of the kernel
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     return patches.transpose(1, 2).flatten(0, 1)  # (N, K, L) -> (N * L, K)
 

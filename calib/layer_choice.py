@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -25,7 +26,7 @@ class LayerChoice:
         products: the names of the modules whose products inside attention are quantized.
         float_reasons: why each of the others stays float.
         bits: weight bits by layer name.
-        sensitivity: error of the predicted noise by layer and weight bits, if a budget asked for it.
+        sensitivity: error of the predicted noise by layer and weight bits, if there is a budget.
     """
 
     traced: Trace
@@ -45,7 +46,15 @@ def choose_layers(
     clock: Clock | None,
     on_progress: Callable[[Progress], None],
 ) -> LayerChoice:
-    """Return what the settings quantize of `model`; arguments as for `calib.calibrate.calibrate`.
+    """Return what the settings quantize of `model`.
+
+    Args:
+        model: the float network, rewritten already.
+        data: what it saw at each sampling step.
+        config: convention, layers to keep float, bits or a budget.
+        timesteps: number of training timesteps.
+        clock: measures milliseconds, for a budget in that unit.
+        on_progress: called after each layer that a budget makes it measure.
 
     Raises:
         CalibError: no layer is left to quantize, or a layer cannot have a grid for each step.
@@ -54,11 +63,7 @@ def choose_layers(
     reasons = float_reasons(traced, config.convention, config.keep_float)
     candidates = [layer.name for layer in traced.layers if layer.name not in reasons]
     if config.mixed.budget:
-
-        def report(done: int, total: int) -> None:
-            name = f"bits, layer {done}/{total}"
-            on_progress(Progress(stage=Stage.BITS, name=name, index=0, total=0, fraction=0.0, seconds={}))
-
+        report = partial(_report_layer, on_progress)
         chosen = mixed_precision.assign_bits(model, data, candidates, config, timesteps, clock, report)
     else:
         chosen = BitAssignment(bits=dict.fromkeys(candidates, config.weight.bits), errors=None)
@@ -70,7 +75,7 @@ def choose_layers(
     layers = [name for name in candidates if name not in reasons]
     if not layers:
         raise CalibError("The budget has room for every layer in float, so nothing is left to quantize: lower it.")
-    if config.activation.per_step:
+    if config.activation.per_step:  # a row of an input must belong to one sample, which has one step
         require_batch_first(traced, layers)
     return LayerChoice(
         traced=traced,
@@ -80,3 +85,9 @@ def choose_layers(
         bits=chosen.bits,
         sensitivity=chosen.errors,
     )
+
+
+def _report_layer(on_progress: Callable[[Progress], None], done: int, total: int) -> None:
+    name = f"bits, layer {done}/{total}"
+    # How long the blocks will take is only known once the layers are chosen: no share of the work yet.
+    on_progress(Progress(stage=Stage.BITS, name=name, index=0, total=0, fraction=0.0, seconds={}))

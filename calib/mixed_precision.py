@@ -61,13 +61,14 @@ def assign_bits(
         on_layer: called with (done, total) layers measured.
 
     Raises:
-        CalibError: not even the fewest bits keep to the budget, or nothing measures milliseconds.
+        CalibError: the fewest bits exceed the budget, or milliseconds are the unit and there is no clock.
     """
     macs = layer_macs(model, tuple(data.x.shape[1:]), timesteps, data.cond)
     if config.mixed.unit is BudgetUnit.MILLISECONDS and clock is None:
-        raise CalibError("A budget of milliseconds needs something that measures them: give a clock.")
+        raise CalibError("A budget of milliseconds needs a clock that measures them, and there is none: pass `clock`.")
     if config.mixed.unit is BudgetUnit.MILLISECONDS and clock is not None:
-        times, whole = clock(model, layers, config.mixed.choices), sum(macs[name] for name in layers)
+        times = clock(model, layers, config.mixed.choices)
+        whole = sum(macs[name] for name in layers)
         costs = {n: {bits: ms * macs[n] / whole for bits, ms in times.items()} for n in layers}
         budget = config.mixed.budget
     else:
@@ -86,6 +87,13 @@ def sensitivities(
     """Return the error of the predicted noise with one layer alone quantized, by layer and weight bits; 0 where float.
 
     The layer's input is rounded too, on a grid over the range that it has in the float network.
+
+    Args:
+        model: the float network; its weights are replaced one after another, and put back.
+        data: what it saw at each sampling step.
+        layers: names of those that could be quantized.
+        config: choices of bits, activation bits.
+        on_layer: called with (done, total) layers measured.
     """
     activation = config.activation
     batches = [(0, index) for index in torch.split(torch.arange(len(data)), activation.batch)]
@@ -94,7 +102,8 @@ def sensitivities(
     errors: dict[str, dict[int, float]] = {}
     for done, name in enumerate(layers, 1):
         grid = ranges.make_grid(seen[name, "input"], activation.bits, symmetric=activation.symmetric)
-        layer, errors[name] = model.get_submodule(name), {}
+        layer = model.get_submodule(name)
+        errors[name] = {}
         for bits in config.mixed.choices:
             if bits == FLOAT_BITS:
                 errors[name][bits] = 0.0
@@ -119,17 +128,20 @@ def solve(
     {'a': 8, 'b': 4}
 
     Raises:
-        CalibError: not even the fewest bits keep to the budget.
+        CalibError: the fewest bits exceed the budget, or the solver fails.
     """
+    # Here, since start-up need not wait for scipy.
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     least = sum(min(cost.values()) for cost in costs.values())
     if least > budget:
         raise CalibError(f"A budget of {budget:g} {unit} cannot be kept: the fewest bits need {least:g}.")
     pairs = [(name, bits) for name in errors for bits in errors[name]]
+    # (L, P): which of the P pairs (layer, bits) are of layer l; one of them is chosen.
     one_each = np.array([[float(name == other) for other, _ in pairs] for name in errors])
     price = np.array([[costs[name][bits] for name, bits in pairs]])
     goal = np.array([errors[name][bits] for name, bits in pairs])
+    # Errors and prices are brought near 1: the solver's tolerances are absolute.
     result = milp(
         goal / max(goal.max(), 1e-30),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price / budget, -inf, 1)],
@@ -137,7 +149,7 @@ def solve(
         bounds=Bounds(0, 1),
     )
     if result.x is None:
-        raise CalibError(f"No assignment of bits was found for a budget of {budget:g} {unit}: {result.message}")
+        raise CalibError(f"The solver assigned no bits within a budget of {budget:g} {unit}: {result.message}")
     return {name: bits for (name, bits), chosen in zip(pairs, result.x, strict=True) if chosen > 0.5}
 
 
@@ -148,11 +160,15 @@ def _costs(
     mixed, activation = config.mixed, config.activation.bits
     sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in layers}
     if mixed.unit is BudgetUnit.GIGA_BIT_OPERATIONS:
-        done = {name: macs.get(name, 0) / 1e9 for name in layers}
-        costs = {n: {b: done[n] * b * (b if b == FLOAT_BITS else activation) for b in mixed.choices} for n in layers}
+        giga_macs = {name: macs.get(name, 0) / 1e9 for name in layers}
+        # Where the weight stays float so does the layer's input.
+        costs = {
+            n: {b: giga_macs[n] * b * (b if b == FLOAT_BITS else activation) for b in mixed.choices} for n in layers
+        }
         rest = sum(count for name, count in macs.items() if name not in sizes) * FLOAT_BITS**2 / 1e9
         return costs, mixed.budget - rest
     if mixed.unit is BudgetUnit.MEGABYTES:
+        # A float32 scale a channel, the same at any width.
         scales = 4 * sum(len(model.get_parameter(f"{name}.weight")) for name in layers)
         rest = 4 * (sum(p.numel() for p in model.parameters()) - sum(sizes.values())) + scales
         return {n: {b: sizes[n] * b / 8e6 for b in mixed.choices} for n in layers}, mixed.budget - rest / 1e6
@@ -161,7 +177,7 @@ def _costs(
 
 
 def _few(data: CalibrationSet, config: MixedConfig) -> CalibrationSet:
-    """Return the first samples of some steps, evenly spread."""
+    """Return the first samples of `config.steps` steps, spread evenly over all."""
     steps = torch.unique(data.step)
     chosen = steps[torch.linspace(0, len(steps) - 1, min(config.steps, len(steps))).round().long()]
     return data.take(torch.cat([(data.step == step).nonzero()[: config.images, 0] for step in chosen]))
@@ -189,6 +205,7 @@ def _predict(model: nn.Module, data: CalibrationSet, batch: int) -> Tensor:
 
 def _error(predicted: Tensor, exact: Tensor, step: Tensor) -> float:
     """Return |predicted - exact|^2 / |exact|^2, of each step's samples together, averaged over the steps."""
-    signal, error = exact.double().square().flatten(1).sum(1), (predicted - exact).double().square().flatten(1).sum(1)
+    signal = exact.double().square().flatten(1).sum(1)  # (N, C, H, W) -> (N,)
+    error = (predicted - exact).double().square().flatten(1).sum(1)
     shares = [float(error[step == s].sum() / signal[step == s].sum()) for s in torch.unique(step)]
     return sum(shares) / len(shares)

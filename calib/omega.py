@@ -52,6 +52,11 @@ def initial_scores(config: OmegaConfig, samples: int, generator: torch.Generator
     """Return the scores (samples,) float64 that calibration starts from.
 
     Equal scores 1/batch, the paper's start, give uniform weights; rule "random" draws them from a standard normal.
+
+    Args:
+        config: rule and mini-batch.
+        samples: N.
+        generator: draws random scores.
     """
     if config.rule is OmegaRule.RANDOM:
         return torch.randn(samples, generator=generator, dtype=torch.float64)
@@ -71,6 +76,7 @@ def sample_weights(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor
 
 def score_gradient(omega: Tensor, gradient: Tensor, config: OmegaConfig, samples: int) -> Tensor:
     """Carry dL/domega (n,) of a mini-batch back to its scores through the softmax over `samples` or the mini-batch."""
+    # d omega_i / d s_j = omega_i (1[i = j] - p_j) / tau, where p_j is omega_j, or n / N of it over the set.
     share = len(omega) / samples if config.softmax is SoftmaxOver.SET else 1.0
     return omega * (gradient - share * (omega * gradient).sum()) / config.temperature
 
@@ -98,7 +104,7 @@ def align_scores(
     config: OmegaConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return the scores (N,) after this block's meta-updates (Algorithm 2); the same ones if the rule has none.
+    """Return the scores (N,) after this block's meta-updates (GAC, Algorithm 2); unchanged if the rule has none.
 
     Args:
         loss: the block's loss of each sample.
@@ -110,21 +116,17 @@ def align_scores(
     """
     if config.rule not in RULES:
         return scores
-    point = torch.cat([v.detach().flatten() for v in logits])  # (P,)
-    sizes, shapes = [v.numel() for v in logits], [v.shape for v in logits]
-
-    def losses(p: Tensor, io: BlockIO) -> Tensor:
-        return loss([v.reshape(s) for v, s in zip(torch.split(p, sizes), shapes, strict=True)], io)
-
+    point, losses = _flattened(loss, logits)
     index = _draw(torch.arange(len(data.train)), config.batch, generator)  # (n,)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         jacobian = _jacobian(losses, point, data.train.take(index))
-        size = jacobian.double().square().mean().sqrt().item()
-        if size == 0:  # no sample of this block asks for any change, so there is nothing to weigh
+        size = jacobian.double().square().mean().sqrt().item()  # in double: squares of small gradients underflow
+        if size == 0:  # every loss is flat here, so no weights are better than others
             return scores
 
         def gradient(omega: Tensor) -> Tensor:
             """Return dL/domega (n,), on fresh validation samples of each group, the groups in random order."""
+            # The order matters to `fish` alone, but all rules draw it, so that they draw the same samples.
             members = [(data.group == k).nonzero()[:, 0] for k in torch.unique(data.group)]
             order = torch.randperm(len(members), generator=generator).tolist()
             drawn = [_draw(members[k], config.validation_batch, generator) for k in order]
@@ -134,11 +136,23 @@ def align_scores(
         return _descend(gradient, scores, index, config)
 
 
+def _flattened(loss: PerSample, logits: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor, BlockIO], Tensor]]:
+    """Return all logits as one point V (P,), and the losses (n,) of samples as a function of such a point."""
+    sizes = [v.numel() for v in logits]
+    shapes = [v.shape for v in logits]
+
+    def losses(point: Tensor, io: BlockIO) -> Tensor:
+        return loss([v.reshape(s) for v, s in zip(torch.split(point, sizes), shapes, strict=True)], io)
+
+    return torch.cat([v.detach().flatten() for v in logits]), losses
+
+
 def _descend(gradient: Callable[[Tensor], Tensor], scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor:
     """Return the scores (N,) after Adam has moved those at `index` (n,) against the `gradient` in their weights."""
     moving = scores[index].clone().requires_grad_()
     optimiser = torch.optim.Adam([moving], lr=config.meta_learning_rate)
     for _ in range(config.meta_steps):
+        # All N scores, since with the softmax over the set those outside the mini-batch count as well.
         omega = sample_weights(scores.index_copy(0, index, moving.detach()), index, config)
         moving.grad = score_gradient(omega, gradient(omega), config, len(scores)).to(moving.dtype)
         optimiser.step()
@@ -155,7 +169,7 @@ def mse(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omeg
         tasks: one per group, logits (P,) -> scalar loss.
         omega: (n,) sample weights.
     """
-    g = _gradients(tasks)(point - eta * (omega @ jacobian))
+    g = _gradients(tasks)(point - eta * (omega @ jacobian))  # (K, P), at V* = V - eta J^T omega
     return -eta / len(tasks) * (jacobian @ g.sum(0))
 
 
@@ -164,15 +178,15 @@ def surrogate(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss]
     g, times_h = _gradients_and_hessians(tasks, point - eta * (omega @ jacobian))
     big_g = -eta * (g @ jacobian.T)  # (K, P) x (P, n) -> (K, n)
     total = big_g.sum(0)
-    pull = times_h((total - big_g) @ jacobian)
+    pull = times_h((total - big_g) @ jacobian)  # (K, n) x (n, P) -> (K, P) -> (P,)
     return total / len(tasks) - _pairs(len(tasks)) * eta**2 * (jacobian @ pull)
 
 
 def exact(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
     """Return d/domega of mean_k L_k + L_GM, gradients matched with respect to V*; arguments as `mse`."""
     g, times_h = _gradients_and_hessians(tasks, point - eta * (omega @ jacobian))
-    total = g.sum(0)
-    pull = times_h(total - g)
+    total = g.sum(0)  # S (P,)
+    pull = times_h(total - g)  # of all pairs at once: group k is matched with the sum of the others
     return eta * (jacobian @ (_pairs(len(tasks)) * pull - total / len(tasks)))
 
 
@@ -186,6 +200,7 @@ def fish(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], ome
     for task in tasks:
         gradient = mse(jacobian, eta, point, [task], omega)
         size = gradient.square().mean().sqrt()
+        # Divided by its size, so that a step is as long whatever the scale of the losses.
         omega = omega - FISH_STEP * omega.mean() * gradient / size.clamp(min=1e-30)
         total = total + gradient
     return total / len(tasks)
@@ -223,7 +238,8 @@ def _jacobian(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: Bl
     def one(p: Tensor, inputs: tuple[object, ...], target: Tensor) -> Tensor:
         return losses(p, io.single(inputs, target))[0]
 
-    axes = tuple(0 if b else None for b in io.batched)
+    axes = tuple(0 if b else None for b in io.batched)  # leaves that all samples share are not mapped over
+    # One gradient a sample, at once; in chunks, since each needs the memory of a backward pass.
     over_samples = vmap(grad(one), in_dims=(None, axes, 0), chunk_size=CHUNK)
     rows: Tensor = over_samples(point, io.inputs, io.target)  # type: ignore[arg-type]
     return rows

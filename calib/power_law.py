@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from calib.attention import intercept_attention
 from calib.data import CalibrationSet
 
-VALUES = 4096  # of each product, from each of
-BATCHES, BATCH = 16, 8
+BATCHES = 16  # of samples, on which the probabilities are looked at
+BATCH = 8  # samples each
+VALUES = 4096  # drawn from the probabilities of one product in one batch
 
 
 def log_likelihood_ratio(values: Tensor) -> float:
@@ -27,37 +28,39 @@ def log_likelihood_ratio(values: Tensor) -> float:
         values: not negative.
     """
     values = values.double().flatten()
-    least = values.mean()
+    least = values.mean()  # m
     x = values[values > least]
     if len(x) == 0 or float(least) == 0:
         return 0.0
-    logs, rate = (x / least).log(), 1 / (x.mean() - least)
-    exponent = 1 + 1 / logs.mean()
+    logs = (x / least).log()
+    rate = 1 / (x.mean() - least)  # l
+    exponent = 1 + 1 / logs.mean()  # a
     power = ((exponent - 1) / least).log() - exponent * logs
+    # x is above its mean m, where both laws have all of their mass, so the likelihoods can be compared.
     return float((power - (rate.log() - rate * (x - least))).mean())
 
 
 def find_heavy_tails(
     network: nn.Module, products: Sequence[str], data: CalibrationSet, generator: torch.Generator
 ) -> frozenset[str]:
-    """Return those modules whose attention's probabilities follow a power law.
+    """Return the modules whose attention has probabilities that follow a power law rather than an exponential.
 
     Args:
         network: its weights quantized.
         products: names of modules with attention.
-        data: what it saw; batches are drawn from all of it.
-        generator: draws them, and the values.
+        data: what the float network saw; batches are drawn from all of it.
+        generator: draws the batches and the values.
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in products}
 
-    def keep(name: str, operand: str, value: Tensor) -> Tensor:
+    def draw(name: str, operand: str, value: Tensor) -> Tensor:
         if operand == "probability":
-            flat = value.flatten()
+            flat = value.flatten()  # (N, heads, L, S) -> (N * heads * L * S,)
             seen[name].append(flat[torch.randint(len(flat), (VALUES,), generator=generator)])
-        return value
+        return value  # as it is: this only looks
 
     handles = [
-        handle for name in products for handle in intercept_attention(network.get_submodule(name), partial(keep, name))
+        handle for name in products for handle in intercept_attention(network.get_submodule(name), partial(draw, name))
     ]
     try:
         order = torch.randperm(len(data), generator=generator)[: BATCHES * BATCH]

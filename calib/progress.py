@@ -1,4 +1,8 @@
-"""How far a calibration is, as a share of its work, so that an estimate of the time left is honest from the start."""
+"""How far a calibration is, as a share of its work, so that an estimate of the time left is about right from the start.
+
+Pieces of work differ in their time by orders of magnitude, so each counts by the seconds that it is expected to take:
+forward passes are timed once, and the rest is counted in forward passes.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,7 +66,7 @@ class Cost:
 
 
 def expected_times(model: nn.Module, blocks: Sequence[Block], data: CalibrationSet, config: QuantConfig) -> list[Cost]:
-    """Return what each block, then the ranges, should cost, from one timed forward pass of each block.
+    """Return what each block, then the ranges, should cost, from a timed forward pass of each block.
 
     Args:
         model: the float network.
@@ -78,6 +82,7 @@ def expected_times(model: nn.Module, blocks: Sequence[Block], data: CalibrationS
         per_sample = seconds[b.name] / len(inputs[0])
         fitting = config.reconstruction.passes * BACKWARD * config.reconstruction.batch * per_sample
         o = config.omega
+        # A meta-step takes a mini-batch of each group of steps; there are no more groups than steps.
         step = META.get(o.rule, 0.0) * min(o.groups, config.weight_steps) * o.validation_batch
         meta = (JACOBIAN * o.batch + o.meta_steps * step) * per_sample if o.rule in META else 0.0
         recording = 2 * weight_samples * per_sample
@@ -115,10 +120,16 @@ def _forward_seconds(
 
 
 class ProgressMeter:
-    """Turn finished iterations into a share of all the work expected, and report it; keep the time of each phase."""
+    """Turns finished iterations into a share of all expected work, reports it, and adds up the time of each phase.
+
+    Args:
+        costs: expected seconds of each block, then of the ranges.
+        report: called with each progress.
+    """
 
     def __init__(self, costs: Sequence[Cost], report: Callable[[Progress], None]) -> None:
-        self._costs, self._report = costs, report
+        self._costs = costs
+        self._report = report
         self._seconds: dict[str, float] = {}
         self._phase = ""
         self._since = 0.0

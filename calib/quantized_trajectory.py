@@ -1,8 +1,8 @@
 """Activation grids of each step, on what the quantized network itself draws (PCR, arXiv 2311.06322).
 
 Ranges are otherwise observed on images that the float network drew. The quantized network drifts away from those, a
-little further at every step. Here its own trajectory is followed: at each step, with all earlier ones quantized, the
-ranges are observed, the step's grids are made from them, and the step is taken with those grids.
+little further at every step. Here the trajectory of the quantized network is followed: at each step, with all earlier
+ones quantized, the ranges are observed, the step's grids are made from them, and the step is taken with those grids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,9 +42,13 @@ class ObservingNetwork:
             x: (N, C, H, W), all of one step.
             t: (N,) its timestep.
             cond: conditions by name, (N, ...) each.
+
+        Returns:
+            The predicted noise (N, C, H, W).
         """
         plan, activation = self._plan, self._plan.config.activation
         data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t), cond=cond)
+        # All of them count for number 0: this call is of one step alone.
         batches = [(0, index) for index in torch.split(torch.arange(len(x)), activation.batch)]
         observed = ranges.observe(
             self._network, list(plan.layers), list(plan.products), data, batches, activation, lambda done: None
@@ -58,13 +62,14 @@ class ObservingNetwork:
     @property
     def plan(self) -> QuantPlan:
         """The plan with the grids of this trajectory, one for each timestep that was met."""
-        met = sorted(self._seen)
+        met = sorted(self._seen)  # rising, as a plan's timesteps are; sampling meets them falling
         reaches = {key: tuple(self._seen[t][key] for t in met) for key in self._seen[met[0]]}
         plan = _with_grids(self._plan, reaches, self._plan.config.activation)
         return replace(plan, timesteps=torch.tensor(met, dtype=torch.int64))
 
     @torch.no_grad()
     def _predict(self, plan: QuantPlan, data: CalibrationSet) -> Tensor:
+        # Hooks for this call alone: the next step has other grids, and is observed without any.
         handles = []
         for name, layer in plan.layers.items():
             handles.append(round_input(self._network.get_submodule(name), name, layer.input))
@@ -85,7 +90,7 @@ def _operand(name: str, product: ProductQuant, operand: str, x: Tensor) -> Tenso
 def _with_grids(
     plan: QuantPlan, reaches: Mapping[tuple[str, str], Sequence[Reach]], config: ActivationConfig
 ) -> QuantPlan:
-    """Return the plan with grids over `reaches`, one for each of its steps."""
+    """Return the plan with grids over `reaches`, which have one reach for each of its steps."""
     grids = {name: ranges.make_grids(reaches[name, "input"], config) for name in plan.layers}
     layers = {
         name: replace(layer, input=grids[name][0], narrower=grids[name][1:]) for name, layer in plan.layers.items()

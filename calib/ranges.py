@@ -4,12 +4,13 @@ One grid a layer, shared by all sampling steps: exponential moving averages (mom
 reach below and above 0 in batches drawn across all steps in random order, so that no step weighs more than another.
 The rule "minmax" takes the farthest of all batches instead, as plain round-to-nearest baselines do.
 
-With `per_step` each sampling step has averages of its own, from batches of that step alone (TFMQ-DM's finite set
+With `per_step` each sampling step has separate averages, from batches of that step alone (TFMQ-DM's finite set
 calibration). A step is known by its training timestep t, the only thing of it that a network sees.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from calib.plan import Grid
 # By how much a grid must become finer before 0 moves from its middle, which costs an engine a little.
 WORTHWHILE_GAIN = 0.1
 
-Reach = tuple[float, float]  # how far values lie below and above 0
+Reach = tuple[float, float]  # how far values lie below and above 0, neither negative
 
 
 def ema(average: float | None, value: float, momentum: float) -> float:
@@ -39,7 +40,7 @@ def ema(average: float | None, value: float, momentum: float) -> float:
 
 
 def running_max(so_far: float | None, value: float, momentum: float) -> float:
-    """Return the larger of the two."""
+    """Return the larger of the two; `momentum` is for `ema` alone."""
     return value if so_far is None else max(so_far, value)
 
 
@@ -59,7 +60,7 @@ def nearest_step(timesteps: Tensor, t: Tensor) -> Tensor:
 
 
 def symmetric_scale(magnitude: float, bits: int) -> float:
-    """Return the scale whose largest code stands for `magnitude`, rounded to float32."""
+    """Return the scale whose largest code stands for `magnitude`, rounded to float32, as graphs hold it."""
     return float(torch.tensor(max(magnitude, 1e-8) / integer_range(bits)[1], dtype=torch.float32))
 
 
@@ -69,7 +70,8 @@ def make_grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
     Args:
         reaches: from `observe`.
         bits: width.
-        symmetric: 0 stays in the middle, or else only where moving it would not make the grid finer by WORTH.
+        symmetric: True if 0 stays in the middle; otherwise it moves where that makes the grid finer by at least
+            WORTHWHILE_GAIN.
     """
     low, high = integer_range(bits)
     middle = [symmetric_scale(max(reach), bits) for reach in reaches]
@@ -78,10 +80,12 @@ def make_grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
         scales, zero = middle, tuple(0 for _ in reaches)
     else:
         scales = moved
+        # The code of 0, such that `low` stands for the smallest value.
         zero = tuple(round(low + below / scale) for (below, _), scale in zip(reaches, scales, strict=True))
     widest_scale = max(scales)
     if len(reaches) == 1:
         return Grid(scale=widest_scale, bits=bits, zero=zero)
+    # Each step's scale as a share of the widest, in float32 as graphs divide by it.
     ratio = tuple((torch.tensor(scales) / widest_scale).tolist())
     return Grid(scale=widest_scale, bits=bits, zero=zero, ratio=ratio)
 
@@ -95,13 +99,14 @@ def make_operand_grid(reaches: Sequence[Reach], operand: str, bits: int, *, log2
     """Return the grid of an operand inside attention; probabilities have 8 bits, from 0 up, or are powers of two."""
     if operand == "probability" and log2:
         return Grid(scale=1.0, bits=bits, log2=True)
-    if operand == "probability":
+    if operand == "probability":  # never negative, so a symmetric grid would waste half of its codes
         return make_grid([(0.0, above) for _, above in reaches], 8, symmetric=False)
     return make_grid(reaches, bits, symmetric=True)
 
 
 def round_to_16_bits(scale: float) -> float:
     """Round to 16 bits, so that its product with any code is exact in float32."""
+    # float32 has 24 bits, and a code at most 8.
     mantissa, exponent = math.frexp(scale)
     return math.ldexp(round(math.ldexp(mantissa, 16)), exponent - 16)
 
@@ -113,7 +118,7 @@ def draw_batches(
 
     Without `per_step` all of them count for number 0; with it number k is the k-th smallest timestep in `data`.
     """
-    groups = [torch.arange(len(data))]
+    groups = [torch.arange(len(data))]  # all steps mixed, so that no step weighs more than another
     if config.per_step:
         groups = [(data.t == t).nonzero()[:, 0] for t in torch.unique(data.t)]
     most = None if config.batches is None else max(1, config.batches // len(groups))
@@ -133,33 +138,24 @@ def observe(
     config: ActivationConfig,
     on_batch: Callable[[int], None],
 ) -> dict[tuple[str, str], tuple[Reach, ...]]:
-    """Run the weight-quantized `model` on the batches of `draw_batches` and return how far values reach.
+    """Run the weight-quantized `model` on batches and return how far values reach in it.
 
-    Those of ("name", "input") and ("name", "output") of each layer, and of the four `calib.attention.OPERANDS` of each
-    module in `products`; one for each step, or one for all. What is met several times in a forward pass counts with
-    the farthest.
+    Args:
+        model: its weights quantized.
+        layers: names of layers, whose inputs and outputs are observed.
+        products: names of modules, the four `calib.attention.OPERANDS` of whose attention are observed.
+        data: what the float network saw.
+        batches: from `draw_batches`.
+        config: rule and momentum.
+        on_batch: called with the number of observed batches.
+
+    Returns:
+        By (name, "input"), (name, "output") or (name, operand), the reach at each step, or one for all steps.
     """
-    rule, steps = RULES[config.rule], 1 + max(k for k, _ in batches)
+    rule = RULES[config.rule]
+    steps = 1 + max(k for k, _ in batches)
     averages: dict[tuple[str, str], list[Reach | None]] = {}
-    seen: dict[tuple[str, str], Reach] = {}
-
-    def note(name: str, what: str, value: Tensor) -> Tensor:
-        least, most = (float(bound) for bound in value.aminmax())
-        below, above = seen.get((name, what), (0.0, 0.0))
-        seen[name, what] = max(-least, below), max(most, above)
-        return value
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            note(name, "input", args[0])
-            note(name, "output", out)
-
-        return keep
-
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
-    for name in products:
-        handles += intercept_attention(model.get_submodule(name), partial(note, name))
-    try:
+    with _reaches(model, layers, products) as seen:
         for done, (k, index) in enumerate(batches, 1):
             seen.clear()
             with torch.no_grad():
@@ -169,7 +165,38 @@ def observe(
                 old = so_far[k] or (None, None)
                 so_far[k] = rule(old[0], below, config.momentum), rule(old[1], above, config.momentum)
             on_batch(done)
+    # A step at which a layer was not called has no values to cover.
+    return {key: tuple(reach or (0.0, 0.0) for reach in so_far) for key, so_far in averages.items()}
+
+
+@contextmanager
+def _reaches(
+    model: nn.Module, layers: Iterable[str], products: Iterable[str]
+) -> Iterator[dict[tuple[str, str], Reach]]:
+    """Yield a dictionary that the reach of whatever is observed is put into while `model` runs.
+
+    What is met several times before the dictionary is cleared counts with the farthest.
+    """
+    seen: dict[tuple[str, str], Reach] = {}
+
+    def note(name: str, what: str, value: Tensor) -> Tensor:
+        least, most = (float(bound) for bound in value.aminmax())
+        below, above = seen.get((name, what), (0.0, 0.0))  # 0 always lies inside a range
+        seen[name, what] = max(-least, below), max(most, above)
+        return value
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def note_both(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            note(name, "input", args[0])
+            note(name, "output", out)
+
+        return note_both
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    for name in products:
+        handles += intercept_attention(model.get_submodule(name), partial(note, name))
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return {key: tuple(reach or (0.0, 0.0) for reach in so_far) for key, so_far in averages.items()}

@@ -20,10 +20,15 @@ COMPARED_SAMPLES = 256  # samples, evenly spread over the steps, that nearest an
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """Mean block loss with nearest rounding and with the rounding that was kept, over at most COMPARED_SAMPLES.
+    """How well the rounding of one block fits.
 
-    `rounding` is "adaround", or "nearest" where learning did not beat it, or where a layer belongs to no block, because
-    it is called several times or nothing is to be reconstructed (its losses are None).
+    Attributes:
+        name: of the block.
+        layers: its quantized layers.
+        loss_before: mean block loss with nearest rounding, over at most COMPARED_SAMPLES.
+        loss_after: the same with the rounding that the plan has.
+        rounding: "adaround"; or "nearest" where learning did not beat it, or where a layer is in no block, because it
+            is called several times or because no block is reconstructed (its losses are None).
     """
 
     name: str
@@ -62,15 +67,22 @@ def layer_weights(
 
 def output_loss(out: Tensor, target: Tensor) -> Tensor:
     """Return (n,) squared error, summed over axis 1 and averaged over the rest."""
-    error = (out - target).square().sum(1)
+    error = (out - target).square().sum(1)  # (n, C, ...) -> (n, ...)
     return error.flatten(1).mean(1) if error.ndim > 1 else error
 
 
 def block_loss(block: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO) -> Tensor:
-    """Return (len(io),) losses with the block's weights replaced by `weights`."""
+    """Return the losses (n,) of the n samples in `io`, with the block's weights replaced by `weights`.
+
+    Args:
+        block: the block's module; the weights in it do not matter.
+        layers: names of the weights.
+        weights: one for each of `layers`, differentiable.
+        io: samples in memory.
+    """
     args, kwargs = io.call()
     named = {layer.key: w for layer, w in zip(layers, weights, strict=True)}
-    assert isinstance(io.target, Tensor)
+    assert isinstance(io.target, Tensor)  # samples taken from a recording are in memory
     return output_loss(torch.func.functional_call(block, named, args, kwargs), io.target)
 
 
@@ -92,7 +104,8 @@ def fine_grained_loss(
     A layer's loss compares what it gives in the block with what it gives in the float block, on float inputs; the
     recording must have them.
     """
-    plain, inner = per_sample_loss(block, layers), [layer.key.removesuffix(".weight") for layer in layers[:-1]]
+    plain = per_sample_loss(block, layers)
+    inner = [layer.key.removesuffix(".weight") for layer in layers[:-1]]
 
     def loss(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
         assert io.reference is not None
@@ -110,7 +123,7 @@ def fine_grained_loss(
 
 @contextmanager
 def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Yield what will hold the output of each named submodule."""
+    """Yield a dictionary that the output of each named submodule is put into, as they are computed."""
     seen: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -161,13 +174,14 @@ def fit_rounding(
     groups: list[dict[str, Any]] = [{"params": values, "lr": settings.learning_rate}, {"params": [*scales]}]
     optimiser = torch.optim.Adam(groups)
     for i in range(settings.iterations):
+        # The scales' rate falls to 0 along a cosine, as in QDrop; the logits' stays as it is.
         falling = 0.5 + 0.5 * math.cos(math.pi * i / settings.iterations)
         optimiser.param_groups[1]["lr"] = settings.activation_learning_rate * falling
         index = torch.randperm(len(io), generator=fit.generator)[: settings.batch]
-        batch = io.take(index).mixed(share, fit.generator)
+        batch = io.take(index).mixed(share, fit.generator)  # after `index`: both come from one generator
         objective = (sample_weights(fit.scores, index, fit.omega) * loss(values, batch)).sum()
         sharpness = adaround.beta(i, settings.iterations, settings.warmup, settings.beta_start, settings.beta_end)
-        if sharpness is not None:
+        if sharpness is not None:  # the warm-up finds good values before they are pressed to 0 and 1
             objective = objective + settings.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
         optimiser.zero_grad()
         torch.autograd.backward(objective)
@@ -179,7 +193,7 @@ def fit_rounding(
 def harden(
     module: nn.Module, block: Block, layers: Sequence[LayerWeight], logits: Sequence[Tensor], io: BlockIO
 ) -> tuple[list[Tensor], BlockResult]:
-    """Decide every rounding; keep nearest rounding if its loss is lower.
+    """Decide every rounding: as learned, or all to nearest if the block's loss is lower so.
 
     Args:
         module: the block's; its weights do not matter.
@@ -194,20 +208,21 @@ def harden(
     nearest = [affine.quantize_weight(w.weight, w.scale, w.bits) for w in layers]
     learned = [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
     compared = io.part(torch.linspace(0, len(io) - 1, min(len(io), COMPARED_SAMPLES)).round().long())
+    # Learning sees mini-batches and soft weights; only hard codes on common samples say whether it helped.
     before, after = (mean_loss(module, layers, codes, compared) for codes in (nearest, learned))
-    keep = after <= before
+    learning_helped = after <= before
     result = BlockResult(
         name=block.name,
         layers=block.layers,
         loss_before=before,
-        loss_after=after if keep else before,
-        rounding=Rounding.ADAROUND if keep else Rounding.NEAREST,
+        loss_after=after if learning_helped else before,
+        rounding=Rounding.ADAROUND if learning_helped else Rounding.NEAREST,
     )
-    return (learned if keep else nearest), result
+    return (learned if learning_helped else nearest), result
 
 
 def mean_loss(block: nn.Module, layers: Sequence[LayerWeight], codes: Sequence[Tensor], io: BlockIO) -> float:
-    """Return the block loss with integer `codes`, averaged over all samples."""
+    """Return the block's loss with integer `codes` (C, ...) of each layer, averaged over all samples of `io`."""
     weights = [affine.dequantize_weight(c, w.scale) for w, c in zip(layers, codes, strict=True)]
     with torch.no_grad():
         chunks = torch.split(torch.arange(len(io)), 32)

@@ -1,4 +1,4 @@
-"""Silence for warnings that libraries write for their developers."""
+"""Silence for warnings that libraries write for their developers, and that a user can do nothing about."""
 
 import logging
 import warnings
@@ -8,13 +8,17 @@ from contextlib import contextmanager
 
 @contextmanager
 def silenced(logger: str) -> Iterator[None]:
-    """Keep all warnings, and whatever `logger` says below an error, from the user."""
-    chosen = logging.getLogger(logger)
-    level = chosen.level
-    chosen.setLevel(logging.ERROR)
+    """Hide all warnings, and the messages of `logger` below errors, while this is open.
+
+    Args:
+        logger: name of a library's logger, such as "torch".
+    """
+    noisy = logging.getLogger(logger)
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        chosen.setLevel(level)
+        noisy.setLevel(level)

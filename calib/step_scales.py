@@ -50,8 +50,12 @@ def learn_step_grids(
         config: bits, and which rule.
         num_train: number of training timesteps.
         seed: of everything drawn.
+
+    Returns:
+        By layer name, a grid for each of the config's widths; its `ratio` has one number for each of the S timesteps.
     """
     t = torch.unique(data.t)
+    # One layer of a group is enough: the others read the same tensor.
     seen = sample_values(model, [first for first, *_ in layer_groups], data, seed)
 
     def grid(name: str, bits: int) -> Grid:
@@ -66,17 +70,24 @@ def learn_step_grids(
 
 
 def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet, seed: int) -> dict[str, Tensor]:
-    """Return VALUES values of every layer's input at every step, by rising timestep, (S, VALUES)."""
+    """Return VALUES values of every layer's input at every step, by rising timestep, (S, VALUES).
+
+    Args:
+        model: its weights quantized.
+        layers: their names.
+        data: what the float network saw; the first IMAGES samples of each step are run.
+        seed: of the drawn values.
+    """
     values: dict[str, list[Tensor]] = {name: [] for name in layers}
     seen: dict[str, Tensor] = {}
     drawn = generator_for(seed, "values")
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
             before = [seen[name]] if name in seen else []  # by an earlier call in this pass
             seen[name] = torch.cat([*before, args[0].flatten()])
 
-        return keep
+        return gather
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
     try:
@@ -86,6 +97,7 @@ def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet,
             with torch.no_grad():
                 model(*data.inputs(index))
             for name in layers:
+                # Drawn with replacement: a small layer has fewer than VALUES.
                 values[name].append(seen[name][torch.randint(len(seen[name]), (VALUES,), generator=drawn)])
     finally:
         for handle in handles:
@@ -103,9 +115,10 @@ def scales_by_network(values: Tensor, t: Tensor, bits: int, generator: torch.Gen
         generator: draws the perceptron's first weights.
     """
     angles = math.pi * t[:, None] * 2.0 ** torch.arange(FREQUENCIES)  # (S, F)
-    phi = torch.cat([angles.sin(), angles.cos()], 1)
+    phi = torch.cat([angles.sin(), angles.cos()], 1)  # (S, 2F)
     into = (torch.randn(2 * FREQUENCIES, HIDDEN, generator=generator) / (2 * FREQUENCIES) ** 0.5).requires_grad_()
-    bias, out = torch.zeros(HIDDEN, requires_grad=True), torch.zeros(HIDDEN, requires_grad=True)
+    bias = torch.zeros(HIDDEN, requires_grad=True)
+    out = torch.zeros(HIDDEN, requires_grad=True)  # 0, so that f is 0 at first and all steps start from s_0
     first = _first_size(values, bits).log().mean().clone().requires_grad_()
 
     def sizes() -> Tensor:
@@ -118,7 +131,9 @@ def scales_by_network(values: Tensor, t: Tensor, bits: int, generator: torch.Gen
 def scales_by_groups(values: Tensor, t: Tensor, bits: int, generator: torch.Generator) -> Tensor:
     """Return s(t) (S,), at most GROUPS different ones; arguments as for `scales_by_network`."""
     start = _first_size(values, bits).log()
+    # Sizes are learned as logarithms, which keeps them positive; at first they are spread over those of the steps.
     logs = torch.quantile(start, torch.linspace(0.05, 0.95, GROUPS)).requires_grad_()
+    # (S, G): a step leans towards the groups whose size is close to its first one.
     scores = (-(start[:, None] - logs.detach()).abs()).clone().requires_grad_()
     used = torch.zeros(len(values))
 
@@ -146,7 +161,7 @@ def most_uncertain(entropy: Tensor, used: Tensor) -> Tensor:
 
 def _entropy(scores: Tensor) -> Tensor:
     shares = torch.softmax(scores, 1)
-    return -(shares * shares.clamp(min=1e-12).log()).sum(1)
+    return -(shares * shares.clamp(min=1e-12).log()).sum(1)  # (S, G) -> (S,); 0 ln 0 is 0
 
 
 def _first_size(values: Tensor, bits: int) -> Tensor:
@@ -160,6 +175,7 @@ def _rounded(values: Tensor, size: Tensor, bits: int) -> Tensor:
 
 
 def _error(values: Tensor, rounded: Tensor) -> Tensor:
+    # Relative to each step's mean square, so that steps of small values count as much as those of large ones.
     return ((values - rounded).square().mean(1) / values.square().mean(1).clamp(min=1e-12)).mean()
 
 

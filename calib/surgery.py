@@ -32,51 +32,67 @@ class Surgery:
 
 
 class SplitConvolution(nn.Module):
-    """A convolution as two, of the first channels and of the others."""
+    """A convolution as two, of the first input channels and of the others.
+
+    Args:
+        whole: the convolution, weight (C_out, C_in, kh, kw).
+        channels: input channels of the first part.
+    """
 
     def __init__(self, whole: nn.Conv2d, channels: int) -> None:
         super().__init__()
         self.channels = channels
         self.first = _like(whole, whole.weight[:, :channels], whole.bias)
-        self.second = _like(whole, whole.weight[:, channels:], None)
+        self.second = _like(whole, whole.weight[:, channels:], None)  # the bias must be added once
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add both parts up."""
+        """Convolve x (N, C_in, H, W), each part of its channels by itself, and add both outputs up."""
         out: Tensor = self.first(x[:, : self.channels]) + self.second(x[:, self.channels :])
         return out
 
 
 class ScaledConvolution(nn.Module):
-    """A convolution whose input is divided by r (C_in,) and whose weights are multiplied by it."""
+    """A convolution whose input is divided by r (C_in,) and whose weights are multiplied by it.
+
+    Args:
+        whole: the convolution, weight (C_out, C_in, kh, kw).
+        factors: r, positive.
+    """
 
     def __init__(self, whole: nn.Conv2d, factors: Tensor) -> None:
         super().__init__()
-        self.register_buffer("factors", factors.reshape(-1, 1, 1).clone())
+        self.register_buffer("factors", factors.reshape(-1, 1, 1).clone())  # against (N, C_in, H, W)
         self.layer = _like(whole, whole.weight * factors.reshape(1, -1, 1, 1), whole.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve what was divided."""
+        """Divide x (N, C_in, H, W) by the factors and convolve it."""
         out: Tensor = self.layer(x / self.get_buffer("factors"))
         return out
 
 
 def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
-    """Return the rewritten network, which shares what it has in common with `model`; that itself if nothing is to do.
+    """Return the rewritten network, which shares the tensors of all other layers with `model`.
 
-    `model` is never changed. What is rewritten already stays as it is.
+    `model` is never changed, and returned itself where no layer is to be rewritten. Layers that are rewritten already
+    stay as they are.
+
+    Args:
+        model: the float network.
+        surgery: from `plan_surgery`, or from a plan.
     """
     if not surgery.splits and not surgery.factors:
         return model
     result = copy_sharing_tensors(model)
     for name, channels in surgery.splits.items():
         _replace(result, name, partial(SplitConvolution, channels=channels))
+    # After the splits: a factor may belong to a part of a split layer, whose name exists only now.
     for name, factors in surgery.factors.items():
         _replace(result, name, partial(ScaledConvolution, factors=factors))
     return result
 
 
 def plan_surgery(model: nn.Module, data: CalibrationSet, config: SurgeryConfig) -> Surgery:
-    """Find what there is to rewrite.
+    """Return which convolutions are to be rewritten, and how.
 
     Args:
         model: the float network.
@@ -98,7 +114,7 @@ def find_concatenations(model: nn.Module, data: CalibrationSet) -> dict[str, int
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if func is torch.cat and len(args[0]) == 2 and out.ndim == 4:
+            if func is torch.cat and len(args[0]) == 2 and out.ndim == 4:  # two (N, C, H, W)
                 channels = args[0][0].shape[1]
                 if channels < out.shape[1]:  # joined along this axis
                     joined[id(out)] = (out, channels)  # held, so that no later tensor gets its id
@@ -122,7 +138,13 @@ def find_concatenations(model: nn.Module, data: CalibrationSet) -> dict[str, int
 
 
 def channel_factors(model: nn.Module, data: CalibrationSet, config: SurgeryConfig) -> dict[str, Tensor]:
-    """Return r (C_in,) of every convolution but the first and last; see above."""
+    """Return r (C_in,) of every convolution but the first and last (TCAQ-DM; the formula above).
+
+    Args:
+        model: the float network, already split.
+        data: what it saw; up to `config.images` samples of each sampling step are run.
+        config: images a step, and the largest factor.
+    """
     most: dict[str, Tensor] = {}
     totals: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -136,12 +158,13 @@ def channel_factors(model: nn.Module, data: CalibrationSet, config: SurgeryConfi
             with torch.no_grad():
                 model(*data.inputs(index))
             for name, m in most.items():
+                # Both sums at once, so that no more than one step's m_t is in memory.
                 above, below = totals.get(name, (torch.zeros_like(m), torch.zeros_like(m)))
                 totals[name] = above + m / m.min().clamp(min=1e-6) * m, below + m
     finally:
         for handle in handles:
             handle.remove()
-    inside = list(totals)[1:-1]  # in call order
+    inside = list(totals)[1:-1]  # in call order; the first and last layer stay float
     means = {name: totals[name][0] / totals[name][1].clamp(min=1e-6) for name in inside}
     return {name: mean.clamp(1, config.scale_channels) for name, mean in means.items()}
 
@@ -153,7 +176,7 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 def _like(whole: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """Return a convolution like `whole` with another weight."""
-    made = nn.Conv2d(
+    result = nn.Conv2d(
         weight.shape[1],
         weight.shape[0],
         whole.kernel_size,  # type: ignore[arg-type]
@@ -164,10 +187,10 @@ def _like(whole: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
         padding_mode=whole.padding_mode,
     )
     with torch.no_grad():
-        made.weight.copy_(weight)
-        if made.bias is not None and bias is not None:
-            made.bias.copy_(bias)
-    return made.requires_grad_(whole.weight.requires_grad).train(whole.training)
+        result.weight.copy_(weight)
+        if result.bias is not None and bias is not None:
+            result.bias.copy_(bias)
+    return result.requires_grad_(whole.weight.requires_grad).train(whole.training)
 
 
 def _replace(model: nn.Module, name: str, make: Callable[[nn.Conv2d], nn.Module]) -> None:

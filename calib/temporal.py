@@ -40,7 +40,7 @@ def find_block(
     shape: tuple[int, ...],
     cond: Mapping[str, Tensor] = NO_CONDITION,
 ) -> list[Block]:
-    """Return the temporal block of `model`, or nothing if no quantized layer depends on the timestep alone.
+    """Return the temporal block of `model` in a list, an empty one if no quantized layer depends on the timestep alone.
 
     Its module maps t (N,) to (N, sum C_i), the outputs of the layers through which the step enters the rest of the
     network; weights keep their full names in it, and are copies.
@@ -48,9 +48,9 @@ def find_block(
     Args:
         model: the float network.
         traced: what `trace` saw of it.
-        quantized: layer names.
+        quantized: names of all layers that are quantized.
         shape: (C, H, W).
-        cond: example conditions.
+        cond: example conditions, at least one row each.
 
     Raises:
         CalibError: torch cannot export the network, or the layers cannot be traced in what it exports.
@@ -65,23 +65,38 @@ def find_block(
         if not last:
             return []
         module = _cut(whole, last)
+        # A trial run, so that a graph which cannot be cut fails here, where the error says what to do.
         module(torch.zeros(PROBE_BATCH, dtype=torch.int64))
     except Exception as error:  # torch.export raises many kinds; all mean the same to a user
-        reason = str(error).strip().splitlines()
-        raise CalibError(
-            f"torch.export cannot take the layers that depend on the step alone out of this network: "
-            f"{reason[0].rstrip('.') if reason else repr(error)}. Use --convention deploy, which keeps them float."
-        ) from error
+        raise _not_cut(error) from error
     layers = tuple(layer.name for layer in traced.layers if layer.name in names)
     return [Block(name=NAME, layers=layers, module=module)]
 
 
 def record(module: nn.Module, data: CalibrationSet, micro_batch: int) -> BlockIO:
-    """Pair the timesteps with the outputs of the block's float `module`."""
+    """Pair the timesteps with the outputs of the block's float `module`.
+
+    Args:
+        module: from `find_block`, not yet quantized.
+        data: N samples; only their t (N,) counts.
+        micro_batch: samples a forward pass.
+
+    Returns:
+        A recording with inputs t (N,) and target (N, sum C_i).
+    """
     with torch.no_grad():
         target = torch.cat([module(t) for t in torch.split(data.t, micro_batch)])
     leaves, spec = pytree.tree_flatten(((data.t,), {}))
     return BlockIO(inputs=tuple(leaves), batched=(True,), spec=spec, target=target)
+
+
+def _not_cut(error: Exception) -> CalibError:
+    """Return the error for a network that torch.export does not take, with the first line of the reason."""
+    reason = str(error).strip().splitlines()
+    return CalibError(
+        f"torch.export cannot take the layers that depend on the step alone out of this network: "
+        f"{reason[0].rstrip('.') if reason else repr(error)}. Use --convention deploy, which keeps them float."
+    )
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
@@ -89,7 +104,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     sizes = pytree.tree_map(lambda _: {0: torch.export.Dim.DYNAMIC}, inputs)
     with silenced("torch"), redirect_stderr(io.StringIO()), torch.no_grad():  # where it prints the graph when it fails
         program = torch.export.export(model, inputs, dynamic_shapes=sizes)
-        whole = program.run_decompositions({}).module()
+        whole = program.run_decompositions({}).module()  # none replaced; it only removes in-place operations
     assert isinstance(whole, fx.GraphModule)
     return whole
 
@@ -111,7 +126,7 @@ def _outputs(whole: fx.GraphModule, by_step: set[str], targets: set[str]) -> tup
         raise CalibError(f"its exported graph does not show {sorted(missing)}")
     last: list[fx.Node] = []
     names: set[str] = set()
-    for node in calls:
+    for node in calls:  # in graph order, so the outputs lie side by side in the order of the calls
         before = _ancestors([node])
         inside = targets & {calls[n][0] for n in before if n in calls}
         if inside and t in before and _is_last(node, calls):
@@ -126,16 +141,17 @@ def _cut(whole: fx.GraphModule, last: Sequence[fx.Node]) -> fx.GraphModule:
     t = inputs[1]
     graph = fx.Graph()
     copies = {t: graph.placeholder("t")}
-    batch = graph.call_function(torch.ops.aten.sym_size.int, (copies[t], 0))
+    batch = graph.call_function(torch.ops.aten.sym_size.int, (copies[t], 0))  # read at run time: any N will do
     for other in inputs:
         if other in needed and other is not t:  # only for its size: its values do not matter here
-            held = other.meta["val"]
-            copies[other] = graph.call_function(torch.zeros, ((batch, *held.shape[1:]),), {"dtype": held.dtype})
+            example = other.meta["val"]
+            copies[other] = graph.call_function(torch.zeros, ((batch, *example.shape[1:]),), {"dtype": example.dtype})
     for node in whole.graph.nodes:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     outputs = [graph.call_function(torch.reshape, (copies[node], (batch, -1))) for node in last]  # (N, ...) -> (N, C_i)
     graph.output(graph.call_function(torch.cat, (outputs, 1)))
+    # A copy, since its weights are quantized while those of the network stay.
     return copy.deepcopy(fx.GraphModule(whole, graph)).requires_grad_(False)
 
 
@@ -164,7 +180,7 @@ def _is_last(node: fx.Node, calls: _Calls) -> bool:
 def _closure(start: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """Return `start` and everything that `following` leads to from there."""
     seen: set[fx.Node] = set()
-    waiting = list(start)
+    waiting = list(start)  # a list, since recursion would be as deep as the network
     while waiting:
         node = waiting.pop()
         if node not in seen:

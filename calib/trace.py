@@ -1,4 +1,4 @@
-"""Find out what a network is made of, by running it: which layers can be quantized, and why the others stay float.
+"""What a network is made of, from running it: its layers, what their inputs depend on, and the calls of its modules.
 
 Goes by structure, never by name, so that any module called as `(x, t) -> epsilon`, or `(x, t, cond)`, will do. Two
 forward passes with the same `t` and another `x`, or `cond`, show which layers depend on the timestep alone; call counts
@@ -7,7 +7,8 @@ directly).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,13 +84,13 @@ class Trace:
 
 
 def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NO_CONDITION) -> Trace:
-    """Run `model` on noise of `shape` (C, H, W) at one timestep below `timesteps` and report what was called.
+    """Run `model` on noise of `shape` (C, H, W) at one timestep below `timesteps` and return what was called.
 
     Args:
-        model: the network.
+        model: the network, called as (x, t), or (x, t, cond).
         shape: (C, H, W).
         timesteps: number of training timesteps.
-        cond: example conditions; probed with noise, and those of integers with 0 and 1.
+        cond: example conditions, at least one row each; they are probed with noise, integers with 0 and 1.
 
     Raises:
         CalibError: the output is not one tensor of the input's shape.
@@ -104,10 +105,12 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mappin
         first, attentions = _calls(model, (x, t, *rows))
     by_x = _calls(model, (other_x, t, *rows))[0]
     by_cond = _calls(model, (x, t, *other_rows))[0] if condition else first
-    layers, shortcuts = [], flow.shortcuts()
+    layers = []
+    shortcuts = flow.shortcuts()
     modules = dict(model.named_modules())
     for name, call in first.items():
         if isinstance(modules[name], QUANTIZABLE + OTHER_WEIGHTED):
+            # Inputs that change with x, or with the conditions, are not those of the step alone.
             moved = call.digest != by_x[name].digest
             still = not moved and call.digest == by_cond[name].digest
             layer = _layer(name, modules[name], call.count, depends_on_x=moved, by_step=still)
@@ -138,33 +141,38 @@ def _layer(name: str, module: nn.Module, calls: int, *, depends_on_x: bool, by_s
 def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], dict[str, bool]]:
     """Return calls in order of first entry, and `Trace.attentions`."""
     x: Tensor = inputs[0]
+    with _watched(model, len(x)) as (order, attentions), torch.no_grad():
+        out = model(*inputs)
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise CalibError(f"The network must return one tensor of its input's shape {tuple(x.shape)}; found {returned}.")
+    return order, attentions
+
+
+@contextmanager
+def _watched(model: nn.Module, rows: int) -> Iterator[tuple[dict[str, Call], dict[str, bool]]]:
+    """Yield the calls and the attentions of `_calls`, which fill while the model runs on `rows` samples."""
     order: dict[str, Call] = {}
-    running: list[str] = []
+    running: list[str] = []  # names of the modules that are being called, the innermost last
     attentions: dict[str, bool] = {}
 
     def attention(*args: Any, **kwargs: Any) -> Tensor:
-        batched = all(len(v) == len(x) for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor))
+        batched = all(len(v) == rows for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor))
+        # One call that is not plain is enough to keep the products of the whole module float.
         attentions[running[-1]] = is_plain(*args, **kwargs) and batched and attentions.get(running[-1], True)
         return functional.scaled_dot_product_attention(*args, **kwargs)
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             running.append(name)
-            leaves = pytree.tree_leaves((args, kwargs))
-            tensors = [v for v in leaves if isinstance(v, Tensor)]
-            simple = all(isinstance(v, _SIMPLE) for v in (*args, *kwargs.values()))
-            batched = bool(tensors) and tensors[0].ndim > 0 and len(tensors[0]) == len(x)
-            digest = _digest(tensors[0]) if tensors else b""
-            count = order[name].count + 1 if name in order else 1
-            plain = simple and batched and (name not in order or order[name].plain)
-            order[name] = Call(name=name, count=count, digest=digest, plain=plain)
+            order[name] = _entered(name, order.get(name), args, kwargs, rows)
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
             running.pop()
-            one = isinstance(out, Tensor) and out.ndim > 0 and len(out) == len(x)
+            one = isinstance(out, Tensor) and out.ndim > 0 and len(out) == rows
             call = order[name]
             order[name] = Call(name=name, count=call.count, digest=call.digest, plain=call.plain and one)
 
@@ -175,27 +183,42 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], 
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        with torch.no_grad(), AttentionIntercept(attention):
-            out = model(*inputs)
+        with AttentionIntercept(attention):
+            yield order, attentions
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise CalibError(f"The network must return one tensor of its input's shape {tuple(x.shape)}; found {returned}.")
-    return order, attentions
+
+
+def _entered(name: str, earlier: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Call:
+    """Return the call of a module that was entered with these arguments, added to an `earlier` one of the same pass."""
+    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    simple = all(isinstance(v, _SIMPLE) for v in (*args, *kwargs.values()))
+    batched = bool(tensors) and tensors[0].ndim > 0 and len(tensors[0]) == rows
+    return Call(
+        name=name,
+        count=1 if earlier is None else earlier.count + 1,
+        digest=_digest(tensors[0]) if tensors else b"",
+        plain=simple and batched and (earlier is None or earlier.plain),
+    )
 
 
 def _digest(x: Tensor) -> bytes:
     sha = hashlib.sha256(str(tuple(x.shape)).encode())
+    # As float32, since numpy has no bfloat16.
     sha.update(x.detach().float().contiguous().numpy().tobytes())
     return sha.digest()
 
 
 def group_by_input(traced: Trace, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Group layers that read the same tensor, as q, k and v of one attention do; both orders are those of the calls.
+    """Group layers that read the same tensor, as q, k and v of one attention do.
 
-    A layer that is called several times is alone.
+    Args:
+        traced: what `trace` saw.
+        names: layers to group.
+
+    Returns:
+        Groups of names, in call order inside and out. A layer that is called several times is alone in its group.
     """
     chosen = set(names)
     groups: dict[object, list[str]] = {}

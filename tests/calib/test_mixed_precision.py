@@ -148,7 +148,7 @@ def test_a_budget_of_milliseconds_shares_what_is_measured_by_multiplications(net
     assert asked[0] == (["loud", "quiet"], (4, 8, 32))
     with pytest.raises(CalibError, match=r"A budget of 9 ms cannot be kept: the fewest bits need 10\."):
         bits(9.0)
-    with pytest.raises(CalibError, match="needs something that measures them"):
+    with pytest.raises(CalibError, match="needs a clock that measures them"):
         calibrate(net, _data(), _config(10, "ms"), timesteps=100)
 
 

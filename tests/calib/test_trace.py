@@ -85,7 +85,7 @@ def test_what_is_asked_to_stay_float_stays_float(make_foreign) -> None:
     assert float_reasons(found, "deploy", ("mlp.*",))["mlp.0"] == "asked for by 'mlp.*'"
     with pytest.raises(CalibError, match=r"'nothing\*' matches no layer"):
         float_reasons(found, "deploy", ("nothing*",))
-    with pytest.raises(CalibError, match="Nothing left to quantize"):
+    with pytest.raises(CalibError, match="No layer is left to quantize"):
         float_reasons(found, "deploy", ("*",))
     with pytest.raises(CalibError, match=r"Unknown convention 'x'. Choose one of \['deploy', 'tfmq'\]"):
         QuantConfig(convention="x")
