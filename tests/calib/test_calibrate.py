@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
 
 from calib import affine
 from calib.calibrate import calibrate
@@ -22,6 +25,7 @@ from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
+from calib.trace import group_by_input, trace
 from gaq_export.models.architectures import EpsilonModel
 
 BLOCKS = ("down", "gate", "mlp")  # of the foreign network
@@ -240,3 +244,139 @@ def test_one_sample_is_too_few(make_foreign) -> None:
     data = noise(8).take(torch.arange(1))
     with pytest.raises(CalibError, match="There is one sample"):
         calibrate(make_foreign(), data, config(), timesteps=100)
+
+
+def short(**more: object) -> QuantConfig:
+    """Return settings for networks of several blocks: few iterations."""
+    return QuantConfig(
+        weight=WeightConfig(bits=4),
+        activation=ActivationConfig(batch=8),
+        reconstruction=ReconstructionConfig(iterations=3, batch=4, learning_rate=1e-2),
+        omega=OmegaConfig(rule="gac", meta_steps=1, batch=4, validation_batch=2),
+        micro_batch=4,
+        **more,
+    )
+
+
+def test_a_conditional_network_is_calibrated_with_its_conditions(
+    conditional: tuple[EpsilonModel, CalibrationSet],
+) -> None:
+    network, samples = conditional
+    plan = calibrate(network, samples, short(), timesteps=100)
+    assert len(plan.layers) > 8
+    other = {name: value.flip(0) for name, value in samples.cond.items()}
+    odd = calibrate(
+        network, CalibrationSet(x=samples.x, t=samples.t, step=samples.step, cond=other), short(), timesteps=100
+    )
+    assert any(plan.layers[name].input != odd.layers[name].input for name in plan.layers)
+    with torch.no_grad():
+        exact, quantized = (net(*samples.inputs()) for net in (network, fake_quantized(network, plan)))
+    assert 0 < float((exact - quantized).square().sum() / exact.square().sum()) < 0.1
+
+
+def test_a_label_is_not_taken_for_the_step(class_conditional: tuple[EpsilonModel, CalibrationSet]) -> None:
+    network, samples = class_conditional
+    layers = {layer.name: layer for layer in trace(network, (1, 8, 8), 100, samples.cond).layers}
+    steps = [name for name, layer in layers.items() if layer.by_step]
+    assert steps == ["unet.time_embedding.linear_1", "unet.time_embedding.linear_2"]
+    for name in ("unet.down_blocks.0.resnets.0.time_emb_proj", "unet.class_embedding"):
+        assert not layers[name].depends_on_x
+    assert layers["unet.class_embedding"].kind == "Embedding"
+    plan = calibrate(network, samples, short(convention="tfmq"), timesteps=100)
+    (temporal,) = (block for block in plan.blocks if block.name == "(temporal)")
+    assert temporal.layers == ("unet.time_embedding.linear_2",)  # the first stays float
+    ends = {name for name, reason in plan.float_layers.items() if reason in ("first layer", "last layer")}
+    assert ends == {"unet.conv_in", "unet.conv_out"}
+
+
+THREE_STEPS = torch.arange(3).repeat_interleave(4)
+GRID_RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ema": ({}, {}),
+    "minmax": ({"rule": "minmax", "narrower": (4,)}, {}),
+    "of each step": ({"per_step": True}, {}),
+    "network": ({"per_step": True, "sizes": "network"}, {}),
+    "qdrop": ({}, {"activations": "qdrop"}),
+    "lsq": ({}, {"activations": "lsq", "activation_iterations": 2}),
+}
+
+
+def plan_of(network: nn.Module, rule: str, channels: int, **cond: Tensor) -> QuantPlan:
+    drawn = torch.Generator().manual_seed(1)
+    x = torch.randn(12, channels, 8, 8, generator=drawn)
+    data = CalibrationSet(x=x, t=90 - 20 * THREE_STEPS, step=THREE_STEPS, cond=cond)
+    activation, reconstruction = GRID_RULES[rule]
+    config = QuantConfig(
+        weight=WeightConfig(candidates=2),
+        activation=ActivationConfig(batch=4, **activation),
+        reconstruction=ReconstructionConfig(iterations=2, batch=4, activation_learning_rate=1e-4, **reconstruction),
+        omega=OmegaConfig(rule="uniform"),
+        micro_batch=4,
+    )
+    return calibrate(network, data, config, timesteps=100)
+
+
+@pytest.mark.parametrize("rule", GRID_RULES)
+def test_q_k_and_v_share_their_grid(rule: str) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=12,
+        attention_head_dim=2,
+    )
+    states = torch.randn(12, 5, 12, generator=torch.Generator().manual_seed(3))
+    plan = plan_of(EpsilonModel(unet.eval()), rule, 1, encoder_hidden_states=states)
+    assert not plan.products  # float unless a convention asks
+    attentions = {name.rpartition(".")[0] for name in plan.layers if name.endswith("to_q")}
+    assert len(attentions) == 4
+    grids = {name: (layer.input, *layer.narrower) for name, layer in plan.layers.items()}
+    for attention in attentions:
+        q, k, v = (grids[f"{attention}.to_{letter}"] for letter in "qkv")
+        assert k == v
+        assert (q == k) == attention.endswith("attn1")  # the other reads the text
+    assert len({grids[f"{attention}.to_k"] for attention in attentions}) == 3  # the text is one, whoever reads it
+
+
+class Odd(nn.Module):
+    """An attention that is no block, because it is handed a dictionary: q, k and v are blocks by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, named: dict[str, Tensor]) -> Tensor:
+        tokens = named["tokens"]
+        return functional.scaled_dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens * 2))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.attention, self.leave = nn.Conv2d(4, 4, 1), Odd(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.enter(x) * (1 + t.reshape(-1, 1, 1, 1) / 100)
+        tokens = h.flatten(2).mT  # (N, C, H, W) -> (N, H*W, C)
+        out: Tensor = self.leave(self.attention({"tokens": tokens}).mT.reshape(h.shape))
+        return out
+
+
+@pytest.mark.parametrize("rule", ["qdrop", "lsq"])
+def test_q_and_k_share_their_grid_even_where_each_is_a_block_by_itself(rule: str) -> None:
+    torch.manual_seed(0)
+    network = Outer().eval()
+    assert group_by_input(trace(network, (4, 8, 8), 100), ["attention.q", "attention.k", "attention.v"]) == [
+        ("attention.q", "attention.k"),
+        ("attention.v",),
+    ]
+    plan = plan_of(network, rule, 4)
+    assert [block.name for block in plan.blocks] == ["attention.q", "attention.k", "attention.v"]
+    q, k, v = (plan.layers[f"attention.{name}"].input for name in "qkv")
+    assert q == k
+    assert v != k

@@ -41,3 +41,11 @@ def test_costs_by_hand() -> None:
     assert bit_operations(macs, plan) == (macs["first"] + macs["last"]) * 1024 + macs["middle"] * 4 * 8
     floats = (4 * 9 + 4) + 6 + (6 * 4 + 4)  # first, the bias of the middle, last
     assert weight_bytes(net, plan) == 4 * floats + 6 * 16 // 2 + 6 * 4
+
+
+def test_every_layer_of_a_conditional_network_has_multiplications(
+    conditional: tuple[nn.Module, CalibrationSet],
+) -> None:
+    network, samples = conditional
+    macs = layer_macs(network, (1, 8, 8), 100, samples.cond)
+    assert all(macs.values())

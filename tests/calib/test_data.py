@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from calib.data import CalibrationSet, split, thin_steps
 from calib.errors import CalibError
@@ -47,3 +48,12 @@ def test_one_sample_cannot_be_split() -> None:
 def test_a_set_of_unequal_lengths_is_refused() -> None:
     with pytest.raises(CalibError, match="at least one; found 2 x, 3 t, 2 step"):
         CalibrationSet(x=torch.zeros(2, 1, 1, 1), t=torch.zeros(3), step=torch.zeros(2))
+
+
+def test_conditions_go_where_their_samples_go(class_conditional: tuple[nn.Module, CalibrationSet]) -> None:
+    _, samples = class_conditional
+    part = samples.take(torch.tensor([3, 12]))
+    assert part.cond["class_labels"].tolist() == [3, 2]
+    x, t, cond = part.inputs(slice(1))
+    assert (x.shape, t.tolist(), cond["class_labels"].tolist()) == ((1, 1, 8, 8), [90], [3])
+    assert len(CalibrationSet(x=samples.x, t=samples.t, step=samples.step).inputs()) == 2
