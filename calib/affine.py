@@ -38,7 +38,14 @@ def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int, shift: Tensor | None = None) -> Tensor:
-    """Quantize and dequantize `x` in its own dtype; `scale` and `shift`, scale * zero, broadcast against it."""
+    """Return `x` quantized and dequantized, in the dtype of `x`.
+
+    Args:
+        x: any shape.
+        scale: broadcasts against x.
+        bits: width of the grid.
+        shift: scale * zero, broadcasts against x; None for a symmetric grid.
+    """
     low, high = integer_range(bits)
     if shift is None:
         return torch.round(x / scale).clamp(low, high) * scale

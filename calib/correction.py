@@ -6,7 +6,7 @@ A quantized network predicts epsilon + error. What of the error is the same for 
     x := x - shift                            before the network
 
 PTQD (He et al. 2023, arXiv 2305.10657) splits the error into k * epsilon, a bias of each channel, and a rest, which is
-noise: a sampler that adds noise of its own adds that much less. TAC (Yao et al. 2024, arXiv 2407.03917) gives each
+noise: a sampler that adds noise adds that much less. TAC (Yao et al. 2024, arXiv 2407.03917) gives each
 channel the factor that brings it closest to the float network's, in absolute and in relative terms, and takes the mean
 drift of x back.
 """
@@ -31,7 +31,7 @@ class Correction:
         gain: (S, C) factor of the predicted noise, once the bias is off.
         bias: (S, C) mean error of the predicted noise.
         shift: (S, C) mean error of x.
-        variance: (S,) of the error that is left; an eta or DDPM sampler takes it off its own noise.
+        variance: (S,) of the error that is left; an eta or DDPM sampler takes it off the noise that it adds.
         explained: (S,) share of the error that the gain takes away: R^2 of PTQD's regression, or of TAC's square.
     """
 

@@ -219,7 +219,10 @@ def _gradients(tasks: Sequence[Loss]) -> Callable[[Tensor], Tensor]:
 
 
 def _gradients_and_hessians(tasks: Sequence[Loss], p: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return g (K, P), and what turns u (K, P) into sum_k H_k u_k (P,); a Hessian is its own transpose."""
+    """Return g (K, P), and the function from u (K, P) to sum_k H_k u_k (P,).
+
+    The pullback of g gives sum_k H_k^T u_k, and a Hessian is symmetric.
+    """
     g, pullback, *_ = vjp(_gradients(tasks), p)
     return g, lambda u: pullback(u)[0]
 

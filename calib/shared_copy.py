@@ -14,7 +14,7 @@ from calib.affine import dequantize_weight
 
 
 def copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` whose tensors are the model's own; to give one of its layers others, replace them.
+    """Return a copy of `model` that shares all tensors with it; to give a layer other weights, replace its tensors.
 
     Its parameters take no gradients.
     """

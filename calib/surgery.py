@@ -1,6 +1,6 @@
 """Rewrites of the float network that leave what it computes but give quantizers better work.
 
-A convolution of a concatenation becomes two whose outputs are added, each with its own grids: the parts of a skip
+A convolution of a concatenation becomes two whose outputs are added, each with separate grids: the parts of a skip
 connection have very different ranges (Q-Diffusion, arXiv 2302.04304, section 3.2.2). And a convolution's input channels
 are brought to like ranges by factors r that its weights take over (TCAQ-DM, arXiv 2412.16700), one r for all steps:
 

@@ -34,8 +34,8 @@ def test_the_scale_search_finds_the_best_candidate_of_every_channel() -> None:
     weight = (
         torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None, None, None]
     )
-    found = search_weight_scale(weight, 4)
-    for channel, scale in zip(weight, found, strict=True):
+    scales = search_weight_scale(weight, 4)
+    for channel, scale in zip(weight, scales, strict=True):
         candidates = channel.abs().max() / 7 * (1 - 0.01 * torch.arange(80))
         errors = torch.stack([(channel - fake_quantize(channel, c, 4)).abs().pow(2.4).mean() for c in candidates])
         assert torch.isclose(scale, candidates[errors.argmin()])

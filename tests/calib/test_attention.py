@@ -70,11 +70,11 @@ def test_a_module_that_fails_leaves_attention_as_it_was() -> None:
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": torch.ones(6, 6, dtype=torch.bool)}])
 def test_attention_with_a_mask_stays_float_and_says_so(options: dict[str, object]) -> None:
-    found = trace(Net(**options), (2, 6, 4), 10)
-    assert found.attentions == {"attention": False}
-    reasons = float_reasons(found, "tfmq")
+    traced = trace(Net(**options), (2, 6, 4), 10)
+    assert traced.attentions == {"attention": False}
+    reasons = float_reasons(traced, "tfmq")
     assert reasons["attention"] == "attention with a mask or other options"
-    assert quantized_products(found, "tfmq", reasons) == []
+    assert quantized_products(traced, "tfmq", reasons) == []
     module = Attention(**options)
     intercept_attention(module, lambda name, operand: operand)
     with pytest.raises(CalibError, match="mask or other options"):
@@ -82,16 +82,16 @@ def test_attention_with_a_mask_stays_float_and_says_so(options: dict[str, object
 
 
 def test_only_the_papers_convention_quantizes_products_and_keep_float_keeps_them() -> None:
-    found = trace(Net(), (2, 6, 4), 10)
+    traced = trace(Net(), (2, 6, 4), 10)
     for convention, keep_float, expected in (
         ("deploy", (), []),
         ("tfmq", (), ["attention"]),
         ("tfmq", ("attent*",), []),
     ):
-        reasons = float_reasons(found, convention, keep_float)
-        assert quantized_products(found, convention, reasons) == expected
+        reasons = float_reasons(traced, convention, keep_float)
+        assert quantized_products(traced, convention, reasons) == expected
     with pytest.raises(CalibError, match="'attent\\*' matches no layer"):
-        float_reasons(found, "deploy", ("attent*",))
+        float_reasons(traced, "deploy", ("attent*",))
 
 
 def test_attention_of_operands_without_a_batch_axis_is_not_plain() -> None:

@@ -20,9 +20,9 @@ def samples(count: int) -> CalibrationSet:
 
 
 def block_names(network: EpsilonModel) -> list[str]:
-    found = trace(network, (1, 16, 16), 100)
-    reasons = float_reasons(found, "deploy")
-    return [b.name for b in find_blocks(found, {layer.name for layer in found.layers} - reasons.keys())[0]]
+    traced = trace(network, (1, 16, 16), 100)
+    reasons = float_reasons(traced, "deploy")
+    return [b.name for b in find_blocks(traced, {layer.name for layer in traced.layers} - reasons.keys())[0]]
 
 
 def everything(rows: Tensor | FileSamples) -> Tensor:

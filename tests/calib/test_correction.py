@@ -23,20 +23,20 @@ def epsilon() -> torch.Tensor:
 @pytest.mark.parametrize("sigma", [0.01, 0.1])
 @pytest.mark.parametrize("k", [0.0, 0.05, 0.3])
 def test_the_parts_of_a_known_error_are_recovered(k: float, sigma: float, epsilon: torch.Tensor) -> None:
-    found = regress(epsilon, _error(epsilon, k, sigma))
-    assert found.k == pytest.approx(k, abs=3 * sigma / epsilon.numel() ** 0.5 + 1e-6)
+    regression = regress(epsilon, _error(epsilon, k, sigma))
+    assert regression.k == pytest.approx(k, abs=3 * sigma / epsilon.numel() ** 0.5 + 1e-6)
     total = BIAS + k * epsilon.mean((0, 2, 3))
-    assert torch.allclose(found.bias.float(), total, atol=4 * sigma / (64 * 1024) ** 0.5 + 1e-6)
+    assert torch.allclose(regression.bias.float(), total, atol=4 * sigma / (64 * 1024) ** 0.5 + 1e-6)
     spread = (sigma**2 + float(BIAS.var(correction=0))) ** 0.5  # within an image, channels differ by their biases
-    assert found.sigma == pytest.approx(spread, rel=0.01)
-    assert found.explained == pytest.approx(k**2 / (k**2 + spread**2), abs=0.01)
+    assert regression.sigma == pytest.approx(spread, rel=0.01)
+    assert regression.explained == pytest.approx(k**2 / (k**2 + spread**2), abs=0.01)
 
 
 def test_an_error_against_the_noise_is_no_gain(epsilon: torch.Tensor) -> None:
-    found = regress(epsilon, _error(epsilon, -0.1, 0.01))
-    assert found.k == 0.0
-    assert found.explained > 0.8
-    assert found.sigma > 0.09
+    regression = regress(epsilon, _error(epsilon, -0.1, 0.01))
+    assert regression.k == 0.0
+    assert regression.explained > 0.8
+    assert regression.sigma > 0.09
 
 
 def _objective(k: torch.Tensor, q: torch.Tensor, r: torch.Tensor, relative: float, ridge: float, size: int) -> float:
@@ -48,17 +48,17 @@ def _objective(k: torch.Tensor, q: torch.Tensor, r: torch.Tensor, relative: floa
 def test_the_gain_of_a_channel_has_the_least_error(relative: float, ridge: float, epsilon: torch.Tensor) -> None:
     r = epsilon[:1].double()
     q = 1.2 * r + 0.05 * torch.randn(r.shape, generator=torch.Generator().manual_seed(3)).double()
-    found = channel_gain(q, r, relative=relative, ridge=ridge)
+    gain = channel_gain(q, r, relative=relative, ridge=ridge)
     for channel in range(3):
         a, b = q[0, channel].flatten(), r[0, channel].flatten()
         counts = a.abs() > a.abs().mean()
         values = [
-            _objective(found[channel] + offset, a[counts], b[counts], relative, ridge, r[0].numel())
+            _objective(gain[channel] + offset, a[counts], b[counts], relative, ridge, r[0].numel())
             for offset in (-1e-3, 0.0, 1e-3)
         ]
         assert values[1] == min(values)
     if ridge == 0.0:
-        assert torch.allclose(found, torch.full((3,), 1 / 1.2).double(), atol=0.01)
+        assert torch.allclose(gain, torch.full((3,), 1 / 1.2).double(), atol=0.01)
 
 
 def test_where_nothing_counts_nothing_is_corrected() -> None:

@@ -14,9 +14,9 @@ def _set(steps: int, images: int) -> CalibrationSet:
 
 
 def test_thinning_keeps_every_kth_step_whole() -> None:
-    kept = thin_steps(_set(100, 3), 20)
-    assert torch.unique(kept.step).tolist() == list(range(0, 100, 5))
-    assert len(kept) == 60
+    thinned = thin_steps(_set(100, 3), 20)
+    assert torch.unique(thinned.step).tolist() == list(range(0, 100, 5))
+    assert len(thinned) == 60
 
 
 def test_the_split_takes_as_many_samples_of_every_step_and_loses_none() -> None:

@@ -81,12 +81,12 @@ def losses(module: nn.Module, io: BlockIO, index: Tensor) -> Tensor:
 def test_a_steps_gradient_is_that_of_its_mean_loss_at_the_rounded_weights(name: str, network, plan, recorded) -> None:
     block, io, _ = recorded(name)
     step = train_steps(network)
-    found = diagnose.agreement(network, plan, block, io, step)
+    result = diagnose.agreement(network, plan, block, io, step)
     rounded = {
         "before": lambda w, q: affine.fake_quantize(w, affine.per_channel(q.weight_scale, w.ndim), q.weight_bits),
         "after": lambda w, q: affine.dequantize_weight(q.codes, q.weight_scale),
     }
-    for which, held in (("before", found.before), ("after", found.after)):
+    for which, cosines in (("before", result.before), ("after", result.after)):
         whole = copy.deepcopy(network)
         weights = [whole.get_submodule(n).weight for n in block.layers]
         with torch.no_grad():
@@ -97,16 +97,16 @@ def test_a_steps_gradient_is_that_of_its_mean_loss_at_the_rounded_weights(name: 
             mean = losses(whole.get_submodule(name), io, (step == s).nonzero()[:, 0]).mean()
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(mean, weights)]))
         expected = cosine_similarity(torch.stack(rows)[:, None], torch.stack(rows)[None], dim=2)
-        torch.testing.assert_close(held.matrix, expected, rtol=0, atol=1e-5)
-        assert -1 <= held.halves < 1
-    assert not torch.equal(found.before.matrix, found.after.matrix)
-    assert (found.steps, found.samples) == ((0, 2, 4), 3)
+        torch.testing.assert_close(cosines.matrix, expected, rtol=0, atol=1e-5)
+        assert -1 <= cosines.halves < 1
+    assert not torch.equal(result.before.matrix, result.after.matrix)
+    assert (result.steps, result.samples) == ((0, 2, 4), 3)
 
 
 @pytest.mark.parametrize("name", [RESNET, ATTENTION])
 def test_alignment_is_the_inner_product_of_per_sample_gradients(name: str, network, plan, recorded) -> None:
     block, train, validation = recorded(name)
-    found = diagnose.alignment(network, plan, block, train, validation)
+    result = diagnose.alignment(network, plan, block, train, validation)
     module, weights = copy.deepcopy(network).get_submodule(name), {}
     logits = []
     for n in block.layers:
@@ -124,10 +124,10 @@ def test_alignment_is_the_inner_product_of_per_sample_gradients(name: str, netwo
     towards = gradient(validation, torch.arange(len(validation)))
     expected = torch.stack([gradient(train, torch.tensor([i])) @ towards for i in range(len(train))])
     assert expected.abs().max() > 0
-    torch.testing.assert_close(found.inner.float(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    assert found.omega.sum() == pytest.approx(1)
-    assert torch.equal(found.omega.argsort(), plan.scores.argsort())
-    assert found.validation == 3
+    torch.testing.assert_close(result.inner.float(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert result.omega.sum() == pytest.approx(1)
+    assert torch.equal(result.omega.argsort(), plan.scores.argsort())
+    assert result.validation == 3
 
 
 def opposed() -> tuple[nn.Module, QuantPlan, BlockResult, BlockIO, Tensor]:
@@ -165,12 +165,12 @@ def opposed() -> tuple[nn.Module, QuantPlan, BlockResult, BlockIO, Tensor]:
 
 
 def test_steps_that_pull_apart_have_cosine_minus_one() -> None:
-    found = diagnose.agreement(*opposed())
-    for held in (found.before, found.after):
-        assert held.matrix.tolist() == [[1, 1, -1], [1, 1, -1], [-1, -1, 1]]
-        assert held.halves == 1
-        assert held.between == pytest.approx(-1 / 3)
-    assert found == Agreement(block="0", steps=(0, 1, 2), samples=2, before=found.before, after=found.after)
+    result = diagnose.agreement(*opposed())
+    for cosines in (result.before, result.after):
+        assert cosines.matrix.tolist() == [[1, 1, -1], [1, 1, -1], [-1, -1, 1]]
+        assert cosines.halves == 1
+        assert cosines.between == pytest.approx(-1 / 3)
+    assert result == Agreement(block="0", steps=(0, 1, 2), samples=2, before=result.before, after=result.after)
 
 
 def test_one_sample_a_step_has_no_halves_and_one_step_no_other() -> None:

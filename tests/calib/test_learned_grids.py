@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calib import reconstruct
 from calib.block_recording import open_recorder
 from calib.blocks import Block, BlockIO
 from calib.calibrate import calibrate
@@ -103,8 +102,8 @@ def test_the_gradients_are_those_of_lsq(x: float, value: float, slope: float, st
     inputs, step = torch.tensor([x], requires_grad=True), torch.tensor(0.5, requires_grad=True)
     out = learnable_round(inputs, step, BITS3)
     assert out.tolist() == [value]
-    found = torch.autograd.grad(out.sum(), (inputs, step))
-    assert [float(g) for g in found] == pytest.approx([slope, step_slope], abs=1e-5)
+    gradients = torch.autograd.grad(out.sum(), (inputs, step))
+    assert [float(g) for g in gradients] == pytest.approx([slope, step_slope], abs=1e-5)
 
 
 def test_half_of_what_a_layer_reads_is_left_float() -> None:
@@ -123,32 +122,6 @@ def test_layers_that_read_the_same_tensor_share_a_grid_over_the_range_seen(net: 
     learned = initial_grids(net.second, ["a", "b", "out"], io, activation, torch.Generator())
     assert [grid.layers for grid in learned] == [("a", "b"), ("out",)]
     assert learned[0].current.scale == pytest.approx(float(io.inputs[0].abs().max()) / 127, rel=1e-6)
-
-
-def test_a_mixed_recording_has_elements_of_both_networks(recorded) -> None:
-    io = recorded("second").take(torch.arange(24))
-    mixed = io.mixed(0.25, torch.Generator().manual_seed(0))
-    from_float = mixed.inputs[0] == io.reference[0]
-    assert torch.equal(torch.where(from_float, io.reference[0], io.inputs[0]), mixed.inputs[0])
-    assert 0.2 < float(from_float.float().mean()) < 0.3
-
-
-def test_the_fine_loss_adds_those_of_the_layers_but_the_last(net: nn.Module, recorded) -> None:
-    io = recorded("second").take(torch.arange(4))
-    names, float_block = ("second.a", "second.b", "second.out"), _Pair()
-    block = Block(name="second", layers=names)
-    scales = {name: torch.full((4,), 0.1) for name in names}
-    layers = reconstruct.layer_weights(net.second, block, scales, dict.fromkeys(names, 4))
-    logits = [torch.zeros_like(w.weight) for w in layers]
-    plain = reconstruct.per_sample_loss(net.second, layers)(logits, io)
-    found = reconstruct.fine_grained_loss(net.second, float_block, layers, 0.5)(logits, io)
-    x, f = io.inputs[0], io.reference[0]
-    expected = plain
-    for i, name in enumerate("ab"):
-        soft = reconstruct.adaround.soft_weight(layers[i].weight, layers[i].scale, logits[i], 4)
-        out = nn.functional.conv2d(x, soft, net.second.get_submodule(name).bias)
-        expected = expected + 0.5 * reconstruct.output_loss(out, float_block.get_submodule(name)(f))
-    assert torch.allclose(found, expected, rtol=1e-5)
 
 
 def _saved(plan: QuantPlan, folder: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Bits of each layer's own: the program against brute force, sensitivities by hand, and a plan within its budget."""
+"""Bits layer by layer: the program against brute force, sensitivities by hand, and a plan within its budget."""
 
 import dataclasses
 import itertools
@@ -76,11 +76,11 @@ def test_a_budget_that_cannot_be_kept_is_refused() -> None:
 def test_a_layers_error_is_that_of_the_network_with_it_alone_quantized(net: nn.Module) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     data, config = _data(), _config(5)
-    found = sensitivities(net, data, ["loud", "quiet"], config)
-    assert found["loud"].keys() == {4, 8, 32}
-    assert found["loud"][32] == 0
-    assert found["loud"][4] > 10 * found["loud"][8] > 0
-    assert found["loud"][4] > 1e3 * found["quiet"][4]
+    measured = sensitivities(net, data, ["loud", "quiet"], config)
+    assert measured["loud"].keys() == {4, 8, 32}
+    assert measured["loud"][32] == 0
+    assert measured["loud"][4] > 10 * measured["loud"][8] > 0
+    assert measured["loud"][4] > 1e3 * measured["quiet"][4]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     other = _Net().eval()
@@ -93,7 +93,7 @@ def test_a_layers_error_is_that_of_the_network_with_it_alone_quantized(net: nn.M
         rounded = other.loud(torch.round(seen / reach).clamp(-128, 127) * reach)
         error = (other.tail(rounded + 1e-3 * other.quiet(seen)) - exact).square().flatten(1).sum(1)
         shares = error.reshape(3, 4).sum(1) / exact.square().flatten(1).sum(1).reshape(3, 4).sum(1)
-    assert found["loud"][4] == pytest.approx(float(shares.mean()), rel=1e-4)
+    assert measured["loud"][4] == pytest.approx(float(shares.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_budgets_in_bytes_and_bit_operations_are_those_of_the_plan(net: nn.Modul
     ):
         mixed = calibrate(net, _data(), _config(6), timesteps=100)
         exactly = measure(mixed)
-        kept = calibrate(net, _data(), _config(exactly * (1 + 1e-9), unit), timesteps=100)
-        assert measure(kept) == exactly
+        exact = calibrate(net, _data(), _config(exactly * (1 + 1e-9), unit), timesteps=100)
+        assert measure(exact) == exactly
         less = calibrate(net, _data(), _config(exactly * (1 - 1e-6), unit), timesteps=100)
         assert measure(less) < exactly
 

@@ -61,12 +61,12 @@ def test_the_closed_form_equals_double_backward(rule: str, eta: float) -> None:
 
 @pytest.mark.parametrize("rule", ["mse", "gac", "gac-exact"])
 def test_the_closed_form_agrees_with_finite_differences(rule: str) -> None:
-    weights, found = problem()[3], closed_form(rule, 0.5)
+    weights, closed = problem()[3], closed_form(rule, 0.5)
     for i in range(N):
         shift = torch.zeros_like(weights)
         shift[i] = 1e-6
         up, down = (objective(rule, (weights + s).requires_grad_(), 0.5) for s in (shift, -shift))
-        assert torch.isclose((up - down) / 2e-6, found[i], rtol=1e-5, atol=1e-9)
+        assert torch.isclose((up - down) / 2e-6, closed[i], rtol=1e-5, atol=1e-9)
 
 
 def test_fish_averaged_over_task_orders_leans_the_way_gradient_matching_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_powers_of_two_are_the_nearest_in_the_logarithm() -> None:
 
 
 class _Attention(nn.Module):
-    """Attention whose logits are `sharpness` times what it is given."""
+    """Attention whose logits are `sharpness` times its input."""
 
     def __init__(self, sharpness: float) -> None:
         super().__init__()

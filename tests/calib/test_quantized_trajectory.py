@@ -1,4 +1,4 @@
-"""Grids on the quantized network's own trajectory: each step's ranges are those that the steps before it lead to."""
+"""Grids on the trajectory of the quantized network: each step's ranges are those that the steps before it lead to."""
 
 import dataclasses
 
@@ -69,20 +69,20 @@ def test_following_the_sampler_by_hand_gives_the_same_grids(tiny_unet_module, pl
         with torch.no_grad():
             assert torch.equal(out, fake_quantized(tiny_unet_module, alone)(x, times))
         x = x - 0.3 * out
-    found = network.plan
-    assert found.timesteps is not None
-    assert found.timesteps.tolist() == sorted(visited)
-    for name, layer in found.layers.items():
+    new = network.plan
+    assert new.timesteps is not None
+    assert new.timesteps.tolist() == sorted(visited)
+    for name, layer in new.layers.items():
         steps = [seen[name, "input"] for seen in reversed(reaches)]  # by rising timestep
         assert layer.input == ranges.make_grid(steps, 4, symmetric=False)
         assert torch.equal(layer.codes, plan.layers[name].codes)
     with torch.no_grad():  # and the plan can be used
-        assert torch.isfinite(fake_quantized(tiny_unet_module, found)(x, torch.full((8,), 95))).all()
+        assert torch.isfinite(fake_quantized(tiny_unet_module, new)(x, torch.full((8,), 95))).all()
 
 
 def _reaches(network, plan: QuantPlan, x: Tensor, t: Tensor) -> dict[tuple[str, str], ranges.Reach]:
     data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t))
-    found = ranges.observe(
+    observed = ranges.observe(
         network,
         list(plan.layers),
         list(plan.products),
@@ -91,7 +91,7 @@ def _reaches(network, plan: QuantPlan, x: Tensor, t: Tensor) -> dict[tuple[str, 
         plan.config.activation,
         lambda done: None,
     )
-    return {key: reach for key, (reach,) in found.items()}
+    return {key: reach for key, (reach,) in observed.items()}
 
 
 def test_it_needs_grids_of_each_step() -> None:

@@ -104,16 +104,16 @@ def test_zero_stays_in_the_middle_where_moving_it_would_gain_little() -> None:
 def test_a_moved_grid_holds_0_exactly_and_reaches_both_ends_to_within_a_step(
     below: float, above: float, bits: int
 ) -> None:
-    found = make_grid([(below, above)], bits, symmetric=False)
-    scale, shift = torch.tensor(found.scale), torch.tensor(found.scale) * torch.tensor(found.zero)
-    assert shift.double() == torch.tensor(found.scale, dtype=torch.float64) * found.zero[0]
+    grid = make_grid([(below, above)], bits, symmetric=False)
+    scale, shift = torch.tensor(grid.scale), torch.tensor(grid.scale) * torch.tensor(grid.zero)
+    assert shift.double() == torch.tensor(grid.scale, dtype=torch.float64) * grid.zero[0]
     values = torch.tensor([0.0, -below, above])
     rounded = fake_quantize(values, scale, bits, shift)
     assert rounded[0] == 0
-    assert ((rounded - values).abs() <= 1.01 * found.scale).all()
+    assert ((rounded - values).abs() <= 1.01 * grid.scale).all()
 
 
-def test_with_steps_the_widest_one_has_ratio_1_and_each_its_own_zero() -> None:
-    found = make_grid([(0.0, 25.5), (1.0, 50.0)], 8, symmetric=False)
-    assert found.ratio == (pytest.approx(0.5, rel=1e-3), 1.0)
-    assert found.zero == (-128, -123)
+def test_with_steps_the_widest_one_has_ratio_1_and_each_has_a_zero() -> None:
+    grid = make_grid([(0.0, 25.5), (1.0, 50.0)], 8, symmetric=False)
+    assert grid.ratio == (pytest.approx(0.5, rel=1e-3), 1.0)
+    assert grid.zero == (-128, -123)

@@ -2,14 +2,14 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calib import reconstruct
+from calib import adaround, reconstruct
 from calib.adaround import initial_logits
 from calib.blocks import Block, BlockIO
 from calib.choices import Rounding
@@ -115,3 +115,34 @@ def test_the_weights_of_a_block_are_copies_in_the_order_of_its_layers() -> None:
 def test_a_result_is_read_back_from_json() -> None:
     result = BlockResult(name="a", layers=("a.b", "a.c"), loss_before=2.0, loss_after=None, rounding=Rounding.NEAREST)
     assert BlockResult.from_json(json.loads(json.dumps(asdict(result)))) == result
+
+
+class Gated(nn.Module):
+    """Two convolutions of one input, one of which gates the other, and a third."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.a, self.b, self.out = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.a(x) * torch.sigmoid(self.b(x)))
+        return out
+
+
+def test_the_fine_loss_adds_those_of_the_layers_but_the_last() -> None:
+    block, float_block = Gated(0), Gated(1)
+    x, f = torch.randn(2, 4, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    io = replace(recording(float_block, f), inputs=(x,), reference=(f,))
+    names = ("second.a", "second.b", "second.out")
+    scales = {name: torch.full((4,), 0.1) for name in names}
+    layers = reconstruct.layer_weights(block, Block(name="second", layers=names), scales, dict.fromkeys(names, 4))
+    logits = [torch.zeros_like(w.weight) for w in layers]
+    expected = reconstruct.per_sample_loss(block, layers)(logits, io)
+    for i, name in enumerate("ab"):
+        soft = adaround.soft_weight(layers[i].weight, layers[i].scale, logits[i], 4)
+        out = nn.functional.conv2d(x, soft, block.get_submodule(name).bias)
+        expected = expected + 0.5 * reconstruct.output_loss(out, float_block.get_submodule(name)(f))
+    fine = reconstruct.fine_grained_loss(block, float_block, layers, 0.5)(logits, io)
+    assert torch.allclose(fine, expected, rtol=1e-5)

@@ -44,9 +44,9 @@ def test_structure_finds_what_diffusers_calls_shortcuts_and_downsamplers(name: s
         for layer in traced.layers
     ]
     assert [layer.shortcut for layer in traced.layers] == [layer.shortcut for layer in named]
-    found = float_reasons(traced, Convention.TFMQ)
-    assert list(found.items()) == list(float_reasons(replace(traced, layers=tuple(named)), Convention.TFMQ).items())
-    assert any(reason == "first time-embedding layer (TFMQ-DM)" for reason in found.values())
+    reasons = float_reasons(traced, Convention.TFMQ)
+    assert list(reasons.items()) == list(float_reasons(replace(traced, layers=tuple(named)), Convention.TFMQ).items())
+    assert any(reason == "first time-embedding layer (TFMQ-DM)" for reason in reasons.values())
 
 
 class Residual(nn.Module):

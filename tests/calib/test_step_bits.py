@@ -1,4 +1,4 @@
-"""Activation bits of each step: who gets how many, and that each step is rounded with its own."""
+"""Activation bits of each step: who gets how many, and that each step is rounded with the bits that it gets."""
 
 import dataclasses
 import math
@@ -43,8 +43,8 @@ def plan(request, network: EpsilonModel) -> QuantPlan:
     return calibrate(network, _data(), config, timesteps=100)
 
 
-def _db(exact: Tensor, found: Tensor) -> float:
-    return 10 * math.log10(float(exact.double().square().sum() / (found.double() - exact.double()).square().sum()))
+def _db(exact: Tensor, quantized: Tensor) -> float:
+    return 10 * math.log10(float(exact.double().square().sum() / (quantized.double() - exact.double()).square().sum()))
 
 
 def test_the_fewest_bits_that_have_more_signal_than_the_image_are_taken() -> None:
@@ -60,37 +60,37 @@ def test_a_window_keeps_the_most_bits(plan: QuantPlan) -> None:
 
 def test_signal_over_noise_is_what_each_width_has_alone(network: EpsilonModel, plan: QuantPlan) -> None:
     data = _data()
-    found = step_bits.by_ratio(network, plan, data, (0.0, 1000.0, 20.0))
+    assigned = step_bits.by_ratio(network, plan, data, (0.0, 1000.0, 20.0))
     with torch.no_grad():
         for bits in (4, 8):
             alone = fake_quantized(network, step_bits.at_bits(plan, bits))
             for k, t in enumerate(TIMES):
                 at = data.take((data.t == t).nonzero()[:, 0])
-                assert found.measured_db[bits][k] == pytest.approx(_db(network(at.x, at.t), alone(at.x, at.t)))
-    assert all(wide > narrow for wide, narrow in zip(found.measured_db[8], found.measured_db[4], strict=True))
-    assert found.bits[:2] == (4, 8)
-    assert found.bits[2] == (4 if found.measured_db[4][2] > 20 else 8)
+                assert assigned.measured_db[bits][k] == pytest.approx(_db(network(at.x, at.t), alone(at.x, at.t)))
+    assert all(wide > narrow for wide, narrow in zip(assigned.measured_db[8], assigned.measured_db[4], strict=True))
+    assert assigned.bits[:2] == (4, 8)
+    assert assigned.bits[2] == (4 if assigned.measured_db[4][2] > 20 else 8)
 
 
-def test_a_plan_rounds_each_step_with_its_own_bits(network: EpsilonModel, plan: QuantPlan) -> None:
+def test_a_plan_rounds_each_step_with_the_bits_of_that_step(network: EpsilonModel, plan: QuantPlan) -> None:
     mixed = fake_quantized(network, dataclasses.replace(plan, step_bits=StepBits(bits=(8, 4, 4))))
     x = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([15, 55, 95, 0, 60, 99])  # those between take the nearest step's
     with torch.no_grad():
-        found = mixed(x, t)
+        out = mixed(x, t)
         by_width = {bits: fake_quantized(network, step_bits.at_bits(plan, bits))(x, t) for bits in (4, 8)}
     for k, bits in enumerate((8, 4, 4, 8, 4, 4)):
-        torch.testing.assert_close(found[k], by_width[bits][k], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(found[k], by_width[12 - bits][k], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[k], by_width[bits][k], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(out[k], by_width[12 - bits][k], rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_kept_with_the_plan(plan: QuantPlan, tmp_path: Path) -> None:
-    own = StepBits(bits=(8, 4, 4), required_db=(1.5, 2.0, 3.0), measured_db={8: (9.0, 9.5, 9.0), 4: (1.0, 4.0, 5.0)})
-    save_plan(dataclasses.replace(plan, step_bits=own), tmp_path / "plan.safetensors")
-    found = load_plan(tmp_path / "plan.safetensors")
-    assert found.step_bits == own
-    assert all(found.layers[name].narrower == layer.narrower for name, layer in plan.layers.items())
-    assert {layer.input.bits for layer in step_bits.at_bits(found, 4).layers.values()} == {4}
+def test_it_is_saved_with_the_plan(plan: QuantPlan, tmp_path: Path) -> None:
+    bits = StepBits(bits=(8, 4, 4), required_db=(1.5, 2.0, 3.0), measured_db={8: (9.0, 9.5, 9.0), 4: (1.0, 4.0, 5.0)})
+    save_plan(dataclasses.replace(plan, step_bits=bits), tmp_path / "plan.safetensors")
+    again = load_plan(tmp_path / "plan.safetensors")
+    assert again.step_bits == bits
+    assert all(again.layers[name].narrower == layer.narrower for name, layer in plan.layers.items())
+    assert {layer.input.bits for layer in step_bits.at_bits(again, 4).layers.values()} == {4}
 
 
 def test_what_does_not_go_together_is_refused(plan: QuantPlan) -> None:

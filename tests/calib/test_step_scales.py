@@ -43,9 +43,9 @@ def _error(values: Tensor, sizes: Tensor, bits: int = 4) -> float:
 @pytest.mark.parametrize("rule", [step_scales.scales_by_network, step_scales.scales_by_groups])
 def test_learned_sizes_come_near_the_best_and_beat_the_ranges(rule: Callable[..., Tensor]) -> None:
     values, t = _values()
-    found = rule(values, t, 4, torch.Generator().manual_seed(1))
+    learned = rule(values, t, 4, torch.Generator().manual_seed(1))
     best, ranges = _error(values, _best(values, 4)), _error(values, values.abs().amax(1) / 7)
-    assert _error(values, found) < 1.15 * best < ranges
+    assert _error(values, learned) < 1.15 * best < ranges
 
 
 def test_groups_are_few_and_the_network_is_smooth() -> None:

@@ -1,4 +1,4 @@
-"""The rewritten network computes what the float one does, and its parts have grids of their own."""
+"""The rewritten network computes what the float one does, and its parts have separate grids."""
 
 from pathlib import Path
 
@@ -77,12 +77,12 @@ def test_rewriting_changes_nothing_that_is_computed(net: nn.Module, surgery: Sur
 def test_the_factors_are_the_papers(net: nn.Module) -> None:
     """Four steps of one sample each: a channel's largest value over the smallest channel's, weighted by it."""
     data = _data().take(torch.tensor([0, 4, 8, 12]))
-    found = channel_factors(net, data, SurgeryConfig(scale_channels=1e6))
-    assert found.keys() == {"shortcut", "inner"}
+    factors = channel_factors(net, data, SurgeryConfig(scale_channels=1e6))
+    assert factors.keys() == {"shortcut", "inner"}
     with torch.no_grad():
         m = net.head(data.x + data.t.reshape(-1, 1, 1, 1) / 100).abs().amax((2, 3)).double()  # (steps, channels)
     expected = (m / m.amin(1, keepdim=True) * m).sum(0) / m.sum(0)
-    assert torch.allclose(found["inner"].double(), expected, rtol=1e-4)
+    assert torch.allclose(factors["inner"].double(), expected, rtol=1e-4)
     capped = channel_factors(net, data, SurgeryConfig(scale_channels=1.5))
     assert float(capped["inner"].max()) <= 1.5
 

@@ -66,7 +66,7 @@ class Awkward(nn.Module):
         self.first = nn.Linear(1, 8)
         self.twice = nn.Linear(8, 8)
         self.after = nn.Conv1d(1, 2, 3)
-        self.kept = nn.Linear(8, 8)
+        self.float_end = nn.Linear(8, 8)
         self.places = nn.Embedding(4, 8)
         self.constant = nn.Linear(8, 8)
         self.enter = nn.Conv2d(1, 8, 3, padding=1)
@@ -80,7 +80,7 @@ class Awkward(nn.Module):
         y = self.enter(x) + h[:, :, None, None]
         h.relu_()  # what follows sees the changed value, and what was added above did not
         y = y * self.after(h[:, None]).mean((1, 2))[:, None, None, None]  # (N, 2, 6) -> (N, 1, 1, 1)
-        y = y + self.kept(h)[:, :, None, None]
+        y = y + self.float_end(h)[:, :, None, None]
         y = y + self.constant(self.places(torch.arange(4))).mean(0)[:, None, None]
         out: Tensor = self.leave(y)
         return out
@@ -95,9 +95,9 @@ def awkward() -> nn.Module:
 
 def test_the_block_of_a_unet_gives_what_its_embedding_projections_give(tiny_unet) -> None:
     network, data = EpsilonModel(tiny_unet), noise(16)
-    found = trace(network, (1, 16, 16), 100)
-    quantized = [layer.name for layer in found.layers if layer.name not in float_reasons(found, "tfmq")]
-    (block,) = find_block(network, found, quantized, (1, 16, 16))
+    traced = trace(network, (1, 16, 16), 100)
+    quantized = [layer.name for layer in traced.layers if layer.name not in float_reasons(traced, "tfmq")]
+    (block,) = find_block(network, traced, quantized, (1, 16, 16))
     names = projections(network)
     assert set(block.layers) == {"unet.time_embedding.linear_2", *names}
     assert {f"{name}.weight" for name in block.layers} <= {name for name, _ in block.module.named_parameters()}
@@ -115,16 +115,19 @@ def test_the_block_of_a_foreign_network_is_found_by_structure(make_foreign) -> N
 
 
 def test_the_cut_keeps_what_was_computed_however_the_network_is_written(awkward) -> None:
-    data, found = noise(8), trace(awkward, (1, 8, 8), 100)
-    (block,) = find_block(awkward, found, ["twice", "after", "constant", "enter"], (1, 8, 8))
+    data, traced = noise(8), trace(awkward, (1, 8, 8), 100)
+    (block,) = find_block(awkward, traced, ["twice", "after", "constant", "enter"], (1, 8, 8))
     assert block.layers == ("twice", "after")
-    expected = outputs(awkward, ["twice", "after", "kept"], data)[:, 8:]  # the first call's output goes to the second
+    # The output of the first call goes to the second.
+    expected = outputs(awkward, ["twice", "after", "float_end"], data)[
+        :, 8:
+    ]  # the first call's output goes to the second
     assert torch.allclose(block.module(data.t), expected, atol=1e-6)
 
 
 def test_float_layers_behind_a_quantized_one_are_what_is_compared(awkward) -> None:
-    data, found = noise(8), trace(awkward, (1, 8, 8), 100)
-    (block,) = find_block(awkward, found, ["first"], (1, 8, 8))
+    data, traced = noise(8), trace(awkward, (1, 8, 8), 100)
+    (block,) = find_block(awkward, traced, ["first"], (1, 8, 8))
     assert block.layers == ("first",)
     assert block.module(data.t).shape == (len(data), 8 + 12 + 8)
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from tests.calib.test_cond import NETWORKS, config
 from torch import Tensor
 
 import engines
@@ -38,7 +39,6 @@ from gaq_export.models.provenance import load_conditioning
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.sampling import shards, workers
-from tests.calib.test_cond import NETWORKS, config
 
 SPEC = SamplerSpec(steps=4)
 
