@@ -22,7 +22,12 @@ def soft_rounding(logits: Tensor) -> Tensor:
 
 
 def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return V for which the soft weight equals the float weight: h(V) = W / Delta - floor(W / Delta)."""
+    """Return V for which the soft weight equals the float weight: h(V) = W / Delta - floor(W / Delta).
+
+    Args:
+        weight: W (C, ...).
+        scale: Delta (C,).
+    """
     grid = weight / per_channel(scale, weight.ndim)  # (C,) -> (C, 1, ...)
     return logits_of(grid - torch.floor(grid))
 
@@ -34,7 +39,14 @@ def logits_of(soft: Tensor) -> Tensor:
 
 
 def soft_weight(weight: Tensor, scale: Tensor, logits: Tensor, bits: int) -> Tensor:
-    """Return W_hat with soft rounding, differentiable in `logits`; shapes as `weight`, scale (C,)."""
+    """Return W_hat (C, ...) with soft rounding, differentiable in `logits`.
+
+    Args:
+        weight: W (C, ...).
+        scale: Delta (C,).
+        logits: V (C, ...).
+        bits: width of the codes.
+    """
     low, high = integer_range(bits)
     step = per_channel(scale, weight.ndim)
     # floor has no gradient, and needs none: it is that of the float weight, which does not change.
@@ -42,7 +54,14 @@ def soft_weight(weight: Tensor, scale: Tensor, logits: Tensor, bits: int) -> Ten
 
 
 def hard_codes(weight: Tensor, scale: Tensor, logits: Tensor, bits: int) -> Tensor:
-    """Return the int8 codes after the final decision: up where V >= 0, that is h(V) >= 1/2, else down."""
+    """Return the int8 codes after the final decision: up where V >= 0, that is h(V) >= 1/2, else down.
+
+    Args:
+        weight: W (C, ...).
+        scale: Delta (C,).
+        logits: V (C, ...).
+        bits: width of the codes.
+    """
     low, high = integer_range(bits)
     floor = torch.floor(weight / per_channel(scale, weight.ndim))
     return (floor + (logits >= 0)).clamp(low, high).to(torch.int8)
@@ -50,6 +69,13 @@ def hard_codes(weight: Tensor, scale: Tensor, logits: Tensor, bits: int) -> Tens
 
 def beta(iteration: int, iterations: int, warmup: float, start: float, end: float) -> float | None:
     """Return beta at `iteration`: None (no regulariser) in the warm-up, then linear from `start` to `end`.
+
+    Args:
+        iteration: from 0.
+        iterations: how many there are.
+        warmup: share of them without regulariser.
+        start: beta after the warm-up.
+        end: beta at the last iteration.
 
     >>> beta(10, 100, 0.2, 20.0, 2.0) is None
     True
@@ -63,6 +89,11 @@ def beta(iteration: int, iterations: int, warmup: float, start: float, end: floa
 
 
 def regulariser(logits: Tensor, sharpness: float) -> Tensor:
-    """Return sum(1 - |2 h(V) - 1|^beta), 0 only where every rounding is decided."""
+    """Return sum(1 - |2 h(V) - 1|^beta) (), 0 only where every rounding is decided.
+
+    Args:
+        logits: V, any shape.
+        sharpness: beta.
+    """
     # 2h - 1 is -1 or 1 where a rounding is decided; a large beta pulls only at those that nearly are.
     return (1 - (2 * soft_rounding(logits) - 1).abs().pow(sharpness)).sum()

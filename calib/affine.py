@@ -55,6 +55,11 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, shift: Tensor | None = No
 def round_log2(x: Tensor, scale: float, bits: int) -> Tensor:
     """Round `x`, not negative, to the nearest in the logarithm of scale * 2^-code, codes from 0 to 2^bits - 1.
 
+    Args:
+        x: any shape; 0 becomes the smallest value.
+        scale: the largest value.
+        bits: width of the codes.
+
     >>> round_log2(torch.tensor([1.0, 0.3, 0.2, 0.0]), 1.0, 2).tolist()
     [1.0, 0.25, 0.25, 0.125]
     """

@@ -2,7 +2,7 @@
 
 Networks call `scaled_dot_product_attention`, whose operands no module's input or output shows. `intercept` puts this
 module's plain form of it in its place. The queries carry the softmax scale, as they do in our ONNX graphs, so that what
-is rounded here is to the bit what is rounded there. (PyTorch's own MultiheadAttention calls it out of reach, inside a
+is rounded here is to the bit what is rounded there. (PyTorch's MultiheadAttention calls it out of reach, inside a
 function that is dispatched as one: its products stay float.)
 """
 

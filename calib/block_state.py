@@ -24,7 +24,17 @@ class BlockState:
 
 
 def save_block_state(folder: Path, index: int, key: str, state: BlockState) -> None:
-    """Write block number `index`; `key` identifies the calibration it belongs to."""
+    """Write a finished block.
+
+    Args:
+        folder: of the blocks; made if need be.
+        index: number of the block.
+        key: identifies the calibration that it belongs to.
+        state: what it gave.
+
+    Raises:
+        CalibError: the folder cannot be written.
+    """
     tensors = {f"codes.{name}": codes.contiguous() for name, codes in state.codes.items()} | {"scores": state.scores}
     grids = {name: asdict(grid) for name, grid in state.grids.items()}
     header = {"key": key, "result": json.dumps(asdict(state.result)), "grids": json.dumps(grids)}

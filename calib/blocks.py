@@ -83,6 +83,10 @@ class BlockIO:
         """Return a recording in memory with about `share` of the inputs' elements replaced by the float network's.
 
         QDrop (Wei et al. 2022, arXiv 2203.05740): each element is drawn by itself.
+
+        Args:
+            share: probability of an element to be the float network's; 0 returns this recording.
+            generator: draws the elements.
         """
         if self.reference is None or share == 0:
             return self

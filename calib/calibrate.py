@@ -98,7 +98,16 @@ def calibrate(
 
 
 def weight_samples(data: CalibrationSet, config: QuantConfig, model: nn.Module) -> Split:
-    """Return the samples that calibrate weights, those for validation set aside; `model` is the float network."""
+    """Return the samples that calibrate weights, those for validation set aside.
+
+    Args:
+        data: all samples.
+        config: which samples calibrate weights, how many validate, and the seed.
+        model: the float network, for rules of selection that run it.
+
+    Raises:
+        CalibError: there is one sample.
+    """
     samples = select(data, config, model)
     return split(samples, config.omega.validation, config.omega.groups, generator_for(config.seed, "split"))
 

@@ -107,10 +107,15 @@ class CorrectionRule(StrEnum):
 
 
 def choose(kind: type[_Choice], value: str, what: str) -> _Choice:
-    """Return the member of `kind` that `value` names.
+    """Return the member of `kind` with this value.
+
+    Args:
+        kind: the enumeration.
+        value: what the user wrote.
+        what: the setting, for the message.
 
     Raises:
-        CalibError: none does; the message lists them all, and `what` is chosen.
+        CalibError: no member has it; the message lists them all.
     """
     names = [member.value for member in kind]
     if value not in names:

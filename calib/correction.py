@@ -79,7 +79,12 @@ class Regression:
 
 
 def regress(epsilon: Tensor, error: Tensor) -> Regression:
-    """Fit the error (N, C, H, W) of one step against the float network's noise."""
+    """Fit the error of the predicted noise at one step against the float network's (PTQD, arXiv 2305.10657).
+
+    Args:
+        epsilon: (N, C, H, W), the float network's.
+        error: (N, C, H, W), the quantized network's minus the float network's.
+    """
     epsilon, error = epsilon.double(), error.double()
     x, y = epsilon - epsilon.mean(), error - error.mean()
     slope = float((x * y).sum() / x.square().sum())

@@ -76,7 +76,15 @@ class Alignment:
 def inspectable_blocks(
     model: nn.Module, plan: QuantPlan, shape: tuple[int, ...], timesteps: int, cond: Mapping[str, Tensor] = NO_CONDITION
 ) -> list[BlockResult]:
-    """Return the plan's blocks that can be looked at alone: called once a forward pass, with plain tensors."""
+    """Return the plan's blocks that can be looked at alone: called once a forward pass, with plain tensors.
+
+    Args:
+        model: the float network.
+        plan: made from it.
+        shape: (C, H, W).
+        timesteps: number of training timesteps.
+        cond: example conditions, at least one row each.
+    """
     calls = trace(model, shape, timesteps, cond).calls
     return [b for b in plan.blocks if b.name in calls and calls[b.name].plain and calls[b.name].count == 1]
 
@@ -174,7 +182,13 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
 
 
 def bin_means(key: Tensor, values: Sequence[Tensor], bins: int) -> list[Tensor]:
-    """Sort by `key` (N,), cut into at most `bins` bins of equal size (to within one), return each value's means."""
+    """Return the means of each of `values` in bins of equal size (to within one) by `key`.
+
+    Args:
+        key: (N,), sorted by.
+        values: (N,) each.
+        bins: how many, or N if that is fewer.
+    """
     order = torch.argsort(key, stable=True)
     return [torch.stack([part.mean() for part in torch.tensor_split(v[order], min(bins, len(key)))]) for v in values]
 

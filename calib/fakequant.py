@@ -107,7 +107,7 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
 
 
 def rounder(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> Callable[[Tensor], Tensor]:
-    """Return the function that rounds an activation (N, ...) of module `name` to its grid.
+    """Return the function that rounds an activation (N, ...) of module `name` to its grid; arguments as `round_input`.
 
     Raises:
         CalibError: when it is called, if the grid differs by step and there are more or fewer rows than samples.

@@ -31,7 +31,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and metadata as `write_atomically` does, without a copy of them in memory."""
+    """Write tensors and metadata as `write_atomically` does, without a copy of them in memory.
+
+    Args:
+        path: of the file.
+        tensors: contiguous, by name.
+        header: metadata.
+
+    Raises:
+        CalibError: the folder cannot be written.
+    """
     _write(path, lambda temporary: save_file(dict(tensors), temporary, dict(header)))
 
 

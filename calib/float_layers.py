@@ -56,7 +56,15 @@ def quantized_products(traced: Trace, convention: Convention, reasons: Mapping[s
 
 
 def require_batch_first(traced: Trace, names: Iterable[str]) -> None:
-    """Raise CalibError if the first axis of a named layer's input is not the batch: its samples have no steps."""
+    """Check that the rows of a layer's input are samples, which have a step.
+
+    Args:
+        traced: what `trace` saw.
+        names: of the layers that are checked.
+
+    Raises:
+        CalibError: the first axis of a layer's input is not the batch.
+    """
     for name in names:
         if not traced.calls[name].plain:
             raise CalibError(

@@ -32,7 +32,18 @@ BLEND = 0.7  # how far h(V) starts on the way from the float weight to GPTQ's de
 def first_logits(
     config: QuantConfig, name: str, block: nn.Module, layers: Sequence[LayerWeight], io: BlockIO
 ) -> list[Tensor]:
-    """Return the rounding logits that block `name` starts from, by the config's rule and seed."""
+    """Return the rounding logits that a block starts from, by the config's rule and seed.
+
+    Args:
+        config: rule and seed.
+        name: of the block.
+        block: its module.
+        layers: float weights and grids.
+        io: recording of the block's inputs.
+
+    Returns:
+        V of each layer, the shape of its weight.
+    """
     return STARTS[config.reconstruction.start](block, layers, io, generator_for(config.seed, name, "start"))
 
 

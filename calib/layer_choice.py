@@ -67,11 +67,8 @@ def choose_layers(
         chosen = mixed_precision.assign_bits(model, data, candidates, config, timesteps, clock, report)
     else:
         chosen = BitAssignment(bits=dict.fromkeys(candidates, config.weight.bits), errors=None)
-    reasons |= {
-        name: "left float within the budget, since it matters most"
-        for name in candidates
-        if chosen.bits[name] == FLOAT_BITS
-    }
+    left = [name for name in candidates if chosen.bits[name] == FLOAT_BITS]
+    reasons |= dict.fromkeys(left, "left float within the budget, since it matters most")
     layers = [name for name in candidates if name not in reasons]
     if not layers:
         raise CalibError("The budget has room for every layer in float, so nothing is left to quantize: lower it.")

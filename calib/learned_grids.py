@@ -110,7 +110,14 @@ def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
 def rounded_inputs(
     block: nn.Module, learned: Sequence[LearnedGrid], drop: float = 0.0, generator: torch.Generator | None = None
 ) -> Iterator[None]:
-    """Round what the block's layers read while this is open, each element left float with probability `drop`."""
+    """Round what the block's layers read while this is open.
+
+    Args:
+        block: its module.
+        learned: the grids, with the names of their layers in it.
+        drop: probability of an element to be left float (QDrop, arXiv 2203.05740).
+        generator: draws those elements.
+    """
 
     def hook(grid: LearnedGrid) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         return lambda module, args: (_dropped(args[0], grid, drop, generator), *args[1:])
@@ -131,7 +138,13 @@ def _dropped(x: Tensor, grid: LearnedGrid, drop: float, generator: torch.Generat
 
 
 def learnable_round(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Round `x` (any shape) to `grid` with another `scale` (), differentiable in both (LSQ, equations 1 to 3)."""
+    """Round `x` to `grid` with another scale, differentiable in both (LSQ, equations 1 to 3).
+
+    Args:
+        x: any shape.
+        scale: () float32, in place of the grid's.
+        grid: its bits and zero point.
+    """
     low, high = integer_range(grid.bits)
     codes = round_straight_through(x / scale + grid.zero[0]).clamp(low, high)
     return (codes - grid.zero[0]) * scale

@@ -127,6 +127,12 @@ def solve(
     >>> solve(errors, {"a": {4: 4, 8: 8}, "b": {4: 4, 8: 8}}, 12)
     {'a': 8, 'b': 4}
 
+    Args:
+        errors: by layer and bits.
+        costs: by layer and bits, in the unit of the budget.
+        budget: positive.
+        unit: of the budget, for messages.
+
     Raises:
         CalibError: the fewest bits exceed the budget, or the solver fails.
     """

@@ -68,6 +68,11 @@ def sample_weights(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor
 
     With `softmax` "batch" they are softmax(s / tau) over the mini-batch and sum to 1; with "set" the softmax runs over
     all N samples, times N / n, so that a mini-batch of heavy samples moves the rounding more than one of light ones.
+
+    Args:
+        scores: s (N,) float64.
+        index: (n,) int64.
+        config: softmax and temperature tau.
     """
     if config.softmax is SoftmaxOver.SET:
         return (torch.softmax(scores / config.temperature, 0)[index] * (len(scores) / len(index))).float()
@@ -75,7 +80,14 @@ def sample_weights(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor
 
 
 def score_gradient(omega: Tensor, gradient: Tensor, config: OmegaConfig, samples: int) -> Tensor:
-    """Carry dL/domega (n,) of a mini-batch back to its scores through the softmax over `samples` or the mini-batch."""
+    """Return dL/ds (n,) of the scores of a mini-batch, through the softmax of `sample_weights`.
+
+    Args:
+        omega: (n,) sample weights.
+        gradient: dL/domega (n,).
+        config: softmax and temperature tau.
+        samples: N.
+    """
     # d omega_i / d s_j = omega_i (1[i = j] - p_j) / tau, where p_j is omega_j, or n / N of it over the set.
     share = len(omega) / samples if config.softmax is SoftmaxOver.SET else 1.0
     return omega * (gradient - share * (omega * gradient).sum()) / config.temperature

@@ -158,28 +158,24 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `pack_nibbles`; returns int8 of `shape`."""
+    """Undo `pack_nibbles`: return the int8 codes, in `shape`, of packed bytes (ceil(n / 2),) uint8."""
     flat = torch.stack([packed & 0xF, packed >> 4], 1).flatten()[: math.prod(shape)].to(torch.int8)
     return torch.where(flat > 7, flat - 16, flat).reshape(shape)
 
 
 def save_plan(plan: QuantPlan, path: Path) -> None:
-    """Write `path` (.safetensors) and the .json beside it; the same plan gives the same bytes."""
+    """Write `path` (.safetensors) and the .json beside it; the same plan gives the same bytes.
+
+    Raises:
+        CalibError: the folder cannot be written.
+    """
     tensors: dict[str, Tensor] = {"omega_scores": plan.scores}
     if plan.timesteps is not None:
         tensors["timesteps"] = plan.timesteps
     tensors |= {f"{name}.factors": factors for name, factors in plan.surgery.factors.items()}
-    layers: dict[str, Any] = {}
     for name, q in plan.layers.items():
         tensors[f"{name}.codes"] = pack_nibbles(q.codes) if q.weight_bits <= 4 else q.codes.contiguous()
         tensors[f"{name}.weight_scale"] = q.weight_scale.contiguous()
-        layers[name] = {
-            "shape": list(q.codes.shape),
-            "weight_bits": q.weight_bits,
-            "input": dataclasses.asdict(q.input),
-            "narrower": [dataclasses.asdict(grid) for grid in q.narrower],
-            "output_scale": q.output_scale,
-        }
     products = {
         name: {what: dataclasses.asdict(getattr(p, what)) for what in OPERANDS} for name, p in plan.products.items()
     }
@@ -188,7 +184,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         "about": dict(plan.provenance),
         "config": configs.to_json(plan.config),
         "num_train": plan.num_train,
-        "layers": layers,
+        "layers": {name: _layer_json(q) for name, q in plan.layers.items()},
         "products": products,
         "float_layers": dict(plan.float_layers),
         "blocks": [dataclasses.asdict(b) for b in plan.blocks],
@@ -201,6 +197,16 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
     text = json.dumps(readable, indent=1).encode()
     write_atomically(path.with_suffix(".json"), text)
     write_safetensors(path, tensors, {"json_sha256": hashlib.sha256(text).hexdigest()})
+
+
+def _layer_json(layer: LayerQuant) -> dict[str, Any]:
+    return {
+        "shape": list(layer.codes.shape),  # packed codes do not have it
+        "weight_bits": layer.weight_bits,
+        "input": dataclasses.asdict(layer.input),
+        "narrower": [dataclasses.asdict(grid) for grid in layer.narrower],
+        "output_scale": layer.output_scale,
+    }
 
 
 def load_plan(path: Path) -> QuantPlan:

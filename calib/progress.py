@@ -149,15 +149,15 @@ class ProgressMeter:
             self._since = now
 
     def block(self, index: int, name: str, iterations: int) -> Callable[[int], None]:
-        """Return what to call with the number of finished iterations of block `index`."""
+        """Return the function to call with the number of finished iterations of block number `index`."""
         return lambda done: self._send(index, stage=Stage.BLOCK, name=name, share=done / iterations)
 
     def finished(self, index: int, result: BlockResult, resumed: bool) -> None:
-        """Report a finished block."""
+        """Report a finished block; `resumed` says that it was loaded, and not calibrated now."""
         self._send(index, stage=Stage.BLOCK, name=result.name, share=1.0, result=result, resumed=resumed)
 
     def ranges(self, batches: int) -> Callable[[int], None]:
-        """Return what to call with the number of observed batches."""
+        """Return the function to call with the number of observed batches."""
         return lambda done: self._send(
             len(self._costs) - 1, stage=Stage.RANGES, name="activation ranges", share=done / batches
         )

@@ -91,12 +91,19 @@ def make_grid(reaches: Sequence[Reach], bits: int, *, symmetric: bool) -> Grid:
 
 
 def make_grids(reaches: Sequence[Reach], config: ActivationConfig) -> tuple[Grid, ...]:
-    """Return the grids of all widths that the config has, the widest first."""
+    """Return the grids over `reaches` of all widths that the config has, the widest first."""
     return tuple(make_grid(reaches, bits, symmetric=config.symmetric) for bits in (config.bits, *config.narrower))
 
 
 def make_operand_grid(reaches: Sequence[Reach], operand: str, bits: int, *, log2: bool = False) -> Grid:
-    """Return the grid of an operand inside attention; probabilities have 8 bits, from 0 up, or are powers of two."""
+    """Return the grid of an operand inside attention; probabilities have 8 bits, from 0 up, or are powers of two.
+
+    Args:
+        reaches: from `observe`.
+        operand: one of `calib.attention.OPERANDS`.
+        bits: width of the others.
+        log2: powers of two for probabilities, in `bits` bits.
+    """
     if operand == "probability" and log2:
         return Grid(scale=1.0, bits=bits, log2=True)
     if operand == "probability":  # never negative, so a symmetric grid would waste half of its codes
@@ -117,6 +124,11 @@ def draw_batches(
     """Return the batches to observe: the number of the step that each counts for, and its samples' indices.
 
     Without `per_step` all of them count for number 0; with it number k is the k-th smallest timestep in `data`.
+
+    Args:
+        data: what the float network saw.
+        config: samples a batch, most batches, and `per_step`.
+        generator: draws the order of the samples.
     """
     groups = [torch.arange(len(data))]  # all steps mixed, so that no step weighs more than another
     if config.per_step:

@@ -56,7 +56,14 @@ class LayerWeight:
 def layer_weights(
     module: nn.Module, block: Block, scales: Mapping[str, Tensor], bits: Mapping[str, int]
 ) -> list[LayerWeight]:
-    """Return copies of the weights that `module` holds of `block`, in call order; scales and bits are by layer."""
+    """Return copies of a block's weights with their grids, in call order.
+
+    Args:
+        module: the block's.
+        block: names of its layers.
+        scales: (C,) by layer name.
+        bits: by layer name.
+    """
     weights = []
     for name in block.layers:
         key = block.key(name)
@@ -66,7 +73,12 @@ def layer_weights(
 
 
 def output_loss(out: Tensor, target: Tensor) -> Tensor:
-    """Return (n,) squared error, summed over axis 1 and averaged over the rest."""
+    """Return the squared error (n,), summed over axis 1 and averaged over the rest.
+
+    Args:
+        out: (n, C, ...).
+        target: the same shape.
+    """
     error = (out - target).square().sum(1)  # (n, C, ...) -> (n, ...)
     return error.flatten(1).mean(1) if error.ndim > 1 else error
 
@@ -87,7 +99,12 @@ def block_loss(block: nn.Module, layers: Sequence[LayerWeight], weights: Sequenc
 
 
 def per_sample_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> PerSample:
-    """Return the block's loss as a function of its rounding logits."""
+    """Return the block's loss of each sample as a function of its rounding logits (BRECQ, arXiv 2102.05426).
+
+    Args:
+        block: its module.
+        layers: float weights and grids, in the order of the logits.
+    """
 
     def loss(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
         soft = [adaround.soft_weight(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
@@ -101,8 +118,14 @@ def fine_grained_loss(
 ) -> PerSample:
     """Return the block's loss plus `weight` times those of its layers, the last one left out (EDA-DM, FBR).
 
-    A layer's loss compares what it gives in the block with what it gives in the float block, on float inputs; the
-    recording must have them.
+    A layer's loss compares its output in the block with that in the float block, on float inputs; the recording must
+    have them.
+
+    Args:
+        block: its module, on quantized inputs.
+        reference: the same block of the float network.
+        layers: float weights and grids, in the order of the logits.
+        weight: gamma.
     """
     plain = per_sample_loss(block, layers)
     inner = [layer.key.removesuffix(".weight") for layer in layers[:-1]]

@@ -38,7 +38,14 @@ Samples = Tensor | FileSamples
 
 
 def allocate(value: Tensor, total: int, folder: Path | None, name: str) -> Samples:
-    """Return storage for `total` samples like those in `value` (n, ...): in memory, or in `folder` if it is large."""
+    """Return storage (total, ...) for samples like those in `value`: in memory, or in `folder` if it is large.
+
+    Args:
+        value: (n, ...), any of the samples.
+        total: N.
+        folder: for files; None keeps all in memory.
+        name: of the file.
+    """
     shape = (total, *value.shape[1:])
     if folder is None or math.prod(shape) * value.element_size() <= FILE_BYTES:
         return torch.empty(shape, dtype=value.dtype)

@@ -47,7 +47,12 @@ def apportion(shares: Tensor, total: int, most: Tensor) -> Tensor:
 
     What a step cannot take goes to the others in proportion; fractions are rounded so that the largest are rounded up.
 
-    >>> allot(torch.tensor([6.0, 3.0, 1.0]), 10, torch.tensor([4, 9, 9])).tolist()
+    Args:
+        shares: not negative; they need not add up to 1.
+        total: what is shared out, at most the sum of `most`.
+        most: int64.
+
+    >>> apportion(torch.tensor([6.0, 3.0, 1.0]), 10, torch.tensor([4, 9, 9])).tolist()
     [4, 5, 1]
     """
     ideal, full = torch.zeros(len(shares), dtype=torch.float64), torch.zeros(len(shares), dtype=torch.bool)
@@ -76,7 +81,7 @@ def density(data: CalibrationSet, config: SelectionConfig, model: nn.Module) -> 
     """Return D + lambda V of each step, both scaled to [0, 1] (EDA-DM's timestep-aware density and variety).
 
     D counts the steps whose features differ by at most `radius` of the mean difference, as a mean squared error; the
-    paper's own radii, 0.3 and 3.0, are absolute and belong to its models. V sums 1 - cosine, along the channels, to the
+    paper's radii, 0.3 and 3.0, are absolute and belong to its models. V sums 1 - cosine, along the channels, to the
     features of all steps.
     """
     features = step_features(data, config.images, model)  # (S, N, C, H, W)
@@ -101,11 +106,11 @@ def step_features(data: CalibrationSet, images: int, model: nn.Module) -> Tensor
     seen: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sizes[name] = args[0][0, 0].numel()
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sizes[name] = args[0][0, 0].numel()  # (N, C, H, W) -> H * W
             seen[name] = args[0]
 
-        return keep
+        return note
 
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not convolutions:

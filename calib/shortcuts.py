@@ -11,7 +11,7 @@ layer), nor `linear(silu(t)) + h`, whose input does not depend on the image. Bet
 there may be what only moves or scales values (GLUE), and S may be cut in two, as `calib.surgery` does where a shortcut
 reads a concatenation.
 
-The flow of values is followed by the identity of tensors. Only a little node is kept of each, not the tensor: what a
+The flow of values is followed by the identity of tensors. Only a little node is stored of each, not the tensor: what a
 large network computes would not fit in memory at once.
 """
 
@@ -81,7 +81,7 @@ class Flow(TorchFunctionMode):
         return node
 
     def leave_layer(self, name: str, module: nn.Module, x: Tensor, out: Tensor) -> None:
-        """Note that `out` is what the weighted layer `name` makes of `x`."""
+        """Note that the weighted layer `name` computed `out` from `x`."""
         if (source := self.of(x)) is not None:
             self._nodes[out] = _Node("layer", (source,), layer=name, pointwise=_is_pointwise(module))
 

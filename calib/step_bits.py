@@ -70,7 +70,12 @@ def fewest(required_db: Sequence[float], measured_db: Mapping[int, Sequence[floa
 
 
 def by_window(plan: QuantPlan, window: tuple[float, float]) -> StepBits:
-    """Return the most bits for the steps in `window`, a share of them counted from the noisiest, else the fewest."""
+    """Return bits of each step: the most inside a window of steps, the fewest outside.
+
+    Args:
+        plan: its timesteps and widths.
+        window: first and last, as shares of the steps counted from the noisiest.
+    """
     assert plan.timesteps is not None
     count, most, least = len(plan.timesteps), max(widths(plan)), min(widths(plan))
     first, last = (round(share * count) for share in window)
