@@ -125,16 +125,6 @@ def _aligned(
     return omega.align_scores(loss, logits, recordings, scores, calibration.config.omega, generator)
 
 
-def _fit(calibration: Calibration, block: Block, scores: Tensor, on_iteration: Callable[[int], None]) -> Fit:
-    return Fit(
-        omega=calibration.config.omega,
-        settings=calibration.config.reconstruction,
-        scores=scores,
-        generator=calibration.generator(block, "fit"),
-        on_iteration=on_iteration,
-    )
-
-
 def _initial_grids(calibration: Calibration, block: Block, module: nn.Module, io: BlockIO) -> list[LearnedGrid]:
     """Return the grids that a block's layers start from; none for the temporal block, which has no module to hook."""
     if block.module is not None:
