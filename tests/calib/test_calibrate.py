@@ -27,6 +27,7 @@ from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
 from calib.trace import group_by_input, trace
 from gaq_export.models.architectures import EpsilonModel
+from tests.calib.conditional import short
 
 BLOCKS = ("down", "gate", "mlp")  # of the foreign network
 
@@ -244,18 +245,6 @@ def test_one_sample_is_too_few(make_foreign) -> None:
     data = noise(8).take(torch.arange(1))
     with pytest.raises(CalibError, match="There is one sample"):
         calibrate(make_foreign(), data, config(), timesteps=100)
-
-
-def short(**more: object) -> QuantConfig:
-    """Return settings for networks of several blocks: few iterations."""
-    return QuantConfig(
-        weight=WeightConfig(bits=4),
-        activation=ActivationConfig(batch=8),
-        reconstruction=ReconstructionConfig(iterations=3, batch=4, learning_rate=1e-2),
-        omega=OmegaConfig(rule="gac", meta_steps=1, batch=4, validation_batch=2),
-        micro_batch=4,
-        **more,
-    )
 
 
 def test_a_conditional_network_is_calibrated_with_its_conditions(

@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from tests.calib.test_cond import NETWORKS, config
 from torch import Tensor
 
 import engines
@@ -39,6 +38,7 @@ from gaq_export.models.provenance import load_conditioning
 from gaq_export.quantize.presets import CalibrationOptions
 from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.sampling import shards, workers
+from tests.calib.conditional import NETWORKS, short
 
 SPEC = SamplerSpec(steps=4)
 
@@ -122,7 +122,7 @@ def test_engines_take_the_condition_too(
     conditioning = texts(3.0) if kind == "text" else class_conditioning((0, 4, 7), unconditional=9, guidance=3.0)
     model = made(kind, conditioning)
     data = collect(model, SPEC, images=4)
-    plan = calibrate(model.network, data, config(), timesteps=100)
+    plan = calibrate(model.network, data, short(), timesteps=100)
     graph = exported(model.network, model.shape, {name: row[:1] for name, row in conditioning.rows.items()})
     assert [value.name for value in graph.graph.inputs] == ["x", "t", *conditioning.rows]
     save_onnx(insert_qdq(graph, plan, find_profile(engines.find_backend(backend).profile)), tmp_path / "unet.onnx")
