@@ -60,12 +60,10 @@ def test_an_image_depends_on_its_seed_and_not_on_the_images_beside_it(tiny_engin
 
 def test_an_engine_of_steps_draws_what_one_of_the_network_draws(tiny_step_engine, tiny_engine, tmp_path: Path) -> None:
     spec = SamplerSpec(steps=5, eta=0.5)
-    conditioning: list[tuple[str, int, int]] = []
-    drawn = pipeline.sample(
-        tiny_step_engine.path, num=6, out=tmp_path / "step", on_step=lambda *s: conditioning.append(s)
-    )
+    calls: list[tuple[str, int, int]] = []
+    drawn = pipeline.sample(tiny_step_engine.path, num=6, out=tmp_path / "step", on_step=lambda *s: calls.append(s))
     plain = pipeline.sample(tiny_engine.path, num=6, sampler=spec, out=tmp_path / "eps")
-    assert conditioning == [("engine", i + 1, 10) for i in range(10)]
+    assert calls == [("engine", i + 1, 10) for i in range(10)]
     assert json.loads((tmp_path / "step" / "samples.json").read_text())["sampler"] == spec.to_json()
     assert images.psnr(drawn.images, plain.images).min() > 30
     assert images.psnr(drawn.images[:3], drawn.images[3:]).max() < 20

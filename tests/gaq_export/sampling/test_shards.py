@@ -1,8 +1,5 @@
-"""Many images in shards: the same bytes whoever draws them, however often it was killed, on one machine or on Ray."""
+"""Many images in shards: the images of their seeds, and the same bytes however often the run was killed."""
 
-import importlib.util
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -17,27 +14,7 @@ from gaq_export import pipeline
 from gaq_export.errors import GaqError
 from gaq_export.images import to_uint8_tensor
 from gaq_export.sampling import shards
-from gaq_export.sampling.sample import Streamed
-
-NUM, SHARD = 14, 3  # five files, the last of two images
-
-
-def draw(engine: EngineFile, out: Path, **options: object) -> Streamed:
-    return pipeline.sample_shards(engine.path, num=NUM, seed=5, batch=2, shard=SHARD, out=out, **options)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_step_engine: EngineFile, tmp_path_factory) -> Path:
-    """What one worker draws."""
-    out: Path = tmp_path_factory.mktemp("alone")
-    made = draw(tiny_step_engine, out)
-    assert made.drawn == NUM
-    assert made.digest == shards.digest(out)
-    return out
+from tests.gaq_export.sampling.drawing import NUM, SHARD, command_line, content, draw
 
 
 def test_shards_hold_the_images_of_their_seeds(tiny_step_engine: EngineFile, alone: Path, tmp_path: Path) -> None:
@@ -47,15 +24,6 @@ def test_shards_hold_the_images_of_their_seeds(tiny_step_engine: EngineFile, alo
     drawn = pipeline.sample(tiny_step_engine.path, num=NUM, seed=5, batch=2, out=tmp_path)
     assert torch.equal(torch.cat([images for images, _ in read]), to_uint8_tensor(drawn.images))
     assert (alone / "grid.png").is_file()
-
-
-def test_several_workers_draw_the_same_bytes(tiny_step_engine: EngineFile, alone: Path, tmp_path: Path) -> None:
-    conditioning: list[tuple[int, int]] = []
-    draw(tiny_step_engine, tmp_path, workers=3, on_images=lambda done, total: conditioning.append((done, total)))
-    assert content(tmp_path) == content(alone)
-    assert conditioning[0] == (0, NUM)
-    assert conditioning[-1] == (NUM, NUM)
-    assert [done for done, _ in conditioning] == sorted(done for done, _ in conditioning)
 
 
 def test_a_drawing_that_is_killed_twice_goes_on_to_the_same_bytes(
@@ -74,7 +42,7 @@ def test_a_drawing_that_is_killed_twice_goes_on_to_the_same_bytes(
         process.wait()
         assert workers == 1 or len(helpers) >= 2
         deadline = time.monotonic() + 60
-        while any(map(_command, helpers)):  # those that it had started do not outlive it
+        while any(map(command_line, helpers)):  # those that it had started do not outlive it
             assert time.monotonic() < deadline
             time.sleep(0.01)
         left.append(5 - len(content(tmp_path)))
@@ -99,21 +67,6 @@ def test_a_folder_takes_more_of_the_same_and_nothing_else(
         pipeline.sample_shards(engine, num=NUM + 1, **options)
 
 
-def test_a_worker_that_dies_is_one_line_and_costs_nothing_already_drawn(
-    tiny_step_engine: EngineFile, alone: Path, tmp_path: Path
-) -> None:
-    def kill(done: int, total: int) -> None:
-        if done:
-            for child in multiprocessing.active_children():
-                os.kill(child.pid, signal.SIGKILL)
-
-    with pytest.raises(GaqError, match=r"A worker died.*The same command goes on"):
-        draw(tiny_step_engine, tmp_path, workers=2, on_images=kill)
-    assert 0 < len(content(tmp_path)) < 5
-    draw(tiny_step_engine, tmp_path)
-    assert content(tmp_path) == content(alone)
-
-
 def test_numbers_below_one_and_other_batches_are_refused(
     tiny_step_engine: EngineFile, alone: Path, tmp_path: Path
 ) -> None:
@@ -128,30 +81,5 @@ def test_numbers_below_one_and_other_batches_are_refused(
         shards.digest(tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install ray")
-@pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::ResourceWarning")
-def test_on_ray_a_lost_actors_shard_is_drawn_elsewhere(
-    tiny_step_engine: EngineFile, alone: Path, tmp_path: Path
-) -> None:
-    killed: list[int] = []
-
-    def kill(done: int, total: int) -> None:
-        if done and not killed:
-            actors = [p for p in Path("/proc").glob("[0-9]*") if b"ray::_Actor" in _command(p)]
-            killed.append(int(actors[0].name))
-            os.kill(killed[0], signal.SIGKILL)
-
-    draw(tiny_step_engine, tmp_path, ray="local", on_images=kill)
-    assert len(killed) == 1
-    assert content(tmp_path) == content(alone)
-
-
 def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-def _command(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:  # gone meanwhile
-        return b""
