@@ -79,7 +79,7 @@ def test_the_graph_computes_what_pytorch_computes(
 def test_who_cannot_compute_in_fp8_says_so(tiny_run: Path, tiny_model: LoadedModel, tmp_path: Path) -> None:
     for backend, numbers, message in (
         ("openvino", "fp8", r"openvino does not compute in fp8; tensorrt and tensorrt-rtx do\."),
-        ("openvino", "fp4", r"Unknown numbers 'fp4'\. Choose one of \['int8', 'fp8'\]\."),
+        ("openvino", "fp4", r"Unknown numbers 'fp4'\. Did you mean 'fp8'\? Choose one of \['int8', 'fp8'\]\."),
     ):
         with pytest.raises(GaqError, match=message):
             pipeline.build_engine(
