@@ -3,34 +3,7 @@
 import pytest
 
 import verdicts
-from gaq_export.comparison.results import CellScores, Table
-
-
-def scores(
-    db: float,
-    error: float = 1.0,
-    weights_error: float = 1.0,
-    psnr_db: float | None = None,
-    blocks: tuple[float, ...] = (),
-) -> CellScores:
-    return CellScores(
-        steps_db=(db - 1, db + 1),
-        pooled_db=db - 2,
-        error=error,
-        weights_db=db + 3,
-        weights_error=weights_error,
-        psnr_db=psnr_db,
-        fd_real=None,
-        fd_float=None,
-        seconds=12.3,
-        peak_mib=400.0,
-        spread=0.5,
-        blocks={f"block{i}": loss for i, loss in enumerate(blocks)},
-    )
-
-
-def table(**rows: list[float]) -> Table:
-    return {row: {seed: scores(db) for seed, db in enumerate(values)} for row, values in rows.items()}
+from tests.gaq_export.comparison.test_tables import scores, table
 
 
 def test_a_steady_lead_is_more_than_twice_its_standard_error_however_much_seeds_differ() -> None:
