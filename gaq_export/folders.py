@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside their place, then renamed into it.
+"""Folders that appear whole or not at all: written beside their place, then renamed into it; names that stay in one.
 
 In: where a result is to go. Out: a temporary folder to write it to, and the rename. A command that is interrupted
 leaves the old result as it was.
@@ -48,3 +48,31 @@ def replace_folder(finished: Path, out: Path) -> None:
         # A folder with files in it cannot be overwritten, so the old one moves away; `staging` deletes it at its end.
         os.replace(out, finished.with_name(f"{finished.name}.old"))
     os.replace(finished, out)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that a record or an index in `folder` names.
+
+    Whoever made the record chose the name, so it must not reach other files of this machine.
+
+    Raises:
+        GaqError: the name is absolute, or leads out of the folder by `..` or by a link.
+    """
+    path = folder / name
+    try:
+        # Links are followed in both: the folder itself may be reached through one.
+        places = [folder.resolve(), *_hub_files(folder.resolve())]
+        stays = not Path(name).is_absolute() and any(path.resolve().is_relative_to(place) for place in places)
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links that lead in a circle
+        stays = False
+    if not name or not stays:
+        raise GaqError(
+            f"The name {name[:100]!r} in a record of {folder} leads out of that folder; only files inside it are read. "
+            "Copy the file into the folder, and name it there."
+        )
+    return path
+
+
+def _hub_files(folder: Path) -> list[Path]:
+    """Return where the files are that a snapshot in the Hugging Face client's cache is made of; its own are links."""
+    return [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
