@@ -136,7 +136,7 @@ def _second_moments(block: nn.Module, weights: Mapping[str, Tensor], key: str, i
     with torch.no_grad(), layer.register_forward_pre_hook(hook):
         for index in torch.split(torch.arange(len(io)), CHUNK):
             args, kwargs = io.take(index).call()
-            torch.func.functional_call(block, dict(weights), args, kwargs)
+            torch.func.functional_call(block, dict(weights), args, kwargs, tie_weights=False)
     return total
 
 

@@ -95,7 +95,8 @@ def block_loss(block: nn.Module, layers: Sequence[LayerWeight], weights: Sequenc
     args, kwargs = io.call()
     named = {layer.key: w for layer, w in zip(layers, weights, strict=True)}
     assert isinstance(io.target, Tensor)  # samples taken from a recording are in memory
-    return output_loss(torch.func.functional_call(block, named, args, kwargs), io.target)
+    # Layers that share one weight in the float network each get codes of their own.
+    return output_loss(torch.func.functional_call(block, named, args, kwargs, tie_weights=False), io.target)
 
 
 def per_sample_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> PerSample:

@@ -19,7 +19,9 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     Its parameters take no gradients.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo | {id(b): b.detach() for b in model.buffers()})
+    # Beside buffers, modules may hold tensors as plain attributes, which `deepcopy` refuses where they have a gradient.
+    loose = [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
+    return copy.deepcopy(model, memo | {id(v): v.detach() for v in (*model.buffers(), *loose)})
 
 
 def replace_weight_by_codes(layer: nn.Module, codes: Tensor, scale: Tensor) -> None:

@@ -52,7 +52,7 @@ class Layer:
     Attributes:
         name: of its module.
         kind: its class.
-        quantizable: whether there is a quantized form of that class here.
+        quantizable: whether there is a quantized form of that class here, and its weight is a plain parameter.
         calls: how often its own `forward` runs in one pass of the network.
         depends_on_x: whether its input changes with the image; False where timestep or conditioning alone decide it.
         by_step: whether its input is decided by the timestep alone.
@@ -130,7 +130,8 @@ def _layer(name: str, module: nn.Module, calls: int, *, depends_on_x: bool, by_s
     return Layer(
         name=name,
         kind=type(module).__name__,
-        quantizable=isinstance(module, QUANTIZABLE),
+        # A weight that is computed at each call has no codes that could stand in its place.
+        quantizable=isinstance(module, QUANTIZABLE) and "weight" in module._parameters,
         calls=calls,
         depends_on_x=depends_on_x,
         by_step=by_step,

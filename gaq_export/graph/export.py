@@ -9,18 +9,22 @@ reshapes the keys to three dimensions in order to transpose them.
 
 import ast
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from calib.data import NO_CONDITION, example_inputs
 from calib.silence import silenced
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, one_line
+from gaq_export.graph.circular import unroll_circular_pads
 
 OPSET = 21
 _SCOPES = "pkg.torch.onnx.name_scopes"  # metadata in which the exporter records the modules around a node
@@ -92,17 +96,40 @@ def _export(
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many types; all of them mean the same to a user
-        reason = str(error).strip().splitlines()
-        raise GaqError(f"torch cannot export this network to ONNX: {reason[0] if reason else error!r}") from error
+        raise GaqError(f"torch cannot export this network to ONNX: {_reason(error)}.") from error
     assert program is not None
     model = program.model
     for node in model.graph:  # stack traces name files of this machine, and would make graphs of two machines differ
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+    _name_once(model.graph, network)
     _skip_slices(model.graph)
+    unroll_circular_pads(model.graph)
     first = model.graph.inputs[0].shape
     if first is None or isinstance(first[0], int):
         raise GaqError(f"The exported graph fixed its batch at {first and first[0]}: the network's code depends on it.")
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """Return why the exporter failed, in one line; its own message says only that it did."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error)
+    if not isinstance(error, GuardOnDataDependentSymNode):
+        return one_line(error).rstrip(". ")
+    place = re.search(r'File "([^"]+)", line (\d+), in .*\n\s*(.+)', text)
+    where = f" ({PurePath(place[1]).name}, line {place[2]}: {place[3].strip()[:100]})" if place else ""
+    return f"its code decides by the values of its inputs{where}, and a graph has no branches; use torch.where"
+
+
+def _name_once(graph: ir.Graph, network: nn.Module) -> None:
+    """Record the name by which plans know it for every module, also where it was called by another name of its own."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    first = {id(module): name for name, module in network.named_modules()}
+    others = {name: first[id(module)] for name, module in modules.items() if name != first[id(module)]}
+    for node in graph if others else ():
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        node.metadata_props[_SCOPES] = repr([*(others.get(scope, scope) for scope in scopes[:-1]), *scopes[-1:]])
 
 
 def _skip_slices(graph: ir.Graph) -> None:

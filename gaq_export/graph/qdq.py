@@ -126,12 +126,31 @@ def _step_input(graph: ir.Graph, plan: QuantPlan, step: StepInfo | None) -> _Ste
     )
 
 
-def _constant_weight(node: ir.Node) -> bool:
-    """Return whether the second factor is a weight, and not an activation multiplied in the same module."""
+def layer_weights(graph: ir.Graph) -> dict[str, list[npt.NDArray[np.float32]]]:
+    """Return the weights in a float graph by the name of their layer: one for each node that computes it.
+
+    Those of linear layers are (out, in) as in PyTorch, or transposed.
+    """
+    weights: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for node in graph:
+        value = _weight_of(node) if node.op_type in WEIGHTED else None
+        if value is not None and value.const_value is not None:
+            weights.setdefault(module_of(node), []).append(value.const_value.numpy())
+    return weights
+
+
+def _weight_of(node: ir.Node) -> ir.Value | None:
+    """Return the second factor of a node as it was before a transposition."""
     value = node.inputs[1]
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type == "Transpose":  # a linear layer's weight is (out, in) in PyTorch
-        value = producer.inputs[0]
+        return producer.inputs[0]
+    return value
+
+
+def _constant_weight(node: ir.Node) -> bool:
+    """Return whether the second factor is a weight, and not an activation multiplied in the same module."""
+    value = _weight_of(node)
     return value is not None and value.const_value is not None
 
 

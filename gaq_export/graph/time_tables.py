@@ -18,7 +18,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, one_line
 from gaq_export.graph.export import module_of
 from gaq_export.graph.float64 import to_float64
 from gaq_export.graph.qdq import WEIGHTED
@@ -83,6 +83,8 @@ def _evaluate(
     graph: ir.Graph, wanted: Sequence[ir.Value], depends: dict[ir.Value, set[ir.Value]], visited: torch.Tensor
 ) -> list[npt.NDArray[np.float32]]:
     """Return each of `wanted` at all steps, (S, ...): computed in float64, rounded to float32 once."""
+    if not wanted:  # a network that ignores its timesteps
+        return []
     # The part of the graph from t to `wanted`, fed with all S timesteps as one batch. Shapes that it takes from inputs
     # (of x, or of t) become inputs of that part, since x itself is not there.
     shapes = {node.outputs[0]: node for node in graph if node.op_type == "Shape" and node.inputs[0] in graph.inputs}
@@ -96,7 +98,12 @@ def _evaluate(
     names = [value.name for value in part.inputs]
     whole = ir.external_data.load_to_model(ir.Model(part, ir_version=10))  # where weights lie beside the graph
     evaluator = ReferenceEvaluator(to_float64(ir.to_proto(whole)))
-    tables = evaluator.run(None, {name: feed for name, feed in feeds.items() if name in names})
+    try:
+        tables = evaluator.run(None, {name: feed for name, feed in feeds.items() if name in names})
+    except Exception as error:  # whatever NumPy or the evaluator raises for an operator that it does not take
+        raise GaqError(
+            f"What the network computes from its timesteps alone cannot be tabulated ({one_line(error)}). {_OTHERWISE}"
+        ) from error
     assert isinstance(tables, list)
     for value, table in zip(wanted, tables, strict=True):
         if table.dtype != np.float64 or table.shape[:1] != (len(visited),):

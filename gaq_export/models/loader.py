@@ -18,9 +18,10 @@ from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, under_guidance
 from gaq_export.errors import GaqError, unknown
-from gaq_export.models import diffusers_folder, hub, ldm_checkpoint
+from gaq_export.models import diffusers_folder, hub, ldm_checkpoint, own_module
 from gaq_export.models.architectures import as_denoiser, condition_inputs_of, config_of
 from gaq_export.models.latent_decoder import find_decoder
+from gaq_export.models.own_module import Example
 from gaq_export.models.registry import MODELS, WEIGHTS, ModelSpec
 from gaq_export.models.scheduler_config import read_scheduler_config, schedule_from_scheduler_config
 from gaq_export.models.source import BUNDLED, MODULE, ORIGINAL, SourceKind, WeightSource
@@ -164,6 +165,10 @@ def wrap(
 ) -> LoadedModel:
     """Make a model of any module called as `(x (N, C, H, W), t (N,)) -> predicted noise (N, C, H, W)`.
 
+    The noise may also be in a tuple of one, or the `sample` of the object that the module returns. The module is tried
+    once on noise. Weights in half precision become float32, weight norms are computed, and a batch norm behind a layer
+    is folded into it, all of this in a copy.
+
     Args:
         module: The network; it is put into evaluation mode.
         shape: (C, H, W) of an image.
@@ -172,7 +177,15 @@ def wrap(
         name: What to call it.
         conditioning: What to draw, for a module that takes its condition as a third argument, tensors by name.
         decoder: Makes images in [-1, 1] of the sampler's result, for a module that works on latents.
+
+    Raises:
+        GaqError: The shape is not (C, H, W), or the module's forward pass fails, mixes the images of a batch, or
+            returns something else than the noise.
     """
+    # A known architecture may get its conditioning later.
+    condition = {k: v[:1] for k, v in conditioning.rows.items()} if conditioning else condition_inputs_of(module)
+    example = Example(shape=shape, timesteps=schedule.num_train, condition=condition)
+    module = own_module.prepare(module, example)
     channels, height, width = shape
     spec = ModelSpec(
         name=name,
@@ -182,7 +195,6 @@ def wrap(
         scheduler={},  # the schedule is given as a value
         description="a module of the caller's",
     )
-    module.eval()
     return LoadedModel(
         spec=spec,
         module=module,

@@ -19,6 +19,7 @@ from gaq_export.models.conditioning_request import condition_model
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import Provenance, provenance_of
 from gaq_export.quantize.make_plan import SILENT, CalibrationCallbacks, make_plan
+from gaq_export.quantize.network_check import check_network
 from gaq_export.quantize.presets import Preset
 from gaq_export.quantize.trajectories import collect
 from gaq_export.run import Run
@@ -51,6 +52,7 @@ def calibrate(
     runs.claim(run, _settings(model, chosen, provenance))
     if run.plan.exists():  # it is written last, so the calibration is complete
         return load_plan(run.plan)
+    check_network(model, chosen.config)
     if model.conditioning is not None:
         model.conditioning.save(run.folder)
     return _calibrate_into(run, model, chosen, provenance, callbacks)

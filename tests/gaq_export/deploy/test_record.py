@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from torch import nn
 
 from calib.correction import Correction
 from engines import Audit, EngineFile
@@ -20,17 +19,17 @@ from gaq_export.deploy.record import (
     parse_choice,
     record_of,
 )
-from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.models.loader import wrap
 from gaq_export.models.provenance import Provenance
+from tests.gaq_export.networks import Own, wrapped
 
 OTHER = LinkedFile(file="unet-a4.plan", sha256="1" * 64)
 
 
 @pytest.fixture
 def record() -> EngineRecord:
-    model = wrap(nn.Conv2d(1, 1, 3), shape=(1, 8, 8), schedule=linear_schedule(num_train=10))
+    model = wrapped(Own())
     correction = Correction(
         rule="ptqd", gain=((0.5,),), bias=((0.25,),), shift=((0.0,),), variance=(0.1,), explained=(0.9,)
     )

@@ -13,6 +13,7 @@ from gaq_export.errors import GaqError
 from gaq_export.models.loader import wrap
 from gaq_export.models.provenance import Provenance
 from gaq_export.models.scheduler_config import schedule_from_scheduler_config
+from tests.gaq_export.networks import Own
 
 SHAPE = (1, 16, 16)
 SEEDS = [3, 14, 15]
@@ -59,7 +60,7 @@ def test_ddim_as_latent_diffusion_runs_it_equals_diffusers_over_a_full_loop(step
     assert torch.allclose(images.clamp(-1, 1), expected, atol=1e-5)
     noisy = run(_smooth, SEEDS, sampling_on(replace(schedule, last=1.0), SamplerSpec(steps=steps, spacing="from-1")))
     assert not torch.allclose(noisy.clamp(-1, 1), expected, atol=1e-4)
-    model = wrap(torch.nn.Identity(), shape=SHAPE, schedule=schedule)
+    model = wrap(Own(SHAPE[0]), shape=SHAPE, schedule=schedule)
     assert Provenance.from_json(Provenance.of(model, model.spec.sampler).to_json()).schedule.last == schedule.last
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from gaq_export.diffusion.conditioning import class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
@@ -13,6 +12,7 @@ from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel, load_model, wrap
 from gaq_export.models.provenance import Provenance, find_model, load_conditioning
 from gaq_export.models.source import WeightSource
+from tests.gaq_export.networks import Own
 
 SPEC = SamplerSpec(name="ddpm", steps=7, spacing="quad")
 
@@ -21,7 +21,7 @@ SPEC = SamplerSpec(name="ddpm", steps=7, spacing="quad")
 def conditioned() -> LoadedModel:
     schedule = replace(linear_schedule(num_train=10, clip=2.0), last=0.9)
     conditioning = class_conditioning((1, 4), unconditional=9, guidance=2.0)
-    return wrap(nn.Conv2d(1, 1, 3), shape=(1, 8, 6), schedule=schedule, conditioning=conditioning)
+    return wrap(Own(), shape=(1, 8, 6), schedule=schedule, conditioning=conditioning)
 
 
 def test_a_provenance_survives_json_to_the_bit(conditioned: LoadedModel, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_module_of_the_callers_has_to_be_given_and_has_to_be_the_same(
         find_model(recorded, None, tmp_path)
     plain = replace(conditioned, conditioning=None)
     assert find_model(recorded, plain, tmp_path).conditioning.names == ("1", "4")
-    other = wrap(nn.Conv2d(1, 1, 1), shape=(1, 8, 6), schedule=conditioned.schedule)
+    other = wrap(Own(seed=1), shape=(1, 8, 6), schedule=conditioned.schedule)
     with pytest.raises(GaqError, match="This plan belongs to another model"):
         find_model(recorded, other, tmp_path)
 
