@@ -65,7 +65,10 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     quiet: Quiet = False,
 ) -> None:
-    """Draw images with an engine: as PNG files, a grid of them and samples.json, or as files of many images."""
+    """Draw images with an engine: as PNG files, a grid of them and samples.json, or as files of many images.
+
+    Images of other than one or three channels go to images.npz.
+    """
     with one_line_errors():
         import os
 
@@ -122,7 +125,10 @@ def sample(
             digest = streamed.digest[:16]
             typer.echo(f"{streamed.drawn} of {num} images in {streamed.seconds:.1f} s, sha256 {digest} -> {out}")
             return
-        typer.echo(f"{num} images in {sampled.seconds:.1f} s ({num / sampled.seconds:.2f} images/s) -> {sampled.grid}")
+        where = sampled.grid or sampled.arrays
+        typer.echo(f"{num} images in {sampled.seconds:.1f} s ({num / sampled.seconds:.2f} images/s) -> {where}")
+        if sampled.arrays is not None:
+            typer.echo(f"They have {sampled.images.shape[1]} channels, which no PNG holds: `images` in that file.")
         if sampled.psnr_db is not None:
             typer.echo(f"PSNR against float from the same noise: {_spread(sampled.psnr_db)}")
 

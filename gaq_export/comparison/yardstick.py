@@ -82,6 +82,11 @@ class Yardstick:
     def __post_init__(self) -> None:
         if self.data and self.model.shape[0] == 3 and not self.classifier:
             raise GaqError("Three-channel images need a trained classifier: give --features resnet56.th.")
+        if self.images and self.model.decoder is None and self.model.shape[0] not in (1, 3):
+            raise GaqError(
+                f"{self.model.spec.name} draws {self.model.shape[0]} channels, and pictures have 1 or 3: compare "
+                "without pictures (--images 0)."
+            )
 
     @property
     def facts_path(self) -> Path:

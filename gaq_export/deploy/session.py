@@ -122,13 +122,21 @@ def image_shape(file: EngineFile) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def draws_pictures(file: EngineFile) -> bool:
+    """Return whether what an engine file draws is gray or RGB, all that a PNG of ours holds.
+
+    Latents of 3 channels pass for images.
+    """
+    return image_shape(file)[0] in (1, 3)
+
+
 def require_pictures(file: EngineFile) -> None:
-    """Raise GaqError if an engine file draws latents and has no decoder that makes images of them."""
-    channels = image_shape(file)[0]
-    if channels not in (1, 3):  # gray or RGB, all that a PNG of ours holds; latents of 3 channels pass for images
+    """Raise GaqError if an engine file draws something else than pictures, such as latents without a decoder."""
+    if not draws_pictures(file):
         raise GaqError(
-            f"{file.path} draws latents of {channels} channels and has no decoder of them beside it: calibrate and "
-            "build from a pipeline folder, with a vae/ or a vqvae/ beside the network."
+            f"{file.path} draws {image_shape(file)[0]} channels, and pictures have 1 or 3. `sample` without --shard, "
+            "--workers or --ray writes them as arrays; if they are latents, calibrate and build from a pipeline folder "
+            "with a vae/ or a vqvae/ beside the network, or give wrap a decoder."
         )
 
 

@@ -132,6 +132,8 @@ def _open(files: Sequence[Path]) -> dict[str, EngineFile]:
     opened = {file.name.removesuffix(".plan"): engines.load_engine_file(file) for file in files}
     if len(opened) != len(files):
         raise GaqError(f"Two of these engines have the same name, {[str(file) for file in files]}: rename one.")
+    for file in opened.values():
+        session.require_pictures(file)
     origins = [record_of(file).provenance for file in opened.values()]
     specs = {str(origin.sampler) for origin in origins}
     if len(specs) != 1 or len({origin.fingerprint for origin in origins}) != 1:

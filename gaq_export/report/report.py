@@ -174,7 +174,8 @@ def measure(
     plan = load_plan(run.plan)
     record = runs.read_record(run)
     file = engine_of(run, record, options.engine)
-    evaluation = evaluation_of(options.evaluation, file)  # before anything that takes minutes
+    session.require_pictures(file)  # before anything that takes minutes
+    evaluation = evaluation_of(options.evaluation, file)
     model = find_model(provenance_of(plan), model, folder)
     others = session.others_of(file)
     calibrated = Calibrated(model=model, plan=plan)

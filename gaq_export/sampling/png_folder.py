@@ -24,15 +24,19 @@ NAME_LENGTH = 40  # characters of a condition in a file name
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What `sample` drew: images (N, C, H, W) in [-1, 1], and their PSNR in dB against the float model if compared."""
+    """What `sample` drew: images (N, C, H, W) in [-1, 1], and their PSNR in dB against the float model if compared.
+
+    Images of other than one or three channels are in the file `arrays`, and there is no `grid`; else it is None.
+    """
 
     images: Tensor
     seeds: tuple[int, ...]
     psnr_db: tuple[float, ...] | None
     seconds: float
     folder: Path
-    grid: Path
+    grid: Path | None
     random_weights: bool
+    arrays: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Draw images with an engine: a few as PNGs, or any number as shards.
+"""Draw images with an engine: a few as PNGs, or as arrays where they are no pictures; or any number as shards.
 
 In: an engine file, and a `Request` as keywords. Out: files in a folder, and a summary of what was drawn.
 """
@@ -21,7 +21,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model
-from gaq_export.sampling import png_folder, shards
+from gaq_export.sampling import arrays, png_folder, shards
 from gaq_export.sampling.png_folder import Drawn, Sampled
 from gaq_export.sampling.workers import DrawShards, Job, choose_workers
 
@@ -83,9 +83,11 @@ def sample(
 ) -> Sampled:
     """Run the whole denoising loop and write PNGs, a grid and samples.json.
 
+    Images of other than one or three channels, such as latents without a decoder, go to `images.npz` instead.
+
     Args:
         engine: the engine file.
-        out: folder for the pictures.
+        out: folder for the pictures or arrays.
         compare: draw the same images with the float model too, side by side with PSNR.
         model: the float model for `compare`; loaded again from the engine's record if None.
         on_step: called with who draws ("engine" or "float"), network calls done, and network calls in all.
@@ -113,7 +115,8 @@ def sample(
         draw = _draw_with_float(float_model, sampling)
         reference = draw_in_batches(draw, seeds, batch, steps, partial(on_step, "float"))
     drawn = Drawn(seeds=seeds, images=images, reference=reference, seconds=seconds)
-    return png_folder.write_pngs(Path(out), file, sampling, drawn)
+    write = png_folder.write_pngs if session.draws_pictures(file) else arrays.write_arrays
+    return write(Path(out), file, sampling, drawn)
 
 
 def sample_shards(
@@ -138,12 +141,14 @@ def sample_shards(
         fields: which images, the fields of `Request`.
 
     Raises:
-        GaqError, EngineError: as for `sample`; a folder that holds other images; a worker that died.
+        GaqError, EngineError: as for `sample`; images that are no pictures; a folder that holds other images; a worker
+            that died.
     """
     _at_least_one(("images a shard", shard), ("workers", workers))
     request = Request(**fields)
     out = Path(out)
     file, sampling = _load(engine, request)
+    session.require_pictures(file)
     batch = _batch_within(file, request.batch)
     png_folder.check_writable(out)
     order = shards.Order(
@@ -170,7 +175,6 @@ def sample_shards(
 def _load(engine: str | Path, request: Request) -> tuple[EngineFile, Sampling]:
     """Return the engine file, and how it draws what was requested; raise as `sample` does."""
     file = engines.load_engine_file(engine)
-    session.require_pictures(file)
     return file, session.sampling_of(file, request.sampler, request.conditioning)
 
 
