@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import engines
-from gaq_export.errors import GaqError
-from gaq_export.evaluation import feature_metrics, frechet
+from gaq_export.errors import GaqError, one_line
+from gaq_export.evaluation import feature_metrics, foreign_weights, frechet
 from gaq_export.evaluation.feature_metrics import Features
 from gaq_export.evaluation.frechet import Classifier
 
@@ -136,16 +136,17 @@ def _record_spatial(module: nn.Module) -> list[Tensor]:
 def _inception(name: str, path: Path | None) -> Extractor:
     """Load torch-fidelity's Inception; sFID's features are the first channels of a convolution of its mixed_6."""
     module = feature_metrics.library("feature_extractor_inceptionv3")
-    if path is not None and not path.is_file():
-        raise GaqError(f"{path} is not there.")
+    weights = foreign_weights.read_state(_download(module.URL_INCEPTION_V3, name) if path is None else path)
     try:
         # 2048 is the pooled layer of FID; the Inception score takes the logits without the last layer's bias.
         net = module.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path and str(path)
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            # Never the user's file, because torch-fidelity would run what a pickle says.
+            feature_extractor_weights_path=foreign_weights.as_file(weights),
         )
-    except Exception as error:  # the download and the loading raise many kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise GaqError(f"Inception's weights cannot be loaded ({reason}): give their file, as {name}=PATH.") from error
+    except RuntimeError as error:
+        raise GaqError(f"{path or name} is not the Inception of torch-fidelity: {one_line(error)}") from error
     spatial = _record_spatial(net.Mixed_6d.branch1x1.conv)
 
     def run(images: Tensor) -> Features:
@@ -159,6 +160,21 @@ def _inception(name: str, path: Path | None) -> Extractor:
     return Extractor(
         name=name, distance=distance, sha256=hashlib.sha256(state).hexdigest(), channels=3, size=None, run=run
     )
+
+
+def _download(url: str, name: str) -> Path:
+    """Return the file of Inception's weights in torch's cache, after fetching it if it is not there."""
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # The file's name ends in the beginning of its SHA-256.
+            torch.hub.download_url_to_file(url, str(file), file.stem.rpartition("-")[2], progress=True)
+        except (OSError, RuntimeError) as error:  # no network, no space, another checksum
+            raise GaqError(
+                f"Inception's weights cannot be fetched ({one_line(error)}): give their file, as {name}=PATH."
+            ) from error
+    return file
 
 
 def _resized_clean(images: Tensor) -> Tensor:

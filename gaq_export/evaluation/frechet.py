@@ -10,7 +10,6 @@ make a few hundred images enough to see a difference, though a small set is alwa
 are two classifiers: a small one for digits, trained here in a minute, and a ResNet-56 for CIFAR-10, from a checkpoint.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from calib.files import read_safetensors, write_atomically
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, one_line
+from gaq_export.evaluation.foreign_weights import read_state
 
 BATCH = 250
 EPOCHS = 3
@@ -154,7 +154,10 @@ def digit_net(path: Path, data: Path, shape: tuple[int, int, int]) -> DigitNet:
         torch.manual_seed(0)
         net = DigitNet()
     if path.is_file():
-        net.load_state_dict(read_safetensors(path)[1])
+        try:
+            net.load_state_dict(read_safetensors(path)[1])
+        except RuntimeError as error:
+            raise GaqError(f"{path} is not a classifier of examples/train_digits.py: {one_line(error)}") from error
     else:
         _train(net, load_images(data, "train", shape))
         write_atomically(path, save(net.state_dict()))
@@ -219,11 +222,9 @@ class ResNet56(nn.Module):
 def resnet56(path: Path) -> ResNet56:
     """Load a checkpoint of akamaster/pytorch_resnet_cifar10; raise GaqError if it is another network's."""
     net = ResNet56()
+    state = read_state(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
-        net.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    except Exception as error:  # torch.load raises many kinds; all mean the same here
-        reason = str(error).strip().partition("\n")[0]
-        raise GaqError(f"{path} is not a ResNet-56 of akamaster/pytorch_resnet_cifar10: {reason}") from error
+        net.load_state_dict({str(name).removeprefix("module."): value for name, value in state.items()})
+    except RuntimeError as error:
+        raise GaqError(f"{path} is not a ResNet-56 of akamaster/pytorch_resnet_cifar10: {one_line(error)}") from error
     return net.eval()

@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     # The class of diffusion transformers until diffusers 0.29.
     if (kind, config.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero"):
         return config | {"_class_name": "DiTTransformer2DModel"}
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise GaqError(f"The model config {file} describes a {kind!r}; supported are {sorted(_CLASSES)}.")
     return config
 
@@ -284,10 +285,19 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
 def read_pickle(file: Path) -> Any:
     """Read a foreign file with torch's restricted unpickler; raise GaqError if it holds more than plain values."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    # What torch raises depends on where the file breaks off.
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise GaqError(f"The weights {file} are damaged ({one_line(error)}). Fetch them again.") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of files that it then reads, or refuses, all the same
+            return torch.load(file, map_location="cpu", weights_only=True)
+    # What torch raises depends on where the file breaks off, and its unpickler runs into anything.
+    except Exception as error:
+        # Not torch's words, which advise to read such a file with the unpickler that runs code.
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise GaqError(
+                f"The weights {file} hold more than tensors ({named[1]}), which could run code, so they were not read. "
+                "Save the state_dict alone, best as .safetensors."
+            ) from error
+        reason = "not a table of tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise GaqError(f"The weights {file} are damaged ({reason}). Fetch them again.") from error
 
 
 def tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:

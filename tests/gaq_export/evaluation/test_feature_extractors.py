@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from gaq_export.errors import GaqError
@@ -98,3 +99,33 @@ def test_clean_resizing_is_pillows_with_antialiasing(inception: Path) -> None:
 def test_features_that_cannot_be_had_are_one_line(text: str, words: str) -> None:
     with pytest.raises(GaqError, match=words):
         find_extractor(text)
+
+
+def test_other_networks_weights_are_one_line(inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "x.pth")
+    save_file({"fc.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    for name, words in (
+        ("inception=x.pth", "x.pth is not the Inception of torch-fidelity: Error"),
+        ("resnet56=x.pth", "x.pth is not a ResNet-56 of akamaster/pytorch_resnet_cifar10: Error"),
+        ("digits=x.safetensors", "x.safetensors is not a classifier of examples/train_digits.py: Error"),
+        ("inception=y.pth", "y.pth is not there"),
+    ):
+        with pytest.raises(GaqError, match=words) as error:
+            find_extractor(name.replace("=", f"={tmp_path}/"))
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(
+        feature_metrics.library("feature_extractor_inceptionv3"), "URL_INCEPTION_V3", "http://127.0.0.1:9/w-0.pth"
+    )
+    with pytest.raises(
+        GaqError, match=r"cannot be fetched \(.*Connection refused.*\): give their file, as inception=PATH"
+    ):
+        find_extractor("inception")
+
+
+def test_weights_may_be_safetensors(inception: Path) -> None:
+    save_file(torch.load(inception, weights_only=True), inception.with_suffix(".safetensors"))
+    assert (
+        find_extractor(f"inception={inception.with_suffix('.safetensors')}").sha256
+        == find_extractor(f"inception={inception}").sha256
+    )
