@@ -8,15 +8,17 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engines.backends import BACKENDS, Backend, best_backend, find_backend
 from engines.base import Audit, Compute, Engine, EngineConfig, Kernel, LayerKind, Loop, Optimisation, TensorSpec
-from engines.errors import EngineError
+from engines.errors import EngineError, EngineWarning
 from engines.files import EngineFile, check_files, data_path, files_of, load_engine_file, sha256_of, weights_path
 from engines.graph import OnnxGraph, read_onnx, tensor_specs
+from engines.machine import cpu_features, other_processor
 from engines.runner import check_feeds
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineFile",
+    "EngineWarning",
     "Kernel",
     "LayerKind",
     "Loop",
@@ -41,6 +44,7 @@ __all__ = [
     "load_engine_file",
     "open_engine",
     "sha256_of",
+    "warn_of_processor",
 ]
 
 
@@ -82,6 +86,7 @@ def build(
         compute=compute,
         weights=built.weights,
         data=built.data,
+        processor=None if backend.on_gpu else cpu_features(),
     )
     # The record comes last: if a build is cut short, an old record no longer matches the checksums, and none is none.
     file.save()
@@ -91,6 +96,8 @@ def build(
 def open_engine(source: str | Path | EngineFile) -> Engine:
     """Open an engine file as a callable engine; use it in a `with` statement.
 
+    Warns with an `EngineWarning` if a CPU engine was built on a processor with other features.
+
     Raises:
         EngineError: The file is damaged, its backend is unknown, or that backend cannot run here.
     """
@@ -99,7 +106,20 @@ def open_engine(source: str | Path | EngineFile) -> Engine:
     if reason := backend.can_run():
         raise EngineError(f"{file.path} was built for {backend.name}, which cannot run here: {reason}")
     check_files(file)  # also if the caller loaded the record a while ago
+    warn_of_processor(file)
     return backend.open(file)
+
+
+def warn_of_processor(file: EngineFile) -> None:
+    """Warn if a CPU engine was built on a processor with other features than this one."""
+    if difference := other_processor(file.processor):
+        # Without the engine's name: several engines of one build are opened together, and one line is enough.
+        warnings.warn(
+            f"the engine was built on another processor: this one {difference}. Pictures may differ in their last "
+            "digits, and times; build the engine again here for the figures of this machine",
+            EngineWarning,
+            stacklevel=3,
+        )
 
 
 def _read_graph(onnx_path: str | Path, config: EngineConfig) -> OnnxGraph:

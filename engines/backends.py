@@ -27,6 +27,7 @@ class Backend:
         can_build: Returns None if it can build here, else the reason why not and what to install.
         can_run: The same for running.
         computes: Types it can use for the arithmetic that is not integer; the first is the default.
+        on_gpu: True if it computes on a GPU, so that the processor's features do not matter.
         typed: True if the types in the graph decide the arithmetic, so that another `compute` needs another graph.
         build: Writes the engine to a path and returns its audit.
         open: Opens an engine.
@@ -37,6 +38,7 @@ class Backend:
     can_build: Callable[[], str | None]
     can_run: Callable[[], str | None]
     computes: tuple[Compute, ...]
+    on_gpu: bool
     typed: bool
     build: Callable[[OnnxGraph, Path, EngineConfig], Audit]
     open: Callable[[EngineFile], Engine]
@@ -68,6 +70,7 @@ _TABLE = (
         can_build=trt.cannot_build,
         can_run=trt.cannot_run,
         computes=_GPU_COMPUTES,
+        on_gpu=True,
         typed=True,
         build=trt.build,
         open=trt.open_file,
@@ -78,6 +81,7 @@ _TABLE = (
         can_build=trt_rtx.cannot_build,
         can_run=trt_rtx.cannot_run,
         computes=_GPU_COMPUTES,
+        on_gpu=True,
         typed=True,
         build=trt_rtx.build,
         open=trt_rtx.open_file,
@@ -88,6 +92,7 @@ _TABLE = (
         can_build=openvino_cpu.missing,
         can_run=openvino_cpu.missing,
         computes=_CPU_COMPUTES,
+        on_gpu=False,
         typed=False,
         build=openvino_cpu.build,
         open=openvino_cpu.open_file,
@@ -98,6 +103,7 @@ _TABLE = (
         can_build=onnx_runtime.missing,
         can_run=onnx_runtime.missing,
         computes=(Compute.FLOAT32,),
+        on_gpu=False,
         typed=False,
         build=partial(onnx_runtime.build, device=onnx_runtime.Device.CPU),
         open=partial(onnx_runtime.open_file, device=onnx_runtime.Device.CPU),
@@ -108,6 +114,7 @@ _TABLE = (
         can_build=onnx_runtime.missing_cuda,
         can_run=onnx_runtime.missing_cuda,
         computes=(Compute.FLOAT16, Compute.FLOAT32),
+        on_gpu=True,
         typed=True,
         build=partial(onnx_runtime.build, device=onnx_runtime.Device.CUDA),
         open=partial(onnx_runtime.open_file, device=onnx_runtime.Device.CUDA),

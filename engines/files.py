@@ -16,7 +16,7 @@ import numpy as np
 from engines.base import Audit, Compute, Optimisation, TensorSpec
 from engines.errors import EngineError
 
-FORMAT = 4  # of the record; raised when an older one can no longer be read
+FORMAT = 5  # of the record; raised when an older one can no longer be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class EngineFile:
         weights: SHA-256 of `<path>.onnx`, which holds the weights of a stripped engine; None if the engine holds them.
         data: SHA-256 of `<path>.data`, which holds the weights of an engine that is an ONNX graph of more than 2 GB;
             None if there is no such file.
+        processor: Features of the processor it was built on (`machine.CPU_FEATURES`), because CPU runtimes choose
+            kernels by them; None for engines of GPUs, or where the system does not list them.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class EngineFile:
     compute: Compute = Compute.FLOAT32
     weights: str | None = None
     data: str | None = None
+    processor: tuple[str, ...] | None = None
 
     def save(self) -> Path:
         """Write the record beside the engine, whole or not at all, and return its path."""
@@ -190,4 +193,5 @@ def _from_record(engine: Path, record: dict[str, Any]) -> EngineFile:
         compute=Compute(record["compute"]),
         weights=None if record["weights"] is None else str(record["weights"]),
         data=None if record["data"] is None else str(record["data"]),
+        processor=None if record["processor"] is None else tuple(str(name) for name in record["processor"]),
     )

@@ -1,7 +1,8 @@
 """The options that commands share, each written once, and errors that a user can cause, printed in one line."""
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,11 +120,16 @@ Block = Annotated[
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print an error that a user can cause in one line and exit with code 2; all others show their traceback."""
+    """Print an error that a user can cause in one line and exit with code 2; all others show their traceback.
+
+    What `engines` warns of is printed in one line too, once.
+    """
     from gaq_export.errors import user_errors
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _note()
+            yield
     # What was finished is in files by now: shards, blocks, cells.
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues where it was", err=True)
@@ -131,6 +137,23 @@ def one_line_errors() -> Iterator[None]:
     except user_errors() as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+
+
+def _note() -> Callable[..., None]:
+    """Return what shows a warning: one of `engines` as a note, unless it did so before, others as Python does."""
+    seen = set[str]()
+    python = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **further: Any) -> None:
+        from engines.errors import EngineWarning  # heavy, but whoever warned has imported much already
+
+        if not issubclass(category, EngineWarning):
+            python(message, category, *place, **further)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            typer.echo(f"note: {message}", err=True)
+
+    return show
 
 
 def replace_options(sampler: "SamplerSpec", **options: object) -> "SamplerSpec":

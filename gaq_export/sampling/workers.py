@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 import engines
-from engines import EngineFile
+from engines import EngineFile, EngineWarning
 from gaq_export.deploy import session
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.batching import draw_in_batches
@@ -92,6 +93,7 @@ _worker: Worker  # in each process of `draw_in_processes`, because an open engin
 def _start(job: Job) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore", EngineWarning)  # the process that started this one has said it, once
     _worker = Worker(job)
 
 
@@ -113,6 +115,7 @@ def draw_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator
     Raises:
         GaqError: a process died; the shards yielded before that are complete.
     """
+    engines.warn_of_processor(job.file)
     # Not "fork": a copy of a process whose libraries run threads may wait for ever for a lock that one of them holds.
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job,)) as pool:

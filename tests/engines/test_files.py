@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from engines import EngineConfig, EngineError, TensorSpec, build, load_engine_file, open_engine
+from engines import EngineConfig, EngineError, EngineWarning, TensorSpec, build, load_engine_file, open_engine
+from engines.machine import cpu_features
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_record_that_is_not_json_is_refused(file, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "has format 99, this version reads 4"),
+        ({"format": 99}, "has format 99, this version reads 5"),
         ({"format": "drop"}, "has format None"),
         ({"colour": "red"}, r"unknown keys \['colour'\]"),
         ({"batch": "drop"}, r"missing keys \['batch'\]"),
@@ -105,3 +106,15 @@ def test_an_engine_for_a_backend_this_version_does_not_have_is_refused(file):
     rewrite(file, backend="onnxruntine")
     with pytest.raises(EngineError, match=r"Unknown backend 'onnxruntine'.*Did you mean 'onnxruntime'"):
         open_engine(file.path)
+
+
+def test_an_engine_of_another_processor_is_opened_with_one_line(file):
+    assert file.processor == cpu_features()
+    open_engine(file.path).close()  # without a warning, which would be an error here
+    rewrite(file, processor=[*cpu_features(), "of-the-future"])
+    with pytest.warns(
+        EngineWarning, match="^the engine was built on another processor: this one lacks of-the-future"
+    ) as w:
+        open_engine(file.path).close()
+    assert len(w) == 1
+    assert "\n" not in str(w[0].message)

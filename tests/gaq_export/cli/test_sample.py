@@ -74,3 +74,20 @@ def test_a_tampered_or_missing_engine_is_one_line(engine_copy: Path, tmp_path: P
     )
     (tmp_path / "unet.plan.json").write_text("{}")
     assert "has format None" in refused(tmp_path, "sample", "--engine", engine_copy, "--out", out)
+
+
+@pytest.mark.filterwarnings("always::engines.EngineWarning")
+@pytest.mark.parametrize("words", [(), ("--workers", 2)], ids=["here", "in processes"])
+def test_an_engine_of_another_processor_draws_with_one_note(
+    words: tuple[object, ...], engine_copy: Path, tmp_path: Path
+) -> None:
+    record = Path(f"{engine_copy}.json")
+    fields = json.loads(record.read_text())
+    record.write_text(json.dumps(fields | {"processor": [*fields["processor"], "amx_int4"]}))
+    drawn = gaq("sample", "--engine", engine_copy, "-n", 2, "--steps", 1, "--out", tmp_path / "samples", *words)
+    assert drawn.exit_code == 0, drawn.output
+    notes = [line for line in drawn.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: the engine was built on another processor: this one lacks amx_int4. Pictures may differ in their last "
+        "digits, and times; build the engine again here for the figures of this machine"
+    ]
