@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from gaq_export.quantize.make_plan import CalibrationCallbacks
     from gaq_export.quantize.presets import CalibrationOptions, Preset, preset
     from gaq_export.quantize.recipes import RECIPES
+    from gaq_export.quantize.verdict import Verdict, judge
     from gaq_export.report.inspect import inspect
     from gaq_export.report.inspection import InspectionOptions
     from gaq_export.report.report import ReportOptions
@@ -74,6 +75,7 @@ _NAMES = {
     "gaq_export.quantize.make_plan": ("CalibrationCallbacks",),
     "gaq_export.quantize.presets": ("CalibrationOptions", "Preset", "preset"),
     "gaq_export.quantize.recipes": ("RECIPES",),
+    "gaq_export.quantize.verdict": ("Verdict", "judge"),
     "gaq_export.report.inspect": ("inspect",),
     "gaq_export.report.inspection": ("InspectionOptions",),
     "gaq_export.report.report": ("ReportOptions",),
@@ -110,6 +112,7 @@ __all__ = [
     "Sampled",
     "SamplerSpec",
     "Streamed",
+    "Verdict",
     "__version__",
     "build_engine",
     "calibrate",
@@ -119,6 +122,7 @@ __all__ = [
     "evaluate_sets",
     "export_onnx",
     "inspect",
+    "judge",
     "linear_schedule",
     "load_model",
     "load_plan",

@@ -54,6 +54,11 @@ class Run:
         return self.folder / "times.json"
 
     @property
+    def verdict(self) -> Path:
+        """How far the plan is from the float network; measured once."""
+        return self.folder / "verdict.json"
+
+    @property
     def inspection(self) -> Path:
         """The page that `inspect` writes."""
         return self.folder / "inspect.html"

@@ -13,6 +13,7 @@ from gaq_export.cli.options import (
     GraphKind,
     Profile,
     Quiet,
+    RequireDb,
     RunFolder,
     SamplerName,
     Spacing,
@@ -70,6 +71,7 @@ def build_engine(
             help="Leave the weights in an ONNX file beside the engine (TensorRT; building it needs a GPU).",
         ),
     ] = False,
+    require_db: RequireDb = None,
     quiet: Quiet = False,
 ) -> None:
     """Emit the quantized graph, build an engine from it, audit its layers and check it against PyTorch."""
@@ -79,6 +81,7 @@ def build_engine(
         from gaq_export.deploy.build import BuildOptions, build
         from gaq_export.deploy.record import GraphKind, Numbers, parse_choice
         from gaq_export.errors import GaqError
+        from gaq_export.quantize.verdict import judge
         from gaq_export.run import Run
 
         try:
@@ -109,9 +112,13 @@ def build_engine(
             correct=correction,
         )
         with Display(quiet) as display:
+            if require_db is not None:  # before the build, so that a plan that is not good enough replaces no engine
+                terminal.require(judge(run, on_step=display.measure), require_db)
             built = build(Run(folder=run), out, options, on_begin=display.stage)
+            verdict = judge(run, on_step=display.measure)
         if not quiet:
             terminal.print_audit(built)
+        terminal.print_verdict(verdict, quiet)
         typer.echo(
             f"{config.backend} engine -> {out} ({out.stat().st_size / 1e6:.1f} MB, {built.file.build_seconds:.1f} s)"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gaq_export.cli import terminal
 from gaq_export.cli.options import (
     DEFAULT_RUN,
     Classes,
@@ -23,6 +24,7 @@ from gaq_export.cli.options import (
     PresetName,
     Prompts,
     Quiet,
+    RequireDb,
     RunFolder,
     SamplerName,
     Spacing,
@@ -106,6 +108,7 @@ def calibrate(
     seed: Annotated[
         int, typer.Option(help="Seed of everything random in the calibration.", rich_help_panel=_QUANTIZATION)
     ] = 0,
+    require_db: RequireDb = None,
     run: RunFolder = DEFAULT_RUN,
     quiet: Quiet = False,
 ) -> None:
@@ -117,6 +120,7 @@ def calibrate(
         from gaq_export.comparison import auto
         from gaq_export.quantize import presets
         from gaq_export.quantize.make_plan import CalibrationCallbacks
+        from gaq_export.quantize.verdict import judge
 
         options = presets.CalibrationOptions(
             wbits=wbits,
@@ -154,7 +158,10 @@ def calibrate(
                 typer.echo(auto.explain(tried))
                 best = tried[0].recipe
             plan = calibrate_with(settings(best), folder=run)
+            verdict = judge(run, loaded, display.measure)
         typer.echo(f"{_bits_of(plan, wbits, abits, mixed=budget is not None)} -> {run}/plan.safetensors")
+        terminal.print_verdict(verdict, quiet)
+        terminal.require(verdict, require_db)
         if not quiet:
             typer.echo("next: gaq-export build-engine" + ("" if run == DEFAULT_RUN else f" --run {run}"))
 

@@ -90,6 +90,17 @@ CorrectionRule = Annotated[
 ]
 Iterations = Annotated[int | None, _option("Iterations for each block, in place of the preset's.", panel=_QUANTIZATION)]
 
+RequireDb = Annotated[
+    float | None,
+    _option(
+        "Least quality against the float network, in dB; exit code 3 below it. What counts is the mean SQNR of the "
+        "predicted noise or the predicted PSNR of the pictures, the lower of both.",
+        "--require-db",
+        min=0,
+        max=200,
+    ),
+]
+
 Steps = Annotated[
     int | None, _option("Number of sampling steps, in place of the calibration's or engine's.", panel=_SAMPLER)
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gaq_export.deploy.parity import Parity
     from gaq_export.deploy.submodels import Part
     from gaq_export.evaluation.evaluate import Evaluation
+    from gaq_export.quantize.verdict import Verdict
 
 SMALLEST_SHARE = 5000  # bytes; types with fewer are not printed
 
@@ -27,6 +28,23 @@ def print_audit(built: "Built") -> None:
     rows = [(kind, precision, str(count)) for (kind, precision), count in sorted(audit.counts.items())]
     _print_table(("layers", "arithmetic", "count"), rows, title=f"{built.file.backend} audit")
     _print_lines(audit_lines(built))
+
+
+def print_verdict(verdict: "Verdict", quiet: bool) -> None:
+    """Print how far the quantized network is from the float one, and a warning, also if `quiet`, where that is far."""
+    if not quiet:
+        typer.echo(verdict.line)
+    if verdict.poor:
+        typer.echo(f"warning: {verdict.warning}", err=True)
+
+
+def require(verdict: "Verdict", least_db: float | None) -> None:
+    """Print an error and exit with code 3 if a verdict is below what the user requires, None for nothing."""
+    if least_db is not None and verdict.db < least_db:
+        typer.echo(
+            f"error: {verdict.db:.1f} dB against the float network, {least_db:g} dB required (--require-db).", err=True
+        )
+        raise typer.Exit(3)
 
 
 def audit_lines(built: "Built") -> list[str]:

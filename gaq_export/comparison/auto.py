@@ -8,9 +8,9 @@ from pathlib import Path
 
 from calib.plan import QuantPlan
 from gaq_export import run as runs
-from gaq_export.evaluation import noise_sqnr
-from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize import noise_sqnr
+from gaq_export.quantize.noise_sqnr import OnStage
 from gaq_export.quantize.presets import Preset
 from gaq_export.run import Run
 

@@ -37,13 +37,13 @@ from gaq_export.diffusion.conditioning import ConditionalNetwork, bind
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet
 from gaq_export.evaluation.frechet import Classifier, Moments
-from gaq_export.evaluation.noise_sqnr import Trajectory, record, squared_errors
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
 from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import insert_qdq
 from gaq_export.images import psnr, to_uint8_tensor
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.noise_sqnr import Trajectory, record, squared_errors
 
 HELD_OUT = 16  # trajectories on which the predicted noise is compared
 BATCH = 8  # samples a call: more leave the cache and take a fifth longer

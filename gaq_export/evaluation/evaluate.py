@@ -16,13 +16,14 @@ from gaq_export.deploy.build import build_float
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import noise_sqnr, scores
+from gaq_export.evaluation import scores
 from gaq_export.evaluation.feature_extractors import Extractor
 from gaq_export.evaluation.image_sets import ImageSet, open_images
-from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.evaluation.scores import LEFT_OUT, Score
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model
+from gaq_export.quantize import noise_sqnr
+from gaq_export.quantize.noise_sqnr import OnStage
 from gaq_export.run import command_and_versions
 from gaq_export.sampling.sample import sample_shards
 

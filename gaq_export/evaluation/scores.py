@@ -26,8 +26,8 @@ from gaq_export.evaluation import feature_metrics, frechet
 from gaq_export.evaluation.feature_extractors import BATCH, Extractor
 from gaq_export.evaluation.feature_metrics import METRICS, Features
 from gaq_export.evaluation.image_sets import ImageSet
-from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.images import psnr
+from gaq_export.quantize.noise_sqnr import OnStage
 
 WIDE = 256  # features: a bootstrap of wider ones takes minutes, so it gets fewer draws
 BOOTSTRAP_DRAWS = 200

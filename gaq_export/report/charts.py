@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calib.diagnose import Agreement, Alignment, bin_means
 from calib.reconstruct import BlockResult
-from gaq_export.evaluation.noise_sqnr import NoiseSqnr
+from gaq_export.quantize.noise_sqnr import NoiseSqnr
 from gaq_export.report.inspection import LayerRange
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from calib.files import write_atomically
 from calib.plan import load_plan
 from gaq_export import folders
 from gaq_export import run as runs
-from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model, provenance_of
+from gaq_export.quantize.noise_sqnr import OnStage
 from gaq_export.quantize.trajectories import collect
 from gaq_export.report import inspection, inspection_page
 from gaq_export.report.inspection import Calibrated, Inspection, InspectionOptions

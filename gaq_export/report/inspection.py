@@ -6,7 +6,7 @@ that calibration did not see.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,14 +23,11 @@ from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import noise_sqnr
-from gaq_export.evaluation.noise_sqnr import NoiseSqnr, OnStage
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
-
-FEW = 4  # samples of each step where every block, or every layer, is measured
-SENSITIVITY_STEPS = 5  # steps at which every layer is quantized alone
-PRODUCTS = "attention products"
+from gaq_export.quantize import noise_sqnr
+from gaq_export.quantize.noise_sqnr import NoiseSqnr, OnStage
+from gaq_export.quantize.sensitivity import FEW, sensitivity, some_of_each_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +159,7 @@ def _overview(subject: _Subject, blocks: Sequence[BlockResult], on_step: OnStage
     """Compare the gradients of the sampling steps in every block, from a few samples."""
     network = subject.model.network
     plan = subject.plan
-    few = _some_of_each_step(subject.samples.data.take(subject.samples.train), FEW)
+    few = some_of_each_step(subject.samples.data.take(subject.samples.train), FEW)
     overview = []
     # One recorder for all blocks in network order, so that each is recorded from where the one before ended.
     with open_recorder(network, subject.network, few, plan.config.micro_batch) as recording:
@@ -200,29 +197,6 @@ def _measure_block(
     return agreement, alignment
 
 
-def sensitivity(model: LoadedModel, plan: QuantPlan, data: CalibrationSet, on_step: OnStage) -> dict[str, float]:
-    """Return the error of the predicted noise with each layer quantized alone, in network order.
-
-    It is |eps_hat - eps|^2 / |eps|^2 over FEW samples of each of SENSITIVITY_STEPS steps, evenly spread. All products
-    inside attention that the plan rounds are one more entry, PRODUCTS.
-    """
-    steps = torch.unique(data.step)
-    chosen = steps[torch.linspace(0, len(steps) - 1, min(SENSITIVITY_STEPS, len(steps))).round().long()]
-    few = _some_of_each_step(data.take(torch.isin(data.step, chosen).nonzero()[:, 0]), FEW)
-    alone = {name: replace(plan, layers={name: layer}, products={}) for name, layer in plan.layers.items()}
-    if plan.products:
-        alone[PRODUCTS] = replace(plan, layers={})
-    errors: dict[str, float] = {}
-    with torch.no_grad():
-        exact = model.network(*few.inputs()).double()
-        for name, part in alone.items():
-            # In float64: the error of one layer is a small difference of large numbers.
-            error = fake_quantized(model.network, part)(*few.inputs()).double() - exact
-            errors[name] = float(error.square().sum() / exact.square().sum())
-            on_step("quantizing one layer alone", len(errors), len(alone))
-    return errors
-
-
 def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
     """Return how far each layer's grids reach, in network order."""
     ranges = []
@@ -244,9 +218,3 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
             )
         )
     return tuple(ranges)
-
-
-def _some_of_each_step(data: CalibrationSet, count: int) -> CalibrationSet:
-    """Return `count` samples of each step, evenly spread: with guidance, the first half of them is unconditional."""
-    members = [(data.step == s).nonzero()[:, 0] for s in torch.unique(data.step)]
-    return data.take(torch.cat([m[torch.linspace(0, len(m) - 1, min(count, len(m))).round().long()] for m in members]))

@@ -19,8 +19,8 @@ from calib.diagnose import Agreement, Alignment, bin_means, spearman
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
 from gaq_export._version import __version__
-from gaq_export.evaluation.noise_sqnr import NoiseSqnr
 from gaq_export.models.provenance import provenance_of
+from gaq_export.quantize.noise_sqnr import NoiseSqnr
 from gaq_export.report import charts, html
 from gaq_export.report.inspection import Inspection, LayerRange
 

@@ -30,12 +30,13 @@ from gaq_export.diffusion.conditioning import bind
 from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import noise_sqnr
 from gaq_export.evaluation.evaluate import DEFAULT, RECORD, Evaluation, read_evaluation
-from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.evaluation.timing import take_turns
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model, provenance_of
+from gaq_export.quantize import noise_sqnr
+from gaq_export.quantize.noise_sqnr import OnStage
+from gaq_export.quantize.verdict import Verdict, judge
 from gaq_export.report import inspect
 from gaq_export.report.inspection import Calibrated, Inspection, InspectionOptions
 from gaq_export.report.inspection_page import Origin
@@ -106,6 +107,7 @@ class Report:
     Attributes:
         plan: the run's plan.
         origin: how it was calibrated.
+        verdict: how far the plan is from the float network.
         inspection: what is inside the calibration.
         file: the engine.
         others: engines that take turns with it.
@@ -120,6 +122,7 @@ class Report:
 
     plan: QuantPlan
     origin: Origin
+    verdict: Verdict
     inspection: Inspection
     file: EngineFile
     others: tuple[EngineFile, ...]
@@ -186,6 +189,7 @@ def measure(
             return Report(
                 plan=plan,
                 origin=origin,
+                verdict=judge(folder, model, on_step),
                 inspection=inspection,
                 file=file,
                 others=others,

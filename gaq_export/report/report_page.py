@@ -9,9 +9,9 @@ from typing import Any
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.evaluation import scores
-from gaq_export.evaluation.noise_sqnr import FLOAT
 from gaq_export.evaluation.scores import PAIR_METRICS, Score
 from gaq_export.images import encode_side_by_side, psnr
+from gaq_export.quantize.noise_sqnr import FLOAT
 from gaq_export.report import charts, html, inspection_page
 from gaq_export.report.markdown import machine
 from gaq_export.report.report import PYTORCH, Report
@@ -50,7 +50,9 @@ def _in_short(report: Report) -> dict[str, str]:
     # Medians and minima: a mean of decibels would be the best images'.
     decibels = psnr(report.images.quantized, report.images.exact)
     noise = report.noise[FLOAT]
+    verdict = report.verdict
     facts = {
+        "verdict": verdict.line + (f". {verdict.warning}" if verdict.poor else ""),
         "pictures": f"PSNR against float {float(decibels.median()):.1f} dB, lowest {float(decibels.min()):.1f} dB, of "
         f"{len(decibels)} from the same noise",
         "noise": f"{scores.mean_db(noise):.1f} dB SQNR, mean of {len(noise)} steps; lowest {min(noise):.1f} dB",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from calib.files import write_atomically
 from gaq_export import run as runs
-from gaq_export.evaluation.noise_sqnr import OnStage
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.noise_sqnr import OnStage
 from gaq_export.report import report, report_page
 from gaq_export.report.report import ReportOptions
 from gaq_export.run import Run

@@ -20,12 +20,12 @@ from gaq_export.diffusion import loop
 from gaq_export.diffusion.conditioning import bind, class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import evaluate, noise_sqnr
+from gaq_export.evaluation import evaluate
 from gaq_export.evaluation.feature_extractors import find_extractor
 from gaq_export.images import to_uint8_tensor
 from gaq_export.models.conditioning_request import condition_model
 from gaq_export.models.loader import LoadedModel, load_model
-from gaq_export.quantize import latency
+from gaq_export.quantize import latency, noise_sqnr
 from gaq_export.quantize.make_plan import make_plan
 from gaq_export.quantize.noise_correction import measure_correction
 from gaq_export.quantize.presets import CalibrationOptions

@@ -21,6 +21,7 @@ def test_the_three_commands_make_pictures(home: Path, tmp_path: Path) -> None:
     assert built.exit_code == 0, built.output
     assert "openvino audit" in built.stdout
     assert "against fake-quantized PyTorch: median SQNR" in built.stdout
+    assert "against the float network, on 2 held-out trajectories: " in built.stdout
     assert "1 x first layer" in " ".join(built.stdout.split())
     assert "10 layers depend on the step alone and are tables" in " ".join(built.stdout.split())
     assert f"openvino engine -> {plan}" in " ".join(built.stdout.split())
@@ -34,7 +35,7 @@ def test_the_three_commands_make_pictures(home: Path, tmp_path: Path) -> None:
 
 def test_quiet_prints_only_the_result(tiny_run: Path, home: Path, tiny_engine, tmp_path: Path) -> None:
     again = gaq("calibrate", "--weights", home, "--run", tiny_run, "-q")
-    assert again.output == f"W4A8: 39 layers quantized, 12 stay float -> {tiny_run}/plan.safetensors\n"
+    assert again.stdout == f"W4A8: 39 layers quantized, 12 stay float -> {tiny_run}/plan.safetensors\n"
     drawn = gaq("sample", "--engine", tiny_engine.path, "-n", 1, "--steps", 1, "--out", tmp_path, "-q")
     assert len(drawn.output.splitlines()) == 1
 

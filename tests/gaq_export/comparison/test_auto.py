@@ -8,8 +8,8 @@ import pytest
 from calib.plan import load_plan
 from gaq_export.comparison import auto
 from gaq_export.comparison.auto import Tried, explain
-from gaq_export.evaluation import noise_sqnr
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize import noise_sqnr
 from tests.gaq_export.commands import gaq
 
 

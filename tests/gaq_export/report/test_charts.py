@@ -9,7 +9,7 @@ import torch
 
 from calib.diagnose import Agreement, Alignment, Cosines
 from calib.reconstruct import BlockResult
-from gaq_export.evaluation.noise_sqnr import NoiseSqnr
+from gaq_export.quantize.noise_sqnr import NoiseSqnr
 from gaq_export.report import charts
 from gaq_export.report.inspection import LayerRange
 

@@ -11,7 +11,7 @@ from calib.plan import QuantPlan, load_plan
 from calib.sqnr import sqnr_db
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
-from gaq_export.evaluation import noise_sqnr
+from gaq_export.quantize import noise_sqnr
 from gaq_export.quantize.trajectories import image_seed
 from gaq_export.report import inspection
 

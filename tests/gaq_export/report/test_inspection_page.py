@@ -17,8 +17,8 @@ from calib.reconstruct import BlockResult
 from gaq_export import pipeline
 from gaq_export.cli.app import app
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
-from gaq_export.evaluation.noise_sqnr import NoiseSqnr
 from gaq_export.models.provenance import Provenance
+from gaq_export.quantize.noise_sqnr import NoiseSqnr
 from gaq_export.report import charts
 from gaq_export.report.inspection import Inspection, LayerRange
 from gaq_export.report.inspection_page import Origin, render

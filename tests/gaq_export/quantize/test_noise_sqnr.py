@@ -12,8 +12,8 @@ from calib.plan import QuantPlan, load_plan
 from calib.sqnr import sqnr_db
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
-from gaq_export.evaluation import noise_sqnr
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize import noise_sqnr
 from gaq_export.quantize.trajectories import GROUP, image_seed
 
 SPEC = SamplerSpec(steps=4)

@@ -60,8 +60,8 @@ class NoiseSqnr:
     both: Tensor
 
 
-def follow(leader: Denoiser, seeds: Sequence[int], sampling: Sampling, visit: Visit) -> None:
-    """Run a sampler, and call `visit` with what the leader saw and predicted at each step.
+def follow(leader: Denoiser, seeds: Sequence[int], sampling: Sampling, visit: Visit) -> Tensor:
+    """Run a sampler, call `visit` with what the leader saw and predicted at each step, and return the images.
 
     Args:
         leader: the denoiser whose predictions the sampler takes.
@@ -75,7 +75,7 @@ def follow(leader: Denoiser, seeds: Sequence[int], sampling: Sampling, visit: Vi
         visit(x, t, epsilon)
         return epsilon
 
-    loop.run(denoise, seeds, replace(sampling, conditioning=None))
+    return loop.run(denoise, seeds, replace(sampling, conditioning=None))
 
 
 def record(leader: Denoiser, seeds: Sequence[int], sampling: Sampling) -> Trajectory:
@@ -97,14 +97,19 @@ def squared_errors(trajectory: Trajectory, denoiser: Denoiser, correction: Corre
     errors = []
     with torch.no_grad():
         for step, (x, t, exact) in enumerate(zip(trajectory.x, trajectory.t, trajectory.epsilon, strict=True)):
-            predicted = denoiser(x, t).double()  # the sum is over all pixels of all images
-            if correction is not None:
-                # (C,) -> (C, 1, 1), so that it spreads over (N, C, H, W)
-                gain = torch.tensor(correction.gain[step])[:, None, None]
-                bias = torch.tensor(correction.bias[step])[:, None, None]
-                predicted = gain * (predicted - bias)
+            predicted = corrected(denoiser(x, t).double(), correction, step)  # the sum is over all pixels of all images
             errors.append(float((predicted - exact.double()).square().sum()))
     return errors
+
+
+def corrected(epsilon: Tensor, correction: Correction | None, step: int) -> Tensor:
+    """Return predicted noise (N, C, H, W) as the sampler takes it at a step."""
+    if correction is None:
+        return epsilon
+    # (C,) -> (C, 1, 1), so that it spreads over (N, C, H, W)
+    gain = torch.tensor(correction.gain[step])[:, None, None]
+    bias = torch.tensor(correction.bias[step])[:, None, None]
+    return gain * (epsilon - bias)
 
 
 def along_both(
