@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from calib.files import write_atomically
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, one_line
 
 METADATA_KEY = "gaq-export"
 # Of a grid, in pixels.
@@ -72,14 +72,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         GaqError: the file cannot be read as an image, or was not written by this tool.
     """
     try:
-        with Image.open(path) as picture:
-            text = picture.info[METADATA_KEY]
-    except KeyError as error:
+        with Image.open(path, formats=("PNG",)) as picture:
+            fields = json.loads(picture.info[METADATA_KEY])
+    except (KeyError, ValueError, RecursionError) as error:
         raise GaqError(f"{path} carries no {METADATA_KEY!r} text, so it was not written by this tool.") from error
-    except OSError as error:
-        raise GaqError(f"{path} cannot be read as an image: {error}") from error
-    fields: dict[str, Any] = json.loads(text)
-    return fields
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise GaqError(f"{path} cannot be read as an image: {one_line(error)}") from error
+    return dict(fields)
 
 
 def save_grid(

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from calib.files import read_safetensors, write_atomically
 from gaq_export.errors import GaqError, one_line
+from gaq_export.evaluation import image_files
 from gaq_export.evaluation.foreign_weights import read_state
 
 BATCH = 250
 EPOCHS = 3
 TRAIN_BATCH = 128
 RATE = 2e-3
+DIGITS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,19 +103,15 @@ def load_images(path: Path, part: str, shape: tuple[int, int, int]) -> Labelled:
     The file holds `<part>_images` and `<part>_labels`, or, if it is a test set alone, `images` and `labels`.
 
     Raises:
-        GaqError: there are no such arrays, or they do not fit the model.
+        GaqError: the file is damaged, there are no such arrays, or they do not fit the model.
     """
-    try:
-        with np.load(path, allow_pickle=False) as loaded:
-            prefix = f"{part}_" if f"{part}_images" in loaded or part != "test" else ""
-            array, labels = loaded[f"{prefix}images"], loaded[f"{prefix}labels"]
-    except (OSError, ValueError, KeyError) as error:
-        raise GaqError(f"{path} cannot be read as an .npz with the {part} images and labels: {error}") from error
-    array = array[..., None] if array.ndim == 3 else array  # grey images may come without a channel
+    names = [f"{part}_images"] + ["images"] * (part == "test")
+    array = image_files.read_images(path, names)
     channels, height, width = shape
-    if array.dtype != np.uint8 or array.shape[-1] != channels or array.shape[1] > height or array.shape[2] > width:
+    if array.shape[3] != channels or array.shape[1] > height or array.shape[2] > width:
         raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; the model draws {shape} (C, H, W).")
-    return Labelled(images=padded(array, height, width), labels=torch.from_numpy(labels.astype(np.int64)))
+    labels = image_files.read_labels(path, [name.replace("images", "labels") for name in names], len(array))
+    return Labelled(images=padded(array, height, width), labels=labels)
 
 
 def padded(array: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
@@ -135,7 +133,7 @@ class DigitNet(nn.Module):
             *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
         )
         self.hidden = nn.Linear(64 * 4 * 4, 64)
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(64, DIGITS)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the rectified hidden layer, (N, 64)."""
@@ -166,6 +164,8 @@ def digit_net(path: Path, data: Path, shape: tuple[int, int, int]) -> DigitNet:
 
 def _train(net: nn.Module, data: Labelled) -> None:
     """Train with Adam, its rate falling linearly to 0, on every image EPOCHS times, seed 0."""
+    if (largest := int(data.labels.max())) >= DIGITS:
+        raise GaqError(f"The training labels go up to {largest}; expected digits, 0 to {DIGITS - 1}.")
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(data.images), generator=generator) for _ in range(EPOCHS)]
     batches = [index for order in orders for index in torch.split(order, TRAIN_BATCH)]

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from gaq_export.errors import GaqError
-from gaq_export.evaluation import frechet
+from gaq_export.evaluation import frechet, image_files
 from gaq_export.sampling import shards
 
 PART = 256  # images at a time
@@ -119,14 +117,16 @@ def _of_pngs(path: Path) -> ImageSet:
     if not files:
         raise GaqError(f"{path} holds no images: give a folder that `sample` wrote, a folder of PNGs, or an .npz.")
 
+    shape = _shape(image_files.read_png(files[0])[None])
+
     def parts() -> Iterator[Tensor]:
         for start in range(0, len(files), PART):
-            yield _stacked([_read_png(file) for file in files[start : start + PART]], path)
+            yield _stacked([image_files.read_png(file) for file in files[start : start + PART]], shape, path)
 
     return ImageSet(
         name=str(path),
         count=len(files),
-        shape=_shape(next(parts())),
+        shape=shape,
         parts=parts,
         sha256=_digest(parts),
         recorded=recorded,
@@ -135,15 +135,9 @@ def _of_pngs(path: Path) -> ImageSet:
 
 def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:
     """Open the training images of a data set, because those are what a network learned to draw."""
-    try:
-        with np.load(path, allow_pickle=False) as loaded:
-            name = next(name for name in ("train_images", "images") if name in loaded)
-            array = loaded[name]
-    except (OSError, ValueError, StopIteration) as error:
-        raise GaqError(f"{path} cannot be read as an .npz with `train_images` or `images`: {error}") from error
-    array = array[..., None] if array.ndim == 3 else array  # grey images may come without a channel
+    array = image_files.read_images(path, ("train_images", "images"))
     height, width, channels = array.shape[1:]
-    if array.dtype != np.uint8 or (shape and (channels != shape[0] or height > shape[1] or width > shape[2])):
+    if shape and (channels != shape[0] or height > shape[1] or width > shape[2]):
         raise GaqError(f"{path} has {array.dtype} images {array.shape[1:]}; expected uint8 images {shape} (C, H, W).")
     images = frechet.padded(array, *(shape[1:] if shape else (height, width)))
 
@@ -153,19 +147,8 @@ def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:
     return ImageSet(name=path.name, count=len(images), shape=_shape(images), parts=parts, sha256=_digest(parts))
 
 
-def _read_png(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as picture:
-            # Palettes, alpha channels and the like become three colours; 8-bit grey stays one channel.
-            array = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
-    except OSError as error:
-        raise GaqError(f"{path} cannot be read as an image: {error}") from error
-    array = array[..., None] if array.ndim == 2 else array
-    return torch.from_numpy(array).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
-
-
-def _stacked(images: list[Tensor], path: Path) -> Tensor:
-    shapes = {tuple(image.shape) for image in images}
+def _stacked(images: list[Tensor], shape: tuple[int, int, int], path: Path) -> Tensor:
+    shapes = {shape, *(tuple(image.shape) for image in images)}
     if len(shapes) > 1:
         raise GaqError(f"{path} holds images of different sizes: {sorted(shapes)[:3]} (C, H, W).")
     return torch.stack(images)

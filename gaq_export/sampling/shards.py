@@ -113,10 +113,20 @@ def read_shards(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     record = read_record(folder)
     for index in range(-(-record["num"] // record["shard"])):
         path = shard_path(folder, index)
-        if not path.exists():
+        if not path.is_file():
             raise GaqError(f"{path} is missing: the same `sample` command draws what is left.")
-        tensors = read_safetensors(path)[1]
-        yield tensors["images"], tensors["seeds"]
+        yield _read_shard(path)
+
+
+def _read_shard(path: Path) -> tuple[Tensor, Tensor]:
+    tensors = read_safetensors(path)[1]
+    images, seeds = tensors.get("images"), tensors.get("seeds")
+    if images is None or images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
+        found = "no images" if images is None else f"images of {images.dtype} {tuple(images.shape)}"
+        raise GaqError(f"{path} holds {found}; expected uint8 (N, C, H, W). Delete it, and run `sample` again.")
+    if seeds is None or seeds.dtype != torch.int64 or seeds.shape != images.shape[:1]:
+        raise GaqError(f"{path} does not hold the seed of each image. Delete it, and run `sample` again.")
+    return images, seeds
 
 
 def digest(folder: Path) -> str:
