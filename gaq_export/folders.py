@@ -1,12 +1,12 @@
 """Folders that appear whole or not at all: written beside their place, then renamed into it; names that stay in one.
 
 In: where a result is to go. Out: a temporary folder to write it to, and the rename. A command that is interrupted
-leaves the old result as it was.
+leaves the old result as it was, and no result may take the place of what a command reads (`check_outputs`).
 """
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,6 +48,30 @@ def replace_folder(finished: Path, out: Path) -> None:
         # A folder with files in it cannot be overwritten, so the old one moves away; `staging` deletes it at its end.
         os.replace(out, finished.with_name(f"{finished.name}.old"))
     os.replace(finished, out)
+
+
+def check_outputs(files: Iterable[Path], taken: Iterable[Path]) -> None:
+    """Raise GaqError if a file to be written is a folder, or if writing it would destroy something that is needed.
+
+    Args:
+        files: all that a command is about to write, companions included.
+        taken: files that it reads or that belong to the run, and folders in which it must not write at all. They are
+            found under other names too: through links, `..` or a second hard link.
+    """
+    taken = list(taken)
+    for file in files:
+        if file.is_dir():
+            raise GaqError(f"{file} is a folder; give the name of a file, such as {file / 'new'}.")
+        for other in taken:
+            if _same(file, other) or file.resolve().is_relative_to(other.resolve()):
+                raise GaqError(f"Writing {file} would overwrite {other}, which is still needed: choose another name.")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.files import write_atomically
+from engines.files import files_of
 from engines.machine import PACKAGES, versions
 from gaq_export._version import __version__
 from gaq_export.errors import GaqError
@@ -129,6 +130,19 @@ def add_entry(run: Run, step: str, **facts: Any) -> None:
     # With its offset from UTC, since a run folder may move between machines.
     entry = {"step": step, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **command_and_versions(), **facts}
     _write(run, RunRecord(settings=record.settings, journal=[*record.journal, entry]))
+
+
+def files_of_calibration(run: Run) -> list[Path]:
+    """Return the files and folders that a calibration consists of, from its settings to its plan."""
+    records = (run.record, run.plan, run.plan.with_suffix(".json"), run.times, run.verdict)
+    return [*records, run.calibration, run.blocks, *run.folder.glob("conditioning-*.safetensors")]
+
+
+def files_of_engines(run: Run) -> list[Path]:
+    """Return the files of all engines that the journal names; raise GaqError if it cannot be read."""
+    record = _read(run)
+    paths = [entry.get("engine") for entry in record.journal] if record else []
+    return [file for path in paths if path for file in files_of(run.folder / path)]
 
 
 def command_and_versions() -> dict[str, Any]:

@@ -77,7 +77,8 @@ def build_engine(
     """Emit the quantized graph, build an engine from it, audit its layers and check it against PyTorch."""
     with one_line_errors():
         import engines
-        from gaq_export import pipeline
+        from engines.files import files_of
+        from gaq_export import folders, pipeline
         from gaq_export.deploy.build import BuildOptions, build
         from gaq_export.deploy.record import GraphKind, Numbers, parse_choice
         from gaq_export.errors import GaqError
@@ -102,6 +103,7 @@ def build_engine(
         if weights is not None:
             from gaq_export.sharing import pack
 
+            folders.check_outputs(files_of(out), [weights])
             pack.unpack(weights, Run(folder=run))
         spec = replace_options(pipeline.sampler_of(run), steps=steps, name=sampler, spacing=spacing, eta=eta)
         options = BuildOptions(

@@ -219,6 +219,7 @@ def compare(
 ) -> None:
     """Calibrate with several recipes and compare the results. Finished calibrations are kept."""
     with one_line_errors():
+        from gaq_export import folders
         from gaq_export.comparison import pages as comparison_pages
         from gaq_export.comparison import runner, spec
         from gaq_export.comparison.yardstick import Yardstick
@@ -241,6 +242,8 @@ def compare(
             pages = comparison_pages.PagePaths(
                 html=(out or folder) / f"{name}.html", markdown=(out or folder) / f"{name}.md"
             )
+            taken = [file for file in (data, features, loaded.source.path) if file is not None and file.is_file()]
+            folders.check_outputs([pages.html, pages.markdown], taken)
             # For the page, as the user typed it: whoever reads it can repeat it.
             command = comparison_pages.command_line(sys.argv[1:])
             # Each calibration is a process that this one starts, after one that prepares what all of them need.

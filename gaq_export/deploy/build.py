@@ -15,7 +15,7 @@ from calib.plan import QuantPlan, load_plan
 from calib.ranges import nearest_step
 from calib.step_bits import at_bits, widths
 from engines import EngineConfig, EngineFile
-from engines.files import data_path
+from engines.files import data_path, files_of
 from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy import parity, submodels, verify
@@ -41,7 +41,7 @@ from gaq_export.graph.profiles import PROFILES, find_profile
 from gaq_export.graph.step import make_step
 from gaq_export.models import text_encoder
 from gaq_export.models.loader import LoadedModel
-from gaq_export.models.provenance import Provenance, find_model, provenance_of
+from gaq_export.models.provenance import Provenance, files_of_model, find_model, provenance_of
 from gaq_export.run import Run
 
 OnBegin = Callable[[str], None]
@@ -146,6 +146,7 @@ def build(
     """
     on_begin("loading the model")
     job = _prepare(run, options, model)
+    _check_target(job, out)
     not_run = job.backend.can_run()
     on_begin("collecting inputs for the check")
     # Where the engine cannot run, as for another GPU, it is built all the same and not checked.
@@ -225,6 +226,16 @@ def _prepare(run: Run, options: BuildOptions, model: LoadedModel | None) -> _Job
         turns=turns,
         record=record,
     )
+
+
+def _check_target(job: _Job, out: Path) -> None:
+    """Raise GaqError if one of the engine's files would take the place of something that is needed."""
+    widths = [out.with_name(f"{out.stem}-a{bits}{out.suffix}") for bits in sorted(set(job.turns))[:-1]]
+    texts = [submodels.text_path(out, index) for index in range(2)]
+    written = [file for path in (out, *widths, submodels.decoder_path(out), *texts) for file in files_of(path)]
+    # The run's graphs and pages too: the next export would take the engine's place in turn.
+    pages = [job.run.inspection, job.run.report, *job.run.folder.glob("unet.*.onnx*")]
+    folders.check_outputs(written, [*runs.files_of_calibration(job.run), *pages, *files_of_model(job.model)])
 
 
 def _build_graphs(

@@ -13,6 +13,7 @@ from calib.correction import Correction
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from calib.step_bits import at_bits
+from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy.record import GraphKind, parse_choice
 from gaq_export.diffusion.schedule import SamplerSpec
@@ -25,7 +26,7 @@ from gaq_export.graph.profiles import find_profile
 from gaq_export.graph.qdq import StepInfo, insert_qdq
 from gaq_export.graph.step import make_step
 from gaq_export.models.loader import LoadedModel
-from gaq_export.models.provenance import find_model, provenance_of, rewritten
+from gaq_export.models.provenance import files_of_model, find_model, provenance_of, rewritten
 from gaq_export.run import Run
 
 
@@ -96,6 +97,9 @@ def export_onnx(
     run = Run(folder=Path(folder))
     plan = load_plan(run.plan)
     model = find_model(provenance_of(plan), model, run.folder)
+    if out is not None:
+        taken = [*runs.files_of_calibration(run), *runs.files_of_engines(run), *files_of_model(model)]
+        folders.check_outputs([out], [*taken, run.inspection, run.report])
     return write_graph(profile, plan, model, options, folder=run.folder, out=out)
 
 

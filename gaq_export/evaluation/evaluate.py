@@ -10,7 +10,9 @@ from typing import Any
 import engines
 from calib.files import write_atomically
 from engines import EngineConfig, EngineFile
+from engines.files import files_of
 from engines.machine import versions
+from gaq_export import folders
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
 from gaq_export.deploy.record import record_of
@@ -21,13 +23,14 @@ from gaq_export.evaluation.feature_extractors import Extractor
 from gaq_export.evaluation.image_sets import ImageSet, open_images
 from gaq_export.evaluation.scores import LEFT_OUT, Score
 from gaq_export.models.loader import LoadedModel
-from gaq_export.models.provenance import find_model
+from gaq_export.models.provenance import files_of_model, find_model
 from gaq_export.quantize import noise_sqnr
 from gaq_export.quantize.noise_sqnr import OnStage
 from gaq_export.run import command_and_versions
 from gaq_export.sampling.sample import sample_shards
 
 RECORD = "evaluation.json"
+FLOAT = "float.plan"  # the engine of the float network, beside it
 DEFAULT = Path("evaluation")
 TRAJECTORIES = 8  # on which the predicted noise is compared
 SHARD = 256  # images in a file
@@ -82,6 +85,7 @@ def evaluate_sets(
         out: folder for the result and for features, which a later call reuses.
         on_step: called with (what is measured, done, total).
     """
+    folders.check_outputs([out / RECORD], [file for file in (path, reference) if file.is_file()])
     images = open_images(path)
     row = scores.compare_sets(images, open_images(reference, images.shape), extractor, out / "features", on_step)
     return write_evaluation(out, {path.name: row}, {})
@@ -114,6 +118,9 @@ def evaluate_engines(
     first = next(iter(opened.values()))
     origin = record_of(first).provenance
     model = find_model(origin, model, first.path.parent)
+    taken = [file for engine in opened.values() for file in files_of(engine.path)]
+    written = [drawing.out / RECORD, *files_of(drawing.out / FLOAT)]
+    folders.check_outputs(written, [*taken, *files_of_model(model), *([] if data is None else [data])])
     exact = _build_exact(first, model, drawing.out)
     float_images = _draw("float", exact.path, drawing, on_step)
     reference = _reference(exact, drawing, on_step) if data is None else open_images(data, session.image_shape(exact))
@@ -150,7 +157,7 @@ def _build_exact(file: EngineFile, model: LoadedModel, folder: Path) -> EngineFi
     """Build an engine of the float network."""
     # By the same backend, so that its images differ from the quantized ones by quantization alone.
     config = EngineConfig(backend=file.backend)
-    return build_float(model, folder / "float.plan", sampler=record_of(file).provenance.sampler, config=config)
+    return build_float(model, folder / FLOAT, sampler=record_of(file).provenance.sampler, config=config)
 
 
 def _compare_noise(file: EngineFile, model: LoadedModel, first: int) -> Mapping[str, Sequence[float]]:

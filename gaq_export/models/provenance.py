@@ -19,6 +19,7 @@ from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models.architectures import class_rows
 from gaq_export.models.diffusers_folder import fingerprint
+from gaq_export.models.hub import wanted
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.models.source import MODULE, WeightSource
 
@@ -220,6 +221,14 @@ def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) 
         )
     # The recorded conditioning and not the model's: a model may be loaded before anything is chosen to draw.
     return replace(model, conditioning=load_conditioning(provenance, folder))
+
+
+def files_of_model(model: LoadedModel) -> list[Path]:
+    """Return the user's files that a model was loaded from, which nothing may be written over."""
+    path = model.source.path
+    if path is None or not path.is_dir():
+        return [path] if path is not None else []
+    return [path / name for name in wanted([file.relative_to(path).as_posix() for file in path.rglob("*")])]
 
 
 def rewritten(model: LoadedModel, plan: QuantPlan) -> LoadedModel:

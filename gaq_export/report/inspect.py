@@ -8,7 +8,7 @@ from calib.plan import load_plan
 from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.models.loader import LoadedModel
-from gaq_export.models.provenance import find_model, provenance_of
+from gaq_export.models.provenance import files_of_model, find_model, provenance_of
 from gaq_export.quantize.noise_sqnr import OnStage
 from gaq_export.quantize.trajectories import collect
 from gaq_export.report import inspection, inspection_page
@@ -42,11 +42,18 @@ def inspect(
     plan = load_plan(run.plan)
     path = Path(out or run.inspection)
     model = find_model(provenance_of(plan), model, run.folder)
+    check_page(run, path, model)
     options = InspectionOptions(block=block, images=images)
     calibrated = Calibrated(model=model, plan=plan)
     inspection, origin = examine(run, calibrated, options, beside=path, on_step=on_step)
     write_atomically(path, inspection_page.render(plan, inspection, origin).encode())
     return path
+
+
+def check_page(run: Run, page: Path, model: LoadedModel) -> None:
+    """Raise GaqError if a page would take the place of something that is needed."""
+    taken = [*runs.files_of_calibration(run), *runs.files_of_engines(run), *files_of_model(model)]
+    folders.check_outputs([page], [*taken, *run.folder.glob("unet.*.onnx*")])
 
 
 def examine(

@@ -21,6 +21,7 @@ import engines
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan, load_plan
 from engines import EngineConfig, EngineFile
+from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
@@ -180,6 +181,8 @@ def measure(
     session.require_pictures(file)  # before anything that takes minutes
     evaluation = evaluation_of(options.evaluation, file)
     model = find_model(provenance_of(plan), model, folder)
+    inspect.check_page(run, out, model)
+    folders.check_outputs([out], [*engines.files.files_of(file.path), *([evaluation.path] if evaluation else [])])
     others = session.others_of(file)
     calibrated = Calibrated(model=model, plan=plan)
     inspection, origin = inspect.examine(run, calibrated, options.inspection, beside=out, on_step=on_step)

@@ -12,6 +12,8 @@ from typing import TypedDict, Unpack
 
 import engines
 from engines import EngineFile
+from engines.files import files_of
+from gaq_export import folders
 from gaq_export.deploy import session
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.batching import Draw, OnProgress, draw_in_batches
@@ -99,6 +101,7 @@ def sample(
     """
     request = Request(**fields)
     file, sampling = _load(engine, request)
+    _check_target(Path(out), file)
     batch = file.batch[1] if request.batch is None else request.batch  # batch[1]: the size that it was tuned for
     seeds = tuple(range(request.seed, request.seed + request.num))
     steps = sampling.sampler.steps
@@ -149,6 +152,7 @@ def sample_shards(
     out = Path(out)
     file, sampling = _load(engine, request)
     session.require_pictures(file)
+    _check_target(out, file)
     batch = _batch_within(file, request.batch)
     png_folder.check_writable(out)
     order = shards.Order(
@@ -176,6 +180,12 @@ def _load(engine: str | Path, request: Request) -> tuple[EngineFile, Sampling]:
     """Return the engine file, and how it draws what was requested; raise as `sample` does."""
     file = engines.load_engine_file(engine)
     return file, session.sampling_of(file, request.sampler, request.conditioning)
+
+
+def _check_target(out: Path, file: EngineFile) -> None:
+    """Raise GaqError if what is written to the folder `out` would take the place of one of the engine's files."""
+    names = (shards.RECORD, "grid.png", arrays.NAME)
+    folders.check_outputs([out / name for name in names], files_of(file.path))
 
 
 def _draw_with_float(model: LoadedModel, sampling: Sampling) -> Draw:

@@ -1,11 +1,13 @@
 """Writing a folder replaces all of it or none, and only one of the same kind; names in records stay in their folder."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gaq_export.errors import GaqError
-from gaq_export.folders import check_replaceable, inside, replace_folder, staging
+from gaq_export.folders import check_outputs, check_replaceable, inside, replace_folder, staging
 
 
 def test_a_staged_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
@@ -82,3 +84,41 @@ def test_the_links_of_a_hub_cache_are_followed_to_its_own_files_only(tmp_path: P
     assert inside(snapshot / "unet", "shard") == snapshot / "unet" / "shard"
     with pytest.raises(GaqError, match="leads out of that folder"):
         inside(snapshot / "unet", "other")
+
+
+def as_it_is(file: Path, folder: Path) -> Path:
+    return file
+
+
+def by_a_link(file: Path, folder: Path) -> Path:
+    (folder / "link").symlink_to(file.parent)
+    return folder / "link" / file.name
+
+
+def by_dots(file: Path, folder: Path) -> Path:
+    return file.parent / ".." / file.parent.name / file.name
+
+
+def by_a_second_name(file: Path, folder: Path) -> Path:
+    os.link(file, folder / "second")
+    return folder / "second"
+
+
+@pytest.mark.parametrize("spell", [as_it_is, by_a_link, by_dots, by_a_second_name])
+def test_nothing_is_written_over_what_is_needed_however_it_is_spelled(
+    spell: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    needed = folder / "plan.json"
+    needed.touch()
+    check_outputs([folder / "new"], [needed, folder / "missing"])
+    with pytest.raises(GaqError, match=r"would overwrite .*plan\.json, which is still needed: choose another name"):
+        check_outputs([folder / "new", spell(needed, tmp_path)], [folder / "missing", needed])
+
+
+def test_no_file_goes_into_a_needed_folder_or_takes_a_folder_s_name(tmp_path: Path) -> None:
+    with pytest.raises(GaqError, match="would overwrite"):
+        check_outputs([tmp_path / "calibration" / "0000.safetensors"], [tmp_path / "calibration"])
+    with pytest.raises(GaqError, match="is a folder; give the name of a file"):
+        check_outputs([tmp_path], [])

@@ -89,6 +89,37 @@ def test_an_engine_that_cannot_be_written_is_one_line(run_copy: Path, in_the_way
     assert "Cannot write" in refused(tmp_path, "build-engine", "--run", run_copy, "--backend", "openvino", "--out", out)
 
 
+ENGINE = ("build-engine", "--backend", "openvino")
+
+
+@pytest.mark.parametrize("command", ["build-engine", "export", "inspect", "report"])
+def test_no_output_overwrites_the_calibration(command: str, run_copy: Path, engine_copy: Path, tmp_path: Path) -> None:
+    (run_copy / "link").symlink_to(run_copy)
+    run = (run_copy,) if command in ("inspect", "report") else ("--run", run_copy)
+    words = {"build-engine": ENGINE, "report": ("report", "--engine", engine_copy)}.get(command, (command,))
+    for name in ("plan.safetensors", "plan.json", "run.json", "calibration/0000.safetensors", "link/plan.json"):
+        line = refused(tmp_path, *words, *run, "--out", run_copy / name)
+        assert "which is still needed: choose another name." in line
+
+
+@pytest.mark.parametrize("name", ["plan", "run"])
+def test_no_record_of_an_engine_overwrites_the_calibration(name: str, run_copy: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path, *ENGINE, "--run", run_copy, "--out", run_copy / name)
+    assert f"{name}.json would overwrite" in line
+
+
+@pytest.mark.parametrize("words", [ENGINE, ("export",)])
+def test_an_output_that_is_a_folder_or_a_model_s_weights_is_refused_before_the_build(
+    words: tuple[str, ...], home_copy: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    result = gaq("calibrate", "--weights", home_copy, "--run", run, "--images", 2, "--iterations", 0, "-q")
+    assert result.exit_code == 0, result.output
+    assert "is a folder; give the name of a file" in refused(tmp_path, *words, "--run", run, "--out", tmp_path)
+    line = refused(tmp_path, *words, "--run", run, "--out", home_copy / WEIGHTS)
+    assert f"{WEIGHTS}, which is still needed" in line
+
+
 @pytest.mark.rtx
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: pip install tensorrt-rtx"
