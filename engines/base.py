@@ -11,8 +11,10 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy.typing as npt
+from pydantic import NonNegativeInt
 
 from engines.errors import EngineError
+from engines.records import Count, DtypeName
 
 OnStep = Callable[[int], None]  # called with the number of an iteration
 
@@ -44,8 +46,8 @@ class TensorSpec:
     """Name, NumPy dtype name and shape of one engine input or output; `None` in the shape is the dynamic batch."""
 
     name: str
-    dtype: str
-    shape: tuple[int | None, ...]
+    dtype: DtypeName
+    shape: tuple[Count | None, ...]
 
     def at_batch(self, batch: int) -> tuple[int, ...]:
         """Return the shape with the dynamic batch filled in."""
@@ -114,7 +116,7 @@ class Audit:
     """
 
     kernels: tuple[Kernel, ...]
-    weight_bytes: dict[str, int]
+    weight_bytes: dict[str, NonNegativeInt]
     note: str = ""
 
     @property
@@ -130,15 +132,6 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         """Return the audit as JSON values."""
         return asdict(self) | {"kernels": [asdict(kernel) for kernel in self.kernels]}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote; a KeyError, TypeError or ValueError means the record is damaged."""
-        return cls(
-            kernels=tuple(Kernel(**kernel | {"kind": LayerKind(kernel["kind"])}) for kernel in record["kernels"]),
-            weight_bytes={str(dtype): int(size) for dtype, size in record["weight_bytes"].items()},
-            note=str(record["note"]),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

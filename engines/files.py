@@ -1,22 +1,25 @@
 """An engine on disk: the file that the runtime loads, and the JSON record beside it.
 
-The record carries the SHA-256 of every other file, so that files which do not belong together (an interrupted build, an
-edited file) are always noticed. In: an engine's path, `unet.plan` by default. Out: an `EngineFile`, checked.
+The record carries the SHA-256 of every other file and of itself, so that files which do not belong together (an
+interrupted build, an edited file) are always noticed. In: an engine's path, `unet.plan` by default. Out: an
+`EngineFile`, checked.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from pydantic import NonNegativeFloat
 
 from engines.base import Audit, Compute, Optimisation, TensorSpec
 from engines.errors import EngineError
+from engines.records import Count, Sha256, parse_record
 
-FORMAT = 5  # of the record; raised when an older one can no longer be read
+FORMAT = 6  # of the record; raised when an older one can no longer be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +70,42 @@ class EngineFile:
         record["inputs"] = [asdict(spec) for spec in self.inputs]
         record["outputs"] = [asdict(spec) for spec in self.outputs]
         record["audit"] = self.audit.to_json()
+        record["record_sha256"] = record_digest(record)
         path = record_path(self.path)
         # Half a record would look like a damaged engine, so the old one stays until the new one is whole.
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What is in the record: its format and own checksum, and an `EngineFile` without its path."""
+
+    format: int
+    backend: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch: tuple[Count, Count, Count]
+    sha256: Sha256
+    audit: Audit
+    build_seconds: NonNegativeFloat
+    metadata: dict[str, Any]
+    targets: tuple[str, ...]
+    threads: Count | None
+    optimisation: Optimisation
+    compute: Compute
+    weights: Sha256 | None
+    data: Sha256 | None
+    processor: tuple[str, ...] | None
+    record_sha256: Sha256
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of everything in a record but this checksum, however the JSON is laid out."""
+    others = {name: value for name, value in record.items() if name != "record_sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def record_path(engine: Path) -> Path:
@@ -108,23 +141,21 @@ def load_engine_file(path: str | Path) -> EngineFile:
     engine = Path(path)
     where = record_path(engine)
     try:
-        record = json.loads(where.read_text(encoding="utf-8"))
+        text = where.read_bytes()
     except OSError as error:
         raise EngineError(f"Cannot read the engine record {where}: {error.strerror}. Build the engine again.") from None
-    except ValueError as error:
-        raise EngineError(f"The engine record {where} is not JSON ({error}). Build the engine again.") from None
-    version = record.get("format") if isinstance(record, dict) else None
-    if version != FORMAT:
-        raise EngineError(f"{where} has format {version!r}, this version reads {FORMAT}. Build the engine again.")
-    # Every key and no other: a record of another version must not be half understood.
-    expected = {"format"} | {f.name for f in fields(EngineFile)} - {"path"}
-    if record.keys() != expected:
-        difference = f"missing keys {sorted(expected - record.keys())}, unknown keys {sorted(record.keys() - expected)}"
-        raise EngineError(f"{where} has {difference}. Build the engine again.")
-    try:
-        file = _from_record(engine, record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"{where} holds a value of the wrong kind ({error!r}). Build the engine again.") from None
+    advice = "Build the engine again"
+    content = parse_record(dict[str, Any], text, where, advice)
+    # The format first: a record of another version must not be half understood.
+    if (version := content.get("format")) != FORMAT:
+        raise EngineError(f"{where} has format {version!r}, this version reads {FORMAT}. {advice}.")
+    record = parse_record(_Record, text, where, advice)
+    if record.batch != tuple(sorted(record.batch)):
+        raise EngineError(f"{where}: batch is {list(record.batch)}, expected least, best and most in order. {advice}.")
+    if record.record_sha256 != record_digest(content):
+        raise EngineError(f"{where} was edited since it was written (its own SHA-256 differs). {advice}.")
+    values = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in ("format", "record_sha256")}
+    file = EngineFile(path=engine, **values)
     check_files(file)
     return file
 
@@ -168,30 +199,3 @@ def _check(what: str, path: Path, sha256: str) -> None:
             f"The {what} {path} has SHA-256 {actual[:12]}..., its record says {sha256[:12]}...: "
             "truncated, edited or half-written. Build the engine again."
         )
-
-
-def _from_record(engine: Path, record: dict[str, Any]) -> EngineFile:
-    """Turn JSON values into an `EngineFile`; KeyError, TypeError or ValueError mean that one of them is wrong."""
-
-    def specs(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(name=r["name"], dtype=np.dtype(r["dtype"]).name, shape=tuple(r["shape"])) for r in rows)
-
-    smallest, best, largest = (int(n) for n in record["batch"])
-    return EngineFile(
-        path=engine,
-        backend=str(record["backend"]),
-        inputs=specs(record["inputs"]),
-        outputs=specs(record["outputs"]),
-        batch=(smallest, best, largest),
-        sha256=str(record["sha256"]),
-        audit=Audit.from_json(record["audit"]),
-        build_seconds=float(record["build_seconds"]),
-        metadata=dict(record["metadata"]),
-        targets=tuple(record["targets"]),
-        threads=None if record["threads"] is None else int(record["threads"]),
-        optimisation=Optimisation(record["optimisation"]),
-        compute=Compute(record["compute"]),
-        weights=None if record["weights"] is None else str(record["weights"]),
-        data=None if record["data"] is None else str(record["data"]),
-        processor=None if record["processor"] is None else tuple(str(name) for name in record["processor"]),
-    )

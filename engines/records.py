@@ -6,13 +6,25 @@ so that "3" or true never passes for 3. `calib.records` is the same for that pac
 
 from typing import Annotated, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+import numpy as np
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from engines.errors import EngineError
 
 Record = TypeVar("Record")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
+
+
+def _dtype_name(name: str) -> str:
+    try:
+        np.dtype(name)
+    except TypeError:  # among others for a name such as "float31"
+        raise ValueError("a type of NumPy's such as float32") from None
+    return name
+
+
+DtypeName = Annotated[str, AfterValidator(_dtype_name)]
 
 
 def parse_record(kind: type[Record], text: bytes | str, where: object, advice: str) -> Record:

@@ -1,11 +1,22 @@
 """An engine and its record are read back as written, and anything else is noticed."""
 
+import dataclasses
 import json
 
 import pytest
 
-from engines import EngineConfig, EngineError, EngineWarning, TensorSpec, build, load_engine_file, open_engine
+from engines import (
+    EngineConfig,
+    EngineError,
+    EngineFile,
+    EngineWarning,
+    TensorSpec,
+    build,
+    load_engine_file,
+    open_engine,
+)
 from engines.machine import cpu_features
+from tests.records import edit_engine_record
 
 
 @pytest.fixture
@@ -23,8 +34,7 @@ def record(file):
 
 
 def rewrite(file, **changes):
-    values = json.loads(record(file).read_text()) | changes
-    record(file).write_text(json.dumps({key: value for key, value in values.items() if value != "drop"}))
+    edit_engine_record(file.path, lambda fields: fields.update(changes))
 
 
 def test_an_engine_file_is_read_back_as_it_was_written(file):
@@ -67,30 +77,61 @@ def test_a_missing_engine_or_record_is_refused(file):
         open_engine(file.path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"batch": ' + b"9" * 9999 + b"}"])
 def test_a_record_that_is_not_json_is_refused(file, content):
     record(file).write_bytes(content)
-    with pytest.raises(EngineError, match=r"unet\.plan\.json is not JSON"):
+    with pytest.raises(EngineError, match=r"unet\.plan\.json: .*\. Build the engine again\.$") as error:
         load_engine_file(file.path)
+    assert "\n" not in str(error.value)
+
+
+WRONG = [None, "x", 3.5, -1, 10**30, [], {}, [[[]]], {"a": {"b": None}}, True]
+
+
+def wrong_values(name):
+    """Return values that no record has under this name."""
+    fits = {
+        "batch": [],
+        "threads": [None],
+        "targets": [[]],
+        "processor": [None, []],
+        "metadata": [{}, {"a": {"b": None}}],
+        "build_seconds": [3.5, 10**30],
+        "weights": [None],
+        "data": [None],
+        "backend": ["x"],
+        "inputs": [[]],
+        "outputs": [[]],
+    }
+    return [value for value in WRONG if value not in fits.get(name, [])]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(EngineFile) if field.name != "path"])
+def test_a_field_that_is_missing_or_of_another_kind_is_named(file, name):
+    edit_engine_record(file.path, lambda fields: fields.pop(name))
+    with pytest.raises(EngineError, match=f"json: {name} is missing. Build the engine again"):
+        load_engine_file(file.path)
+    for value in wrong_values(name):
+        edit_engine_record(file.path, lambda fields, value=value: fields.update({name: value}))
+        with pytest.raises(EngineError, match=rf"json: {name}[. ].*Build the engine again\.$") as error:
+            load_engine_file(file.path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "has format 99, this version reads 5"),
-        ({"format": "drop"}, "has format None"),
-        ({"colour": "red"}, r"unknown keys \['colour'\]"),
-        ({"batch": "drop"}, r"missing keys \['batch'\]"),
-        ({"batch": "all"}, "a value of the wrong kind"),
-        ({"batch": 4}, "a value of the wrong kind"),
-        ({"inputs": [{"name": "x"}]}, "a value of the wrong kind"),
-        ({"inputs": [{"name": "x", "dtype": "float31", "shape": [1]}]}, "float31"),
-        ({"audit": {"kernels": []}}, "weight_bytes"),
-        ({"metadata": 3}, "a value of the wrong kind"),
+        ({"format": 99}, "has format 99, this version reads 6"),
+        ({"colour": "red"}, "colour is a field that this version does not know"),
+        ({"batch": [-1, 0, -3]}, "batch.0 is -1, expected greater than or equal to 1 .and 2 more"),
+        ({"batch": [4, 2, 8]}, r"batch is \[4, 2, 8\], expected least, best and most in order"),
+        ({"inputs": [{"name": "x", "dtype": "float31", "shape": [1]}]}, "dtype is 'float31', expected a type of NumPy"),
+        ({"inputs": [{"name": "x", "dtype": "float32", "shape": [10**12]}]}, "inputs.0.shape.0 is 1000000000000, exp"),
+        ({"audit": {"kernels": []}}, "audit.weight_bytes is missing"),
     ],
 )
 def test_a_record_of_another_shape_is_refused(file, changes, message):
-    rewrite(file, **changes)
+    edit_engine_record(file.path, lambda fields: fields.update(changes))
     with pytest.raises(EngineError, match=message) as error:
         load_engine_file(file.path)
     assert "\n" not in str(error.value)
@@ -98,7 +139,17 @@ def test_a_record_of_another_shape_is_refused(file, changes, message):
 
 def test_a_list_is_not_a_record(file):
     record(file).write_text("[1]")
-    with pytest.raises(EngineError, match="has format None"):
+    with pytest.raises(EngineError, match=r"the record is \[1\], expected an object"):
+        load_engine_file(file.path)
+
+
+def test_an_edited_record_is_refused_whatever_was_edited(file):
+    values = json.loads(record(file).read_text())
+    record(file).write_text(json.dumps(values))  # laid out in another way, which changes nothing
+    assert load_engine_file(file.path) == file
+    values["metadata"]["sampler"]["steps"] = 3
+    record(file).write_text(json.dumps(values))
+    with pytest.raises(EngineError, match=r"unet\.plan\.json was edited since it was written .*Build the engine again"):
         load_engine_file(file.path)
 
 

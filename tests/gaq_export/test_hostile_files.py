@@ -27,6 +27,7 @@ from gaq_export.models.diffusers_folder import PICKLE, SAFETENSORS
 from gaq_export.models.latent_decoder import find_decoder
 from gaq_export.models.loader import load_model
 from gaq_export.sampling import shards
+from tests.records import edit_engine_record
 
 NOT_READ = (
     r"The weights \S+ (hold more than tensors \(\S+\), which could run code, so they were not read\. Save the "
@@ -169,10 +170,10 @@ def test_a_pickle_in_place_of_an_engine_is_not_read(
     backend: str, tiny_engine: EngineFile, write: Write, tmp_path: Path
 ) -> None:
     engine = write(tmp_path / "unet.plan")
-    record = json.loads(Path(f"{tiny_engine.path}.json").read_text())
-    # Whoever sends an engine also sends the record with its checksum.
-    changed = record | {"backend": backend, "sha256": engines.sha256_of(engine)}
-    Path(f"{engine}.json").write_text(json.dumps(changed))
+    shutil.copy(f"{tiny_engine.path}.json", f"{engine}.json")
+    # Whoever sends an engine also sends the record with its checksums.
+    changes = {"backend": backend, "sha256": engines.sha256_of(engine)}
+    edit_engine_record(engine, lambda record: record.update(changes))
     refused("cannot", lambda: engines.open_engine(engine))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.gaq_export.commands import gaq, refused
+from tests.records import edit_engine_record
 
 
 def test_the_three_commands_make_pictures(home: Path, tmp_path: Path) -> None:
@@ -82,9 +83,7 @@ def test_a_tampered_or_missing_engine_is_one_line(engine_copy: Path, tmp_path: P
 def test_an_engine_of_another_processor_draws_with_one_note(
     words: tuple[object, ...], engine_copy: Path, tmp_path: Path
 ) -> None:
-    record = Path(f"{engine_copy}.json")
-    fields = json.loads(record.read_text())
-    record.write_text(json.dumps(fields | {"processor": [*fields["processor"], "amx_int4"]}))
+    edit_engine_record(engine_copy, lambda record: record["processor"].append("amx_int4"))
     drawn = gaq("sample", "--engine", engine_copy, "-n", 2, "--steps", 1, "--out", tmp_path / "samples", *words)
     assert drawn.exit_code == 0, drawn.output
     notes = [line for line in drawn.stderr.splitlines() if line.startswith("note: ")]

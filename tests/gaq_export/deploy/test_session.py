@@ -1,7 +1,6 @@
 """Steps with activation bits of their own: an engine for each width, which take turns in the loop."""
 
 import importlib.util
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize.presets import CalibrationOptions
+from tests.records import edit_engine_record
 
 SPEC = SamplerSpec(steps=5, eta=0.5)
 
@@ -95,9 +95,10 @@ def test_the_rule_of_signal_over_noise_is_measured_and_kept(tiny_model: LoadedMo
 def test_engines_of_different_builds_do_not_take_turns(folder: Path, built: Built, tmp_path: Path) -> None:
     for name in ("unet.plan", "unet.plan.json", "unet-a6.plan", "unet-a6.plan.json"):
         shutil.copy(folder / name, tmp_path / name)
-    record = json.loads((tmp_path / "unet.plan.json").read_text())
-    record["metadata"]["switching"]["engines"][0]["sha256"] = "0" * 64
-    (tmp_path / "unet.plan.json").write_text(json.dumps(record))
+    switching = {"sha256": "0" * 64}
+    edit_engine_record(
+        tmp_path / "unet.plan", lambda record: record["metadata"]["switching"]["engines"][0].update(switching)
+    )
     with pytest.raises(GaqError, match=r"are of different builds: run build-engine again"):
         session.open_engines(engines.load_engine_file(tmp_path / "unet.plan"))
 

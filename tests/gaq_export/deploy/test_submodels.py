@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.models.provenance import Provenance
 from gaq_export.sampling import shards, workers
 from tests.gaq_export.folders import LENGTH
+from tests.records import edit_engine_record
 
 SETTINGS = EngineConfig(backend="openvino", threads=1)
 TEXT_SETTINGS = EngineConfig(backend="openvino", threads=1, batch=(2, 2, 4))
@@ -88,18 +90,18 @@ def test_latents_are_not_clamped_on_their_way(built: pipeline.Built, latent_pipe
 def test_the_files_of_one_build_belong_together(built: pipeline.Built, tmp_path: Path) -> None:
     shutil.copytree(built.file.path.parent, tmp_path / "moved")
     plan, other = tmp_path / "moved" / "unet.plan", tmp_path / "moved" / "unet-decoder.plan"
-    record = record_path(plan)
-    fields = json.loads(record.read_text())
-    fields["metadata"]["decoder"]["sha256"] = "0" * 64
-    record.write_text(json.dumps(fields))
+    edit_engine_record(plan, lambda record: record["metadata"]["decoder"].update({"sha256": "0" * 64}))
     with pytest.raises(GaqError, match="are of different builds: run build-engine again"):
         pipeline.sample(plan, num=1, out=tmp_path / "s")
-    fields["metadata"]["decoder"] = None
-    fields["metadata"]["provenance"]["model"]["shape"][0] = 4
-    record.write_text(json.dumps(fields))
+
+    def without_decoder(record: dict[str, Any]) -> None:
+        record["metadata"]["decoder"] = None
+        record["metadata"]["provenance"]["model"]["shape"][0] = 4
+
+    edit_engine_record(plan, without_decoder)
     with pytest.raises(GaqError, match=r"draws 4 channels, and pictures have 1 or 3.*if they are latents, .* a vae/"):
         pipeline.sample_shards(plan, num=1, out=tmp_path / "s")
-    record.write_bytes(record_path(built.file.path).read_bytes())
+    record_path(plan).write_bytes(record_path(built.file.path).read_bytes())
     other.unlink()
     with pytest.raises(EngineError, match="Cannot read the engine"):
         pipeline.sample(plan, num=1, out=tmp_path / "s")
