@@ -29,6 +29,7 @@ from calib.choices import (
     choose,
 )
 from calib.errors import CalibError, did_you_mean
+from calib.seeds import LARGEST_SEED
 
 BITS = range(2, 9)
 FLOAT_BITS = 32  # of a layer that stays float
@@ -93,6 +94,8 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         _choose(self, "start", RoundingStart, "rounding start")
         _choose(self, "activations", ActivationLearning, "activations in reconstruction")
+        if self.iterations < 0:
+            raise CalibError(f"Found {self.iterations} iterations for a block; give 0 (no learning) or more.")
 
     @property
     def wants_reference(self) -> bool:
@@ -203,6 +206,8 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _choose(self, "convention", Convention, "convention")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise CalibError(f"Found the seed {self.seed}; give a whole number from 0 to {LARGEST_SEED}.")
         _check_bits(self)
         _check_combinations(self)
 

@@ -17,6 +17,9 @@ from engines.errors import EngineError
 from engines.records import Count, DtypeName
 
 OnStep = Callable[[int], None]  # called with the number of an iteration
+# More is a slip of the finger, and runtimes take memory before they complain.
+MOST_BATCH = 65_536
+MOST_THREADS = 1024
 
 
 class Compute(StrEnum):
@@ -83,8 +86,10 @@ class EngineConfig:
         smallest, best, largest = self.batch
         if not 1 <= smallest <= best <= largest:
             raise EngineError(f"Batch profile {self.batch} is not in order; give 1 <= min <= best <= max.")
-        if self.threads is not None and self.threads < 1:
-            raise EngineError(f"Found threads={self.threads}; give 1 or more, or leave it out.")
+        if largest > MOST_BATCH:
+            raise EngineError(f"Found a batch of {largest}; give {MOST_BATCH} at most.")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise EngineError(f"Found threads={self.threads}; give 1 to {MOST_THREADS}, or leave it out.")
         # The options may come from JSON or a command line, as plain strings.
         if self.optimisation not in tuple(Optimisation):
             choices = [str(level) for level in Optimisation]

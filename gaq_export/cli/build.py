@@ -48,7 +48,7 @@ def build_engine(
         list[str] | None,
         typer.Option(help="GPU generation such as sm89, may be repeated (tensorrt-rtx only); by default portable."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads (openvino, onnxruntime).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads (openvino, onnxruntime).")] = None,
     compute: Annotated[
         str | None,
         typer.Option(

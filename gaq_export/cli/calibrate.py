@@ -12,6 +12,7 @@ import typer
 from gaq_export.cli import terminal
 from gaq_export.cli.options import (
     DEFAULT_RUN,
+    MOST_WORKERS,
     Classes,
     Convention,
     CorrectionRule,
@@ -29,6 +30,7 @@ from gaq_export.cli.options import (
     SamplerName,
     Spacing,
     Steps,
+    Trajectories,
     WeightBits,
     Weights,
     find_model,
@@ -100,13 +102,10 @@ def calibrate(
             rich_help_panel=_QUANTIZATION,
         ),
     ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(help="Trajectories to collect, in place of the preset's.", rich_help_panel=_QUANTIZATION),
-    ] = None,
+    images: Trajectories = None,
     iterations: Iterations = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of everything random in the calibration.", rich_help_panel=_QUANTIZATION)
+        int, typer.Option(min=0, help="Seed of everything random in the calibration.", rich_help_panel=_QUANTIZATION)
     ] = 0,
     require_db: RequireDb = None,
     run: RunFolder = DEFAULT_RUN,
@@ -180,7 +179,9 @@ def compare(
         ),
     ] = "",
     wbits: WeightBits = 4,
-    abits: Annotated[int, typer.Option(help="Bits of an activation, 2 to 8.", rich_help_panel=_QUANTIZATION)] = 8,
+    abits: Annotated[
+        int, typer.Option(min=2, max=8, help="Bits of an activation, 2 to 8.", rich_help_panel=_QUANTIZATION)
+    ] = 8,
     bits: Annotated[
         str,
         typer.Option(
@@ -188,15 +189,12 @@ def compare(
         ),
     ] = "",
     seeds: Annotated[
-        int, typer.Option(min=1, help="Calibrations with each recipe.", rich_help_panel=_QUANTIZATION)
+        int, typer.Option(min=1, max=1000, help="Calibrations with each recipe.", rich_help_panel=_QUANTIZATION)
     ] = 1,
     preset: PresetName = "fast",
     iterations: Iterations = None,
-    calibration_images: Annotated[
-        int | None,
-        typer.Option(help="Trajectories to collect, in place of the preset's.", rich_help_panel=_QUANTIZATION),
-    ] = None,
-    images: Annotated[int, typer.Option(min=0, help="Images that each network draws; 0 for none.")] = 64,
+    calibration_images: Trajectories = None,
+    images: Annotated[int, typer.Option(min=0, max=1_000_000, help="Images that each network draws; 0 for none.")] = 64,
     data: Annotated[Path | None, typer.Option(help=".npz of real images, for Frechet distances.")] = None,
     features: Annotated[
         Path | None, typer.Option(help="Checkpoint of a ResNet-56 that makes the features of three-channel images.")
@@ -209,7 +207,7 @@ def compare(
         "gaq-compare"
     ),
     out: Annotated[Path | None, typer.Option(help="Folder for the pages; by default --folder.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Calibrations at a time, one thread each.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Calibrations at a time, one thread each.")] = 1,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the pages from the results that exist.")
     ] = False,

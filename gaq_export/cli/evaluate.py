@@ -10,6 +10,7 @@ from gaq_export.cli import terminal
 from gaq_export.cli.choices import EXTRACTORS
 from gaq_export.cli.options import (
     DEFAULT_RUN,
+    MOST_IMAGES,
     Block,
     EvaluationFolder,
     Quiet,
@@ -19,6 +20,8 @@ from gaq_export.cli.options import (
     one_line_errors,
 )
 from gaq_export.cli.progress import Display
+
+_MOST_SHOWN = 10_000  # on a page
 
 
 def evaluate(
@@ -33,8 +36,10 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Engine to draw with and evaluate instead; may be repeated, to compare several."),
     ] = None,
-    num: Annotated[int, typer.Option("--num", "-n", min=2, help="Images to draw with each engine.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=2, max=MOST_IMAGES, help="Images to draw with each engine.")
+    ] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +86,9 @@ def evaluate(
 def inspect(
     run: RunArgument = DEFAULT_RUN,
     block: Block = None,
-    images: Annotated[int, typer.Option(help="Fresh images on which the predicted noise is compared.")] = 8,
+    images: Annotated[
+        int, typer.Option(min=1, max=_MOST_SHOWN, help="Fresh images on which the predicted noise is compared.")
+    ] = 8,
     out: Annotated[Path | None, typer.Option(help="HTML file; by default inspect.html in the run folder.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -101,9 +108,14 @@ def report(
         Path | None, typer.Option(help="Engine of that calibration; by default the last one built.")
     ] = None,
     evaluation: EvaluationFolder = None,
-    images: Annotated[int, typer.Option(help="Images shown, and images on which the noise is compared.")] = 8,
+    images: Annotated[
+        int, typer.Option(min=1, max=_MOST_SHOWN, help="Images shown, and images on which the noise is compared.")
+    ] = 8,
     rounds: Annotated[
-        int, typer.Option(min=0, help="How often the whole loop is timed, in turn with the float one; 0 for never.")
+        int,
+        typer.Option(
+            min=0, max=1000, help="How often the whole loop is timed, in turn with the float one; 0 for never."
+        ),
     ] = 3,
     block: Block = None,
     out: Annotated[Path | None, typer.Option(help="HTML file; by default report.html in the run folder.")] = None,

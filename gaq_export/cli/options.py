@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 DEFAULT_RUN = Path("gaq-run")
 
+# What no one asks for: a slip of the finger is refused before anything is drawn or held in memory.
+MOST_IMAGES = 10_000_000
+MOST_WORKERS = 1024
+MOST_BATCH = 65_536
+
 _WIDTHS = f"{BITS[0]} to {BITS[-1]}"
 _MODEL = "Model and what it draws"
 _QUANTIZATION = "Quantization"
@@ -55,9 +60,11 @@ Classes = Annotated[
 Prompts = Annotated[
     Path | None, _option("Text file of prompts to draw, one a line, taken in turn like classes.", panel=_MODEL)
 ]
-Guidance = Annotated[float | None, _option("Scale of classifier-free guidance; 1 for none.", panel=_MODEL)]
+Guidance = Annotated[
+    float | None, _option("Scale of classifier-free guidance; 1 for none.", panel=_MODEL, min=-1000, max=1000)
+]
 
-WeightBits = Annotated[int, _option(f"Bits of a weight, {_WIDTHS}.", panel=_QUANTIZATION)]
+WeightBits = Annotated[int, _option(f"Bits of a weight, {_WIDTHS}.", panel=_QUANTIZATION, min=BITS[0], max=BITS[-1])]
 PresetName = Annotated[
     str,
     _option(
@@ -88,7 +95,19 @@ CorrectionRule = Annotated[
         panel=_QUANTIZATION,
     ),
 ]
-Iterations = Annotated[int | None, _option("Iterations for each block, in place of the preset's.", panel=_QUANTIZATION)]
+Iterations = Annotated[
+    int | None,
+    _option(
+        "Iterations for each block, in place of the preset's; 0 for rounding to nearest.",
+        panel=_QUANTIZATION,
+        min=0,
+        max=10_000_000,
+    ),
+]
+Trajectories = Annotated[
+    int | None,
+    _option("Trajectories to collect, in place of the preset's.", panel=_QUANTIZATION, min=1, max=1_000_000),
+]
 
 RequireDb = Annotated[
     float | None,
@@ -102,16 +121,27 @@ RequireDb = Annotated[
 ]
 
 Steps = Annotated[
-    int | None, _option("Number of sampling steps, in place of the calibration's or engine's.", panel=_SAMPLER)
+    int | None,
+    _option(
+        "Number of sampling steps, in place of the calibration's or engine's.",
+        panel=_SAMPLER,
+        min=1,
+        max=100_000,
+    ),
 ]
 SamplerName = Annotated[
     str | None, _option(f"Sampler, in place of the calibration's or engine's: {SAMPLERS}.", panel=_SAMPLER)
 ]
 Spacing = Annotated[str | None, _option(f"How the steps are spread over the timesteps: {SPACINGS}.", panel=_SAMPLER)]
-Eta = Annotated[float | None, _option("Noise that DDIM adds in each step, 0 to 1.", panel=_SAMPLER)]
+Eta = Annotated[float | None, _option("Noise that DDIM adds in each step, 0 to 1.", panel=_SAMPLER, min=0, max=1)]
 Workers = Annotated[
     int | None,
-    _option("Processes that draw, one thread each; by default as many as there are cores.", panel=_DRAWING),
+    _option(
+        "Processes that draw, one thread each; by default as many as there are cores.",
+        panel=_DRAWING,
+        min=1,
+        max=MOST_WORKERS,
+    ),
 ]
 Ray = Annotated[str | None, _option("Address of a Ray cluster whose workers draw instead, or local.", panel=_DRAWING)]
 

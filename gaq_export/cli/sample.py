@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gaq_export.cli.options import (
+    MOST_BATCH,
+    MOST_IMAGES,
     Classes,
     Eta,
     Guidance,
@@ -32,12 +34,17 @@ _DRAWING = "Drawing"
 
 def sample(
     engine: Annotated[Path, typer.Option(help="The engine file.")] = Path("unet.plan"),
-    num: Annotated[int, typer.Option("--num", "-n", help="Number of images.", rich_help_panel=_DRAWING)] = 16,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=1, max=MOST_IMAGES, help="Number of images.", rich_help_panel=_DRAWING)
+    ] = 16,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first image; the next has the next seed.", rich_help_panel=_DRAWING)
+        int, typer.Option(min=0, help="Seed of the first image; the next has the next seed.", rich_help_panel=_DRAWING)
     ] = 0,
     batch: Annotated[
-        int | None, typer.Option(help="Images at a time; by default the engine's best.", rich_help_panel=_DRAWING)
+        int | None,
+        typer.Option(
+            min=1, max=MOST_BATCH, help="Images at a time; by default the engine's best.", rich_help_panel=_DRAWING
+        ),
     ] = None,
     steps: Steps = None,
     sampler: SamplerName = None,
@@ -55,6 +62,8 @@ def sample(
     shard: Annotated[
         int | None,
         typer.Option(
+            min=1,
+            max=1_000_000,
             help="Write files of this many images, as they are drawn; the same command continues after a stop. By "
             f"default one PNG for each image, or from {_PNGS + 1} images on {_SHARD} images a file.",
             rich_help_panel=_DRAWING,

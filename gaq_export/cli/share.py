@@ -8,6 +8,7 @@ import typer
 from gaq_export.cli.choices import SERVERS
 from gaq_export.cli.options import (
     DEFAULT_RUN,
+    MOST_BATCH,
     Eta,
     EvaluationFolder,
     Profile,
@@ -102,7 +103,9 @@ def triton(
     backend: Annotated[
         str, typer.Option(help=f"{SERVERS}. tensorrt builds the engine on the server's GPU when it starts.")
     ] = "onnxruntime",
-    largest: Annotated[int, typer.Option("--batch", min=1, help="Images that the server may batch together.")] = 16,
+    largest: Annotated[
+        int, typer.Option("--batch", min=1, max=MOST_BATCH, help="Images that the server may batch together.")
+    ] = 16,
     steps: Steps = None,
     sampler: SamplerName = None,
     spacing: Spacing = None,

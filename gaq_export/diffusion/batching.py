@@ -5,11 +5,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from calib.seeds import LARGEST_SEED
 from gaq_export.diffusion.conditioning import ConditionalNetwork, Conditioning, bind
 from gaq_export.diffusion.denoiser import Denoiser
+from gaq_export.errors import GaqError
 
 OnProgress = Callable[[int, int], None]  # called with (done, total)
 Draw = Callable[[Sequence[int], Callable[[], None]], Tensor]  # images of some seeds; calls back after every step
+
+
+def check_seeds(seed: int, count: int) -> None:
+    """Raise GaqError if the seeds of `count` images from `seed` on are not all whole numbers of 63 bits.
+
+    The noise would repeat: it takes a seed modulo 2^64, and files hold seeds as int64.
+    """
+    if not 0 <= seed <= LARGEST_SEED - count + 1:
+        raise GaqError(
+            f"Found the seed {seed} for {count} images; give a whole number from 0 to {LARGEST_SEED - count + 1}."
+        )
 
 
 def draw_in_batches(draw: Draw, seeds: Sequence[int], batch: int, steps: int, on_step: OnProgress) -> Tensor:

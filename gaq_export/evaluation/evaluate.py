@@ -16,6 +16,7 @@ from gaq_export import folders
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
 from gaq_export.deploy.record import record_of
+from gaq_export.diffusion.batching import check_seeds
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import scores
@@ -66,6 +67,9 @@ class DrawingOptions:
     seed: int = 0
     workers: int = 1
     ray: str | None = None
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seed, 3 * self.num)  # the reference has twice as many images, of the seeds that follow
 
 
 def evaluate_sets(

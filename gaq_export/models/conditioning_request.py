@@ -4,6 +4,7 @@ In: a model and a `ConditioningRequest`. Out: the model with the `Conditioning` 
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from gaq_export.errors import GaqError
 from gaq_export.models import text_encoder
 from gaq_export.models.architectures import class_rows
 from gaq_export.models.loader import LoadedModel
+
+PROMPTS, PROMPT_BYTES = 100_000, 1 << 24  # at most, since the states of all are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +90,40 @@ def parse_classes(text: str, count: int) -> list[int]:
     """
     if text.strip() == "all":
         return list(range(count))
-    try:
-        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-        numbers = [number for first, *last in ends for number in range(first, (last[0] if last else first) + 1)]
-    except ValueError:
-        numbers = []  # reported below, together with numbers out of range
-    if not numbers or not 0 <= min(numbers) <= max(numbers) < count:
-        raise GaqError(f"Found classes {text!r}; write all, or numbers of 0 to {count - 1}, as in 3,7 or 0-9.")
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        # Before the range is written out, which may be longer than memory.
+        if not first <= last < count:
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise GaqError(
+                f"Found classes {shown!r}; write all, or numbers of 0 to {count - 1} and ranges of them, the smaller "
+                "number first, as in 3,7 or 0-9."
+            )
+        numbers += range(first, last + 1)
     return numbers
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Read prompts, one a line; raise GaqError if there are none."""
+    """Read prompts, one a line, in UTF-8 with or without a mark in front.
+
+    Raises:
+        GaqError: the file cannot be read, is no text, is larger than PROMPT_BYTES, or holds no or too many prompts.
+    """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise GaqError(f"Cannot read the prompts {file}: {error}") from error
-    prompts = [line for line in lines if line]
+        with file.open("rb") as opened:
+            content = opened.read(PROMPT_BYTES + 1)  # no more: a device never ends
+        text = content[:PROMPT_BYTES].decode("utf-8-sig")
+    except OSError as error:
+        raise GaqError(f"Cannot read the prompts {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise GaqError(f"The prompts {file} are no text in UTF-8 (byte {error.start}): save them as such.") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(content) > PROMPT_BYTES or len(prompts) > PROMPTS:
+        raise GaqError(f"{file} holds more than {PROMPTS} prompts or {PROMPT_BYTES >> 20} MiB: give fewer at a time.")
+    if control := re.search(r"[\x00-\x08\x0e-\x1f\x7f]", "".join(prompts)):
+        raise GaqError(f"The prompts {file} are no text: they hold the character {control[0]!r}.")
     if not prompts:
         raise GaqError(f"{file} holds no prompts: write one a line.")
     return prompts

@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
+from calib.seeds import LARGEST_SEED
 from gaq_export.errors import GaqError
 
 
@@ -61,6 +62,8 @@ class WeightSource:
         if word == SourceKind.RANDOM:
             if rest and not rest.isdecimal():
                 raise GaqError(f"The seed in --weights {text} must be a whole number, as in random:7.")
+            if len(rest) > 19 or int(rest or 0) > LARGEST_SEED:
+                raise GaqError(f"The seed in --weights {text[:60]} must be {LARGEST_SEED} at most.")
             return cls.random(int(rest or 0))
         if word == SourceKind.HUB and colon:  # "hub" alone is a folder of that name
             repository, _, commit = rest.partition("@")

@@ -156,7 +156,12 @@ def with_images(chosen: Preset, requested: int | None, published: int) -> Preset
         chosen: The preset.
         requested: The user's number, which takes precedence, if there is one.
         published: The number in the model's paper, which a `published` preset takes.
+
+    Raises:
+        GaqError: The requested number is less than 1.
     """
+    if requested is not None and requested < 1:
+        raise GaqError(f"Found {requested} trajectories to collect; ask for 1 or more.")
     return replace(chosen, images=requested or (published if chosen.published else chosen.images))
 
 
@@ -178,9 +183,9 @@ def _within(mixed: MixedConfig, budget: str) -> MixedConfig:
     >>> _within(MixedConfig(), "2.5 mb").budget, _within(MixedConfig(), "2.5 mb").unit
     (2.5, 'MB')
     """
-    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z-]+)", budget.strip())
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([A-Za-z-]+)", budget.strip())
     units = {unit.lower(): unit for unit in BudgetUnit}
-    if match is None or match[2].lower() not in units or match[1].count(".") > 1 or float(match[1]) == 0:
+    if match is None or match[2].lower() not in units or float(match[1]) == 0:
         raise GaqError(f"Found a budget of {budget!r}; write it as 5bits, 2.5MB, 300Gbit-ops or 12ms.")
     return replace(mixed, budget=float(match[1]), unit=units[match[2].lower()])
 

@@ -16,7 +16,7 @@ from engines.files import files_of
 from gaq_export import folders
 from gaq_export.deploy import session
 from gaq_export.deploy.record import record_of
-from gaq_export.diffusion.batching import Draw, OnProgress, draw_in_batches
+from gaq_export.diffusion.batching import Draw, OnProgress, check_seeds, draw_in_batches
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import SamplerSpec
@@ -51,7 +51,7 @@ class Request:
         conditioning: what to draw; what the engine's record says if None.
 
     Raises:
-        GaqError: no images, or none at a time.
+        GaqError: no images, none at a time, or seeds that are negative or beyond 63 bits.
     """
 
     num: int = 16
@@ -62,6 +62,7 @@ class Request:
 
     def __post_init__(self) -> None:
         _at_least_one(("images to draw", self.num), ("images at a time", self.batch))
+        check_seeds(self.seed, self.num)
 
 
 class RequestFields(TypedDict, total=False):  # so that type checkers know the keywords of both functions
@@ -149,6 +150,11 @@ def sample_shards(
     """
     _at_least_one(("images a shard", shard), ("workers", workers))
     request = Request(**fields)
+    if request.num > shard * shards.MOST:
+        raise GaqError(
+            f"{request.num} images in files of {shard} are more than {shards.MOST} files: put more into each, with "
+            "--shard, or draw fewer."
+        )
     out = Path(out)
     file, sampling = _load(engine, request)
     session.require_pictures(file)

@@ -9,6 +9,7 @@ so a run that was killed and continued has the same bytes as one that was not.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from calib.files import read_safetensors, write_atomically
 from gaq_export.errors import GaqError
 
 RECORD = "samples.json"
+MOST = 1_000_000  # files in a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 def missing(out: Path, order: Order) -> list[int]:
     """Return the numbers of the shards that have yet to be drawn."""
     # A file that exists is complete, because shards are written to another name and renamed.
-    return [index for index in range(order.shards) if not shard_path(out, index).exists()]
+    # One look at the folder, since it may be far away and the files many.
+    there = set(os.listdir(out))
+    return [index for index in range(order.shards) if shard_path(out, index).name not in there]
 
 
 def write_shard(out: Path, order: Order, index: int, images: Tensor) -> None:

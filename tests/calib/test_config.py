@@ -87,3 +87,15 @@ def test_an_unknown_activation_rule_is_refused_by_name() -> None:
     with pytest.raises(CalibError, match=r"Unknown activation rule 'max'. Choose one of \['ema', 'minmax'\]"):
         QuantConfig(activation=ActivationConfig(rule="max"))
     assert set(ranges.RULES) == set(RangeRule)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_that_files_cannot_hold_is_refused(seed: int) -> None:
+    with pytest.raises(CalibError, match=f"Found the seed {seed}; give a whole number from 0 to 9223372036854775807"):
+        QuantConfig(seed=seed)
+    assert QuantConfig(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_less_than_no_learning_is_refused() -> None:
+    with pytest.raises(CalibError, match=r"Found -1 iterations for a block; give 0 \(no learning\) or more"):
+        ReconstructionConfig(iterations=-1)

@@ -171,7 +171,9 @@ def test_an_absent_runtime_is_an_error_that_names_the_pip_command(tiny_onnx, mon
     [
         ({"batch": (4, 1, 16)}, r"\(4, 1, 16\) is not in order"),
         ({"batch": (0, 1, 16)}, r"\(0, 1, 16\) is not in order"),
+        ({"batch": (1, 4, 10**12)}, "Found a batch of 1000000000000; give 65536 at most"),
         ({"threads": 0}, "threads=0"),
+        ({"threads": 10**6}, "threads=1000000; give 1 to 1024"),
         ({"optimisation": "extreme"}, "'extreme'. Choose one of .'basic', 'all'."),
         ({"targets": ("sm89",)}, "'sm89'.* only tensorrt-rtx takes targets"),
     ],

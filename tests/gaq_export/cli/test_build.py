@@ -63,7 +63,10 @@ def test_a_plan_of_other_weights_is_one_line(home_copy: Path, tmp_path: Path) ->
         (("--backend", "openvno"), "Unknown backend 'openvno'. Choose one of ['tensorrt', 'tensorrt-rtx', 'openvino'"),
         (("--backend", "openvino", "--batch", "4"), "--batch '4': give three numbers, such as 1,4,16."),
         (("--backend", "openvino", "--batch", "4,2,1"), "Batch profile (4, 2, 1) is not in order"),
-        (("--backend", "openvino", "--threads", 0), "Found threads=0; give 1 or more"),
+        (
+            ("--backend", "openvino", "--batch", "1,4,9999999999999"),
+            "Found a batch of 9999999999999; give 65536 at most",
+        ),
     ],
 )
 def test_a_wrong_build_setting_is_one_line(

@@ -37,8 +37,10 @@ def test_the_models_are_listed() -> None:
     [
         (("--model", "ddpm-mnits"), r"Unknown model 'ddpm-mnits'. Did you mean 'ddpm-mnist'?"),
         ((), "Give the name of a model (see `gaq-export models`), or --weights FOLDER."),
-        (("--model", "ddpm-mnist", "--wbits", 1), "weight bits = 1: choose a whole number from 2 to 8."),
-        (("--model", "ddpm-mnist", "--wbits", 9), "weight bits = 9: choose a whole number from 2 to 8."),
+        (("--model", "ddpm-mnist", "--abits", "9"), "activation bits = 9: choose a whole number from 2 to 8."),
+        (("--model", "ddpm-mnist", "--abits", "8" * 5000), "Found activation bits '8888"),
+        (("--model", "ddpm-mnist", "--seed", 2**64), "Found the seed 18446744073709551616; give a whole number from 0"),
+        (("--model", "ddpm-mnist", "--budget", ".bits"), "Found a budget of '.bits'; write it as 5bits"),
         (("--model", "ddpm-mnist", "--abits", 16), "activation bits = 16: choose a whole number from 2 to 8."),
         (
             ("--model", "ddpm-mnist", "--preset", "slow"),

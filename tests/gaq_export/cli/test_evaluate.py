@@ -15,7 +15,7 @@ from tests.gaq_export.commands import refused
             "No block is called 'unet.mid_block.resnet.1'; 14 can be inspected. Did",
         ),
         (("--block", "unet.mid_block.resnet.1"), "Did you mean 'unet.mid_block.resnets.1'?"),
-        (("--images", 0), "Found 0 images to measure with; ask for 1 or more."),
+        (("--images", 0), "Invalid value for '--images': Input should be greater than or equal to 1."),
     ],
 )
 def test_a_wrong_option_of_inspect_is_one_line(words: tuple[object, ...], message: str, run_copy: Path) -> None:

@@ -44,14 +44,13 @@ def test_quiet_prints_only_the_result(tiny_run: Path, home: Path, tiny_engine, t
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--num", 0), "Found 0 images to draw"),
         (("--num", 99, "--batch", 99), "Batch 99 lies outside this engine's profile 1 to 16"),
-        (("--batch", 0), "0"),
         (("--sampler", "euler"), "euler"),
-        (("--steps", 0), "0"),
         (("--steps", 101), "101"),
         (("--spacing", "cubic"), "cubic"),
-        (("--eta", "2"), "2"),
+        (("--seed", 2**64), "Found the seed 18446744073709551616 for 16 images; give a whole number from 0 to 92233"),
+        (("--seed", 2**63 - 1), "for 16 images; give a whole number from 0 to 9223372036854775792."),
+        (("--num", 2_000_000, "--shard", 1), "2000000 images in files of 1 are more than 1000000 files: put more into"),
     ],
 )
 def test_a_wrong_sampling_setting_is_one_line(

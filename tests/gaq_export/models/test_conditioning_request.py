@@ -69,7 +69,7 @@ def test_a_condition_that_the_network_does_not_take_is_refused(
         (
             model,
             ConditioningRequest(classes="0-11"),
-            r"Found classes '0-11'; write all, or numbers of 0 to 10, as in 3,7 or 0-9",
+            r"Found classes '0-11'; write all, or numbers of 0 to 10 and ranges of them",
         ),
         (model, ConditioningRequest(classes="3-1"), "Found classes '3-1'"),
         (model, ConditioningRequest(classes="some"), "Found classes 'some'"),
@@ -97,3 +97,46 @@ def test_prompts_are_the_lines_of_a_file_that_are_not_empty(tmp_path: Path) -> N
         read_prompts(file)
     with pytest.raises(GaqError, match=r"Cannot read the prompts .*gone"):
         read_prompts(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1-2-3", "0-3-5", "9-0,1", "9-0", "0-99999999999", "0-" + "9" * 5000, "10", "-1", "0-", "-", "", ",", "1,,2", "a",
+     "1.5", "0x1", "٣", "1;2", "0-9,10"],
+)  # fmt: skip
+def test_classes_that_mean_nothing_are_refused_before_they_are_written_out(text: str) -> None:
+    with pytest.raises(GaqError, match=r"Found classes '.*'; write all, or numbers of 0 to 9 and ranges") as error:
+        parse_classes(text, 10)
+    assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no prompts"),
+        (b"\xef\xbb\xbf \n", "holds no prompts"),
+        (b"a cat\0\n", r"are no text: they hold the character '\\x00'"),
+        (b"a \x1b[31mcat\n", r"are no text: they hold the character '\\x1b'"),
+        (b"\x89PNG\r\n", r"are no text in UTF-8 \(byte 0\): save them as such"),
+        ("a cat".encode("utf-16"), r"are no text in UTF-8 \(byte 0\)"),
+        (b"a\n" * 100_001, "holds more than 100000 prompts or 16 MiB: give fewer"),
+        (b"a" * ((1 << 24) + 1), "holds more than 100000 prompts or 16 MiB"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_files_that_are_no_prompts_are_one_line(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(GaqError, match=words) as error:
+        read_prompts(tmp_path / "prompts.txt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
+def test_what_is_no_file_of_prompts_is_one_line(path: str) -> None:
+    with pytest.raises(GaqError, match=r"Cannot read the prompts /: Is a directory|holds more than|no text"):
+        read_prompts(Path(path))
+
+
+def test_a_mark_in_front_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\ta dog\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]

@@ -33,7 +33,7 @@ def sources() -> st.SearchStrategy[WeightSource]:
     """Return a strategy for all sources there are."""
     commits = st.none() | st.text("0123456789abcdef", min_size=40, max_size=40)
     hub = st.builds(WeightSource.hub, st.tuples(NAMES, NAMES).map("/".join), commits)
-    seeds = st.builds(WeightSource.random, st.integers(0, 2**64))
+    seeds = st.builds(WeightSource.random, st.integers(0, 2**63 - 1))
     paths = st.builds(WeightSource.at, st.lists(NAMES, max_size=4).map(lambda parts: Path("/", *parts)))
     return st.one_of(st.sampled_from([BUNDLED, MODULE, ORIGINAL, PACK]), seeds, hub, paths)
 
@@ -51,6 +51,14 @@ def test_what_only_looks_like_another_kind_is_a_path(text: str) -> None:
 @pytest.mark.parametrize("seed", ["x", "-1", "1.5"])
 def test_a_seed_that_is_no_whole_number_is_refused(seed: str) -> None:
     with pytest.raises(GaqError, match=rf"--weights random:{seed} must be a whole number, as in random:7"):
+        WeightSource.parse(f"random:{seed}")
+
+
+@pytest.mark.parametrize("seed", [str(2**63), "9" * 5000])
+def test_a_seed_that_no_generator_takes_is_refused(seed: str) -> None:
+    with pytest.raises(
+        GaqError, match=r"^The seed in --weights random:[0-9]{1,53} must be 9223372036854775807 at most\.$"
+    ):
         WeightSource.parse(f"random:{seed}")
 
 

@@ -48,10 +48,30 @@ def test_a_budget_is_a_number_and_a_unit_in_any_case(text: str, budget: float, u
     assert replace(mixed, budget=0.0, unit="bits") == PRESETS["tiny"].config.mixed
 
 
-@pytest.mark.parametrize("text", ["5", "bits", "0bits", "1.2.3MB", "5 parsecs", "-1ms", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5",
+        "bits",
+        "0bits",
+        "1.2.3MB",
+        "5 parsecs",
+        "-1ms",
+        "",
+        ".bits",
+        "1e400bits",
+        pytest.param("9" * 400 + "bits", id="400 digits"),
+    ],
+)
 def test_a_budget_that_cannot_be_read_is_answered_with_examples(text: str) -> None:
     with pytest.raises(GaqError, match=f"Found a budget of {text!r}; write it as 5bits, 2.5MB, 300Gbit-ops or 12ms"):
         preset("tiny", CalibrationOptions(budget=text))
+
+
+@pytest.mark.parametrize("requested", [0, -1])
+def test_no_trajectories_are_refused(requested: int) -> None:
+    with pytest.raises(GaqError, match=f"Found {requested} trajectories to collect; ask for 1 or more"):
+        with_images(PRESETS["tiny"], requested, 4)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_the_table() -> None:
