@@ -26,6 +26,16 @@ class Gpu:
     memory_bytes: int
     cuda: str
 
+    @property
+    def advice(self) -> str | None:
+        """What a user should know of it before quantizing for it, None if there is nothing."""
+        if self.capability in ("10.0", "10.3"):
+            return (
+                f"INT8 is not the fast path of the {self.name} (compute capability {self.capability}): FP8 is, with "
+                "build-engine --backend tensorrt --numbers fp8"
+            )
+        return None
+
 
 def no_gpu() -> str | None:
     """Return why no NVIDIA GPU can be used here, or None."""

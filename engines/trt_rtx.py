@@ -1,13 +1,15 @@
 """TensorRT-RTX: builds on any machine, GPU or not; runs on RTX GPUs, where the kernels are compiled on first use."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import onnx
 
 from engines import nvinfer
 from engines.base import Audit, EngineConfig
-from engines.errors import EngineError
+from engines.driver import gpus
+from engines.errors import EngineError, EngineWarning
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
 from engines.runner import OpenEngine
@@ -15,6 +17,8 @@ from engines.runner import OpenEngine
 # What TensorRT-RTX 1.7 can build for. The builder only logs a target it does not know, and goes on without it.
 FLOAT8_TARGETS = ("sm89", "sm120", "sm121")
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+# First numbers of the compute capabilities that it does not run on: data-centre Hopper and Blackwell.
+_LEFT_OUT = ("9", "10")
 
 
 def cannot_build() -> str | None:
@@ -26,7 +30,16 @@ def cannot_build() -> str | None:
 
 def cannot_run() -> str | None:
     """Return the reason why no engine can run here, or None."""
-    return nvinfer.cannot_run("tensorrt_rtx", "tensorrt-rtx")
+    # The GPU first: whoever has one that it leaves out need not install it.
+    return _left_out() or nvinfer.cannot_run("tensorrt_rtx", "tensorrt-rtx")
+
+
+def _left_out() -> str | None:
+    """Return that TensorRT-RTX does not run on this machine's first GPU, which is the one it would take; else None."""
+    for gpu in gpus()[:1]:
+        if gpu.capability.partition(".")[0] in _LEFT_OUT:
+            return f"TensorRT-RTX does not run on the {gpu.name} (compute capability {gpu.capability}); use tensorrt"
+    return None
 
 
 def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
@@ -34,7 +47,11 @@ def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
 
     Raises:
         EngineError: A target is unknown, or the build failed.
+
+    Warns with an `EngineWarning` if TensorRT-RTX does not run on the GPU of this machine.
     """
+    if not config.targets and (problem := _left_out()):
+        warnings.warn(f"{problem} here. The engine is for another machine", EngineWarning, stacklevel=3)
     if unknown := [target for target in config.targets if target not in TARGETS]:
         raise EngineError(f"Unknown tensorrt-rtx targets {unknown}. Choose from {list(TARGETS)}.")
     # A portable engine is for Ampere and later, and Ampere has no FP8.

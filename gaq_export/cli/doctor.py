@@ -31,7 +31,8 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         backends = {name: {"cannot_build": build, "cannot_run": run} for name, (build, run) in self.backends.items()}
-        return {"machine": asdict(self.machine), "backends": backends, "best": self.best}
+        notes = [gpu.advice for gpu in self.machine.gpus if gpu.advice]
+        return {"machine": asdict(self.machine), "notes": notes, "backends": backends, "best": self.best}
 
 
 def diagnose() -> Diagnosis:

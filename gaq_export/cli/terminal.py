@@ -127,6 +127,7 @@ def machine_lines(machine: "Machine") -> list[str]:
         f"GPU: {gpu.name}, compute capability {gpu.capability}, {gpu.memory_bytes / 2**30:.0f} GiB, CUDA {gpu.cuda}"
         for gpu in machine.gpus
     ] or ["GPU: no NVIDIA driver or no GPU"]
+    lines += [f"note: {gpu.advice}" for gpu in machine.gpus if gpu.advice]
     installed = ", ".join(f"{name} {version}" for name, version in machine.packages.items() if version)
     return [*lines, f"installed: {installed}"]
 

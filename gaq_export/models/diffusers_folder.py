@@ -258,6 +258,7 @@ def _read_weights(folder: Path, allow_pickle: bool, files: WeightFiles) -> tuple
             "needed. If you trust the file, convert it once with diffusers: "
             "from_pretrained(folder).save_pretrained(folder)."
         )
+    _log.warning("%s is a pickle: it is read as tensors only, and no code in it is run", pickled)
     return pickled, tensors(read_pickle(pickled), pickled)
 
 

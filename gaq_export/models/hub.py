@@ -6,9 +6,11 @@ comes first, because the client's downloads retry for half a minute before they 
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import CacheNotFound
 
 from gaq_export.errors import GaqError
 from gaq_export.models.diffusers_folder import INDEX, PICKLE, PLACES, SAFETENSORS
@@ -30,7 +32,8 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
         The local folder and the full commit hash.
 
     Raises:
-        GaqError: If the hub is out of reach, or has no such repository or commit.
+        GaqError: If the hub is out of reach, or has no such repository or commit; the nearest in the cache is
+            named.
     """
     cached = _cached(repo, revision)
     if cached is not None and revision is not None:  # a commit never changes; "the newest" has to be looked up
@@ -44,7 +47,9 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
         if cached is not None:  # without a connection, the newest that is here
             return cached, cached.name
         at = f" at commit {revision}" if revision else ""
-        raise GaqError(f"Cannot fetch {repo}{at} from the Hugging Face hub ({_reason(error)}).") from error
+        raise GaqError(
+            f"Cannot fetch {repo}{at} from the Hugging Face hub ({_reason(error)}).{_nearest(repo)}"
+        ) from error
     return Path(folder), Path(folder).name
 
 
@@ -117,7 +122,27 @@ def _cached(repo: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
     # The cache also holds folders of interrupted downloads, and those of the card alone (`papers`).
     complete = [("config.json", name) for name in (SAFETENSORS, INDEX, PICKLE)]
-    whole = any(all((folder / place / name).is_file() for name in names) for names in complete for place in PLACES)
-    return folder if whole else None
+    return any(all((folder / place / name).is_file() for name in names) for names in complete for place in PLACES)
+
+
+def _nearest(repo: str) -> str:
+    """Return a sentence about the newest cached commit of a repository, or of one with a similar name; else ""."""
+    try:
+        cached = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except (CacheNotFound, ValueError, OSError):
+        return ""
+    newest: dict[str, str] = {}
+    for one in cached:
+        whole = [r for r in one.revisions if _is_whole(r.snapshot_path)] if one.repo_type == "model" else []
+        if whole:
+            newest[one.repo_id] = max(whole, key=lambda revision: revision.last_modified).commit_hash
+    for name in get_close_matches(repo, newest, n=1):  # its own name is nearer than any other
+        what = "another commit of it" if name == repo else f"{name}"
+        return f" In the cache is {what}: --weights hub:{name}@{newest[name]}."
+    return ""

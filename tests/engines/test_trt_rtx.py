@@ -1,11 +1,13 @@
 """TensorRT-RTX builds and is audited without a GPU, and refuses in one line what it cannot build."""
 
 import importlib.util
+import warnings
 
 import pytest
 
-from engines import EngineConfig, EngineError, build, open_engine
-from engines.driver import no_gpu
+from engines import Audit, EngineConfig, EngineError, build, nvinfer, open_engine, trt_rtx
+from engines.driver import Gpu, no_gpu
+from engines.graph import read_onnx
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: pip install tensorrt-rtx"
@@ -68,6 +70,27 @@ def test_weights_can_be_left_out_only_where_there_is_a_gpu(tiny_onnx):
 def test_a_graph_the_builder_refuses_is_a_one_line_error(tiny_onnx):
     with pytest.raises(EngineError, match=r"^tensorrt-rtx cannot build this model: .*dtype == W\.type\(\).*$"):
         make(tiny_onnx("int4"))
+
+
+@pytest.mark.parametrize(("capability", "targets", "warned"), [
+    ("9.0", (), True), ("10.0", (), True), ("10.3", (), True), ("9.0", ("sm89",), False), ("8.9", (), False),
+    ("12.0", (), False),
+])  # fmt: skip
+def test_a_gpu_that_it_does_not_run_on_is_named_before_the_build(tiny_onnx, monkeypatch, capability, targets, warned):
+    gpu = Gpu(name="NVIDIA X100", capability=capability, memory_bytes=1, cuda="13.0")
+    monkeypatch.setattr(trt_rtx, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(trt_rtx, "cannot_build", lambda: None)
+    monkeypatch.setattr(nvinfer, "build", lambda *args: Audit(kernels=(), weight_bytes={}))
+    graph, config = read_onnx(tiny_onnx("int8")), EngineConfig(backend="tensorrt-rtx", targets=targets)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trt_rtx.build(graph, tiny_onnx("int8").with_name("unet.plan"), config)
+    line = (
+        f"TensorRT-RTX does not run on the NVIDIA X100 (compute capability {capability}); use tensorrt here. The "
+        "engine is for another machine"
+    )
+    assert [str(w.message) for w in caught] == [line] * warned
+    assert (trt_rtx.cannot_run() or "").startswith(line[:60]) == (capability[:2] in ("9.", "10"))
 
 
 @pytest.mark.rtx

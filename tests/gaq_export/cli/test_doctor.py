@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 import engines
+from engines import machine, trt_rtx
+from engines.driver import Gpu
 from tests.gaq_export.commands import gaq
 
 
@@ -16,3 +20,28 @@ def test_doctor_says_what_every_backend_can_do_here() -> None:
     shown = " ".join(gaq("doctor").stdout.split())
     assert f"build-engine takes: {diagnosis['best']}" in shown
     assert diagnosis["machine"]["processor"] in shown
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, name: str, capability: str) -> None:
+    gpu = Gpu(name=name, capability=capability, memory_bytes=80 << 30, cuda="13.0")
+    for module in (machine, trt_rtx):
+        monkeypatch.setattr(module, "gpus", lambda: (gpu,))
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs", "fast"),
+    [("8.9", True, True), ("9.0", False, True), ("10.0", False, False), ("10.3", False, False), ("12.0", True, True)],
+)
+def test_doctor_says_what_a_gpu_is_not_made_for(
+    capability: str, runs: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu(monkeypatch, "NVIDIA X100", capability)
+    monkeypatch.setenv("COLUMNS", "300")
+    shown = gaq("doctor").stdout
+    line = f"TensorRT-RTX does not run on the NVIDIA X100 (compute capability {capability}); use tensorrt"
+    assert (line not in shown) == runs
+    note = f"note: INT8 is not the fast path of the NVIDIA X100 (compute capability {capability}): FP8 is, with"
+    assert (note not in shown) == fast
+    said = json.loads(gaq("doctor", "--json").stdout)
+    assert (said["backends"]["tensorrt-rtx"]["cannot_run"] != line) == runs
+    assert [f"note: {text}"[: len(note)] for text in said["notes"]] == ([] if fast else [note])

@@ -121,8 +121,27 @@ def test_a_hub_model_records_its_commit_and_is_found_again_offline(
     assert load_model("ddpm-church").source == model.source
 
 
+def test_without_the_hub_the_nearest_model_in_the_cache_is_named(
+    local_hub: Path, tiny_unet: UNet2DModel, hub_at: Callable[[str], None]
+) -> None:
+    load_model("ddpm-church")
+    hub_at("http://127.0.0.1:9")
+    way = f"hub:google/ddpm-church-256@{COMMIT}"
+    with pytest.raises(GaqError) as caught:
+        load_model(weights=f"hub:google/ddpm-church-256@{'f' * 40}")
+    assert f"({'f' * 40}" not in str(caught.value)
+    assert f"). In the cache is another commit of it: --weights {way}. Give" in str(caught.value)
+    assert load_model(weights=way).fingerprint == fingerprint(tiny_unet)
+    with pytest.raises(GaqError, match=rf"In the cache is google/ddpm-church-256: --weights {way}\. Give") as caught:
+        load_model(weights="hub:google/ddpm-ema-church-256")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(GaqError) as caught:
+        load_model(weights="hub:someone/else")
+    assert "In the cache" not in str(caught.value)
+
+
 def test_a_hub_checkpoint_in_the_old_format_loads_with_its_old_attention_names(
-    local_hub: Path, tiny_unet: UNet2DModel
+    local_hub: Path, tiny_unet: UNet2DModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = load_file(local_hub / SAFETENSORS)
@@ -132,6 +151,7 @@ def test_a_hub_checkpoint_in_the_old_format_loads_with_its_old_attention_names(
     torch.save(state, local_hub / PICKLE)
     (local_hub / SAFETENSORS).unlink()
     assert load_model("ddpm-church").fingerprint == fingerprint(tiny_unet)
+    assert f"{PICKLE} is a pickle: it is read as tensors only, and no code in it is run" in caplog.text
 
 
 def test_a_pickle_that_would_run_code_is_refused(local_hub: Path) -> None:
