@@ -85,8 +85,8 @@ def write_tiny_folder() -> Callable[[UNet2DModel, Path], Path]:
 
     def write(unet: UNet2DModel, folder: Path) -> Path:
         unet.save_pretrained(folder)
-        scheduler = {"num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.2, "clip_sample": True}
-        (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+        scheduler = {"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.2}
+        (folder / "scheduler_config.json").write_text(json.dumps(scheduler | {"clip_sample": True}))
         return folder
 
     return write

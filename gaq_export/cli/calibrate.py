@@ -33,9 +33,9 @@ from gaq_export.cli.options import (
     Trajectories,
     WeightBits,
     Weights,
+    drawn_with,
     find_model,
     one_line_errors,
-    replace_options,
 )
 from gaq_export.cli.progress import Display
 
@@ -108,6 +108,10 @@ def calibrate(
         int, typer.Option(min=0, help="Seed of everything random in the calibration.", rich_help_panel=_QUANTIZATION)
     ] = 0,
     require_db: RequireDb = None,
+    sampler: SamplerName = None,
+    steps: Steps = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
     run: RunFolder = DEFAULT_RUN,
     quiet: Quiet = False,
 ) -> None:
@@ -142,6 +146,7 @@ def calibrate(
         with Display(quiet) as display:
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
+            loaded = drawn_with(loaded, name=sampler, steps=steps, spacing=spacing, eta=eta)
             calibrate_with = partial(
                 pipeline.calibrate,
                 loaded,
@@ -226,8 +231,7 @@ def compare(
         with Display(quiet) as display:
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
-            spec_sampler = replace_options(loaded.spec.sampler, name=sampler, steps=steps, spacing=spacing, eta=eta)
-            loaded = loaded.with_sampler(spec_sampler)
+            loaded = drawn_with(loaded, name=sampler, steps=steps, spacing=spacing, eta=eta)
             comparison = spec.Comparison(
                 yardstick=Yardstick(model=loaded, folder=folder, images=images, data=data, classifier=features),
                 preset=spec.adjusted_preset(preset, iterations, calibration_images),

@@ -37,7 +37,9 @@ def either(names: Iterable[str]) -> str:
 
 # Each in the order of its table; that of the backends is the order of preference.
 SAMPLERS = Names("gaq_export.diffusion.samplers:SAMPLERS", ("ddim", "ddim-clipped", "ddpm", "dpmpp-2m"))
-SPACINGS = Names("gaq_export.diffusion.schedule:SPACINGS", ("uniform", "from-1", "quad", "beta"))
+SPACINGS = Names(
+    "gaq_export.diffusion.schedule:SPACINGS", ("uniform", "from-1", "trailing", "linspace", "quad", "beta")
+)
 BACKENDS = Names("engines:BACKENDS", ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "onnxruntime-cuda"))
 COMPUTE = Names("engines.base:Compute", ("float32", "float16", "bfloat16"))
 NUMBERS = Names("gaq_export.deploy.record:Numbers", ("int8", "fp8"))

@@ -123,16 +123,19 @@ RequireDb = Annotated[
 Steps = Annotated[
     int | None,
     _option(
-        "Number of sampling steps, in place of the calibration's or engine's.",
+        "Number of sampling steps, in place of the model's, calibration's or engine's.",
         panel=_SAMPLER,
         min=1,
         max=100_000,
     ),
 ]
 SamplerName = Annotated[
-    str | None, _option(f"Sampler, in place of the calibration's or engine's: {SAMPLERS}.", panel=_SAMPLER)
+    str | None, _option(f"Sampler, in place of the model's, calibration's or engine's: {SAMPLERS}.", panel=_SAMPLER)
 ]
-Spacing = Annotated[str | None, _option(f"How the steps are spread over the timesteps: {SPACINGS}.", panel=_SAMPLER)]
+Spacing = Annotated[
+    str | None,
+    _option(f"How the steps are spread over the timesteps: {SPACINGS}; from-2 and so on too.", panel=_SAMPLER),
+]
 Eta = Annotated[float | None, _option("Noise that DDIM adds in each step, 0 to 1.", panel=_SAMPLER, min=0, max=1)]
 Workers = Annotated[
     int | None,
@@ -203,7 +206,24 @@ def replace_options(sampler: "SamplerSpec", **options: object) -> "SamplerSpec":
 
     # None means that the option was not given; 0 is a value, as in --eta 0.
     fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if not fields.get("name", "ddim").startswith("ddim"):
+        fields.setdefault("eta", 0.0)  # another sampler was asked for, and eta is DDIM's
     return replace(sampler, **fields)
+
+
+def drawn_with(model: "LoadedModel", **options: object) -> "LoadedModel":
+    """Return the model with the sampler options that were given, and say if a sampler stands in for the config's.
+
+    Args:
+        model: whose sampler counts where an option is None.
+        options: fields of the sampler, as for `replace_options`.
+    """
+    from dataclasses import replace
+
+    changed = model.with_sampler(replace_options(model.spec.sampler, **options))
+    if options.get("name") is None and model.instead:
+        typer.echo(f"note: {replace(changed, instead=model.instead).sampler_note}", err=True)
+    return changed
 
 
 def find_model(

@@ -4,9 +4,9 @@ In: a noise schedule and a `SamplerSpec`. Out: `Coefficients` for every step. Th
 `alpha_bar` at the timesteps actually visited, so uneven spacings need no special case. The loop in PyTorch
 (`gaq_export.diffusion.loop`) and an exported step (`gaq_export.graph.step`) use the same table.
 
-Letters, as in Ho et al. 2020 and Song et al. 2021: `a` and `a_prev` are alpha_bar at this and the next visited
-timestep (1 after the last, unless the schedule says otherwise), `x0` the predicted clean image, `epsilon` the
-predicted noise.
+Letters, as in Ho et al. 2020 and Song et al. 2021: `a` and `a_prev` are alpha_bar at this timestep and at the one that
+the step leads to, mostly the next visited (1 after the last, unless the schedule says otherwise), `x0` the predicted
+clean image, `epsilon` the predicted noise.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from calib.correction import Correction
-from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
+from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, arrivals, timesteps
 from gaq_export.errors import GaqError
 
 
@@ -125,10 +125,11 @@ def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec)
     Args:
         alpha_bar: at the visited timesteps, noisiest first, and 1 at the end.
         schedule: its `last` is where DDIM ends, in place of 1.
-        spec: the sampler, for its eta.
+        spec: the sampler, for its eta and where its steps lead, see `schedule.arrivals`.
     """
     rows = []
-    for a, a_prev in itertools.pairwise((*alpha_bar[:-1], schedule.last)):
+    reached = [float(schedule.alpha_bar[t]) if t >= 0 else schedule.last for t in arrivals(spec, schedule.num_train)]
+    for a, a_prev in zip(alpha_bar[:-1], reached, strict=True):
         # Equation 16: eta 1 is the variance of ancestral sampling, eta 0 is deterministic.
         sigma = spec.eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
         # Rounding may take the difference just below 0, hence max.

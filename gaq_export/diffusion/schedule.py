@@ -7,8 +7,10 @@ noisiest.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,15 +81,21 @@ def linear_schedule(
     return NoiseSchedule(alpha_bar=alpha_bar, clip=clip, variance=variance)
 
 
-def _uniform(steps: int, num_train: int) -> torch.Tensor:
-    """Equal strides from 0, diffusers' "leading" spacing."""
-    return torch.arange(steps) * (num_train // steps)
+def _leading(steps: int, num_train: int, offset: int = 0) -> torch.Tensor:
+    """Equal strides from `offset`, diffusers' "leading" spacing with its `steps_offset`."""
+    return torch.arange(steps) * (num_train // steps) + offset
 
 
-def _from_1(steps: int, num_train: int) -> torch.Tensor:
-    """Equal strides from 1, as latent diffusion draws (Rombach et al. 2022), diffusers' "leading" with an offset."""
-    # With a step for every timestep, the last one would lie behind the schedule.
-    return (_uniform(steps, num_train) + 1).clamp(max=num_train - 1)
+def _trailing(steps: int, num_train: int) -> torch.Tensor:
+    """Equal strides back from the last timestep (Lin et al. 2023, arXiv 2305.08891, table 2)."""
+    # numpy's rounding and strides, as in diffusers; its range may have one entry too many.
+    falling = np.arange(num_train, 0, -num_train / steps)[:steps].round() - 1
+    return torch.from_numpy(falling[::-1].astype(np.int64))
+
+
+def _linspace(steps: int, num_train: int) -> torch.Tensor:
+    """From the first timestep to the last, both included, rounded (table 2 there)."""
+    return torch.from_numpy(np.linspace(0, num_train - 1, steps).round().astype(np.int64))
 
 
 def _quad(steps: int, num_train: int) -> torch.Tensor:
@@ -114,11 +122,28 @@ def _beta(steps: int, num_train: int) -> torch.Tensor:
 
 
 SPACINGS: dict[str, Callable[[int, int], torch.Tensor]] = {
-    "uniform": _uniform,
-    "from-1": _from_1,
+    "uniform": _leading,
+    "from-1": partial(_leading, offset=1),  # as latent diffusion draws (Rombach et al. 2022)
+    "trailing": _trailing,
+    "linspace": _linspace,
     "quad": _quad,
     "beta": _beta,
 }
+
+
+# Their strides have one nominal length, and DDIM goes back by it; see `arrivals`.
+_EVEN = re.compile(r"uniform|from-([1-9]\d{0,5})|trailing|linspace")
+STEPS = 50  # unless the user says otherwise
+
+
+def _spread(spacing: str) -> Callable[[int, int], torch.Tensor]:
+    """Return a row of `SPACINGS`, or what "from-N" means for any other N; raise GaqError for other names."""
+    match = _EVEN.fullmatch(spacing) if isinstance(spacing, str) else None  # it may come from JSON
+    if match and match[1]:
+        return partial(_leading, offset=int(match[1]))
+    if spacing not in tuple(SPACINGS):
+        raise unknown("spacing", spacing, sorted(SPACINGS))
+    return SPACINGS[spacing]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +153,8 @@ class SamplerSpec:
     Attributes:
         name: Sampler, one of `SAMPLER_NAMES`.
         steps: S, how often the network is called for each image.
-        spacing: How the steps are spread over the training timesteps, a key of `SPACINGS`.
+        spacing: How the steps are spread over the training timesteps, a key of `SPACINGS`, or "from-N" for strides
+            from timestep N.
         eta: Noise added by DDIM, from 0 (deterministic) to 1 (as much as ancestral sampling).
 
     Raises:
@@ -136,15 +162,14 @@ class SamplerSpec:
     """
 
     name: str = "ddim"
-    steps: int = 50
+    steps: int = STEPS
     spacing: str = "uniform"
     eta: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLER_NAMES:
             raise unknown("sampler", self.name, SAMPLER_NAMES)
-        if self.spacing not in SPACINGS:
-            raise unknown("spacing", self.spacing, sorted(SPACINGS))
+        _spread(self.spacing)
         # The fields may come from JSON, where `true` would pass for the integer 1.
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise GaqError(f"The number of sampling steps must be a whole number from 1 up, not {self.steps!r}.")
@@ -187,13 +212,63 @@ def timesteps(spec: SamplerSpec, num_train: int) -> torch.Tensor:
         (S,) int64, noisiest first.
 
     Raises:
-        GaqError: If there are more sampling steps than training timesteps.
+        GaqError: If there are more sampling steps than the model's timesteps allow.
     """
-    if spec.steps > num_train:
+    most = num_train - _leaves_out_0(spec)
+    if spec.steps > most:
         raise GaqError(
-            f"{spec.steps} sampling steps are more than the {num_train} timesteps of the model: choose fewer --steps."
+            f"{spec.steps} sampling steps are more than the {num_train} timesteps of the model allow {spec.name}: "
+            f"choose --steps {most} or fewer."
         )
-    return SPACINGS[spec.spacing](spec.steps, num_train).flip(0)  # spacings rise, sampling falls
+    visited = _visited(spec, num_train)
+    if visited[0] >= num_train:
+        raise GaqError(
+            f"{spec.steps} sampling steps of {spec.spacing} spacing would begin at timestep {int(visited[0])}, and the "
+            f"model's last is {num_train - 1}: choose fewer --steps, or another --spacing."
+        )
+    return visited
+
+
+def _leaves_out_0(spec: SamplerSpec) -> bool:
+    """Whether timestep 0 is left out and S + 1 are spread: by DPM-Solver++, which has nothing left to do there."""
+    return spec.name == "dpmpp-2m" and spec.spacing != "trailing" and _EVEN.fullmatch(spec.spacing) is not None
+
+
+def _visited(spec: SamplerSpec, num_train: int) -> torch.Tensor:
+    """Return what `timesteps` returns, unless it raises."""
+    left_out = int(_leaves_out_0(spec))
+    return _spread(spec.spacing)(spec.steps + left_out, num_train)[left_out:].flip(0)  # spacings rise, sampling falls
+
+
+def arrivals(spec: SamplerSpec, num_train: int) -> torch.Tensor:
+    """List the training timesteps that DDIM's steps lead to, (S,) int64; -1 is the end.
+
+    Even spacings go back by T // S, as in diffusers, and not to the next visited timestep: that differs where strides
+    were rounded, in "trailing" and "linspace". Others go to the next timestep.
+    """
+    visited = timesteps(spec, num_train)
+    if _EVEN.fullmatch(spec.spacing):
+        return (visited - num_train // spec.steps).clamp(min=-1)
+    return torch.cat([visited[1:], torch.tensor([-1])])
+
+
+def default_sampler(num_train: int, name: str = "ddim", spacing: str = "uniform", eta: float = 0.0) -> SamplerSpec:
+    """Return a sampler of `STEPS` steps, or as many as a model of T timesteps allows.
+
+    Args:
+        num_train: T, the number of training timesteps.
+        name: Sampler.
+        spacing: How its steps are spread.
+        eta: Noise added by DDIM.
+
+    Raises:
+        GaqError: If not even one step is possible.
+    """
+    for steps in range(min(STEPS, num_train), 0, -1):
+        spec = SamplerSpec(name=name, steps=steps, spacing=spacing, eta=eta)
+        if steps + _leaves_out_0(spec) <= num_train and _visited(spec, num_train)[0] < num_train:
+            return spec
+    raise GaqError(f"{name} with {spacing} spacing cannot take a single step over {num_train} timesteps.")
 
 
 def under_guidance(spec: SamplerSpec, schedule: NoiseSchedule, scale: float) -> SamplerSpec:

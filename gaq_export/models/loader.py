@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
-from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, under_guidance
+from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, default_sampler, under_guidance
 from gaq_export.errors import GaqError, unknown
 from gaq_export.models import diffusers_folder, hub, ldm_checkpoint, own_module
 from gaq_export.models.architectures import as_denoiser, condition_inputs_of, config_of
 from gaq_export.models.latent_decoder import find_decoder
 from gaq_export.models.own_module import Example
 from gaq_export.models.registry import MODELS, WEIGHTS, ModelSpec
-from gaq_export.models.scheduler_config import read_scheduler_config, schedule_from_scheduler_config
+from gaq_export.models.scheduler_config import (
+    read_scheduler,
+    read_scheduler_config,
+    schedule_from_scheduler_config,
+)
 from gaq_export.models.source import BUNDLED, MODULE, ORIGINAL, SourceKind, WeightSource
 
 __all__ = ["MODELS", "LoadedModel", "ModelSpec", "load_model", "random_model", "wrap"]
@@ -44,6 +48,8 @@ class LoadedModel:
         random_weights: Whether the weights are random, and images meaningless.
         conditioning: What to draw; None if the network takes no conditioning, or none was chosen yet.
         decoder: Makes images of latents, (N, C, h, w) to (N, 3, H, W) in [-1, 1]; None if the network draws images.
+        instead: Why its sampler is not what its scheduler config names, as half a sentence; empty if it is, or if the
+            sampler was chosen by name.
     """
 
     spec: ModelSpec
@@ -54,6 +60,7 @@ class LoadedModel:
     random_weights: bool
     conditioning: Conditioning | None = None
     decoder: nn.Module | None = None
+    instead: str = ""
 
     @cached_property
     def network(self) -> nn.Module:
@@ -81,7 +88,17 @@ class LoadedModel:
 
     def with_sampler(self, sampler: SamplerSpec | None) -> "LoadedModel":
         """Return the model with another sampler; the same model if None."""
-        return self if sampler is None else replace(self, spec=replace(self.spec, sampler=sampler))
+        return self if sampler is None else replace(self, spec=replace(self.spec, sampler=sampler), instead="")
+
+    @property
+    def sampler_note(self) -> str:
+        """A sentence for the user if another sampler stands in for that of the scheduler config; else empty."""
+        if not self.instead:
+            return ""
+        return (
+            f"{self.instead[:1].upper()}{self.instead[1:]}; drawn with {self.spec.sampler} instead. --sampler, "
+            "--spacing and --steps choose others."
+        )
 
     def sampling(self, sampler: SamplerSpec | None = None) -> Sampling:
         """Return how the network is sampled, with its own sampler if None; latents are not decoded."""
@@ -173,7 +190,8 @@ def wrap(
         module: The network; it is put into evaluation mode.
         shape: (C, H, W) of an image.
         schedule: The noise schedule it was trained with.
-        sampler: How its images are drawn; 50 DDIM steps if None, see `schedule.under_guidance`.
+        sampler: How its images are drawn; DDIM in 50 steps, or as many as there are timesteps, if None, see
+            `schedule.under_guidance`.
         name: What to call it.
         conditioning: What to draw, for a module that takes its condition as a third argument, tensors by name.
         decoder: Makes images in [-1, 1] of the sampler's result, for a module that works on latents.
@@ -190,7 +208,10 @@ def wrap(
     spec = ModelSpec(
         name=name,
         source=MODULE,
-        sampler=sampler or under_guidance(SamplerSpec(), schedule, conditioning.guidance if conditioning else 1.0),
+        sampler=sampler
+        or under_guidance(
+            default_sampler(schedule.num_train), schedule, conditioning.guidance if conditioning else 1.0
+        ),
         config={"in_channels": channels, "sample_size": (height, width)},  # the fields that `LoadedModel.shape` reads
         scheduler={},  # the schedule is given as a value
         description="a module of the caller's",
@@ -303,7 +324,8 @@ def _trained(module: nn.Module, folder: Path, name: str, source: WeightSource) -
     fields = config_of(module)
     # Fields with an underscore are diffusers' notes: its version, the path of the file, fields left at their defaults.
     config = {"_class_name": type(module).__name__} | {k: v for k, v in fields.items() if not k.startswith("_")}
-    scheduler = _scheduler(folder, row)
+    scheduler, where = _scheduler(folder, row)
+    reading = read_scheduler(scheduler, where)
     if row is not None:
         # The table's source stays in the row; `LoadedModel.source` says where these weights came from.
         spec = replace(row, config=config, scheduler=scheduler)
@@ -311,7 +333,7 @@ def _trained(module: nn.Module, folder: Path, name: str, source: WeightSource) -
         spec = ModelSpec(
             name=name,
             source=source,
-            sampler=SamplerSpec(),
+            sampler=reading.sampler,
             config=config,
             scheduler=scheduler,
             description=f"{type(module).__name__} from {source}",
@@ -319,20 +341,21 @@ def _trained(module: nn.Module, folder: Path, name: str, source: WeightSource) -
     return LoadedModel(
         spec=spec,
         module=module,
-        schedule=schedule_from_scheduler_config(spec.scheduler),
+        schedule=reading.schedule,
         source=source,
         fingerprint=diffusers_folder.fingerprint(module),
         random_weights=False,
+        instead=reading.instead if row is None else "",  # the table's sampler is what its papers draw with
     )
 
 
-def _scheduler(folder: Path, row: ModelSpec | None) -> Mapping[str, Any]:
-    """Return the scheduler config in a folder or, if it has none, that of the table."""
+def _scheduler(folder: Path, row: ModelSpec | None) -> tuple[Mapping[str, Any], object]:
+    """Return the scheduler config in a folder or, if it has none, that of the table, and what to call it."""
     file = diffusers_folder.scheduler_file(folder)
     if file is not None:
-        return read_scheduler_config(file)
+        return read_scheduler_config(file), file
     if row is not None:
-        return row.scheduler
+        return row.scheduler, f"The scheduler config of {row.name!r}"
     raise GaqError(
         f"The model folder {folder} has no scheduler_config.json, neither at its top nor in scheduler/; it says "
         "which noise schedule the model was trained with."

@@ -5,6 +5,7 @@ An interrupted calibration continues from there; a finished one is read and not 
 """
 
 import json
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from calib import config as configs
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from gaq_export import run as runs
+from gaq_export.diffusion.samplers import table
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.conditioning_request import condition_model
 from gaq_export.models.loader import LoadedModel
@@ -23,6 +25,8 @@ from gaq_export.quantize.network_check import check_network
 from gaq_export.quantize.presets import Preset
 from gaq_export.quantize.trajectories import collect
 from gaq_export.run import Run
+
+_log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -47,11 +51,14 @@ def calibrate(
     """
     run = Run(folder=Path(folder))
     model = condition_model(model).with_sampler(sampler)
+    table(model.schedule, model.spec.sampler)  # raises before a folder is made for a sampler that cannot be used
     provenance = Provenance.of(model, model.spec.sampler)
     # First, so that two runs with different settings never mix their files in one folder.
     runs.claim(run, _settings(model, chosen, provenance))
     if run.plan.exists():  # it is written last, so the calibration is complete
         return load_plan(run.plan)
+    if model.sampler_note:
+        _log.warning("%s", model.sampler_note)
     check_network(model, chosen.config)
     if model.conditioning is not None:
         model.conditioning.save(run.folder)

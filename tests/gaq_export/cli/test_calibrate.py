@@ -1,5 +1,6 @@
 """`calibrate`: the one line that a user gets when something is wrong, and a run that survives being killed."""
 
+import json
 import os
 import random
 import signal
@@ -26,6 +27,65 @@ def test_random_weights_are_said_to_be_meaningless(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Display, "collect", stop)
     result = gaq("calibrate", "--model", "ddpm-mnist", "--weights", "random", "--run", tmp_path / "run")
     assert "note: random weights, so the pictures are meaningless" in result.stderr
+
+
+def _stopped(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
+    """Start to calibrate, stop before the first trajectory, and return stderr."""
+
+    def stop(self: object, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "collect", stop)
+    printed: str = gaq("calibrate", "--preset", "tiny", *words).stderr
+    return printed
+
+
+SCHEDULERS = {
+    "EulerDiscreteScheduler": "with use_karras_sigmas True, which is not among the samplers here; drawn with dpmpp-2m, "
+    "50 steps, linspace spacing instead. --sampler, --spacing and --steps choose others.",
+    "UniPCMultistepScheduler": "with use_karras_sigmas True, which is not among the samplers here; drawn with dpmpp-2m",
+    "DDPMScheduler": "which draws well in hundreds of steps alone (--sampler ddpm --steps 100 is the same); drawn with",
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_sampler_than_the_model_asks_for_is_one_line(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"_class_name": name, "num_train_timesteps": 100, "beta_end": 0.2, "use_karras_sigmas": True}
+    (tiny_folder / "scheduler_config.json").write_text(json.dumps(config))
+    words = ("--weights", tiny_folder, "--run", tmp_path / "run")
+    printed = _stopped(monkeypatch, *words)
+    assert printed.startswith(f"note: The scheduler config names {name}")
+    assert SCHEDULERS[name] in printed
+    assert printed.count(name) == 1
+    assert ", 3 steps, " in _stopped(monkeypatch, *words[:2], "--run", tmp_path / "three", "--steps", 3)
+    chosen = _stopped(monkeypatch, *words[:2], "--run", tmp_path / "named", "--sampler", "ddpm", "--steps", 3)
+    assert name not in chosen
+
+
+def test_a_model_that_does_not_predict_noise_is_refused_in_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    (tiny_folder / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    line = refused(tmp_path, "calibrate", "--weights", tiny_folder, "--run", tmp_path / "run")
+    assert "FlowMatchEulerDiscreteScheduler is for flow matching, where the network predicts a velocity" in line
+
+
+def test_a_model_of_forty_timesteps_takes_as_many_steps(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 40, "beta_end": 0.5, "steps_offset": 1}
+    (tiny_folder / "scheduler_config.json").write_text(json.dumps(config))
+    run = tmp_path / "run"
+    assert "error" not in _stopped(monkeypatch, "--weights", tiny_folder, "--run", run)
+    sampler = json.loads((run / "run.json").read_text())["settings"]["sampler"]
+    assert (sampler["steps"], sampler["spacing"]) == (39, "from-1")
+    # A model of the table has its papers' steps, and the line says which option changes them.
+    words = ("--model", "ddpm-mnist", "--weights", tiny_folder, "--run", tmp_path / "named")
+    line = refused(tmp_path, "calibrate", *words)
+    assert (
+        "50 sampling steps are more than the 40 timesteps of the model allow ddim: choose --steps 40 or fewer" in line
+    )
+    assert "error" not in _stopped(monkeypatch, *words[:-1], tmp_path / "again", "--steps", 40)
 
 
 def test_the_models_are_listed() -> None:

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from gaq_export.diffusion import samplers
 from gaq_export.diffusion.schedule import (
@@ -70,15 +70,38 @@ def test_quad_spacing_keeps_the_repeats_of_the_published_protocol() -> None:
 
 
 def test_more_steps_than_timesteps_are_refused() -> None:
-    with pytest.raises(GaqError, match="101 sampling steps are more than the 100 timesteps"):
+    with pytest.raises(GaqError, match=r"101 sampling steps are more than the 100 timesteps .* --steps 100 or fewer"):
         timesteps(SamplerSpec(steps=101), 100)
+    with pytest.raises(GaqError, match="choose --steps 99 or fewer"):
+        timesteps(SamplerSpec(name="dpmpp-2m", steps=100), 100)
+    with pytest.raises(GaqError, match=r"100 sampling steps of from-1 spacing would begin at timestep 100, .* is 99"):
+        timesteps(SamplerSpec(steps=100, spacing="from-1"), 100)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_spacings_visit_what_diffusers_visits(spacing: str, offset: int) -> None:
+    name = {"leading": f"from-{offset}" if offset else "uniform"}.get(spacing, spacing)
+    ddim = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    dpm = DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=offset)
+    for steps in range(1, 150):
+        ddim.set_timesteps(steps)
+        # Its range has one entry too many where the stride is rounded down: timestep -1, after the end.
+        assert timesteps(SamplerSpec(steps=steps, spacing=name), 1000).tolist() == ddim.timesteps.tolist()[:steps]
+        dpm.set_timesteps(steps)
+        spec = SamplerSpec(name="dpmpp-2m", steps=steps, spacing=name)
+        assert timesteps(spec, 1000).tolist() == dpm.timesteps.tolist()[:steps]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"name": "plms"}, r"Unknown sampler 'plms'. Choose one of \['ddim', 'ddim-clipped', 'ddpm', 'dpmpp-2m'\]"),
-        ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['beta', 'from-1', 'quad', 'uniform'\]"),
+        ({"spacing": "cubic"}, r"Unknown spacing 'cubic'. Choose one of \['beta', 'from-1', .* 'uniform'\]"),
+        ({"spacing": "from-0"}, "Unknown spacing 'from-0'"),
+        ({"spacing": "from-1x"}, "Unknown spacing 'from-1x'"),
+        ({"spacing": ["uniform"]}, r"Unknown spacing \['uniform'\]"),
         ({"steps": 0}, "from 1 up, not 0"),
         ({"steps": 2.5}, "from 1 up, not 2.5"),
         ({"eta": 1.5}, "between 0 and 1, not 1.5"),
