@@ -7,15 +7,16 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def silenced(logger: str) -> Iterator[None]:
-    """Hide all warnings, and the messages of `logger` below errors, while this is open.
+def silenced(logger: str, below: int = logging.ERROR) -> Iterator[None]:
+    """Hide all warnings, and the messages of `logger` that are not errors, while this is open.
 
     Args:
         logger: name of a library's logger, such as "torch".
+        below: level of the messages that are not hidden; `logging.CRITICAL` hides errors too, where they are expected.
     """
     noisy = logging.getLogger(logger)
     level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    noisy.setLevel(below)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

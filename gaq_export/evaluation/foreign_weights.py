@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calib.files import read_safetensors
 from gaq_export.errors import GaqError
-from gaq_export.models.diffusers_folder import read_pickle, tensors
+from gaq_export.models.weight_files import read_pickle, tensors
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -13,12 +13,11 @@ from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound
 
 from gaq_export.errors import GaqError
-from gaq_export.models.diffusers_folder import INDEX, PICKLE, PLACES, SAFETENSORS
+from gaq_export.models.diffusers_folder import PLACES
+from gaq_export.models.weight_files import DIFFUSERS, TRANSFORMERS
 
 TIMEOUT_S = 10.0  # seconds
 PARTS = ("scheduler", "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-# Of the weights in a folder only the first of these is fetched: repositories hold the same weights in several formats.
-_WEIGHTS = (SAFETENSORS, "model.safetensors", PICKLE, "pytorch_model.bin")
 
 
 def fetch(repo: str, revision: str | None) -> tuple[Path, str]:
@@ -110,9 +109,9 @@ def wanted(files: Sequence[str]) -> list[str]:
         inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(place)]
         names = {PurePosixPath(file).name: file for file in inside}
         chosen += [file for name, file in names.items() if name.endswith((".json", ".txt"))]
-        if INDEX in names:  # weights in several files, named as 00001-of-00002
-            chosen += [file for name, file in names.items() if "-of-" in name and name.endswith(".safetensors")]
-        chosen += [names[name] for name in _WEIGHTS if name in names][:1]
+        # Repositories hold the same weights in several formats, of which one is read.
+        weights = DIFFUSERS.files(names) or TRANSFORMERS.files(names)
+        chosen += [names[name] for name in weights if names[name] not in chosen]
     return chosen
 
 
@@ -127,8 +126,11 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 def _is_whole(folder: Path) -> bool:
     # The cache also holds folders of interrupted downloads, and those of the card alone (`papers`).
-    complete = [("config.json", name) for name in (SAFETENSORS, INDEX, PICKLE)]
-    return any(all((folder / place / name).is_file() for name in names) for names in complete for place in PLACES)
+    for place in (folder / place for place in PLACES):
+        names = [path.name for path in place.iterdir()] if place.is_dir() else []
+        if "config.json" in names and DIFFUSERS.preferred(names):
+            return True
+    return False
 
 
 def _nearest(repo: str) -> str:

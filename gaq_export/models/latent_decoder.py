@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from gaq_export.errors import GaqError, one_line
-from gaq_export.models import diffusers_folder
+from gaq_export.models import weight_files
 from gaq_export.models.json_file import read_json
+from gaq_export.models.network_config import check_sizes
 
 PLACES = ("vae", "vqvae")  # sub-folders of a pipeline folder
 _FACTORS = (("latents_std", 1.0), ("latents_mean", 0.0))  # fields of a config, one number a channel, and their defaults
@@ -112,6 +113,7 @@ def load_decoder(folder: Path, *, allow_pickle: bool = False) -> LatentDecoder:
     """Load the decoder of an autoencoder from its folder, with `config.json` and weights; see `find_decoder`."""
     file = folder / "config.json"
     config = read_json(file, "decoder's config")
+    check_sizes(config, f"The decoder's config {file}")
     kind = str(config.get("_class_name"))
     if kind not in KINDS:
         raise GaqError(f"The config {file} describes a {kind!r}; decoders of {list(KINDS)} are supported.")
@@ -120,9 +122,9 @@ def load_decoder(folder: Path, *, allow_pickle: bool = False) -> LatentDecoder:
         # The random weights are all replaced: leave the caller's random stream alone.
         with torch.random.fork_rng(devices=[]):
             autoencoder = KINDS[kind](**{name: value for name, value in config.items() if name in known})
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # it checks little of a config itself; the rest fails somewhere in the layers
         raise GaqError(f"diffusers cannot build the decoder in {file}: {one_line(error)}") from error
-    diffusers_folder.load_weights(autoencoder, folder, allow_pickle=allow_pickle)
+    weight_files.load_weights(autoencoder, folder, allow_pickle=allow_pickle)
     return LatentDecoder(autoencoder)
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gaq_export.errors import GaqError
-from gaq_export.models import diffusers_folder
+from gaq_export.models import weight_files
 from gaq_export.models.architectures import config_of
 
 FILE = "model.ckpt"
@@ -147,7 +146,7 @@ def _part(value: Tensor, name: str, shape: torch.Size, width: Any) -> Tensor:
     if which is not None and value.numel() == 3 * shape.numel():
         # (3C, ...) -> (heads, 3, width, ...) -> (heads, width, ...): q, k and v alternate from head to head
         value = value.reshape(-1, 3, width or shape[0], *shape[1:])[:, "qkv".index(which[1])]
-    # One of another size is returned as it is, for `diffusers_folder.fill` to report.
+    # One of another size is returned as it is, for `weight_files.fill` to report.
     return value.reshape(shape) if value.numel() == shape.numel() else value
 
 
@@ -155,11 +154,11 @@ def _state(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise GaqError(f"There is no checkpoint {file}.")
     if file.suffix == ".safetensors":
-        return load_file(file)
+        return weight_files.read_safetensors(file)
     with _stand_ins(file):
-        content = diffusers_folder.read_pickle(file)
+        content = weight_files.read_pickle(file)
     state = content.get("state_dict", content) if isinstance(content, dict) else content
-    return diffusers_folder.tensors(state, file)
+    return weight_files.tensors(state, file)
 
 
 def _stand_ins(file: Path) -> Any:

@@ -18,10 +18,9 @@ from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, default_sampler, under_guidance
 from gaq_export.errors import GaqError, unknown
-from gaq_export.models import diffusers_folder, hub, ldm_checkpoint, own_module
+from gaq_export.models import diffusers_folder, hub, ldm_checkpoint, own_module, pipeline_index, weight_files
 from gaq_export.models.architectures import as_denoiser, condition_inputs_of, config_of
 from gaq_export.models.latent_decoder import find_decoder
-from gaq_export.models.own_module import Example
 from gaq_export.models.registry import MODELS, WEIGHTS, ModelSpec
 from gaq_export.models.scheduler_config import (
     read_scheduler,
@@ -29,6 +28,7 @@ from gaq_export.models.scheduler_config import (
     schedule_from_scheduler_config,
 )
 from gaq_export.models.source import BUNDLED, MODULE, ORIGINAL, SourceKind, WeightSource
+from gaq_export.models.trial import Example
 
 __all__ = ["MODELS", "LoadedModel", "ModelSpec", "load_model", "random_model", "wrap"]
 
@@ -77,9 +77,7 @@ class LoadedModel:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image, or of its latents if there is a decoder."""
-        size = self.spec.config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.spec.config["in_channels"]), int(height), int(width)
+        return diffusers_folder.shape_of(self.spec.config)
 
     @property
     def guided(self) -> bool:
@@ -288,6 +286,7 @@ def _from_hub(name: str, source: WeightSource) -> LoadedModel:
 
 
 def _from_folder(folder: Path, name: str, source: WeightSource, *, allow_pickle: bool = False) -> LoadedModel:
+    pipeline_index.read_index(folder)  # first: it says whether the rest is drawn here as it is meant to be
     module = diffusers_folder.load_network(diffusers_folder.network_folder(folder), allow_pickle=allow_pickle)
     # Looked for in the pipeline folder, of which the network has only a sub-folder.
     decoder = find_decoder(folder, int(config_of(module)["in_channels"]), allow_pickle=allow_pickle)
@@ -306,7 +305,7 @@ def _from_checkpoint(file: Path, name: str | None, path: Path) -> LoadedModel:
     config = diffusers_folder.read_config(file.parent) if has_config else _known(name).config
     with torch.random.fork_rng(devices=[]):  # the random weights are all replaced: leave the caller's stream alone
         module = diffusers_folder.build_network(config, f"the model {name or file.stem!r}")
-    diffusers_folder.fill(module, ldm_checkpoint.read(file, module), file)
+    weight_files.fill(module, ldm_checkpoint.read(file, module), file)
     decoder = find_decoder(file.parent, int(config_of(module)["in_channels"]))
     return replace(_trained(module, file.parent, name or file.stem, WeightSource.at(path)), decoder=decoder)
 

@@ -5,8 +5,6 @@ In: any module that predicts noise, and the shape of its images. Out: a module i
 twice on noise, so that what cannot work is known before a calibration begins.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,35 +16,11 @@ from calib.sqnr import sqnr_db
 from gaq_export.diffusion.denoiser import Condition
 from gaq_export.errors import GaqError
 from gaq_export.models.architectures import ARCHITECTURES, as_denoiser
+from gaq_export.models.trial import ROWS, Example, failed, noise_of, require_image_shape, run
 
-_ROWS = 2  # images of a trial
-_LARGEST = 2**28  # numbers of an image: 1 GiB
-_HALVINGS = 6  # how often a network is taken to halve its images, when a size is looked for that it takes
+_ADVICE = "Give wrap the shape that it takes, and the conditioning if it takes any."
 # An image comes out the same, but for rounding, whatever else is in its batch; 60 dB leave room for other kernels.
 _SAME_DB = 60.0
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Example:
-    """What a network is called with: images, and a condition if it takes one.
-
-    Attributes:
-        shape: (C, H, W) of an image.
-        timesteps: number of training timesteps.
-        condition: one row, (1, ...), of each tensor; empty for a network called as (x, t).
-    """
-
-    shape: tuple[int, int, int]
-    timesteps: int
-    condition: Mapping[str, Tensor]
-
-    def inputs(self, rows: int = _ROWS) -> tuple[Any, ...]:
-        """Return noise x (N, C, H, W), timesteps (N,) int64 and perhaps the condition."""
-        x = torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(0))
-        # The last timestep, and one from the middle; what happens at 0 depends on the sampler, which may not go there.
-        t = torch.tensor([self.timesteps - 1, self.timesteps // 2] * rows)[:rows]
-        cond = {name: row[:1].expand(rows, *row.shape[1:]) for name, row in self.condition.items()}
-        return (x, t, cond) if cond else (x, t)
 
 
 class NoiseOutput(nn.Module):
@@ -62,7 +36,7 @@ class NoiseOutput(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """Predict the noise in `x` (N, C, H, W) at timesteps `t` (N,)."""
-        out = _noise(self.network(x, t, cond) if cond else self.network(x, t))
+        out = noise_of(self.network(x, t, cond) if cond else self.network(x, t))
         assert out is not None  # as the trial has shown
         return out
 
@@ -92,18 +66,6 @@ def prepare(module: nn.Module, example: Example) -> nn.Module:
     return NoiseOutput(plain).eval() if is_wrapped else plain
 
 
-def require_image_shape(shape: tuple[int, ...]) -> None:
-    """Raise GaqError unless `shape` is (C, H, W), three sizes of 1 or more, and an image fits in memory."""
-    whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in shape)
-    if len(shape) != 3 or not whole:
-        raise GaqError(
-            f"The shape of an image is (C, H, W), three whole numbers of 1 or more; found {tuple(shape)}. A signal of "
-            "one dimension is (C, 1, L); videos are not supported."
-        )
-    if shape[0] * shape[1] * shape[2] > _LARGEST:
-        raise GaqError(f"An image of shape {tuple(shape)} is larger than 1 GiB: give a smaller one.")
-
-
 def _in_float32(module: nn.Module) -> nn.Module:
     """Return a module whose floating-point tensors are all float32, a copy if some are not."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -120,11 +82,10 @@ def _try(network: nn.Module, example: Example) -> bool:
     """Run a network; raise GaqError if it cannot be used, else return whether its result wraps the noise."""
     inputs = example.inputs()
     try:
-        with torch.no_grad():
-            returned = network(*inputs)
+        returned = run(network, inputs)
     except Exception as error:  # whatever the caller's code raises
-        raise _failed(network, example, error) from error
-    out = _noise(returned)
+        raise failed(network, example, error, _ADVICE) from error
+    out = noise_of(returned)
     if out is None or out.shape != inputs[0].shape or not out.is_floating_point():
         raise GaqError(
             f"The module must return the predicted noise, one tensor of the shape of x, {tuple(inputs[0].shape)}; "
@@ -143,12 +104,11 @@ def _require_own_rows(network: nn.Module, inputs: tuple[Any, ...], out: Tensor) 
     def differs(first: int) -> bool:
         rows = slice(first, None)
         part = [{k: v[rows] for k, v in one.items()} if isinstance(one, dict) else one[rows] for one in inputs]
-        with torch.no_grad():
-            again = _noise(network(*part))
+        again = noise_of(run(network, tuple(part)))
         same = again is not None and (torch.equal(out[rows], again) or sqnr_db(out[rows], again) >= _SAME_DB)
         return not same
 
-    if not differs(_ROWS - 1):  # the last, since code that forgets the batch mostly takes the first
+    if not differs(ROWS - 1):  # the last, since code that forgets the batch mostly takes the first
         return
     if differs(0):
         raise GaqError("The module returns something else each time: it draws random numbers, which no engine repeats.")
@@ -156,49 +116,6 @@ def _require_own_rows(network: nn.Module, inputs: tuple[Any, ...], out: Tensor) 
         "The module mixes the images of a batch: the last comes out otherwise when it is alone. Each image has its own "
         "timestep, t[i] and not t[0]; a batch norm needs running statistics (track_running_stats=True)."
     )
-
-
-def _failed(network: nn.Module, example: Example, error: Exception) -> GaqError:
-    """Return the error for a forward pass that failed, with what would help if that can be found out."""
-    x, t, *condition = example.inputs()
-    lines = str(error).strip().splitlines() or [""]
-    reason = f"{type(error).__name__}: {lines[-1].strip()[:200]}".rstrip(". :")
-    hint = "Give wrap the shape that it takes, and the conditioning if it takes any."
-    if _runs(network, (x, t.float(), *condition)):
-        hint = "It runs with t as float32, but timesteps are int64: begin its forward with t = t.float()."
-    else:
-        for height, width in _larger(*example.shape[1:]):
-            larger = torch.zeros(len(x), example.shape[0], height, width)
-            if _runs(network, (larger, t, *condition)):
-                hint = f"It takes images of {height} x {width}, whose size it can halve evenly."
-                break
-    return GaqError(
-        f"The network's own forward pass fails for x {tuple(x.shape)} and t {tuple(t.shape)} int64: {reason}. {hint}"
-    )
-
-
-def _larger(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield the next sizes that can be halved once, twice, ..."""
-    for unit in (2**k for k in range(1, _HALVINGS + 1)):
-        yield -(-height // unit) * unit, -(-width // unit) * unit
-
-
-def _runs(network: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    try:
-        with torch.no_grad():
-            out = _noise(network(*inputs))
-    except Exception:  # whatever the caller's code raises
-        return False
-    return out is not None and out.shape == inputs[0].shape
-
-
-def _noise(returned: Any) -> Tensor | None:
-    """Return the one tensor in what a network returned: itself, in a tuple of one, or `sample`; None for the rest."""
-    if isinstance(returned, (tuple, list)) and len(returned) == 1:
-        returned = returned[0]
-    if not isinstance(returned, Tensor):
-        returned = getattr(returned, "sample", None)
-    return returned if isinstance(returned, Tensor) else None
 
 
 def _described(returned: Any) -> str:

@@ -24,24 +24,20 @@ from torch import Tensor, nn
 
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.errors import GaqError, one_line
-from gaq_export.models import diffusers_folder, hub
+from gaq_export.models import hub, weight_files
 from gaq_export.models.architectures import ADDED
-from gaq_export.models.diffusers_folder import WeightFiles
 from gaq_export.models.json_file import read_json
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.network_config import check_sizes
+from gaq_export.models.pipeline_index import read_index
 from gaq_export.models.source import SourceKind, WeightSource
+from gaq_export.models.weight_files import TRANSFORMERS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 STATES = "encoder_hidden_states"
 PLACES = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-FILES = WeightFiles(
-    whole="model.safetensors",
-    half="model.fp16.safetensors",
-    index="model.safetensors.index.json",
-    pickle="pytorch_model.bin",
-)
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 CHUNK = 16  # prompts at a time, which bounds the memory
 # Fields of a config that say how it was saved and not what the encoder is.
@@ -177,12 +173,16 @@ def load(folder: Path, *, allow_pickle: bool = False) -> Texts | None:
         return None
     if not installed():
         raise GaqError("Prompts need transformers: pip install 'gaq-export[text]'.")
+    if (folder / PLACES[0][1]) not in present[0]:
+        raise GaqError(
+            f"{folder} has {PLACES[1][1]}/ and no {PLACES[0][1]}/, as a refiner of Stable Diffusion XL, which goes on "
+            "from another model's latents: it is not supported."
+        )
     pair = len(present) > 1
     encoders = tuple(_encoder(place, pair, allow_pickle) for _, place in present)
     if pair and encoders[1].projection is None:
         raise GaqError(f"{present[1][1]} is no {CLASSES[1]}, as a second text encoder must be.")
-    index_file = folder / "model_index.json"
-    index = read_json(index_file, "index of the pipeline") if index_file.is_file() else {}
+    index = read_index(folder)
     return Texts(
         tokenizers=tuple(
             _tokenizer(place, encoder.length) for (place, _), encoder in zip(present, encoders, strict=True)
@@ -246,8 +246,11 @@ def _tokenizer(folder: Path, length: int) -> "Tokenizer":
 def _encoder(folder: Path, pair: bool, allow_pickle: bool) -> TextEncoder:
     import transformers
 
-    fields = read_json(folder / "config.json", "text encoder's config")
-    kind = (fields.get("architectures") or [None])[0]
+    file = folder / "config.json"
+    fields = read_json(file, "text encoder's config")
+    check_sizes(fields, f"The text encoder's config {file}")
+    named = fields.get("architectures")
+    kind = named[0] if isinstance(named, list) and named else named
     if kind not in CLASSES:
         raise GaqError(f"The text encoder in {folder} is a {kind!r}; supported are {list(CLASSES)}.")
     try:
@@ -266,7 +269,7 @@ def _encoder(folder: Path, pair: bool, allow_pickle: bool) -> TextEncoder:
             return None
         return name if name in names else name.removeprefix("text_model.")
 
-    diffusers_folder.load_weights(model, folder, allow_pickle=allow_pickle, files=FILES, rename=rename)
+    weight_files.load_weights(model, folder, allow_pickle=allow_pickle, naming=TRANSFORMERS, rename=rename)
     return TextEncoder(model, pair=pair)
 
 

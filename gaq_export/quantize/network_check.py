@@ -10,7 +10,6 @@ from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from calib.config import QuantConfig
@@ -22,8 +21,10 @@ from gaq_export.errors import GaqError
 from gaq_export.graph.export import export_float
 from gaq_export.graph.qdq import layer_weights
 from gaq_export.graph.step import make_step
+from gaq_export.models import trial
 from gaq_export.models.architectures import ARCHITECTURES
 from gaq_export.models.loader import LoadedModel
+from gaq_export.models.trial import Example
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +47,11 @@ def _require_finite(model: LoadedModel) -> None:
     t = visited[[0, -1]]
     x = noise([0, 1], 0, model.shape)
     cond = {name: row.expand(2, *row.shape[1:]) for name, row in model.condition_inputs.items()}
-    with torch.no_grad():
-        out: Tensor = model.network(x, t, cond) if cond else model.network(x, t)
+    try:
+        out: Tensor = trial.run(model.network, (x, t, cond) if cond else (x, t))
+    except Exception as error:  # whatever the network's code raises, or diffusers' for a config that it built
+        example = Example(shape=model.shape, timesteps=model.schedule.num_train, condition=model.condition_inputs)
+        raise trial.failed(model.network, example, error, "Its config.json or its code has to be corrected.") from error
     broken = [int(one) for one, image in zip(t, out, strict=True) if not bool(image.isfinite().all())]
     if broken == [0] and len(visited) > 1:
         raise GaqError(

@@ -23,9 +23,9 @@ from gaq_export.evaluation import feature_metrics, frechet
 from gaq_export.evaluation.feature_extractors import find_extractor
 from gaq_export.evaluation.image_sets import open_images
 from gaq_export.models import diffusers_folder, text_encoder
-from gaq_export.models.diffusers_folder import PICKLE, SAFETENSORS
 from gaq_export.models.latent_decoder import find_decoder
 from gaq_export.models.loader import load_model
+from gaq_export.models.weight_files import DIFFUSERS, SAFETENSORS
 from gaq_export.sampling import shards
 from tests.records import edit_engine_record
 
@@ -100,7 +100,7 @@ def test_a_model_folder_with_a_pickle_is_refused_and_one_of_the_hub_is_read_as_t
     tiny_folder: Path, write: Write
 ) -> None:
     (tiny_folder / SAFETENSORS).unlink()
-    write(tiny_folder / PICKLE)
+    write(tiny_folder / DIFFUSERS.pickle)
     refused("are a pickle", lambda: load_model(weights=tiny_folder))
     refused(NOT_READ, lambda: diffusers_folder.load_network(tiny_folder, allow_pickle=True))
 
@@ -111,7 +111,7 @@ def test_a_decoders_pickle_is_read_as_tensors(
 ) -> None:
     folder = shutil.copytree(latent_pipelines[place], tmp_path / "pipeline")
     (folder / place / SAFETENSORS).unlink()
-    write(folder / place / PICKLE)
+    write(folder / place / DIFFUSERS.pickle)
     refused("are a pickle", lambda: load_model(weights=folder))
     refused(NOT_READ, lambda: find_decoder(folder, 3, allow_pickle=True))
 
@@ -201,11 +201,13 @@ def test_code_beside_a_model_is_never_imported(
         (folder / place / "modeling.py").write_text(code)
         for file in (folder / place).glob("*config.json"):
             file.write_text(json.dumps(json.loads(file.read_text()) | further))
-    (folder / "model_index.json").write_text(
-        json.dumps({"_class_name": ["modeling", "Net"], "unet": ["modeling", "Net"]})
-    )
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["modeling", "Net"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     assert load_model(weights=folder).shape == (4, 8, 8)
     assert text_encoder.encode(folder, ["a"])
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": ["modeling", "Net"]}))
+    refused("would be left out", lambda: load_model(weights=folder))
+    (folder / "model_index.json").unlink()
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": ["modeling", "Net"]}))
     refused("config", lambda: load_model(weights=folder))

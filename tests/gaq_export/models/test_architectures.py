@@ -16,8 +16,9 @@ from gaq_export.models.architectures import (
     condition_inputs_of,
     config_of,
 )
-from gaq_export.models.diffusers_folder import SAFETENSORS, fingerprint
+from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import load_model
+from gaq_export.models.weight_files import SAFETENSORS
 
 SMALL = {
     "sample_size": 8,

@@ -16,8 +16,12 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from gaq_export.errors import GaqError
-from gaq_export.models.diffusers_folder import HALF, INDEX, PICKLE, SAFETENSORS, fingerprint
+from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import load_model
+from gaq_export.models.weight_files import DIFFUSERS, SAFETENSORS
+
+INDEX, PICKLE = f"{SAFETENSORS}.index.json", DIFFUSERS.pickle
+HALF = f"{DIFFUSERS.stem}.fp16.safetensors"
 
 
 def test_a_pipeline_folder_is_read_from_its_subfolders(tiny_unet: UNet2DModel, tmp_path: Path) -> None:
@@ -70,7 +74,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "a 'VQModel'; supported are .*'UNet2DModel'",
     ),
     "odd block": (lambda f: _config(f, down_block_types=["Down", "Down"]), "cannot build the architecture"),
-    "odd type": (lambda f: _config(f, block_out_channels="wide"), "cannot build the architecture"),
+    "odd type": (lambda f: _config(f, block_out_channels="wide"), "block_out_channels is 'wide', expected a whole"),
+    "odd groups": (lambda f: _config(f, norm_num_groups=7), "cannot build the architecture"),
     "times for classes": (lambda f: _config(f, class_embed_type="timestep"), r"class_embed_type 'timestep'.*\[None\]"),
     "odd channels": (lambda f: _config(f, out_channels=3), "turns 1 channels into 3"),
     "no size": (lambda f: _config(f, sample_size=None), "has no sample_size"),
@@ -144,7 +149,7 @@ def test_weights_in_several_files_and_in_half_precision_are_read(tmp_path: Path)
     with pytest.raises(GaqError, match=f"{lost.name} is needed"):
         load_model(weights=tmp_path / "parts")
     (tmp_path / "parts" / INDEX).write_text("{}")
-    with pytest.raises(GaqError, match=r"index of weights .* cannot be read"):
+    with pytest.raises(GaqError, match=r"The index of weights .* is not valid: weight_map is missing"):
         load_model(weights=tmp_path / "parts")
 
 

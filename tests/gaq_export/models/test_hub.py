@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 
 from gaq_export.errors import GaqError
 from gaq_export.models import hub
-from gaq_export.models.diffusers_folder import INDEX, PICKLE, SAFETENSORS, fingerprint
+from gaq_export.models.diffusers_folder import fingerprint
 from gaq_export.models.loader import load_model
+from gaq_export.models.weight_files import DIFFUSERS, SAFETENSORS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+INDEX, PICKLE = f"{SAFETENSORS}.index.json", DIFFUSERS.pickle
 
 
 def test_of_a_pipelines_repository_each_part_is_fetched_once() -> None:
@@ -152,6 +155,26 @@ def test_a_hub_checkpoint_in_the_old_format_loads_with_its_old_attention_names(
     (local_hub / SAFETENSORS).unlink()
     assert load_model("ddpm-church").fingerprint == fingerprint(tiny_unet)
     assert f"{PICKLE} is a pickle: it is read as tensors only, and no code in it is run" in caplog.text
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_a_repository_with_a_variant_alone_is_fetched_and_found_again_offline(
+    variant: str, local_hub: Path, tiny_unet: UNet2DModel, hub_at: Callable[[str], None]
+) -> None:
+    (local_hub / SAFETENSORS).rename(local_hub / f"{DIFFUSERS.stem}.{variant}.safetensors")
+    assert load_model("ddpm-church").fingerprint == fingerprint(tiny_unet)
+    hub_at("http://127.0.0.1:9")
+    assert load_model("ddpm-church").fingerprint == fingerprint(tiny_unet)
+
+
+def test_weights_in_several_files_are_read_through_the_links_of_the_cache(
+    local_hub: Path, tiny_unet: UNet2DModel
+) -> None:
+    state = load_file(local_hub / SAFETENSORS)
+    part = f"{DIFFUSERS.stem}-00001-of-00001.safetensors"
+    (local_hub / SAFETENSORS).rename(local_hub / part)
+    (local_hub / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(state, part)}))
+    assert load_model("ddpm-church").fingerprint == fingerprint(tiny_unet)
 
 
 def test_a_pickle_that_would_run_code_is_refused(local_hub: Path) -> None:

@@ -18,6 +18,7 @@ from gaq_export.errors import GaqError
 from gaq_export.models import diffusers_folder, latent_decoder
 from gaq_export.models.loader import load_model, wrap
 from gaq_export.models.provenance import Provenance, find_model
+from gaq_export.models.weight_files import SAFETENSORS
 from tests.gaq_export.folders import KINDS, autoencoder
 
 SETTINGS = EngineConfig(backend="openvino", threads=1)
@@ -51,7 +52,7 @@ def test_latents_have_the_shift_and_the_spread_that_the_config_says() -> None:
 def test_a_decoder_that_is_not_as_it_must_be_is_refused(latent_pipelines: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(latent_pipelines["vae"], folder)
-    weights, config = folder / "vae" / diffusers_folder.SAFETENSORS, folder / "vae" / "config.json"
+    weights, config = folder / "vae" / SAFETENSORS, folder / "vae" / "config.json"
     state, fields = load_file(weights), json.loads(config.read_text())
     save_file({name: value for name, value in state.items() if name != "decoder.conv_out.bias"}, weights)
     with pytest.raises(GaqError, match=r"1 tensors missing \[decoder.conv_out.bias\]"):
@@ -60,7 +61,7 @@ def test_a_decoder_that_is_not_as_it_must_be_is_refused(latent_pipelines: dict[s
     config.write_text(json.dumps(fields | {"_class_name": "AutoencoderDC"}))
     with pytest.raises(GaqError, match=r"describes a 'AutoencoderDC'; decoders of \['AutoencoderKL', 'VQModel'\]"):
         load_model(weights=folder)
-    config.write_text(json.dumps(fields | {"layers_per_block": "many"}))
+    config.write_text(json.dumps(fields | {"norm_num_groups": 7}))
     with pytest.raises(GaqError, match="diffusers cannot build the decoder in"):
         load_model(weights=folder)
     config.write_text("[]")

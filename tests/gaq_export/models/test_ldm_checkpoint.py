@@ -122,6 +122,17 @@ def test_a_trainers_notes_do_not_keep_the_weights_from_being_read_but_code_does(
         load_model("ldm-bedrooms", evil)
 
 
+def test_a_single_file_that_was_cut_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small("sd15").spec.config))
+    file = tmp_path / "v1-5.safetensors"
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4000)}, file)
+    whole = file.read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(GaqError, match=r"The weights .*v1-5\.safetensors are damaged .*\. Copy them again"):
+            load_model("sd15", file)
+
+
 def test_what_is_wrong_with_an_original_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
     model = small("ldm-bedrooms")
     state = as_published(model)

@@ -1,5 +1,6 @@
 """What would stop a build is found before a calibration begins; unusual networks go all the way."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from engines import EngineConfig
 from gaq_export import pipeline
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
+from gaq_export.models.loader import load_model
 from gaq_export.quantize.make_plan import CalibrationCallbacks
 from gaq_export.quantize.network_check import check_network
 from gaq_export.quantize.presets import CalibrationOptions
@@ -177,6 +179,18 @@ def test_a_network_that_has_no_tables_is_warned_about(caplog: pytest.LogCaptureF
         check_network(wrapped(NumpyTime()), TINY.config)
     assert "An engine of whole steps cannot be built of this network." in caplog.text
     assert "Build with --graph eps." in caplog.text
+
+
+def test_a_config_that_diffusers_builds_and_cannot_run_is_refused_before_any_work(
+    make_tiny_unet: Callable[[], nn.Module], write_tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write_tiny_folder(make_tiny_unet(), tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"norm_eps": "x"}))
+    with pytest.raises(
+        GaqError, match=r"own forward pass fails for .*: TypeError: .*Its config.json or its code has to"
+    ):
+        pipeline.calibrate(load_model(weights=folder), TINY, folder=tmp_path / "run")
 
 
 def test_a_diffusers_network_with_broken_numbers_at_a_timestep_is_refused(
