@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import diffusers
+import numpy as np
+import torch
 from diffusers import DDPMScheduler
 from pydantic import Field
 
@@ -49,7 +51,7 @@ class _Fields:
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     beta_start: _Share = 1e-4
     beta_end: _Share = 2e-2
-    beta_schedule: str = "linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"] = "linear"
     trained_betas: list[_Share] | None = None
     rescale_betas_zero_snr: bool = False
     prediction_type: str = "epsilon"
@@ -94,12 +96,15 @@ def read_scheduler(source: str | Path | Mapping[str, Any], where: object = "") -
     name, kind = _class_of(config, where)
     found = _fields(config, name, kind, where)
     _refuse(found, where)
-    schedule = _noise_schedule(found, where)
     leading = f"from-{found.steps_offset}" if found.steps_offset else "uniform"
     spacing = leading if found.timestep_spacing == "leading" else found.timestep_spacing
     instead = _instead(found, name, kind)
     ours = kind.sampler if instead or not kind.leading else kind.leading
-    sampler = default_sampler(schedule.num_train, ours, spacing=spacing, eta=kind.eta)
+    try:
+        schedule = _noise_schedule(found)
+        sampler = default_sampler(schedule.num_train, ours, spacing=spacing, eta=kind.eta)
+    except GaqError as error:
+        raise GaqError(f"{where}: {error}") from None
     return SchedulerReading(schedule=schedule, sampler=sampler, instead=instead)
 
 
@@ -139,6 +144,9 @@ def _fields(config: Mapping[str, Any], name: str, kind: SchedulerClass, where: o
     defaults = kind.defaults or {key: parameter.default for key, parameter in parameters if key != "self"}
     known = {field.name for field in fields(_Fields)} & defaults.keys()
     values = {"timestep_spacing": kind.spacing} | {key: config.get(key, defaults[key]) for key in known}
+    betas = values.get("trained_betas")
+    if isinstance(betas, np.ndarray | torch.Tensor):  # as diffusers' own configs may have them in memory
+        values["trained_betas"] = betas.tolist()
     try:
         return check_record(_Fields, values, where, f"Mend it, or take the scheduler config that the {name} saved")
     except CalibError as error:
@@ -171,17 +179,14 @@ def _refuse(found: _Fields, where: object) -> None:
         )
 
 
-def _noise_schedule(found: _Fields, where: object) -> NoiseSchedule:
-    try:
-        scheduler = DDPMScheduler(
-            num_train_timesteps=found.num_train_timesteps,
-            beta_start=found.beta_start,
-            beta_end=found.beta_end,
-            beta_schedule=found.beta_schedule,
-            trained_betas=found.trained_betas,
-        )
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise GaqError(f"{where}: diffusers cannot make a noise schedule of it: {error}") from error
+def _noise_schedule(found: _Fields) -> NoiseSchedule:
+    scheduler = DDPMScheduler(
+        num_train_timesteps=found.num_train_timesteps,
+        beta_start=found.beta_start,
+        beta_end=found.beta_end,
+        beta_schedule=found.beta_schedule,
+        trained_betas=found.trained_betas,
+    )
     alpha_bar = scheduler.alphas_cumprod.double()  # (T,); the float32 values of diffusers, so that images agree
     variance = found.variance_type or "fixed_small"
     return NoiseSchedule(
