@@ -4,13 +4,16 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from calib.errors import CalibError
-from calib.files import read_safetensors, write_atomically
+from calib.files import read_kept, write_checked
 from calib.plan import Grid
 from calib.reconstruct import BlockResult
+from calib.records import parse_record
+
+_ADVICE = "Run calibrate again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,27 +38,26 @@ def save_block_state(folder: Path, index: int, key: str, state: BlockState) -> N
     Raises:
         CalibError: the folder cannot be written.
     """
-    tensors = {f"codes.{name}": codes.contiguous() for name, codes in state.codes.items()} | {"scores": state.scores}
+    tensors = {f"codes.{name}": codes for name, codes in state.codes.items()} | {"scores": state.scores}
     grids = {name: asdict(grid) for name, grid in state.grids.items()}
     header = {"key": key, "result": json.dumps(asdict(state.result)), "grids": json.dumps(grids)}
-    write_atomically(folder / f"{index:03d}.safetensors", save(tensors, header))
+    write_checked(folder / f"{index:03d}.safetensors", tensors, header)
 
 
 def load_block_state(folder: Path, index: int, key: str) -> BlockState | None:
-    """Return block number `index`, or None if it is absent, unreadable or of another calibration."""
+    """Return block number `index`, or None if it is absent, of another calibration, or does not verify."""
     path = folder / f"{index:03d}.safetensors"
-    if not path.is_file():
-        return None
-    try:
-        header, tensors = read_safetensors(path)
-    except CalibError:
-        return None
-    if header.get("key") != key:
-        return None
-    result = json.loads(header["result"])
-    return BlockState(
-        codes={name.removeprefix("codes."): v for name, v in tensors.items() if name != "scores"},
-        grids={n: Grid(**{**grid, "zero": tuple(grid["zero"])}) for n, grid in json.loads(header["grids"]).items()},
-        scores=tensors["scores"],
-        result=BlockResult.from_json(result),
-    )
+
+    def parse(header: dict[str, str], tensors: dict[str, Tensor]) -> BlockState | None:
+        if header.get("key") != key:
+            return None
+        result = parse_record(BlockResult, header.get("result", ""), path, _ADVICE)
+        grids = parse_record(dict[str, Grid], header.get("grids", ""), path, _ADVICE)
+        scores = tensors.pop("scores", None)
+        codes = {name.removeprefix("codes."): value for name, value in tensors.items()}
+        whole = codes.keys() == set(result.layers) and all(c.dtype == torch.int8 for c in codes.values())
+        if scores is None or scores.dim() != 1 or scores.dtype != torch.float64 or not whole:
+            raise CalibError(f"{path} does not hold the scores and the int8 codes of {result.layers}. {_ADVICE}.")
+        return BlockState(codes=codes, grids=grids, scores=scores, result=result)
+
+    return read_kept(path, parse)

@@ -9,10 +9,9 @@ another order, make another plan.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from calib.choices import (
     ActivationLearning,
@@ -28,7 +27,7 @@ from calib.choices import (
     Trajectory,
     choose,
 )
-from calib.errors import CalibError, did_you_mean
+from calib.errors import CalibError
 from calib.seeds import LARGEST_SEED
 
 BITS = range(2, 9)
@@ -253,28 +252,3 @@ def _check_combinations(config: QuantConfig) -> None:
 def to_json(config: QuantConfig) -> dict[str, Any]:
     """Return the config as nested plain values."""
     return dataclasses.asdict(config)
-
-
-def from_json(data: Mapping[str, Any]) -> QuantConfig:
-    """Rebuild a config; what is left out keeps its default.
-
-    Raises:
-        CalibError: there is a key that no config has; the message names the nearest one.
-    """
-    hints = get_type_hints(QuantConfig)
-    parts = {
-        key: _part(hints[key], value) if isinstance(value, Mapping) and key in hints else value
-        for key, value in data.items()
-    }
-    return _part(QuantConfig, parts)
-
-
-def _part(kind: type[_T], data: Mapping[str, Any]) -> _T:
-    """Build one dataclass; JSON has lists where the settings have tuples."""
-    data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise CalibError(f"Unknown setting {key!r} in {kind.__name__}; it has {known}.{hint}")
-    return kind(**data)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from calib.choices import CorrectionRule
+from calib.records import Finite, NonNegative
 
-Table = tuple[tuple[float, ...], ...]  # (S, C)
+Table = tuple[tuple[Finite, ...], ...]  # (S, C)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,26 +40,18 @@ class Correction:
     gain: Table
     bias: Table
     shift: Table
-    variance: tuple[float, ...]
+    variance: tuple[NonNegative, ...]
     explained: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Correction":
-        """Undo `to_json`."""
-        gain, bias, shift = (tuple(tuple(row) for row in fields[name]) for name in ("gain", "bias", "shift"))
-        variance, explained = (tuple(fields[name]) for name in ("variance", "explained"))
-        return cls(
-            rule=CorrectionRule(fields["rule"]),
-            gain=gain,
-            bias=bias,
-            shift=shift,
-            variance=variance,
-            explained=explained,
-        )
+    def __post_init__(self) -> None:
+        shapes = {(len(table), len(row)) for table in (self.gain, self.bias, self.shift) for row in table}
+        steps = {len(self.gain), len(self.bias), len(self.shift), len(self.variance), len(self.explained)}
+        if len(shapes) != 1 or len(steps) != 1:
+            raise ValueError("a correction with as many steps and channels in each table")
 
 
 @dataclass(frozen=True, kw_only=True)

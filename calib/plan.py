@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from calib import config as configs
@@ -22,11 +23,15 @@ from calib.attention import OPERANDS
 from calib.config import QuantConfig
 from calib.correction import Correction
 from calib.errors import CalibError
-from calib.files import read_safetensors, write_atomically, write_safetensors
+from calib.files import read_safetensors, tensors_digest, write_atomically, write_safetensors
 from calib.reconstruct import BlockResult
+from calib.records import Count, Positive, Sha256, parse_record
 from calib.surgery import Surgery
 
 FORMAT = 8
+_ADVICE = "Run calibrate again"
+Bits = Annotated[int, Field(ge=2, le=8)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +47,18 @@ class Grid:
         ratio: S float32 values in (0, 1], scale of each sampling step over `scale`; None if all share it.
     """
 
-    scale: float
-    bits: int
-    zero: tuple[int, ...] = (0,)
-    ratio: tuple[float, ...] | None = None
+    scale: Positive
+    bits: Bits
+    zero: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    ratio: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
     log2: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = integer_range(self.bits)
+        if any(not low <= zero <= high for zero in self.zero):
+            raise ValueError(f"a grid of {self.bits} bits with its zero between {low} and {high}")
+        if len(self.zero) not in (1, len(self.ratio or (1,))):
+            raise ValueError("a grid with one zero, or one for each ratio")
 
     def float8(self) -> "Grid":
         """Return the grid on which E4M3 numbers reach as far as the integers of this one, 0 in the middle."""
@@ -97,15 +109,9 @@ class StepBits:
         measured_db: (S,) what it has, by width; {} if that did not decide.
     """
 
-    bits: tuple[int, ...]
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)]
     required_db: tuple[float, ...] = ()
     measured_db: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "StepBits":
-        """Read what `dataclasses.asdict` and JSON made of one."""
-        measured = {int(bits): tuple(row) for bits, row in fields["measured_db"].items()}
-        return cls(bits=tuple(fields["bits"]), required_db=tuple(fields["required_db"]), measured_db=measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,40 @@ class QuantPlan:
     sensitivity: Mapping[str, Mapping[int, float]] | None = None
     surgery: Surgery = field(default_factory=Surgery)
     step_bits: StepBits | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerRecord:
+    """What `plan.json` says of a layer; packed codes do not have its shape."""
+
+    shape: Annotated[tuple[Count, ...], Field(min_length=1)]
+    weight_bits: Bits
+    input: Grid
+    narrower: tuple[Grid, ...]
+    output_scale: Positive
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return (self.input, *self.narrower)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanRecord:
+    """What `plan.json` holds; the fields are those of `QuantPlan`, where they have the same name."""
+
+    format: int
+    about: dict[str, Any]
+    config: QuantConfig
+    num_train: Count
+    layers: dict[str, _LayerRecord]
+    products: dict[str, ProductQuant]
+    float_layers: dict[str, str]
+    blocks: tuple[BlockResult, ...]
+    correction: Correction | None
+    sensitivity: dict[str, dict[int, float]] | None
+    splits: dict[str, Count]
+    step_bits: StepBits | None
+    tensors_sha256: Sha256
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -192,7 +232,7 @@ def save_plan(plan: QuantPlan, path: Path) -> None:
         "sensitivity": plan.sensitivity,
         "splits": dict(plan.surgery.splits),
         "step_bits": plan.step_bits and dataclasses.asdict(plan.step_bits),
-        "tensors_sha256": _digest(tensors),
+        "tensors_sha256": tensors_digest(tensors),
     }
     text = json.dumps(readable, indent=1).encode()
     write_atomically(path.with_suffix(".json"), text)
@@ -223,53 +263,86 @@ def load_plan(path: Path) -> QuantPlan:
     header, tensors = read_safetensors(path)
     if header.get("json_sha256") != hashlib.sha256(text).hexdigest():
         raise CalibError(f"{path.name} and {readable_path.name} do not belong together: run calibrate again.")
-    data = json.loads(text)
-    if data["format"] != FORMAT:
-        raise CalibError(f"{path.name} has format {data['format']}, this version reads {FORMAT}: run calibrate again.")
-    if data["tensors_sha256"] != _digest(tensors):
+    # The format first: a record of another version must not be half understood.
+    if (version := parse_record(dict[str, Any], text, readable_path, _ADVICE).get("format")) != FORMAT:
+        raise CalibError(f"{path.name} has format {version!r}, this version reads {FORMAT}: run calibrate again.")
+    data = parse_record(_PlanRecord, text, readable_path, _ADVICE)
+    if data.tensors_sha256 != tensors_digest(tensors):
         raise CalibError(f"{path.name} was altered since it was written (sha256 differs): run calibrate again.")
+    _check_tensors(path, data, tensors)
     factors = {name.removesuffix(".factors"): v for name, v in tensors.items() if name.endswith(".factors")}
     return QuantPlan(
-        layers={name: _layer(name, fields, tensors) for name, fields in data["layers"].items()},
-        products={
-            name: ProductQuant(**{what: _grid(fields[what]) for what in OPERANDS})
-            for name, fields in data["products"].items()
-        },
-        float_layers=data["float_layers"],
-        blocks=tuple(BlockResult.from_json(b) for b in data["blocks"]),
+        layers={name: _layer(name, record, tensors) for name, record in data.layers.items()},
+        products=data.products,
+        float_layers=data.float_layers,
+        blocks=data.blocks,
         scores=tensors["omega_scores"],
-        config=configs.from_json(data["config"]),
-        provenance=data["about"],
-        num_train=data["num_train"],
+        config=data.config,
+        provenance=data.about,
+        num_train=data.num_train,
         timesteps=tensors.get("timesteps"),
-        correction=Correction.from_json(data["correction"]) if data["correction"] else None,
-        sensitivity=data["sensitivity"]
-        and {name: {int(bits): error for bits, error in row.items()} for name, row in data["sensitivity"].items()},
-        surgery=Surgery(splits=data["splits"], factors=factors),
-        step_bits=StepBits.from_json(data["step_bits"]) if data["step_bits"] else None,
+        correction=data.correction,
+        sensitivity=data.sensitivity,
+        surgery=Surgery(splits=data.splits, factors=factors),
+        step_bits=data.step_bits,
     )
 
 
-def _grid(fields: Mapping[str, Any]) -> Grid:
-    ratio = fields["ratio"]
-    return Grid(**{**fields, "zero": tuple(fields["zero"]), "ratio": None if ratio is None else tuple(ratio)})
-
-
-def _layer(name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerQuant:
-    codes, bits = tensors[f"{name}.codes"], fields["weight_bits"]
+def _layer(name: str, record: _LayerRecord, tensors: Mapping[str, Tensor]) -> LayerQuant:
+    codes = tensors[f"{name}.codes"]
     return LayerQuant(
-        codes=unpack_nibbles(codes, tuple(fields["shape"])) if bits <= 4 else codes,
+        codes=unpack_nibbles(codes, record.shape) if record.weight_bits <= 4 else codes,
         weight_scale=tensors[f"{name}.weight_scale"],
-        weight_bits=bits,
-        input=_grid(fields["input"]),
-        narrower=tuple(_grid(grid) for grid in fields["narrower"]),
-        output_scale=fields["output_scale"],
+        weight_bits=record.weight_bits,
+        input=record.input,
+        narrower=record.narrower,
+        output_scale=record.output_scale,
     )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(name.encode())
-        sha.update(tensors[name].contiguous().numpy().tobytes())
-    return sha.hexdigest()
+def _check_tensors(path: Path, data: _PlanRecord, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CalibError if the tensors are not those that `plan.json` speaks of."""
+
+    def check(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise CalibError(f"{path}: {name} is not {expected}. {_ADVICE}.")
+
+    expected = {f"{name}.{part}" for name in data.layers for part in ("codes", "weight_scale")} | {"omega_scores"}
+    check("a tensor", expected <= tensors.keys(), f"there: {sorted(expected - tensors.keys())[:1]}")
+    scores = tensors["omega_scores"]
+    check("omega_scores", scores.dim() == 1 and scores.dtype == torch.float64, "a float64 vector")
+    for name, layer in data.layers.items():
+        codes, scale, bits = tensors[f"{name}.codes"], tensors[f"{name}.weight_scale"], layer.weight_bits
+        count = math.prod(layer.shape)
+        kind, shape = (torch.uint8, (-(-count // 2),)) if bits <= 4 else (torch.int8, layer.shape)
+        check(f"{name}.codes", codes.dtype == kind and codes.shape == shape, f"{kind} of shape {shape}")
+        low, high = integer_range(bits)
+        values = unpack_nibbles(codes, layer.shape) if bits <= 4 else codes
+        check(f"{name}.codes", bool(((values >= low) & (values <= high)).all()), f"in the range of {bits} bits")
+        check(
+            f"{name}.weight_scale", scale.shape == layer.shape[:1] and _positive(scale), "one positive scale a channel"
+        )
+    for name in tensors.keys() - expected - {"timesteps"}:
+        known = name.endswith(".factors") and tensors[name].dim() == 1 and _positive(tensors[name])
+        check(name, known, "a tensor of a plan")
+    _check_steps(path, data, tensors.get("timesteps"))
+
+
+def _positive(values: Tensor) -> bool:
+    return values.dtype == torch.float32 and bool(((values > 0) & values.isfinite()).all())
+
+
+def _check_steps(path: Path, data: _PlanRecord, timesteps: Tensor | None) -> None:
+    """Raise CalibError if what differs by sampling step is not given for each of the timesteps (S,)."""
+    steps = 0 if timesteps is None else len(timesteps)
+    if timesteps is not None:
+        rising = timesteps.dim() == 1 and timesteps.dtype == torch.int64 and bool((timesteps.diff() > 0).all())
+        if not rising or steps == 0 or timesteps[0] < 0 or timesteps[-1] >= data.num_train:
+            raise CalibError(f"{path}: timesteps are not rising, from 0 to less than {data.num_train}. {_ADVICE}.")
+    by_layer = [(name, layer.grids) for name, layer in data.layers.items()]
+    by_product = [(name, tuple(getattr(p, what) for what in OPERANDS)) for name, p in data.products.items()]
+    for name, grids in (*by_layer, *by_product):
+        if any(grid.ratio is not None and len(grid.ratio) != steps for grid in grids):
+            raise CalibError(f"{path}: {name} has a grid for another number of steps than {steps}. {_ADVICE}.")
+    if data.step_bits is not None and len(data.step_bits.bits) != steps:
+        raise CalibError(f"{path}: step_bits has {len(data.step_bits.bits)} steps, expected {steps}. {_ADVICE}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from calib import adaround, affine
@@ -33,14 +34,9 @@ class BlockResult:
 
     name: str
     layers: tuple[str, ...]
-    loss_before: float | None
-    loss_after: float | None
+    loss_before: NonNegativeFloat | None
+    loss_after: NonNegativeFloat | None
     rounding: Rounding
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "BlockResult":
-        """Read what `dataclasses.asdict` and JSON made of one."""
-        return cls(**{**fields, "layers": tuple(fields["layers"]), "rounding": Rounding(fields["rounding"])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,11 @@ The fields' types are the schema, ranges included, as pydantic reads them from a
 so that "3" or true never passes for 3. `engines.records` is the same for that package's errors.
 """
 
+import hashlib
 import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -16,6 +20,11 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+CHECKSUM = "record_sha256"  # its key in records that this program keeps for itself
+_adapters: dict[Any, TypeAdapter[Any]] = {}
+_log = logging.getLogger(__name__)
 
 
 def parse_record(kind: type[Record], text: bytes | str, where: object, advice: str) -> Record:
@@ -31,9 +40,54 @@ def parse_record(kind: type[Record], text: bytes | str, where: object, advice: s
         CalibError: it is no JSON, nested too deeply, or has a field that is missing, unknown or of another kind.
     """
     try:
-        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
+        record: Record = _adapter(kind).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
         raise CalibError(f"{where}: {complaint(error)}. {advice}.") from None
+    except CalibError as error:  # of a dataclass that checks what its fields' types cannot say
+        raise CalibError(f"{where}: {error} {advice}.") from None
+    return record
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    # Making one takes milliseconds for a large record, and some records are read again and again.
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
+
+
+def read_record(kind: type[Record], path: Path, advice: str) -> Record:
+    """Do as `parse_record` with a file; raise CalibError also if it cannot be read."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CalibError(f"Cannot read {path}: {error.strerror}. {advice}.") from None
+    return parse_record(kind, text, path, advice)
+
+
+def signed(fields: Mapping[str, Any]) -> bytes:
+    """Return a record as JSON with a checksum, for `read_kept_record`."""
+    return json.dumps({**fields, CHECKSUM: _digest(fields)}, indent=1).encode()
+
+
+def read_kept_record(kind: type[Record], path: Path) -> Record | None:
+    """Return a record that `signed` made and this program keeps for itself.
+
+    None means that it has to be made (again): it is not there, was altered, or is of another version. The log says so.
+    """
+    if not path.exists():
+        return None
+    try:
+        fields = read_record(dict[str, Any], path, "It is made again")
+        if fields.pop(CHECKSUM, None) == _digest(fields):
+            return check_record(kind, fields, path, "It is made again")
+    except CalibError:
+        pass
+    _log.warning("%s is damaged, altered or of another version: it is made again.", path)
+    return None
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
 
 
 def check_record(kind: type[Record], value: Any, where: object, advice: str) -> Record:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from calib.files import read_safetensors, write_atomically
+from calib.files import write_atomically
 from gaq_export.comparison import curves, runner, tables, yardstick
 from gaq_export.comparison.results import Table, table_at
 from gaq_export.comparison.spec import Bits, Cell, Comparison
@@ -107,9 +107,9 @@ def _draw_grid(comparison: Comparison, table: Table, bits: Bits, path: Path) -> 
     for name in table:
         # Of one seed: all rows start from the same noise, so a column shows one image drawn by every recipe.
         cell = Cell(row=name, seed=comparison.seeds[0], wbits=bits[0])
-        stored = runner.images_path(comparison, cell, bits[1])
-        if stored.is_file():
-            rows.append((name, read_safetensors(stored)[1]["images"]))
+        stored = runner.read_images(comparison, cell, bits[1])
+        if stored is not None:
+            rows.append((name, stored))
     save_grid(path, rows)
 
 

@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from calib.sqnr import ratio_db
 from gaq_export.comparison import runner, yardstick
+from gaq_export.comparison.runner import CellRecord, Measured
 from gaq_export.comparison.spec import Comparison
 
 
@@ -28,7 +28,7 @@ class CellScores:
         peak_mib: largest resident memory of the process until the plan was there, None where the system has no count.
         spread: standard deviation of the sample weights over the training set, times their number.
         blocks: loss of each reconstructed block with its final rounding, over training samples.
-        megabytes: of all weights; None in records of earlier versions.
+        megabytes: of all weights; None where not counted.
         giga_bit_operations: for one image and step; None likewise.
     """
 
@@ -63,27 +63,27 @@ def table_at(comparison: Comparison, wbits: int, abits: int) -> Table:
     for cell in comparison.cells:
         record = runner.read_cell(comparison, cell) if cell.wbits == wbits else None
         # JSON's keys are strings.
-        if record and str(abits) in record["activations"]:
-            table.setdefault(cell.row, {})[cell.seed] = _scores(signal, record, record["activations"][str(abits)])
+        if record and str(abits) in record.activations:
+            table.setdefault(cell.row, {})[cell.seed] = _scores(signal, record, record.activations[str(abits)])
     return table
 
 
-def _scores(signal: Sequence[float], record: Mapping[str, Any], at: Mapping[str, Any]) -> CellScores:
-    weights = record.get("weights_error", [math.nan])  # one NaN: `map` below stops at it, and its mean is NaN
+def _scores(signal: Sequence[float], record: CellRecord, at: Measured) -> CellScores:
+    weights = record.weights_error or (math.nan,)  # one NaN: `map` below stops at it, and its mean is NaN
     return CellScores(
         # Mean of decibels and decibels of sums differ: a few bad steps hide in the first, the quiet ones in the second.
-        steps_db=tuple(map(ratio_db, signal, at["error"])),
-        pooled_db=ratio_db(sum(signal), sum(at["error"])),
-        error=sum(at["error"]),
+        steps_db=tuple(map(ratio_db, signal, at.error)),
+        pooled_db=ratio_db(sum(signal), sum(at.error)),
+        error=sum(at.error),
         weights_db=statistics.fmean(map(ratio_db, signal, weights)),
         weights_error=sum(weights),
-        psnr_db=statistics.median(at["psnr_db"]) if "psnr_db" in at else None,
-        fd_real=at.get("fd_real"),
-        fd_float=at.get("fd_float"),
-        seconds=record["seconds"],
-        peak_mib=record["peak_mib"],
-        spread=record["omega_spread"],
-        blocks=record["block_losses"],
-        megabytes=at["bytes"] / 1e6 if "bytes" in at else None,
-        giga_bit_operations=at["bit_operations"] / 1e9 if "bit_operations" in at else None,
+        psnr_db=None if at.psnr_db is None else statistics.median(at.psnr_db),
+        fd_real=at.fd_real,
+        fd_float=at.fd_float,
+        seconds=record.seconds,
+        peak_mib=record.peak_mib,
+        spread=record.omega_spread,
+        blocks=record.block_losses,
+        megabytes=at.bytes / 1e6,
+        giga_bit_operations=at.bit_operations / 1e9,
     )

@@ -7,18 +7,18 @@ is missing.
 """
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors.torch import save
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from calib import config as configs
@@ -26,9 +26,10 @@ from calib import cost
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
 from calib.fakequant import fake_quantized
-from calib.files import write_atomically
+from calib.files import read_kept, write_atomically, write_checked
 from calib.plan import QuantPlan
 from calib.progress import Progress
+from calib.records import Count, Finite, read_kept_record, signed
 from calib.surgery import apply_surgery
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.spec import Cell, Comparison, calibration_set, claim, version
@@ -100,18 +101,75 @@ def missing(comparison: Comparison) -> list[Cell]:
     return [cell for cell in comparison.cells if _missing_widths(comparison, cell)]
 
 
-def read_cell(comparison: Comparison, cell: Cell) -> dict[str, Any] | None:
-    """Return what a cell has measured so far, None if nothing."""
-    path = comparison.path(cell, ".json")
-    if not path.exists():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a cell has measured at one activation width.
+
+    Attributes:
+        bytes: of all weights.
+        bit_operations: for one image and step.
+        error: squared error of the predicted noise at each sampling step.
+        psnr_db: of each image, None if none were drawn.
+        fd_real: Frechet distance to real images, None without data.
+        fd_float: Frechet distance to images of the float model, likewise.
+    """
+
+    bytes: NonNegativeFloat
+    bit_operations: NonNegativeFloat
+    error: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+    psnr_db: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    fd_real: Finite | None = None
+    fd_float: Finite | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecord:
+    """What a cell has measured so far.
+
+    Attributes:
+        seconds: of the calibration, images already collected.
+        peak_mib: largest resident memory of the process until the plan was there, None where the system has no count.
+        workers: cells that ran at a time.
+        version: of this program.
+        config: of the calibration, as JSON.
+        omega_spread: see `omega_spread`.
+        block_losses: loss of each reconstructed block with its final rounding.
+        weights_error: squared error with float activations at each step, None where that was not measured.
+        activations: by activation bits, "8".
+    """
+
+    seconds: NonNegativeFloat
+    peak_mib: NonNegativeFloat | None
+    workers: Count
+    version: str
+    config: dict[str, Any]
+    omega_spread: float
+    block_losses: dict[str, NonNegativeFloat]
+    weights_error: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] | None = None
+    activations: dict[str, Measured] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a calibration has cost: processor seconds, and the largest peak in MiB, None where the system has none."""
+
+    seconds: NonNegativeFloat
+    peak_mib: NonNegativeFloat | None
+
+
+def read_cell(comparison: Comparison, cell: Cell) -> CellRecord | None:
+    """Return what a cell has measured so far, None if nothing, or nothing that verifies."""
+    return read_kept_record(CellRecord, comparison.path(cell, ".json"))
 
 
 def images_path(comparison: Comparison, cell: Cell, abits: int) -> Path:
     """Return where the first SHOWN images of a cell are stored."""
     return comparison.path(cell, f"-a{abits}.safetensors")
+
+
+def read_images(comparison: Comparison, cell: Cell, abits: int) -> Tensor | None:
+    """Return the images (N, C, H, W) that are stored for the page, None if there are none that verify."""
+    return read_kept(images_path(comparison, cell, abits), lambda header, tensors: tensors.get("images"))
 
 
 def at_width(config: QuantConfig, abits: int) -> QuantConfig:
@@ -128,52 +186,54 @@ def _measure(comparison: Comparison, cell: Cell) -> None:
     data = _calibration_set(comparison, cell.seed)
     config = comparison.config(cell)
     blocks = comparison.path(cell, "")
-    record = read_cell(comparison, cell) or {"activations": {}}
+    record = read_cell(comparison, cell)
     for abits in _missing_widths(comparison, cell):
         clock = Clock(blocks / "clock.json")
         callbacks = CalibrationCallbacks(on_progress=clock.on_progress)
         plan = make_plan(comparison.model, data, at_width(config, abits), blocks, callbacks)
-        if "seconds" not in record:  # a later width finds the blocks ready, so its time would say nothing
-            record |= clock.read() | _calibration_facts(comparison, config, plan)
+        if record is None:  # a later width finds the blocks ready, so its time would say nothing
+            record = _calibration_facts(comparison, config, plan, clock.read())
         scores, images = _scores(comparison, plan)
         if images is not None:
-            shown = {"images": images[:SHOWN].contiguous()}
-            write_atomically(images_path(comparison, cell, abits), save(shown))
-        record["activations"][str(abits)] = scores
+            write_checked(images_path(comparison, cell, abits), {"images": images[:SHOWN]})
+        record = dataclasses.replace(record, activations={**record.activations, str(abits): scores})
         # After every width, so that a stop costs one.
-        write_atomically(comparison.path(cell, ".json"), json.dumps(record, indent=1).encode())
+        write_atomically(comparison.path(cell, ".json"), signed(dataclasses.asdict(record)))
 
 
-def _calibration_facts(comparison: Comparison, config: QuantConfig, plan: QuantPlan) -> dict[str, Any]:
+def _calibration_facts(comparison: Comparison, config: QuantConfig, plan: QuantPlan, spent: Spent) -> CellRecord:
     """Return what does not depend on the activation width."""
-    facts: dict[str, Any] = {
-        "workers": comparison.workers,
-        "version": version(),
-        "config": configs.to_json(config),
-        "omega_spread": omega_spread(plan),
-        "block_losses": {b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
-    }
+    weights_error = None
     if comparison.weights_alone:
         weights = fake_quantized(comparison.model.network, plan, activations=False)
-        facts["weights_error"] = yardstick.noise_errors(comparison.yardstick, weights)
-    return facts
+        weights_error = tuple(yardstick.noise_errors(comparison.yardstick, weights))
+    return CellRecord(
+        seconds=spent.seconds,
+        peak_mib=spent.peak_mib,
+        workers=comparison.workers,
+        version=version(),
+        config=configs.to_json(config),
+        omega_spread=omega_spread(plan),
+        block_losses={b.name: b.loss_after for b in plan.blocks if b.loss_after is not None},
+        weights_error=weights_error,
+    )
 
 
-def _scores(comparison: Comparison, plan: QuantPlan) -> tuple[dict[str, Any], Tensor | None]:
+def _scores(comparison: Comparison, plan: QuantPlan) -> tuple[Measured, Tensor | None]:
     """Return a plan's size, work and quality, and the images (N, C, H, W) that it draws, None if there are none."""
     shared = comparison.yardstick
     model = comparison.model
     network = apply_surgery(model.network, plan.surgery)
     macs = cost.layer_macs(network, model.shape, model.schedule.num_train, model.condition_inputs)
-    scores: dict[str, Any] = {
-        "bytes": cost.weight_bytes(network, plan),
-        "bit_operations": cost.bit_operations(macs, plan),
-    }
     with yardstick.quantized(shared, plan) as denoise:
-        scores["error"] = yardstick.noise_errors(shared, denoise, plan.correction)
+        error = yardstick.noise_errors(shared, denoise, plan.correction)
         images = yardstick.draw_images(shared, denoise, plan.correction) if shared.images else None
-    if images is not None:
-        scores |= yardstick.image_scores(shared, images)
+    scores = Measured(
+        bytes=cost.weight_bytes(network, plan),
+        bit_operations=cost.bit_operations(macs, plan),
+        error=tuple(error),
+        **({} if images is None else yardstick.image_scores(shared, images)),
+    )
     return scores, images
 
 
@@ -186,20 +246,18 @@ class Clock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._started = time.process_time()  # not the clock on the wall, which runs for other workers too
-        self._before: dict[str, Any] = (
-            json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "peak_mib": None}
-        )
+        self._before = read_kept_record(Spent, path) or Spent(seconds=0.0, peak_mib=None)
 
-    def read(self) -> dict[str, float | None]:
-        """Return seconds in all processes together, and the largest peak in MiB, None where the system has none."""
-        seconds = self._before["seconds"] + time.process_time() - self._started
-        peaks = [peak for peak in (self._before["peak_mib"], peak_memory_mib()) if peak is not None]
-        return {"seconds": seconds, "peak_mib": max(peaks, default=None)}
+    def read(self) -> Spent:
+        """Return what all processes have spent together."""
+        seconds = self._before.seconds + time.process_time() - self._started
+        peaks = [peak for peak in (self._before.peak_mib, peak_memory_mib()) if peak is not None]
+        return Spent(seconds=seconds, peak_mib=max(peaks, default=None))
 
     def on_progress(self, progress: Progress) -> None:
         """Write down what a finished block has cost so far."""
         if progress.result is not None and not progress.resumed:
-            write_atomically(self._path, json.dumps(self.read()).encode())
+            write_atomically(self._path, signed(dataclasses.asdict(self.read())))
 
 
 def omega_spread(plan: QuantPlan) -> float:
@@ -215,8 +273,14 @@ def _calibration_set(comparison: Comparison, seed: int) -> CalibrationSet:
 
 def _missing_widths(comparison: Comparison, cell: Cell) -> list[int]:
     """Return the activation widths that a cell has yet to measure."""
-    measured = (read_cell(comparison, cell) or {"activations": {}})["activations"]
-    return [a for w, a in comparison.bits if w == cell.wbits and str(a) not in measured]
+    record = read_cell(comparison, cell)
+    widths = [a for w, a in comparison.bits if w == cell.wbits]
+    return [a for a in widths if record is None or str(a) not in record.activations or not _shown(comparison, cell, a)]
+
+
+def _shown(comparison: Comparison, cell: Cell, abits: int) -> bool:
+    """Return whether the images that a cell shows are stored and verify."""
+    return comparison.yardstick.images == 0 or read_images(comparison, cell, abits) is not None
 
 
 def _spawn(comparison: Comparison, job: str, say: Callable[[str], None]) -> bool:

@@ -10,12 +10,14 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import engines
 from calib import config as configs
 from calib.config import BITS, QuantConfig
 from calib.data import CalibrationSet
 from calib.files import write_atomically
+from calib.records import read_record
 from gaq_export._version import __version__
 from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.errors import GaqError
@@ -157,7 +159,8 @@ def claim(comparison: Comparison) -> None:
         "features": yardstick.classifier and _sha256(yardstick.classifier),
     }
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they are in the file
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    advice = "Give another --folder, or delete this one"
+    old = read_record(dict[str, Any], path, advice) if path.exists() else settings
     # Rows, bits and seeds are not among them: more of those may be added to the same folder.
     changed = [key for key in settings if old.get(key) != settings[key]]
     if changed:

@@ -209,9 +209,9 @@ def how_measured(comparison: Comparison, columns: Sequence[Column]) -> list[str]
     config = preset.config
     reconstruction = config.reconstruction
     lines = [
-        f"Machine: {machine()}; cells at a time: {_listed(r['workers'] for r in records)}, one thread each. "
+        f"Machine: {machine()}; cells at a time: {_listed(r.workers for r in records)}, one thread each. "
         f"torch {installed('torch')}, OpenVINO {installed('openvino')}, "
-        f"gaq-export {_listed(r['version'] for r in records)}.",
+        f"gaq-export {_listed(r.version for r in records)}.",
         f"Model and sampler: {comparison.model.spec.name}, {spec.steps} {spec.name.upper()} steps, {spec.spacing} "
         "spacing.",
         f"Schedule: {preset.images} calibration images a seed, each giving a sample at every sampling step; "

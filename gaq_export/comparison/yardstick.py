@@ -9,25 +9,26 @@ Three measures, from starting noise that no calibration uses (it hashes its seed
 Everything that does not depend on the network under test is computed once and stored in a folder that all cells read.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from safetensors.torch import save
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 import engines
 from calib.correction import Correction
+from calib.errors import CalibError
 from calib.fakequant import fake_quantized
-from calib.files import read_safetensors, write_atomically
+from calib.files import read_kept, read_safetensors, write_atomically, write_checked
 from calib.plan import QuantPlan
+from calib.records import Finite, read_kept_record, signed
 from calib.surgery import apply_surgery
 from engines import EngineConfig
 from gaq_export.deploy import session
@@ -112,8 +113,8 @@ class Yardstick:
 class Distances:
     """Frechet distances of one set of images, to real images and to the float network's."""
 
-    fd_real: float
-    fd_float: float
+    fd_real: Finite
+    fd_float: Finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,22 +140,13 @@ class FrechetFacts:
 class Facts:
     """What all cells share: |epsilon|^2 at each step, and the Frechet references if there are real images."""
 
-    signal: tuple[float, ...]
+    signal: tuple[NonNegativeFloat, ...]
     frechet: FrechetFacts | None
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read what `dataclasses.asdict` made; raise KeyError or TypeError if the record is another."""
-        frechet = record["frechet"]
-        if frechet is not None:
-            drawn = {name: Distances(**values) for name, values in frechet["drawn"].items()}
-            frechet = FrechetFacts(**{**frechet, "drawn": drawn, "real": Distances(**frechet["real"])})
-        return cls(signal=tuple(record["signal"]), frechet=frechet)
 
 
 def prepare(yardstick: Yardstick) -> None:
     """Compute and store everything that the cells share, unless that was done before."""
-    if yardstick.facts_path.exists():
+    if _kept_facts(yardstick) is not None:
         return
     signal = _held_out(yardstick).epsilon.double().square().flatten(1).sum(1)  # (S, N, C, H, W) -> (S,)
     frechet = None
@@ -167,22 +159,28 @@ def prepare(yardstick: Yardstick) -> None:
             frechet = _references(yardstick, yardstick.data, sets)
     # Written last: its presence says that everything else is there.
     shared = Facts(signal=tuple(signal.tolist()), frechet=frechet)
-    write_atomically(yardstick.facts_path, json.dumps(asdict(shared), indent=1).encode())
+    write_atomically(yardstick.facts_path, signed(asdict(shared)))
 
 
 def facts(yardstick: Yardstick) -> Facts:
     """Return what `prepare` stored.
 
     Raises:
-        GaqError: `prepare` was not called, or another version of this tool stored other facts.
+        GaqError: `prepare` was not called, or what it stored was altered.
     """
-    path = yardstick.facts_path
-    if not path.exists():
-        raise GaqError(f"{yardstick.folder} holds no results yet: run without --report-only first.")
-    try:
-        return Facts.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise GaqError(f"{path} cannot be read ({error!r}): give another --folder, or delete this one.") from error
+    kept = _kept_facts(yardstick)
+    if kept is None:
+        raise GaqError(f"{yardstick.folder} holds no results yet, or damaged ones: run without --report-only first.")
+    return kept
+
+
+def _kept_facts(yardstick: Yardstick) -> Facts | None:
+    """Return what `prepare` stored, None if that has to be done (again)."""
+    kept = read_kept_record(Facts, yardstick.facts_path)
+    if kept is None or kept.frechet is None:
+        return kept
+    moments = read_kept(yardstick.moments_path, lambda header, tensors: tensors)
+    return None if moments is None else kept
 
 
 def noise_errors(
@@ -256,23 +254,35 @@ def _draw(
 def _held_out(yardstick: Yardstick) -> Trajectory:
     """Return the float model's trajectories of the held-out images."""
     path = yardstick.folder / "held-out.safetensors"
-    if path.is_file():
-        return Trajectory(**read_safetensors(path)[1])
+
+    def parse(header: dict[str, str], tensors: dict[str, Tensor]) -> Trajectory:
+        if tensors.keys() != {"x", "t", "epsilon"}:
+            raise CalibError(f"{path} holds {sorted(tensors)} in place of trajectories.")
+        return Trajectory(**tensors)
+
+    if (kept := read_kept(path, parse)) is not None:
+        return kept
     model = yardstick.model
     network = bind(model.network, model.conditioning, HELD_OUT_SEEDS, apart=True)
     trajectory = record(network, HELD_OUT_SEEDS, model.sampling())
-    write_atomically(path, save({"x": trajectory.x, "t": trajectory.t, "epsilon": trajectory.epsilon}))
+    write_checked(path, {"x": trajectory.x, "t": trajectory.t, "epsilon": trajectory.epsilon})
     return trajectory
 
 
 def _float_images(yardstick: Yardstick) -> dict[str, Tensor]:
     """Return the float model's images, one set (N, C, H, W) for each of FIRST_SEEDS."""
     path = yardstick.folder / "float-images.safetensors"
-    if path.is_file():
-        return read_safetensors(path)[1]
+
+    def parse(header: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if {name: len(images) for name, images in tensors.items()} != dict.fromkeys(FIRST_SEEDS, yardstick.images):
+            raise CalibError(f"{path} does not hold {yardstick.images} images for each of {list(FIRST_SEEDS)}.")
+        return tensors
+
+    if (kept := read_kept(path, parse)) is not None:
+        return kept
     # Three sets: one to pair with the quantized images, one as the reference, one to measure float against float.
     sets = {name: _draw(yardstick, yardstick.model.network, yardstick.seeds(name)) for name in FIRST_SEEDS}
-    write_atomically(path, save(sets))
+    write_checked(path, sets)
     return sets
 
 
@@ -280,7 +290,10 @@ def _classifier(yardstick: Yardstick) -> Classifier:
     if yardstick.classifier:
         return frechet.resnet56(yardstick.classifier)
     assert yardstick.data is not None
-    return frechet.digit_net(yardstick.folder / "classifier.safetensors", yardstick.data, yardstick.model.shape)
+    path = yardstick.folder / "classifier.safetensors"
+    if read_kept(path, lambda header, tensors: tensors) is None:
+        path.unlink(missing_ok=True)  # trained again
+    return frechet.digit_net(path, yardstick.data, yardstick.model.shape)
 
 
 def _features(yardstick: Yardstick, images: Tensor) -> Tensor:
@@ -303,7 +316,7 @@ def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> Fr
     aside, rest = real[order[:count]], real[order[count:]]
     references = {"real": frechet.moments(rest), "float": frechet.moments(drawn["reference"])}
     tensors = {f"{n}.{part}": getattr(m, part) for n, m in references.items() for part in ("mean", "covariance")}
-    write_atomically(yardstick.moments_path, save(tensors))
+    write_checked(yardstick.moments_path, tensors)
     return FrechetFacts(
         classifier=type(_classifier(yardstick)).__name__,
         accuracy=frechet.accuracy(_classifier(yardstick), real, test.labels),
@@ -315,7 +328,7 @@ def _references(yardstick: Yardstick, data: Path, sets: dict[str, Tensor]) -> Fr
 
 def _distances(yardstick: Yardstick, features: Tensor) -> Distances:
     """Return the Frechet distances of images, as features (N, D), to the real and to the float reference."""
-    tensors = read_safetensors(yardstick.moments_path)[1]
+    tensors = read_safetensors(yardstick.moments_path, checked=True)[1]
     moments = frechet.moments(features)
 
     def distance_to(name: str) -> float:

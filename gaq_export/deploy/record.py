@@ -4,16 +4,21 @@
 gives it its meaning: `EngineRecord.to_json` when an engine is built, `record_of` when one is used.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import Field, NonNegativeInt
 
 from calib.correction import Correction
+from calib.records import Finite, Sha256, check_record
 from engines import EngineFile
 from gaq_export.errors import GaqError, unknown
 from gaq_export.models.provenance import Provenance
 
+_ADVICE = "Build the engine again"
 FORMAT = 1  # raised when older records can no longer be read
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -53,16 +58,11 @@ class LinkedFile:
     """A file in the engine's folder, by name and sha256."""
 
     file: str
-    sha256: str
+    sha256: Sha256
 
     def to_json(self) -> dict[str, str]:
         """Return JSON values."""
         return {"file": self.file, "sha256": self.sha256}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, str]) -> Self:
-        """Read what `to_json` returned."""
-        return cls(file=fields["file"], sha256=fields["sha256"])
 
 
 def link(file: EngineFile) -> LinkedFile:
@@ -80,7 +80,7 @@ class Switching:
     """
 
     engines: tuple[LinkedFile, ...]
-    turns: tuple[int, ...]  # (S,)
+    turns: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]  # (S,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +97,15 @@ class TextEncoders:
     engines: tuple[LinkedFile, ...]
     tokenizers: tuple[LinkedFile, ...]
     zeros: bool
-    time_ids: Sequence[Sequence[float]] | None
+    time_ids: Sequence[Sequence[Finite]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanLink:
     """The plan that an engine was built from: the sha256 of its file, and how many layers it quantizes."""
 
-    sha256: str
-    layers: int
+    sha256: Sha256
+    layers: NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,43 +168,47 @@ class EngineRecord:
         }
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Read what `to_json` returned; raises KeyError, TypeError or ValueError on anything else."""
-        # Indexed and not `get`: a key that is missing marks a damaged record, a null one a part that is not there.
-        plan = fields["plan"]
-        correction = fields["correction"]
-        switching = fields["switching"]
-        decoder = fields["decoder"]
-        texts = fields["text_encoders"]
-        return cls(
-            provenance=Provenance.from_json(fields["provenance"]),
-            graph=GraphKind(fields["graph"]),
-            bits=str(fields["bits"]),
-            numbers=Numbers(fields["numbers"]),
-            plan=plan and PlanLink(sha256=plan["sha256"], layers=int(plan["layers"])),
-            correction=correction and Correction.from_json(correction),
-            tables=tuple(fields["tables"]),
-            switching=switching and Switching(engines=_links(switching["engines"]), turns=tuple(switching["turns"])),
-            decoder=decoder and LinkedFile.from_json(decoder),
-            text_encoders=texts
-            and TextEncoders(
-                engines=_links(texts["engines"]),
-                tokenizers=_links(texts["tokenizers"]),
-                zeros=bool(texts["zeros"]),
-                time_ids=texts["time_ids"],
-            ),
-        )
+    def from_json(cls, fields: Mapping[str, Any], where: object) -> Self:
+        """Read what `to_json` returned.
+
+        Raises:
+            CalibError, GaqError: a part is missing, unknown, of the wrong kind or out of range, or the parts do not
+                fit each other.
+        """
+        record = check_record(_Record, fields, where, _ADVICE)
+        provenance = Provenance.from_json(record.provenance)
+        steps, channels = provenance.sampler.steps, provenance.shape[0]
+        correction, switching = record.correction, record.switching
+        if correction is not None and (len(correction.gain), len(correction.gain[0])) != (steps, channels):
+            raise GaqError(f"{where}: correction is not for {steps} steps and {channels} channels. {_ADVICE}.")
+        if switching is not None and (len(switching.turns) != steps or max(switching.turns) > len(switching.engines)):
+            raise GaqError(f"{where}: switching does not name one of the engines for each of {steps} steps. {_ADVICE}.")
+        others = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return cls(**{name: part for name, part in others.items() if name != "format"} | {"provenance": provenance})
 
 
-def _links(rows: Sequence[Mapping[str, str]]) -> tuple[LinkedFile, ...]:
-    return tuple(map(LinkedFile.from_json, rows))
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """An `EngineRecord` as JSON, every part of which is there; the provenance is read by its own module."""
+
+    format: int
+    provenance: dict[str, Any]
+    graph: GraphKind
+    bits: str
+    numbers: Numbers
+    plan: PlanLink | None
+    correction: Correction | None
+    tables: tuple[str, ...]
+    switching: Switching | None
+    decoder: LinkedFile | None
+    text_encoders: TextEncoders | None
 
 
 def record_of(file: EngineFile) -> EngineRecord:
     """Return the record of an engine file.
 
     Raises:
-        GaqError: it was written by another version, or is incomplete.
+        CalibError, GaqError: it was written by another version, or is incomplete.
     """
     # Checked first, because another version's record may lack any key.
     version = file.metadata.get("format")
@@ -212,7 +216,4 @@ def record_of(file: EngineFile) -> EngineRecord:
         raise GaqError(
             f"The record of {file.path} has format {version!r}; this version reads {FORMAT}. Build the engine again."
         )
-    try:
-        return EngineRecord.from_json(file.metadata)
-    except (KeyError, TypeError, ValueError) as error:
-        raise GaqError(f"The record of {file.path} is incomplete ({error!r}). Build the engine again.") from error
+    return EngineRecord.from_json(file.metadata, f"The record of {file.path}")

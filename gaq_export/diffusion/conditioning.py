@@ -6,20 +6,25 @@ called with twice as many samples, half of them with the unconditional condition
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
-from safetensors.torch import save
+from pydantic import Field
 from torch import Tensor, nn
 
-from calib.files import read_safetensors, write_atomically
+from calib.errors import CalibError
+from calib.files import read_safetensors, write_checked
+from calib.records import Finite, check_record
 from gaq_export.diffusion.denoiser import Condition, Denoiser
 from gaq_export.errors import GaqError
+from gaq_export.folders import inside
 
 ConditionalNetwork = Callable[..., Tensor]  # called as (x, t, cond), or as (x, t) if it is unconditional
 LABELS = "class_labels"
+_ADVICE = "Calibrate and build again"
+_Label = Annotated[int, Field(ge=0, le=1 << 31)]
 TABLES = ("rows", "unconditional")
 UNCONDITIONAL, GUIDANCE = "unconditional_", "guidance"  # names of the further inputs of an engine with guidance
 
@@ -84,29 +89,26 @@ class Conditioning:
     def save(self, folder: Path) -> None:
         """Write the rows that are too large for the record into its folder, if there are any."""
         if self.file is not None:
-            # safetensors stores contiguous tensors only.
-            tables = {f"{table}/{n}": row.contiguous() for table in TABLES for n, row in getattr(self, table).items()}
-            write_atomically(folder / self.file, save(tables))
+            tables = {f"{table}/{n}": row for table in TABLES for n, row in getattr(self, table).items()}
+            write_checked(folder / self.file, tables)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], folder: Path) -> Self:
         """Read what `to_json` returned, and the file that `save` wrote into a folder.
 
         Raises:
-            CalibError: the file is missing or damaged.
-            GaqError: the record is incomplete, or the file is not the one that it was written with.
+            CalibError: the record is incomplete, or the file is missing or damaged.
+            GaqError: the file is not the one that the record was written with, or lies elsewhere.
         """
-        try:
-            if record["file"] is None:
-                tables = {table: {n: torch.tensor(row) for n, row in record[table].items()} for table in TABLES}
-            else:
-                tables = _read_tables(folder / record["file"])
-            read = cls(names=tuple(record["names"]), guidance=record["guidance"], **tables)
-        except (KeyError, TypeError, ValueError) as error:
-            raise GaqError(f"The record of the conditioning is incomplete ({error!r}): calibrate again.") from error
-        if read.file != record["file"]:
-            raise GaqError(f"{folder / record['file']} was altered since it was written: calibrate and build again.")
-        return read
+        read = check_record(_Record, record, "The record of the conditioning", _ADVICE)
+        if read.file is None:
+            tables = {table: _rows(getattr(read, table)) for table in TABLES}
+        else:
+            tables = _read_tables(inside(folder, read.file))
+        conditioning = cls(names=read.names, guidance=read.guidance, **tables)
+        if conditioning.file != read.file:
+            raise GaqError(f"{folder / str(read.file)} was altered since it was written. {_ADVICE}.")
+        return conditioning
 
     def name_of(self, seed: int) -> str:
         """Return the name of the condition that the image of a seed gets."""
@@ -146,10 +148,30 @@ class Conditioning:
 def _read_tables(path: Path) -> dict[str, dict[str, Tensor]]:
     """Return the tables that `Conditioning.save` wrote, by table and input; raise CalibError if they are damaged."""
     tables: dict[str, dict[str, Tensor]] = {table: {} for table in TABLES}
-    for name, row in read_safetensors(path)[1].items():
+    for name, row in read_safetensors(path, checked=True)[1].items():
         table, _, key = name.partition("/")
+        if table not in TABLES or row.dim() == 0:
+            raise CalibError(f"{path} holds {name!r}, which no file of text states has. {_ADVICE}.")
         tables[table][key] = row
     return tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """A `Conditioning` as JSON: its rows, which are integers, or the file that they are in."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    guidance: Finite
+    file: str | None
+    rows: dict[str, tuple[_Label | tuple[_Label, ...], ...]] = field(default_factory=dict)
+    unconditional: dict[str, tuple[_Label | tuple[_Label, ...], ...]] = field(default_factory=dict)
+
+
+def _rows(table: Mapping[str, Sequence[int | Sequence[int]]]) -> dict[str, Tensor]:
+    try:
+        return {name: torch.tensor(rows, dtype=torch.int64) for name, rows in table.items()}
+    except (TypeError, ValueError):
+        raise CalibError(f"The record of the conditioning has rows of different lengths. {_ADVICE}.") from None
 
 
 def class_conditioning(

@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from calib.files import read_safetensors, write_atomically
+from calib.files import read_safetensors, write_checked
 from gaq_export.errors import GaqError, one_line
 from gaq_export.evaluation import image_files
 from gaq_export.evaluation.foreign_weights import read_state
@@ -158,7 +157,7 @@ def digit_net(path: Path, data: Path, shape: tuple[int, int, int]) -> DigitNet:
             raise GaqError(f"{path} is not a classifier of examples/train_digits.py: {one_line(error)}") from error
     else:
         _train(net, load_images(data, "train", shape))
-        write_atomically(path, save(net.state_dict()))
+        write_checked(path, net.state_dict())
     return net.eval()
 
 

@@ -10,16 +10,16 @@ to its others, and with a bootstrap interval.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from calib.files import read_safetensors, write_atomically
+from calib.errors import CalibError
+from calib.files import read_kept, write_checked
 from calib.sqnr import EQUAL_DB
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import feature_metrics, frechet
@@ -83,11 +83,20 @@ class Score:
 def features_of(images: ImageSet, extractor: Extractor, cache: Path) -> Features:
     """Return the features of a set, stored in `cache` under the hashes of its pixels and of the network's weights."""
     path = cache / f"features-{images.sha256[:16]}-{extractor.name}-{extractor.sha256[:16]}.safetensors"
-    if not path.is_file():
+    names = tuple(field.name for field in fields(Features))
+
+    def parse(header: dict[str, str], tensors: dict[str, Tensor]) -> Features:
+        if tensors.keys() != set(names) or any(len(tensor) != images.count for tensor in tensors.values()):
+            raise CalibError(f"{path} does not hold the features of {images.count} images.")
+        return Features(**tensors)
+
+    kept = read_kept(path, parse)
+    if kept is None:
         parts = [extractor(batch) for batch in images.batches(BATCH)]
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "logits", "spatial")}
-        write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-    return Features(**read_safetensors(path)[1])
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        write_checked(path, tensors)
+        kept = Features(**tensors)
+    return kept
 
 
 def compare_sets(

@@ -8,14 +8,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 
 from calib.plan import QuantPlan
+from calib.records import Count, Finite, Positive, check_record
 from calib.surgery import apply_surgery
-from gaq_export.diffusion.conditioning import Conditioning
-from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec
+from gaq_export.diffusion.conditioning import LABELS, Conditioning
+from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.architectures import class_rows
 from gaq_export.models.diffusers_folder import fingerprint
@@ -23,8 +25,45 @@ from gaq_export.models.hub import wanted
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.models.source import MODULE, WeightSource
 
-# Unknown parts are refused, since a newer version may depend on them.
-_PARTS = {"conditioning", "decoder", "model", "architecture", "sampler", "schedule"}
+_ADVICE = "Calibrate and build again"
+Size = Annotated[int, Field(ge=1, le=1 << 16)]  # of a side of an image, or its channels
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # that may be a path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    name: str
+    source: Text
+    fingerprint: str
+    shape: tuple[Size, Size, Size]
+    classes: Count | None
+    meaningless: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedule:
+    alpha_bar: Annotated[tuple[Finite, ...], Field(min_length=1)]
+    clip: Positive | None
+    variance: str
+    last: Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoder:
+    source: Text
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """A `Provenance` as JSON; conditioning and decoder are left out where there is none."""
+
+    model: _Model
+    architecture: dict[str, Any]
+    sampler: SamplerSpec
+    schedule: _Schedule
+    conditioning: dict[str, Any] | None = None
+    decoder: _Decoder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,39 +164,32 @@ class Provenance:
         """Read what `to_json` returned, the schedule to the bit.
 
         Raises:
-            GaqError: a part is missing, unknown or of the wrong kind.
+            CalibError, GaqError: a part is missing, unknown, of the wrong kind or out of range.
         """
-        unknown = sorted(fields.keys() - _PARTS)
-        if unknown:
-            raise GaqError(f"The record of the float model has unknown parts {unknown}: calibrate and build again.")
-        try:
-            model = fields["model"]
-            schedule = fields["schedule"]
-            decoder = fields.get("decoder")  # this part and the conditioning are written only where there is one
-            channels, height, width = model["shape"]
-            return cls(
-                name=model["name"],
-                source=WeightSource.parse(model["source"]),
-                fingerprint=model["fingerprint"],
-                shape=(channels, height, width),
-                classes=model["classes"],
-                random_weights=model["meaningless"],
-                architecture=fields["architecture"],
-                sampler=SamplerSpec.from_json(fields["sampler"]),
-                schedule=NoiseSchedule(
-                    alpha_bar=torch.tensor(schedule["alpha_bar"], dtype=torch.float64),
-                    clip=schedule["clip"],
-                    variance=schedule["variance"],
-                    last=schedule["last"],
-                ),
-                conditioning=fields.get("conditioning"),
-                decoder=decoder
-                and DecoderProvenance(source=WeightSource.parse(decoder["source"]), fingerprint=decoder["fingerprint"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise GaqError(
-                f"The record of the float model is incomplete ({error!r}): calibrate and build again."
-            ) from error
+        record = check_record(_Record, fields, "The record of the float model", _ADVICE)
+        model, schedule, decoder = record.model, record.schedule, record.decoder
+        read = cls(
+            name=model.name,
+            source=WeightSource.parse(model.source),
+            fingerprint=model.fingerprint,
+            shape=model.shape,
+            classes=model.classes,
+            random_weights=model.meaningless,
+            architecture=record.architecture,
+            sampler=record.sampler,
+            schedule=NoiseSchedule(
+                alpha_bar=torch.tensor(schedule.alpha_bar, dtype=torch.float64),
+                clip=schedule.clip,
+                variance=schedule.variance,
+                last=schedule.last,
+            ),
+            conditioning=record.conditioning,
+            decoder=None
+            if decoder is None
+            else DecoderProvenance(source=WeightSource.parse(decoder.source), fingerprint=decoder.fingerprint),
+        )
+        timesteps(read.sampler, read.schedule.num_train)  # raises before anything is made for each of its steps
+        return read
 
     @property
     def network_config(self) -> dict[str, Any]:
@@ -173,8 +205,18 @@ class Provenance:
 
 
 def provenance_of(plan: QuantPlan) -> Provenance:
-    """Return what a plan records about its float model; raise GaqError if the record is incomplete."""
-    return Provenance.from_json(plan.provenance)
+    """Return what a plan records about its float model.
+
+    Raises:
+        CalibError, GaqError: the record is incomplete, or of a model with other timesteps than the plan.
+    """
+    provenance = Provenance.from_json(plan.provenance)
+    if provenance.schedule.num_train != plan.num_train:
+        raise GaqError(
+            f"The plan is for {plan.num_train} training timesteps, its model has {provenance.schedule.num_train}. "
+            f"{_ADVICE}."
+        )
+    return provenance
 
 
 def load_conditioning(provenance: Provenance, folder: Path) -> Conditioning | None:
@@ -187,8 +229,13 @@ def load_conditioning(provenance: Provenance, folder: Path) -> Conditioning | No
     Raises:
         CalibError, GaqError: that file is missing, damaged, or not the recorded one.
     """
-    record = provenance.conditioning
-    return None if record is None else Conditioning.from_json(record, folder)
+    if provenance.conditioning is None:
+        return None
+    conditioning = Conditioning.from_json(provenance.conditioning, folder)
+    labels = [table[LABELS] for table in (conditioning.rows, conditioning.unconditional) if LABELS in table]
+    if provenance.classes is not None and any(int(table.max()) >= provenance.classes for table in labels):
+        raise GaqError(f"The record of the conditioning names a class beyond {provenance.classes - 1}. {_ADVICE}.")
+    return conditioning
 
 
 def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) -> LoadedModel:

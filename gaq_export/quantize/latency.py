@@ -3,12 +3,11 @@
 In: a network, names of layers, and widths. Out: milliseconds by width, measured on engines built for the purpose.
 """
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from calib import affine
 from calib.config import FLOAT_BITS, QuantConfig
 from calib.files import write_atomically
 from calib.plan import Grid, LayerQuant, QuantPlan
+from calib.records import Count, Positive, read_kept_record, signed
 from engines import EngineConfig, EngineFile
 from gaq_export.graph.export import export_float
 from gaq_export.graph.files import save_onnx
@@ -33,6 +33,22 @@ from gaq_export.models.loader import LoadedModel
 BATCH = 4  # images
 ROUNDS = 25  # timed calls of each engine
 WARM_UP = 5  # calls before those: runtimes allocate and choose kernels in the first ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Conditions:
+    backend: str
+    batch: Count
+    widths: tuple[int, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    """The cached measurement: milliseconds by width, "4" or "32", and what they were measured under."""
+
+    conditions: _Conditions
+    milliseconds: dict[str, Positive]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,12 +80,15 @@ class StepClock:
         """
         backend = self.backend or engines.best_backend()
         batch = 2 * BATCH if self.model.guided else BATCH
-        conditions = {"backend": backend, "batch": batch, "widths": list(widths), "layers": list(layers)}
+        conditions = _Conditions(backend=backend, batch=batch, widths=tuple(widths), layers=tuple(layers))
         # Times measured under other conditions are measured again.
-        cached = json.loads(self.cache.read_text(encoding="utf-8")) if self.cache.is_file() else None
-        if cached is not None and cached["conditions"] == conditions:
-            # JSON has no integer keys.
-            return {int(bits): ms for bits, ms in cached["milliseconds"].items()}
+        cached = read_kept_record(_Times, self.cache)
+        if (
+            cached is not None
+            and cached.conditions == conditions
+            and cached.milliseconds.keys() == set(map(str, widths))
+        ):
+            return {int(bits): ms for bits, ms in cached.milliseconds.items()}  # JSON has no integer keys
         # Exported once, as a proto that `_build` reads anew for each width, because Q/DQ is inserted in place.
         exported = ir.to_proto(export_float(network, self.model.shape, self.model.condition_inputs))
         with tempfile.TemporaryDirectory() as scratch:
@@ -79,8 +98,10 @@ class StepClock:
                 file = _build(exported, plan, Path(scratch), EngineConfig(backend=backend, batch=(batch, batch, batch)))
                 calls[bits] = _call(self.model, file, batch)
             times = _median_ms(calls)
-        content = json.dumps({"conditions": conditions, "milliseconds": times}, indent=1)
-        write_atomically(self.cache, content.encode())
+        write_atomically(
+            self.cache,
+            signed(asdict(_Times(conditions=conditions, milliseconds={str(b): ms for b, ms in times.items()}))),
+        )
         return times
 
 

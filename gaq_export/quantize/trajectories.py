@@ -11,12 +11,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from calib.data import CalibrationSet
 from calib.errors import CalibError
-from calib.files import read_safetensors, write_atomically
+from calib.files import read_kept, write_checked
 from calib.seeds import derive_seed
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.batching import OnProgress
@@ -66,14 +65,14 @@ def collect(
     parts = []
     for group in range(groups):
         path = folder / f"{group:04d}.safetensors" if folder else None
-        part = _load(path, identity) if path else None
+        part = _load(path, identity, (spec.steps, GROUP, *model.shape)) if path else None
         if part is None:
             # All GROUP images, also those of the last group that are not needed yet.
             seeds = [image_seed(seed, image) for image in range(group * GROUP, (group + 1) * GROUP)]
             report = _part_of(on_step, group * spec.steps, groups * spec.steps)
             part = _trajectories(model, spec, seeds, report)
             if path:
-                write_atomically(path, save({"x": part}, {"identity": identity}))
+                write_checked(path, {"x": part}, {"identity": identity})
         parts.append(part)
     x = torch.cat(parts, 1)[:, :images]  # (S, N, C, H, W)
     return _calibration_set(model, spec, x, [image_seed(seed, image) for image in range(images)])
@@ -147,12 +146,15 @@ def _trajectories(model: LoadedModel, spec: SamplerSpec, seeds: list[int], on_st
     return torch.stack(seen)
 
 
-def _load(path: Path, identity: str) -> Tensor | None:
-    """Return the trajectories of a saved group; None if the file is missing, damaged, or of another collection."""
-    if not path.is_file():
-        return None
-    try:
-        header, tensors = read_safetensors(path)
-    except CalibError:
-        return None
-    return tensors["x"] if header.get("identity") == identity else None
+def _load(path: Path, identity: str, shape: tuple[int, ...]) -> Tensor | None:
+    """Return the trajectories (S, GROUP, C, H, W) of a saved group; None if they have to be drawn (again)."""
+
+    def parse(header: dict[str, str], tensors: dict[str, Tensor]) -> Tensor | None:
+        if header.get("identity") != identity:
+            return None
+        x = tensors.get("x")
+        if x is None or x.shape != shape or x.dtype != torch.float32:
+            raise CalibError(f"{path} does not hold float32 trajectories of shape {shape}.")
+        return x
+
+    return read_kept(path, parse)

@@ -5,7 +5,6 @@ is measured once. Other checks compare an engine with fake-quantized PyTorch; no
 was ruined before.
 """
 
-import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan
-from calib.records import Sha256, parse_record
+from calib.records import Sha256, read_kept_record, signed
 from calib.sqnr import EQUAL_DB, sqnr_db
 from engines.files import sha256_of
 from gaq_export import run as runs
@@ -113,22 +111,12 @@ def judge(
     """
     run = Run(folder=Path(folder))
     plan = load_plan(run.plan)
-    recorded = _recorded(run)
+    recorded = read_kept_record(Verdict, run.verdict)
     if recorded is not None and recorded.plan_sha256 == sha256_of(run.plan):
         return recorded
     verdict = _measure(run, plan, find_model(provenance_of(plan), model, run.folder), on_step)
-    write_atomically(run.verdict, json.dumps(asdict(verdict), indent=1).encode())
+    write_atomically(run.verdict, signed(asdict(verdict)))
     return verdict
-
-
-def _recorded(run: Run) -> Verdict | None:
-    if not run.verdict.is_file():
-        return None
-    try:
-        return parse_record(Verdict, run.verdict.read_bytes(), run.verdict, _ADVICE)
-    except (CalibError, OSError) as error:
-        _log.warning("%s The verdict is measured again.", error)
-        return None
 
 
 def _measure(run: Run, plan: QuantPlan, model: LoadedModel, on_step: OnStage) -> Verdict:

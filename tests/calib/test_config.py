@@ -12,10 +12,10 @@ from calib.config import (
     QuantConfig,
     ReconstructionConfig,
     WeightConfig,
-    from_json,
     to_json,
 )
 from calib.errors import CalibError
+from calib.records import parse_record
 
 OTHER = QuantConfig(
     weight=WeightConfig(bits=3, norm=2.0, candidates=5),
@@ -31,26 +31,27 @@ OTHER = QuantConfig(
 
 @pytest.mark.parametrize("config", [QuantConfig(), OTHER])
 def test_a_config_survives_json(config: QuantConfig) -> None:
-    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert parse_record(QuantConfig, json.dumps(to_json(config)), "plan.json", "Again") == config
 
 
 def test_what_is_left_out_keeps_its_default() -> None:
-    assert from_json({"weight": {"bits": 8}}) == QuantConfig(weight=WeightConfig(bits=8))
-    assert from_json({}) == QuantConfig()
+    read = parse_record(QuantConfig, '{"weight": {"bits": 8}}', "plan.json", "Again")
+    assert read == QuantConfig(weight=WeightConfig(bits=8))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"sed": 1}, r"Unknown setting 'sed' in QuantConfig; .* Did you mean 'seed'\?"),
-        ({"weight": {"bit": 4}}, r"Unknown setting 'bit' in WeightConfig; .* Did you mean 'bits'\?"),
-        ({"omega": {"metasteps": 4}}, r"Unknown setting 'metasteps' in OmegaConfig; .* Did you mean 'meta_steps'\?"),
-        ({"zzz": 1}, r"Unknown setting 'zzz' in QuantConfig; it has \['weight', .*'seed'\]\.$"),
+        ({"sed": 1}, "plan.json: sed is a field that this version does not know"),
+        ({"weight": {"bit": 4}}, r"weight\.bit is a field that this version does not know"),
+        ({"omega": {"rule": "gak"}}, r"omega\.rule is 'gak', expected 'uniform', "),
+        ({"rounds": "1"}, "rounds is '1', expected a valid integer"),
+        ({"weight": {"bits": 99}}, "weight bits = 99: choose a whole number from 2 to 8"),
     ],
 )
-def test_an_unknown_setting_names_the_nearest(data: dict, message: str) -> None:
+def test_a_setting_that_is_unknown_or_wrong_is_named(data: dict, message: str) -> None:
     with pytest.raises(CalibError, match=message):
-        from_json(data)
+        parse_record(QuantConfig, json.dumps(data), "plan.json", "Again")
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 4.5])

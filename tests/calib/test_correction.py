@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from calib.correction import Correction, channel_gain, regress
+from calib.errors import CalibError
+from calib.records import parse_record
 
 BIAS = torch.tensor([0.02, -0.01, 0.0])
 
@@ -74,4 +76,6 @@ def test_a_correction_survives_json() -> None:
         variance=(0.25,),
         explained=(0.5,),
     )
-    assert Correction.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert parse_record(Correction, json.dumps(made.to_json()), "plan.json", "Again") == made
+    with pytest.raises(CalibError, match="expected a correction with as many steps and channels in each table"):
+        parse_record(Correction, json.dumps(made.to_json() | {"bias": [[0.0]]}), "plan.json", "Again")

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from calib.config import QuantConfig, WeightConfig
 from calib.errors import CalibError
-from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan, load_plan, pack_nibbles, save_plan, unpack_nibbles
+from calib.files import tensors_digest
+from calib.plan import (
+    Grid,
+    LayerQuant,
+    ProductQuant,
+    QuantPlan,
+    StepBits,
+    load_plan,
+    pack_nibbles,
+    save_plan,
+    unpack_nibbles,
+)
 from calib.reconstruct import BlockResult
 
 
@@ -157,12 +170,151 @@ def test_halves_of_two_plans_are_an_error(name: str, path: Path, tmp_path: Path)
         load_plan(path)
 
 
-def test_a_plan_of_another_format_is_an_error(path: Path) -> None:
+def resign(path: Path, change: Callable[[dict], object], tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Edit a plan so that its checksums hold, as whoever wants to be believed would."""
+    tensors = load_file(path) if tensors is None else tensors
     readable = path.with_suffix(".json")
-    data = json.loads(readable.read_text()) | {"format": 99}
+    data = json.loads(readable.read_text()) | {"tensors_sha256": tensors_digest(tensors)}
+    change(data)
     readable.write_text(json.dumps(data))
-    sha = hashlib.sha256(readable.read_bytes()).hexdigest()
-    save_file(load_file(path), path, {"json_sha256": sha})
+    save_file(tensors, path, {"json_sha256": hashlib.sha256(readable.read_bytes()).hexdigest()})
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(CalibError, match=message) as error:
+        load_plan(path)
+    assert "\n" not in str(error.value)
+    assert str(error.value).lower().endswith("run calibrate again.")
+
+
+def at(data: object, place: str) -> tuple[object, str | int]:
+    """Return the container of a place such as "layers.conv.input.scale", and its key there."""
+    *way, last = [int(key) if key.isdecimal() else key for key in place.split(".")]
+    for key in way:
+        data = data[key]  # type: ignore[index]
+    return data, last
+
+
+PLACES = [
+    "about",
+    "config",
+    "config.weight",
+    "config.weight.bits",
+    "config.omega.rule",
+    "num_train",
+    "layers",
+    "layers.conv",
+    "layers.conv.shape",
+    "layers.conv.shape.0",
+    "layers.conv.weight_bits",
+    "layers.conv.input",
+    "layers.conv.input.scale",
+    "layers.conv.input.zero",
+    "layers.conv.input.zero.0",
+    "layers.conv.input.ratio",
+    "layers.conv.narrower",
+    "layers.conv.output_scale",
+    "products",
+    "products.attention.key",
+    "products.attention.key.bits",
+    "float_layers",
+    "blocks",
+    "blocks.0",
+    "blocks.0.layers",
+    "blocks.0.loss_after",
+    "blocks.0.rounding",
+    "correction",
+    "sensitivity",
+    "splits",
+    "step_bits",
+    "step_bits.bits",
+    "step_bits.bits.0",
+    "step_bits.measured_db",
+    "tensors_sha256",
+]
+OPTIONAL = ("layers.conv.input.ratio", "layers.conv.input.zero", "step_bits.measured_db")  # have a default
+NULLABLE = ("correction", "sensitivity", "step_bits", "blocks.0.loss_after", "layers.conv.input.ratio")
+WRONG = ["x", -1, 10**30, [[[]]], {"a": {"b": None}}, True, math.nan]
+FITS = {  # what some places may hold of that
+    "about": [{"a": {"b": None}}],
+    "blocks.0.loss_after": [10**30],
+    "layers.conv.input.scale": [10**30],
+    "layers.conv.output_scale": [10**30],
+    "layers.conv.input.zero.0": [-1],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_field_of_the_json_that_is_missing_or_wrong_is_one_line(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    save_plan(dataclasses.replace(plan_of(per_step=True), step_bits=StepBits(bits=(8, 8, 8))), path)
+    whole, tensors = path.with_suffix(".json").read_text(), load_file(path)
+
+    def spoil(change: Callable[[object, str | int], object]) -> None:
+        path.with_suffix(".json").write_text(whole)
+        resign(path, lambda data: change(*at(data, place)), tensors)
+
+    def put(value: object) -> Callable[[object, str | int], object]:
+        return lambda inside, key: inside.__setitem__(key, value)  # type: ignore[attr-defined]
+
+    wrong = [*WRONG, *([] if place in NULLABLE else [None])]
+    for value in [value for value in wrong if not any(value is fit or value == fit for fit in FITS.get(place, []))]:
+        spoil(put(value))
+        refused(path, "plan")
+    if not place[-1].isdecimal() and not place.startswith("config.") and place not in OPTIONAL:
+        spoil(lambda inside, key: inside.pop(key))  # type: ignore[attr-defined]
+        refused(path, "is missing|is not a tensor")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"format": ' + "9" * 9999 + "}", "\x00"])
+def test_json_of_another_kind_is_one_line(text: str, path: Path) -> None:
+    tensors = load_file(path)
+    path.with_suffix(".json").write_text(text)
+    save_file(tensors, path, {"json_sha256": hashlib.sha256(text.encode()).hexdigest()})
+    refused(path, "plan")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("conv.codes", None, r"a tensor is not there: \['conv.codes'\]"),
+        ("conv.codes", torch.zeros(67, dtype=torch.uint8), r"conv.codes is not torch.uint8 of shape \(68,\)"),
+        ("conv.codes", torch.zeros(68, dtype=torch.int8), r"conv.codes is not torch.uint8 of shape \(68,\)"),
+        ("conv.weight_scale", torch.zeros(3), "conv.weight_scale is not one positive scale a channel"),
+        ("conv.weight_scale", torch.full((3,), torch.nan), "conv.weight_scale is not one positive scale a channel"),
+        ("conv.weight_scale", torch.ones(4), "conv.weight_scale is not one positive scale a channel"),
+        ("conv.weight_scale", torch.ones(3).double(), "conv.weight_scale is not one positive scale a channel"),
+        ("omega_scores", torch.zeros(2, 2), "omega_scores is not a float64 vector"),
+        ("another", torch.zeros(2), "another is not a tensor of a plan"),
+        ("conv.factors", torch.zeros(5), "conv.factors is not a tensor of a plan"),
+        ("timesteps", torch.tensor([5, 4]), "timesteps are not rising, from 0 to less than 100"),
+        ("timesteps", torch.tensor([5, 100]), "timesteps are not rising, from 0 to less than 100"),
+    ],
+)
+def test_tensors_that_are_not_what_the_json_says_are_one_line(
+    name: str, value: torch.Tensor | None, message: str, path: Path
+) -> None:
+    tensors = load_file(path)
+    tensors = {key: kept for key, kept in tensors.items() if key != name} | ({} if value is None else {name: value})
+    resign(path, lambda data: None, tensors)
+    refused(path, message)
+
+
+def test_codes_and_steps_out_of_range_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    save_plan(plan_of(5), path)
+    tensors = load_file(path)
+    tensors["conv.codes"][0, 0, 0, 0] = 16
+    resign(path, lambda data: None, tensors)
+    refused(path, "conv.codes is not in the range of 5 bits")
+    save_plan(dataclasses.replace(plan_of(per_step=True), step_bits=StepBits(bits=(8, 8, 8, 8))), path)
+    refused(path, "step_bits has 4 steps, expected 3")
+    save_plan(dataclasses.replace(plan_of(per_step=True), timesteps=torch.tensor([1, 2])), path)
+    refused(path, "conv has a grid for another number of steps than 2")
+
+
+def test_a_plan_of_another_format_is_an_error(path: Path) -> None:
+    resign(path, lambda data: data.update({"format": 99}))
     with pytest.raises(CalibError, match=r"plan.safetensors has format 99, this version reads 8: run calibrate again"):
         load_plan(path)
 

@@ -15,6 +15,7 @@ from calib.blocks import Block, BlockIO
 from calib.choices import Rounding
 from calib.config import OmegaConfig, ReconstructionConfig
 from calib.reconstruct import BlockResult, Fit, LayerWeight
+from calib.records import parse_record
 
 SCALE = 0.5
 
@@ -114,7 +115,7 @@ def test_the_weights_of_a_block_are_copies_in_the_order_of_its_layers() -> None:
 
 def test_a_result_is_read_back_from_json() -> None:
     result = BlockResult(name="a", layers=("a.b", "a.c"), loss_before=2.0, loss_after=None, rounding=Rounding.NEAREST)
-    assert BlockResult.from_json(json.loads(json.dumps(asdict(result)))) == result
+    assert parse_record(BlockResult, json.dumps(asdict(result)), "here", "Again") == result
 
 
 class Gated(nn.Module):

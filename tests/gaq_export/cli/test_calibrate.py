@@ -203,3 +203,22 @@ def test_a_killed_calibration_continues_to_the_same_bytes(home: Path, tiny_run: 
     assert finished.exit_code == 0, finished.output
     for name in ("plan.safetensors", "plan.json"):
         assert (run / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+def test_a_flipped_byte_in_what_is_kept_gives_the_same_plan_and_the_log_says_so(
+    home: Path, run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = (run_copy / "plan.safetensors").read_bytes()
+    again = ("calibrate", "--weights", home, "--run", run_copy, "-q")
+    spoilt = [run_copy / "calibration" / "0000.safetensors", *sorted((run_copy / "blocks").glob("*.safetensors"))[:2]]
+    for file in spoilt:
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+    for name in ("plan.safetensors", "plan.json"):
+        (run_copy / name).unlink()
+    result = gaq(*again)
+    assert result.exit_code == 0, result.output
+    assert (run_copy / "plan.safetensors").read_bytes() == plan
+    for file in spoilt:
+        assert f"{file} is damaged, altered or of another version: it is made again." in caplog.text

@@ -1,7 +1,6 @@
 """Cells are measured once, each for all activation bits, and a page can be written from those that are there."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from calib.affine import quantize_weight
 from calib.plan import QuantPlan, save_plan
 from calib.progress import Progress
+from calib.records import signed
 from gaq_export.comparison import runner
 from gaq_export.comparison.spec import Cell, Comparison
 from gaq_export.models.loader import LoadedModel
@@ -70,23 +70,37 @@ def test_what_was_measured_is_not_measured_again_and_other_bits_are_added(measur
     assert cell not in runner.missing(measured)
     runner.work(more, cell.name)
     after = runner.read_cell(more, cell)
-    assert list(after["activations"]) == ["8", "4", "6"]
-    assert {k: v for k, v in after.items() if k != "activations"} == {
-        k: v for k, v in before.items() if k != "activations"
-    }
-    assert after["activations"]["8"] == before["activations"]["8"]
+    assert list(after.activations) == ["8", "4", "6"]
+    assert dataclasses.replace(after, activations=before.activations) == before
+    assert after.activations["8"] == before.activations["8"]
+
+
+@pytest.mark.parametrize("suffix", [".json", "-a8.safetensors"])
+def test_a_cell_with_a_flipped_byte_is_measured_again_and_the_log_says_so(
+    suffix: str, measured: Comparison, caplog: pytest.LogCaptureFixture
+) -> None:
+    cell = measured.cells[1]
+    path = measured.path(cell, suffix)
+    whole = path.read_bytes()
+    assert cell not in runner.missing(measured)
+    for place in (len(whole) // 3, len(whole) // 2, len(whole) - 9):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert cell in runner.missing(measured)
+        assert f"{path.name} is damaged, altered or of another version: it is made again." in caplog.text
+    path.write_bytes(whole)
+    assert cell not in runner.missing(measured)
 
 
 def test_a_clock_adds_what_an_interrupted_process_took(tmp_path: Path) -> None:
-    (tmp_path / "clock.json").write_text(json.dumps({"seconds": 100.0, "peak_mib": 1e9}))
+    (tmp_path / "clock.json").write_bytes(signed({"seconds": 100.0, "peak_mib": 1e9}))
     read = runner.Clock(tmp_path / "clock.json").read()
-    assert 100 <= read["seconds"] < 110
-    assert read["peak_mib"] == 1e9
+    assert 100 <= read.seconds < 110
+    assert read.peak_mib == 1e9
 
 
 def test_a_clock_without_a_count_of_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "peak_memory_mib", lambda: None)
-    assert runner.Clock(tmp_path / "clock.json").read()["peak_mib"] is None
+    assert runner.Clock(tmp_path / "clock.json").read().peak_mib is None
 
 
 def test_the_module_starts_where_the_system_has_no_resource_module() -> None:

@@ -33,7 +33,7 @@ def test_the_float_network_is_exact_by_its_own_yardstick(model: LoadedModel, tmp
 
 def test_what_was_prepared_is_read_and_not_computed_again(model: LoadedModel, tmp_path: Path) -> None:
     shared = Yardstick(model=model, folder=tmp_path, images=2, computed_by=ComputedBy.PYTORCH)
-    with pytest.raises(GaqError, match="holds no results yet: run without --report-only first"):
+    with pytest.raises(GaqError, match="holds no results yet, or damaged ones: run without --report-only first"):
         yardstick.facts(shared)
     yardstick.prepare(shared)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -42,6 +42,22 @@ def test_what_was_prepared_is_read_and_not_computed_again(model: LoadedModel, tm
     yardstick.noise_errors(shared, model.network)
     yardstick.float_images(shared)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
+
+
+@pytest.mark.parametrize("name", ["facts.json", "held-out.safetensors", "float-images.safetensors"])
+def test_what_was_prepared_and_has_a_flipped_byte_is_computed_again_to_the_same_bytes(
+    name: str, model: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = Yardstick(model=model, folder=tmp_path, images=2, computed_by=ComputedBy.PYTORCH)
+    yardstick.prepare(shared)
+    whole = (tmp_path / name).read_bytes()
+    place = len(whole) - 9
+    (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    yardstick.prepare(shared)
+    yardstick.noise_errors(shared, model.network)
+    yardstick.float_images(shared)
+    assert (tmp_path / name).read_bytes() == whole
+    assert f"{name} is damaged, altered or of another version: it is made again." in caplog.text
 
 
 def test_the_engine_draws_what_pytorch_draws(model: LoadedModel, tmp_path: Path) -> None:
@@ -110,5 +126,5 @@ def test_frechet_distances_are_to_real_and_to_float_images(
 def test_facts_of_another_version_are_refused(model: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_text('{"signal": [1.0]}')
     shared = Yardstick(model=model, folder=tmp_path, images=0)
-    with pytest.raises(GaqError, match=r"facts\.json cannot be read .*: give another --folder"):
+    with pytest.raises(GaqError, match="holds no results yet, or damaged ones: run without --report-only first"):
         yardstick.facts(shared)

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from calib.correction import Correction
+from calib.errors import CalibError
 from engines import Audit, EngineFile
 from gaq_export.deploy.record import (
     EngineRecord,
@@ -41,7 +43,7 @@ def record() -> EngineRecord:
         plan=PlanLink(sha256="2" * 64, layers=3),
         correction=correction,
         tables=("time.0", "time.1"),
-        switching=Switching(engines=(OTHER,), turns=(0, 1, 1)),
+        switching=Switching(engines=(OTHER,), turns=(1,)),
         decoder=LinkedFile(file="unet-decoder.plan", sha256="3" * 64),
         text_encoders=TextEncoders(engines=(OTHER,), tokenizers=(OTHER,), zeros=True, time_ids=[[1.0, 2.0]]),
     )
@@ -87,10 +89,40 @@ def test_a_record_of_another_format_or_with_a_part_missing_is_refused(record: En
         record_of(file_with(fields | {"format": 0}))
     with pytest.raises(GaqError, match="has format None"):
         record_of(file_with({}))
-    with pytest.raises(GaqError, match=r"incomplete \(KeyError\('bits'\)\)"):
-        record_of(file_with({name: value for name, value in fields.items() if name != "bits"}))
-    with pytest.raises(GaqError, match="'whole' is not a valid GraphKind"):
-        record_of(file_with(fields | {"graph": "whole"}))
+    for name in fields.keys() - {"format"}:
+        with pytest.raises(CalibError, match=rf"unet\.plan: {name} is missing\. Build the engine again"):
+            record_of(file_with({part: value for part, value in fields.items() if part != name}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"graph": "whole"}, "graph is 'whole', expected 'step' or 'eps'"),
+        ({"numbers": None}, "numbers is None, expected 'int8' or 'fp8'"),
+        ({"bits": 4}, "bits is 4, expected a valid string"),
+        ({"plan": {"sha256": "x", "layers": 3}}, "plan.sha256 is 'x', expected"),
+        ({"plan": []}, r"plan is \[\], expected"),
+        ({"tables": [None]}, "tables.0 is None, expected"),
+        ({"decoder": {"file": "x"}}, "decoder.sha256 is missing"),
+        ({"text_encoders": {"engines": 3}}, "text_encoders.engines is 3, expected"),
+        ({"switching": {"engines": [], "turns": [7]}}, "switching does not name one of the engines for each of"),
+        ({"switching": {"engines": [], "turns": []}}, "switching.turns is "),
+        ({"provenance": {}}, "The record of the float model: model is missing"),
+        ({"colour": 1}, "colour is a field that this version does not know"),
+    ],
+)
+def test_a_part_of_another_kind_is_one_line(change: dict[str, Any], message: str, record: EngineRecord) -> None:
+    with pytest.raises((CalibError, GaqError), match=message) as error:
+        record_of(file_with(record.to_json() | change))
+    assert "\n" not in str(error.value)
+
+
+def test_a_correction_of_other_steps_is_one_line(record: EngineRecord) -> None:
+    fields = record.to_json()
+    tables = ("gain", "bias", "shift", "variance", "explained")
+    longer = {table: [*fields["correction"][table], fields["correction"][table][0]] for table in tables}
+    with pytest.raises(GaqError, match="correction is not for 1 steps and 1 channels"):
+        record_of(file_with(fields | {"correction": fields["correction"] | longer}))
 
 
 def test_an_engine_is_named_by_its_file_and_checksum() -> None:

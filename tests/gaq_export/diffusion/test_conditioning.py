@@ -1,6 +1,7 @@
 """Conditioning: the same whoever draws, guidance as published, and the same in every engine."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,9 +79,49 @@ def test_an_images_condition_depends_on_its_seed() -> None:
 def test_an_incomplete_record_is_refused(tmp_path: Path) -> None:
     record = class_conditioning((1, 2), unconditional=10).to_json()
     assert Conditioning.from_json(record, tmp_path).names == ("1", "2")
-    del record["unconditional"]
-    with pytest.raises(GaqError, match=r"incomplete \(KeyError\('unconditional'\)\): calibrate again"):
-        Conditioning.from_json(record, tmp_path)
+    for name in ("names", "guidance", "file"):
+        with pytest.raises(CalibError, match=rf"The record of the conditioning: {name} is missing"):
+            Conditioning.from_json({part: value for part, value in record.items() if part != name}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"names": []},
+        {"names": "12"},
+        {"names": ["1"]},
+        {"guidance": "x"},
+        {"guidance": math.nan},
+        {"guidance": 2.0, "unconditional": {}},
+        {"file": "../x.safetensors"},
+        {"file": "/etc/hostname"},
+        {"file": "missing.safetensors"},
+        {"file": 3},
+        {"rows": {}},
+        {"rows": {"class_labels": [1, [2]]}},
+        {"rows": {"class_labels": [-1, 2]}},
+        {"rows": {"class_labels": [1, 10**40]}},
+        {"rows": {"class_labels": [0.5, 2]}},
+        {"rows": None},
+    ],
+)
+def test_a_record_of_another_form_is_one_line(changes: dict[str, object], tmp_path: Path) -> None:
+    record = class_conditioning((1, 2), unconditional=10).to_json()
+    with pytest.raises((CalibError, GaqError)) as error:
+        Conditioning.from_json(record | changes, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_byte_in_text_states_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    made = Conditioning(names=("a",), rows={"states": torch.ones(1, 2)}, unconditional={"states": torch.zeros(1, 2)})
+    record = made.to_json()
+    made.save(tmp_path)
+    file = tmp_path / str(made.file)
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises((CalibError, GaqError)):
+            Conditioning.from_json(record, tmp_path)
 
 
 def test_guidance_leads_away_from_the_unconditional_noise() -> None:

@@ -1,11 +1,13 @@
 """What a plan records about its float model leads back to that model and to no other."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from calib.errors import CalibError
 from gaq_export.diffusion.conditioning import class_conditioning
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
@@ -37,10 +39,47 @@ def test_a_provenance_survives_json_to_the_bit(conditioned: LoadedModel, tmp_pat
 
 def test_an_incomplete_or_unknown_record_is_refused(conditioned: LoadedModel) -> None:
     fields = Provenance.of(conditioned, SPEC).to_json()
-    with pytest.raises(GaqError, match=r"unknown parts \['conditions'\]: calibrate and build again"):
+    with pytest.raises(CalibError, match="The record of the float model: conditions is a field that this version does"):
         Provenance.from_json(fields | {"conditions": {}})
-    with pytest.raises(GaqError, match=r"incomplete \(KeyError\('schedule'\)\)"):
-        Provenance.from_json({name: value for name, value in fields.items() if name != "schedule"})
+    for name in ("model", "architecture", "sampler", "schedule"):
+        with pytest.raises(CalibError, match=rf"model: {name} is missing.*\. Calibrate and build again"):
+            Provenance.from_json({part: value for part, value in fields.items() if part != name})
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("model", {"shape": [1, 8]}),
+        ("model", {"shape": [1, 8, 10**9]}),
+        ("model", {"shape": [1, -8, 6]}),
+        ("model", {"source": "a\0b"}),
+        ("model", {"source": None}),
+        ("model", {"classes": -1}),
+        ("model", {"meaningless": "no"}),
+        ("sampler", {"steps": 10**9}),
+        ("sampler", {"steps": 0}),
+        ("sampler", {"steps": "5"}),
+        ("sampler", {"eta": math.nan}),
+        ("sampler", {"name": ["ddim"]}),
+        ("schedule", {"alpha_bar": []}),
+        ("schedule", {"alpha_bar": [0.5, math.nan]}),
+        ("schedule", {"alpha_bar": [0.5, "x"]}),
+        ("schedule", {"alpha_bar": [0.5, 0.6]}),
+        ("schedule", {"clip": -1.0}),
+        ("schedule", {"last": 7.0}),
+    ],
+)
+def test_a_part_out_of_range_is_one_line(part: str, changes: dict[str, object], conditioned: LoadedModel) -> None:
+    fields = Provenance.of(conditioned, SPEC).to_json()
+    with pytest.raises((CalibError, GaqError)) as error:
+        Provenance.from_json(fields | {part: fields[part] | changes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_that_the_model_does_not_have_is_one_line(conditioned: LoadedModel, tmp_path: Path) -> None:
+    recorded = replace(Provenance.of(conditioned, SPEC), classes=4)
+    with pytest.raises(GaqError, match="names a class beyond 3"):
+        load_conditioning(recorded, tmp_path)
 
 
 def test_a_module_of_the_callers_has_to_be_given_and_has_to_be_the_same(

@@ -83,7 +83,7 @@ def test_it_is_measured_once_for_a_plan(
     assert judge(run) == first  # the module need not be given: nothing is measured
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"plan_sha256": "x"}', '{"sqnr_db": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"plan_sha256": "x"}', '{"sqnr_db": 3}'])
 def test_a_damaged_verdict_is_measured_again_and_the_log_says_so(
     ruined: tuple[LoadedModel, Path], text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,7 +92,7 @@ def test_a_damaged_verdict_is_measured_again_and_the_log_says_so(
     (run / "verdict.json").write_text(text)
 
     assert judge(run, model) == first
-    assert "The verdict is measured again." in caplog.text
+    assert "verdict.json is damaged, altered or of another version: it is made again." in caplog.text
 
 
 def test_the_verdict_of_another_plan_does_not_count(ruined: tuple[LoadedModel, Path]) -> None:
