@@ -1,7 +1,10 @@
 """The error that `gaq_export` raises for anything a user can cause, and the errors that commands print in one line."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 class GaqError(Exception):
@@ -26,7 +29,16 @@ def unknown(what: str, name: object, choices: Iterable[str], hint: str = "") -> 
 
 def one_line(error: BaseException) -> str:
     """Return the message of a foreign error without line breaks, cut to 200 characters; its class if it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return visible(str(error)).strip()[:200] or type(error).__name__
+
+
+def visible(text: str) -> str:
+    """Return a foreign text on one line, without characters that would hide, move or erase what stands around it.
+
+    White space becomes one space each; control characters, marks that turn the direction of writing, and halves of
+    characters (undecodable file names have them) become U+FFFD.
+    """
+    return _HIDDEN.sub("\ufffd", " ".join(re.split(r"\s+", text)))
 
 
 def user_errors() -> tuple[type[Exception], ...]:

@@ -240,10 +240,7 @@ def compare(
                 seeds=tuple(range(seeds)),
                 workers=workers,
             )
-            name = f"compare-{loaded.spec.name}"
-            pages = comparison_pages.PagePaths(
-                html=(out or folder) / f"{name}.html", markdown=(out or folder) / f"{name}.md"
-            )
+            pages = comparison_pages.page_paths(out or folder, loaded.spec.name)
             taken = [file for file in (data, features, loaded.source.path) if file is not None and file.is_file()]
             folders.check_outputs([pages.html, pages.markdown], taken)
             # For the page, as the user typed it: whoever reads it can repeat it.

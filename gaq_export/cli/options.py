@@ -168,7 +168,7 @@ def one_line_errors() -> Iterator[None]:
 
     What `engines` warns of is printed in one line too, once.
     """
-    from gaq_export.errors import user_errors
+    from gaq_export.errors import user_errors, visible
 
     try:
         with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def one_line_errors() -> Iterator[None]:
         typer.echo("interrupted; the same command continues where it was", err=True)
         raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
     except user_errors() as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {visible(str(error)).strip()}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gaq_export.comparison import runner
-from gaq_export.comparison.pages import PagePaths, write_pages
+from gaq_export.comparison.pages import PagePaths, page_paths, write_pages
 from gaq_export.comparison.spec import Bits, Comparison, claim, recipe_rows
 from gaq_export.comparison.yardstick import Yardstick
 from gaq_export.models.conditioning_request import condition_model
@@ -60,8 +60,7 @@ def compare(
     )
     claim(comparison)  # first, so that nothing is measured into a folder of another comparison
     _measure(comparison, on_step)
-    name = f"compare-{model.spec.name}"
-    pages = PagePaths(html=folder / f"{name}.html", markdown=folder / f"{name}.md")
+    pages = page_paths(folder, model.spec.name)
     write_pages(comparison, f"gaq_export.compare(model, {list(recipes)})", pages)
     return pages
 

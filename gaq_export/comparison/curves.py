@@ -15,6 +15,7 @@ import numpy.typing as npt
 from calib.files import write_atomically
 from gaq_export.comparison.results import Table
 from gaq_export.comparison.tables import BASELINE
+from gaq_export.errors import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +64,8 @@ def draw(path: Path, curves: Curves) -> None:
         if differences and row not in curves.omitted:
             # Differences seed by seed, then their mean: the spread between seeds drops out. (seeds, S) -> (S,)
             lower.plot(np.mean(differences, axis=0), style, color=line.get_color(), linewidth=1.2)
-    upper.set(ylabel="SQNR of the predicted noise, dB", title=f"{curves.title}, mean over seeds")
+    upper.set(ylabel="SQNR of the predicted noise, dB")
+    upper.set_title(f"{visible(curves.title)}, mean over seeds", parse_math=False)  # a model's name may hold a $
     upper.legend(ncols=3, fontsize="small")
     last = len(curves.timesteps) - 1
     marks = [*range(0, last, max(1, (last + 1) // 5)), last]  # about five, and always the last step
@@ -71,7 +73,7 @@ def draw(path: Path, curves: Curves) -> None:
     lower.set_xticks(marks, [f"{i}\n({curves.timesteps[i]})" for i in marks])
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    _save(figure, path, curves.title)
+    _save(figure, path, visible(curves.title))
 
 
 def _differences(table: Table, row: str, baseline: str) -> list[npt.NDArray[np.float64]]:

@@ -1,9 +1,9 @@
 """The pages of a comparison of recipes: one Markdown and one HTML page, a table, curves and images for each width."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from calib.files import write_atomically
@@ -11,9 +11,11 @@ from gaq_export.comparison import curves, runner, tables, yardstick
 from gaq_export.comparison.results import Table, table_at
 from gaq_export.comparison.spec import Bits, Cell, Comparison
 from gaq_export.diffusion.schedule import timesteps
+from gaq_export.errors import visible
 from gaq_export.images import save_grid
 from gaq_export.quantize.recipes import RECIPES
 from gaq_export.report import html
+from gaq_export.report.markdown import plain
 
 WORST = "rtn"  # so far from the others that its curve would flatten theirs
 
@@ -34,6 +36,12 @@ class Setting:
     table: Table
     curves: Path
     images: Path | None
+
+
+def page_paths(folder: Path, model: str) -> PagePaths:
+    """Return the pages of a comparison of a model, in a folder; of the name only what every file system takes stays."""
+    name = f"compare-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)[:80]}"
+    return PagePaths(html=folder / f"{name}.html", markdown=folder / f"{name}.md")
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -58,7 +66,8 @@ def write_pages(comparison: Comparison, command: str, paths: PagePaths) -> None:
     recipes = [f"- {name}: {RECIPES[name].description}." for name in comparison.rows]
     settings = [s for s in (_draw_setting(comparison, bits, paths) for bits in comparison.bits) if s is not None]
 
-    lines = [f"# {title}", "", f"    {command}", "", *method, "", "Recipes:", "", *recipes]
+    lines = [f"# {plain(title)}", "", f"    {visible(command)}", ""]
+    lines += [*tables.how_measured(comparison, columns, plain), "", "Recipes:", "", *recipes]
     for setting in settings:
         lines += _markdown_section(comparison, setting, columns)
     lines += tables.still_missing(comparison)
@@ -66,7 +75,7 @@ def write_pages(comparison: Comparison, command: str, paths: PagePaths) -> None:
 
     details = "".join(html.text(line.removeprefix("- ")) for line in (*method, *recipes))
     details = f"<details><summary>How this was measured, and what the recipes are</summary>\n{details}</details>\n"
-    header = html.header("Which recipe?", title, "", f"<pre>{escape(command)}</pre>\n", details)
+    header = html.header("Which recipe?", title, "", f"<pre>{html.escape(command)}</pre>\n", details)
     sections = [_html_section(comparison, setting, columns) for setting in settings]
     write_atomically(paths.html, html.document(title, header, sections).encode())
 

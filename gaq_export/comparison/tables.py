@@ -15,7 +15,7 @@ from gaq_export.comparison import runner, yardstick
 from gaq_export.comparison.results import CellScores, Table
 from gaq_export.comparison.spec import Comparison
 from gaq_export.comparison.yardstick import ComputedBy
-from gaq_export.errors import GaqError
+from gaq_export.errors import GaqError, visible
 from gaq_export.report.markdown import machine, markdown_table
 
 BASELINE = "uniform"
@@ -194,8 +194,15 @@ def ranking(table: Table) -> str:
     )
 
 
-def how_measured(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
+def how_measured(
+    comparison: Comparison, columns: Sequence[Column], written: Callable[[str], str] = visible
+) -> list[str]:
     """Return what a reader needs to repeat and to judge the numbers, as items of a Markdown list.
+
+    Args:
+        comparison: what was measured.
+        columns: which of it is shown.
+        written: how the page writes a foreign text, the model's name; `markdown.plain` for Markdown.
 
     Raises:
         GaqError: nothing was measured yet.
@@ -212,8 +219,8 @@ def how_measured(comparison: Comparison, columns: Sequence[Column]) -> list[str]
         f"Machine: {machine()}; cells at a time: {_listed(r.workers for r in records)}, one thread each. "
         f"torch {installed('torch')}, OpenVINO {installed('openvino')}, "
         f"gaq-export {_listed(r.version for r in records)}.",
-        f"Model and sampler: {comparison.model.spec.name}, {spec.steps} {spec.name.upper()} steps, {spec.spacing} "
-        "spacing.",
+        f"Model and sampler: {written(comparison.model.spec.name)}, {spec.steps} {spec.name.upper()} steps, "
+        f"{spec.spacing} spacing.",
         f"Schedule: {preset.images} calibration images a seed, each giving a sample at every sampling step; "
         f"{min(config.weight_steps, spec.steps)} of the {spec.steps} steps calibrate weights, all of them activations; "
         f"{reconstruction.iterations} iterations a block in batches of {reconstruction.batch} at learning rate "

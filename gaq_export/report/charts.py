@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from calib.diagnose import Agreement, Alignment, bin_means
 from calib.reconstruct import BlockResult
+from gaq_export.errors import visible
 from gaq_export.quantize.noise_sqnr import NoiseSqnr
+from gaq_export.report import html
 from gaq_export.report.inspection import LayerRange
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ BINS = 50
 NUMBERED = 10  # a heat map of at most so many steps has its numbers in it
 WIDTH = 7.2  # inches; the page scales it to its column
 ROW = 0.17  # inches of a named row
+LONGEST = 64  # characters of a name beside a row
 # Okabe, Ito 2008: also for colour-blind readers
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
@@ -124,7 +126,7 @@ def _svg(name: str, label: str, height: float, paint: Callable[["Figure"], None]
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     # Definitions and all that refers to them: href="#x" and url(#x).
     text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda match: f"{match[0]}{name}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).strip()
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1).strip()
 
 
 def _cosines(agreement: Agreement, figure: "Figure") -> None:
@@ -269,6 +271,10 @@ def _log_axis(axes: "Axes", values: Sequence[float]) -> None:
 
 def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
     """Put the first name on top, one a row, with thin lines to follow."""
+    # Of a long name both ends are shown, or no room is left for the chart; a dollar sign would begin a formula.
+    lines = [visible(name) for name in names]
+    lines = [line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}...{line[-LONGEST // 2 :]}" for line in lines]
+    names = [line.replace("$", r"\$") for line in lines]
     axes.set_yticks(range(len(names)), names, fontsize=6.5, fontfamily=["DejaVu Sans Mono", "monospace"])
     axes.set_ylim(len(names) - 0.4, -0.6)  # upside down, so that network order reads from the top
     axes.tick_params(axis="y", length=0)

@@ -4,8 +4,10 @@ In: text, SVG and PNG. Out: HTML. Docstrings name the arguments that are HTML al
 """
 
 import base64
+import html
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+
+from gaq_export.errors import visible
 
 _CSS = """
 :root { color-scheme: light dark; --paper: #fbfbfa; --ink: #22262b; --soft: #5c636d; --line: #dfe2e6; --card: #fff; }
@@ -48,6 +50,13 @@ code, pre, td:first-child { font-family: ui-monospace, "DejaVu Sans Mono", Menlo
 pre { overflow-x: auto; }
 @media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 """
+
+
+def escape(text: str) -> str:
+    """Return text as it may stand anywhere in a page, in attributes too; it is on one line and hides nothing."""
+    # White space at the beginning stays, since it indents settings.
+    indent = len(text) - len(text.lstrip(" "))
+    return " " * indent + html.escape(visible(text[indent:]))
 
 
 def document(title: str, header: str, sections: Iterable[str]) -> str:

@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import torch
@@ -56,7 +55,8 @@ def what_was_done(plan: QuantPlan, inspection: Inspection, origin: Origin) -> st
     """Return the calibration's facts and all its settings, HTML."""
     facts = _facts(plan, inspection, origin) | _journal_facts(origin.journal)
     # Folded away: a reader who repeats the calibration needs every setting, others need none.
-    settings = escape(json.dumps(configs.to_json(plan.config), indent=1))
+    lines = json.dumps(configs.to_json(plan.config), indent=1).splitlines()
+    settings = "\n".join(map(html.escape, lines))
     return f"{html.facts(facts)}<details><summary>All settings</summary><pre>{settings}</pre></details>\n"
 
 

@@ -1,8 +1,11 @@
-"""Parts of a Markdown page of results: tables, and the machine's name."""
+"""Parts of a Markdown page of results: tables, texts from elsewhere, and the machine's name."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from gaq_export.errors import visible
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -12,6 +15,24 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
     ['| step | dB |', '| --- | --- |', '| 0 | 1.5 |']
     """
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def plain(text: str) -> str:
+    """Return a foreign text as Markdown that shows it as it is, on one line: no link, tag, heading, list or table."""
+    line = visible(text).strip()
+    line = re.sub(r"[\\`*\[\]<|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
+    line = line.replace("://", "\\://").replace("www.", "www\\.")  # else they become links
+    # What begins a list, a quotation, a heading or a rule where it stands first; a number begins a list too.
+    return re.sub(r"^(\d*)([-+>#=.)])", r"\1\\\2", line)
+
+
+def code(text: str) -> str:
+    """Return a foreign text as code in a line of Markdown, or in a table's cell."""
+    line = visible(text).replace("|", "\\|")
+    # More ticks around it than it has in a row, apart from it by a space, which is not shown.
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    gap = " " if "`" in line else ""
+    return f"{ticks}{gap}{line}{gap}{ticks}"
 
 
 def machine() -> str:

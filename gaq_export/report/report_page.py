@@ -3,7 +3,6 @@
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from gaq_export.deploy.record import record_of
@@ -256,9 +255,8 @@ def _reproduction_section(report: Report) -> str:
         "this report": _versions(command_and_versions()),
         "machine": machine(),
     }
-    return html.section(
-        "How to make it again", html.text(text), f"<pre>{escape(chr(10).join(commands))}</pre>\n", html.facts(facts)
-    )
+    shown = "\n".join(map(html.escape, commands))
+    return html.section("How to make it again", html.text(text), f"<pre>{shown}</pre>\n", html.facts(facts))
 
 
 def _versions(line: Mapping[str, Any]) -> str:

@@ -12,12 +12,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from calib.plan import QuantPlan
 from calib.step_bits import widths
 from gaq_export._version import __version__
+from gaq_export.errors import visible
 from gaq_export.evaluation.evaluate import Evaluation
 from gaq_export.evaluation.scores import Score, table
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import provenance_of
 from gaq_export.models.source import SourceKind
-from gaq_export.report.markdown import markdown_table
+from gaq_export.report.markdown import code, markdown_table, plain
 
 WHAT = {  # files of a pack by how their names begin
     "plan.": "the quantized layers: integers, scales, and how they were calibrated",
@@ -61,7 +62,7 @@ def render(content: Content) -> str:
     model = content.model
     bits = f"W{_joined({layer.weight_bits for layer in plan.layers.values()})}A{_joined(widths(plan))}"
     parts = (
-        [f"# {model.spec.name}, {bits}", "", *_about(plan, model, bits)],
+        [f"# {plain(model.spec.name)}, {bits}", "", *_about(plan, model, bits)],
         ["## Use", "", *_use()],
         ["## How it was made", "", *_calibration(plan, content.settings)],
         ["## Scores", "", *_scores(content.evaluation)],
@@ -75,18 +76,18 @@ def render(content: Content) -> str:
 def _front_matter(content: Content, bits: str) -> ModelCardData:
     """Return the fields by which the hub lists and searches models."""
     model = content.model
-    terms = content.terms
+    terms = {name: visible(str(term)) for name, term in content.terms.items()}
     repository = _repository(model)
     task = _task(model)
     rows = {} if content.evaluation is None else content.evaluation.rows
     return ModelCardData(
-        base_model=repository,
+        base_model=repository and visible(repository),
         # The hub then lists the pack among the source model's quantizations; without a base there is no relation.
         base_model_relation="quantized" if repository else None,
         library_name="gaq-export",
         pipeline_tag=task,
         tags=["diffusion", "quantized", "onnx", bits],
-        model_name=f"{model.spec.name}-{bits}",
+        model_name=visible(f"{model.spec.name}-{bits}"),
         # Only with model_name, which the hub's client requires beside results.
         eval_results=[_result(score, task) for row in rows.values() for score in row] or None,
         license=terms.get("license"),
@@ -103,11 +104,12 @@ def _about(plan: QuantPlan, model: LoadedModel, bits: str) -> list[str]:
     words = {
         SourceKind.RANDOM: "random weights",
         SourceKind.BUNDLED: "the model of that name in gaq-export",
-        SourceKind.HUB: str(model.source),
+        SourceKind.HUB: plain(str(model.source)),
     }
     source = words.get(model.source.kind, "a folder")
+    name = plain(model.spec.name)
     lines = [
-        f"{model.spec.name} (from {source}), quantized to {bits} by gaq-export {__version__}: {len(plan.layers)} "
+        f"{name} (from {source}), quantized to {bits} by gaq-export {__version__}: {len(plan.layers)} "
         f"layers have integer weights and inputs, {len(plan.float_layers)} stay float; `plan.json` names them."
     ]
     return [*lines, "", "Its weights are random, so its pictures mean nothing."] if model.random_weights else lines
@@ -141,13 +143,16 @@ def _scores(evaluation: Evaluation | None) -> list[str]:
         return ["Not evaluated."]
     # All rows of a table share what is listed here, else `table` raises.
     context = next(iter(evaluation.rows.values()))[0].context
-    shown = [f"{name} {context[name]}" for name in ("images", "features", "reference", "seeds") if name in context]
-    return [*markdown_table(*table(evaluation.rows)), "", f"Measured by `gaq-export evaluate`: {', '.join(shown)}."]
+    known = [name for name in ("images", "features", "reference", "seeds") if name in context]
+    shown = [f"{name} {plain(str(context[name]))}" for name in known]
+    head, rows = table(evaluation.rows)
+    named = [[plain(row[0]), *row[1:]] for row in rows]  # after a folder or an engine
+    return [*markdown_table(head, named), "", f"Measured by `gaq-export evaluate`: {', '.join(shown)}."]
 
 
 def _listed(files: Sequence[str]) -> list[list[str]]:
     # The first entry that fits; a licence file has no words, since its name says what it is.
-    return [[f"`{name}`", next((w for start, w in WHAT.items() if name.startswith(start)), "")] for name in files]
+    return [[code(name), next((w for start, w in WHAT.items() if name.startswith(start)), "")] for name in files]
 
 
 def _licence(model: LoadedModel, terms: Mapping[str, str]) -> str:
@@ -155,8 +160,8 @@ def _licence(model: LoadedModel, terms: Mapping[str, str]) -> str:
     if name is None:
         return "The source model's licence was not found. Find it, and name it here, before you share this."
     repository = _repository(model)
-    where = f" ({repository})" if repository else ""
-    return f"{name}, as the source model{where} is: its terms apply to what is made from it."
+    where = f" ({plain(repository)})" if repository else ""
+    return f"{plain(str(name))}, as the source model{where} is: its terms apply to what is made from it."
 
 
 def _task(model: LoadedModel) -> str | None:
@@ -170,7 +175,7 @@ def _result(score: Score, task: str | None) -> EvalResult:
     return EvalResult(
         task_type=task or "image-generation",
         dataset_type="images",
-        dataset_name=str(score.context.get("reference", "the float network's images from the same noise")),
+        dataset_name=visible(str(score.context.get("reference", "the float network's images from the same noise"))),
         metric_type=score.metric,
         metric_name=score.name,
         metric_value=round(score.value, 6),

@@ -31,6 +31,7 @@ from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import load_conditioning, provenance_of
+from gaq_export.report.markdown import plain
 from gaq_export.run import Run
 
 MARK = "client.py"
@@ -169,7 +170,7 @@ def config_text(name: str, file: EngineFile, facts: Mapping[str, Any]) -> str:
         )
     return "\n".join(
         [
-            f'name: "{name}"',
+            f"name: {json.dumps(name)}",
             f'backend: "{server.backend}"',
             f"max_batch_size: {file.batch[2]}",
             *_tensors("input", file.inputs),
@@ -192,7 +193,7 @@ def _tensors(what: str, specs: Sequence[TensorSpec]) -> list[str]:
     for spec in specs:
         inner = spec.shape[1:]  # (N, ...) -> (...): the config declares tensors without the batch
         dims = f"dims: [ {', '.join(map(str, inner))} ]" if inner else "dims: [ 1 ] reshape { shape: [ ] }"
-        lines.append(f'  {{ name: "{spec.name}" data_type: {TYPES[spec.dtype]} {dims} }}')
+        lines.append(f"  {{ name: {json.dumps(spec.name)} data_type: {TYPES[spec.dtype]} {dims} }}")
     return [f"{what} [", ",\n".join(lines), "]"]
 
 
@@ -234,7 +235,7 @@ def _readme(built: Built) -> str:
     server = SERVERS[built.file.backend]
     spec = record.provenance.sampler
     needs = "'tritonclient[http]' numpy pillow" + (" tokenizers" if built.texts else "")
-    return f"""# {record.provenance.name}, {record.bits}, on a Triton Inference Server
+    return f"""# {plain(record.provenance.name)}, {record.bits}, on a Triton Inference Server
 
 `models/` is a model repository whose model `{NAME}` is a denoising step ({spec}). Start a server that has the
 {server.backend} backend:

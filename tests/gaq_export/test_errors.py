@@ -2,7 +2,7 @@
 
 import pytest
 
-from gaq_export.errors import GaqError, unknown
+from gaq_export.errors import GaqError, unknown, visible
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_choices(name: obje
     error = unknown("colour", name, {"red": 1, "green": 2}, hint)
     assert isinstance(error, GaqError)
     assert str(error) == message
+
+
+def test_a_foreign_text_hides_nothing_and_stays_on_one_line() -> None:
+    assert visible("a\n\tb  c") == "a b c"
+    assert visible("\u202eevil\x1b[2J\udcff") == "\ufffdevil\ufffd[2J\ufffd"
+    assert visible("Grüße, 絵, \U0001f600") == "Grüße, 絵, \U0001f600"

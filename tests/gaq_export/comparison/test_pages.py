@@ -3,13 +3,18 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from gaq_export.comparison import runner
-from gaq_export.comparison.pages import command_line
+from calib.files import write_atomically
+from gaq_export.comparison import pages, runner
+from gaq_export.comparison.pages import command_line, page_paths, write_pages
+from gaq_export.comparison.spec import Comparison
 from tests.gaq_export.commands import refused
+from tests.gaq_export.hostile_names import check_html, check_markdown
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +66,24 @@ def test_the_command_shown_names_no_folders_from_elsewhere() -> None:
     words = ["compare", "ddpm-mnist", "--data", "/a/b/mnist.npz", "--report-only", "--folder=/c/d"]
     assert command_line(words) == "gaq-export compare ddpm-mnist --data mnist.npz --folder=d"
     assert runner.SHOWN > 1
+
+
+def test_a_models_name_is_shown_and_neither_obeyed_nor_followed(
+    measured: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {name: SimpleNamespace(description="a row") for name in measured.rows}
+    monkeypatch.setattr(pages, "RECIPES", rows)
+    monkeypatch.setattr(pages, "_draw_grid", lambda comparison, table, bits, path: write_atomically(path, b"PNG"))
+
+    def written(name: str) -> tuple[str, str]:
+        model = replace(measured.model, spec=replace(measured.model.spec, name=name))
+        renamed = replace(measured, yardstick=replace(measured.yardstick, model=model))
+        paths = page_paths(tmp_path / "pages", name)
+        assert paths.html.parent == tmp_path / "pages"
+        write_pages(renamed, f"gaq-export compare {name}", paths)
+        return paths.markdown.read_text(encoding="utf-8"), paths.html.read_text(encoding="utf-8")
+
+    for name in ("</pre><img src='x'>\n# heading\u202e\x1b", "../../up | [x](y) `z` *w* $\\frac{"):
+        check_markdown(lambda name: written(name)[0], name)
+        check_html(lambda name: written(name)[1], name)
+    assert {path.name for path in tmp_path.iterdir()} == {"pages", "bench"}
