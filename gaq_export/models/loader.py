@@ -141,6 +141,10 @@ def load_model(name: str | None = None, weights: str | Path | WeightSource | Non
         return _from_hub(name or source.repository.rpartition("/")[2], source)
     # The other kinds cannot be loaded, so "module", "original" or "pack" from a user is the name of a folder.
     path = Path(str(source)).expanduser().resolve()  # absolute, because plans record it
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise GaqError(f"The name of {path} is no text in UTF-8, so no record can hold it: rename it.") from error
     checkpoint = path if path.suffix in (".ckpt", ".safetensors") else path / ldm_checkpoint.FILE
     if checkpoint.is_file():
         return _from_checkpoint(checkpoint, name, path)
