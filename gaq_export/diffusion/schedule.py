@@ -253,7 +253,10 @@ def arrivals(spec: SamplerSpec, num_train: int) -> torch.Tensor:
 
 
 def default_sampler(num_train: int, name: str = "ddim", spacing: str = "uniform", eta: float = 0.0) -> SamplerSpec:
-    """Return a sampler of `STEPS` steps, or as many as a model of T timesteps allows.
+    """Return a sampler of `STEPS` steps, or of fewer where a model of T timesteps does not suit so many.
+
+    "leading" strides are whole numbers: 50 steps over 60 timesteps would leave out the noisiest ten, and images do not
+    begin there. The first step is therefore in the last tenth.
 
     Args:
         num_train: T, the number of training timesteps.
@@ -264,11 +267,16 @@ def default_sampler(num_train: int, name: str = "ddim", spacing: str = "uniform"
     Raises:
         GaqError: If not even one step is possible.
     """
+    possible = []
     for steps in range(min(STEPS, num_train), 0, -1):
         spec = SamplerSpec(name=name, steps=steps, spacing=spacing, eta=eta)
-        if steps + _leaves_out_0(spec) <= num_train and _visited(spec, num_train)[0] < num_train:
-            return spec
-    raise GaqError(f"{name} with {spacing} spacing cannot take a single step over {num_train} timesteps.")
+        if steps + _leaves_out_0(spec) <= num_train and (first := int(_visited(spec, num_train)[0])) < num_train:
+            if first >= 0.9 * (num_train - 1):
+                return spec
+            possible.append(spec)
+    if not possible:
+        raise GaqError(f"{name} with {spacing} spacing cannot take a single step over {num_train} timesteps.")
+    return possible[0]
 
 
 def under_guidance(spec: SamplerSpec, schedule: NoiseSchedule, scale: float) -> SamplerSpec:

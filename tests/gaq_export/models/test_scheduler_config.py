@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from gaq_export.diffusion.samplers import table
+from gaq_export.diffusion.schedule import timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.scheduler_config import (
     read_scheduler,
@@ -120,18 +121,30 @@ def test_a_config_without_a_class_has_to_say_that_the_network_predicts_noise() -
             read_scheduler(config)
 
 
-@pytest.mark.parametrize("timesteps", [1, 2, 40, 50, 51, 1000])
+@pytest.mark.parametrize("num_train", [1, 2, 40, 50, 51, 1000])
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_a_model_of_few_timesteps_is_drawn_in_as_many_steps_as_it_allows(
-    timesteps: int, name: str, spacing: str
+    num_train: int, name: str, spacing: str
 ) -> None:
-    config = {"_class_name": name, "num_train_timesteps": timesteps, "timestep_spacing": spacing, "steps_offset": 1}
+    config = {"_class_name": name, "num_train_timesteps": num_train, "timestep_spacing": spacing, "steps_offset": 1}
     used = (spacing == "leading") + (name.startswith("DPM") and spacing != "trailing")  # by the offset, by timestep 0
-    if timesteps <= used:
-        with pytest.raises(GaqError, match=f"cannot take a single step over {timesteps} timesteps"):
+    if num_train <= used:
+        with pytest.raises(GaqError, match=f"cannot take a single step over {num_train} timesteps"):
             read_scheduler(config)
         return
     reading = read_scheduler(config)
-    assert min(50, timesteps - 2) <= reading.sampler.steps <= min(50, timesteps)
+    assert min(50, num_train - 2) <= reading.sampler.steps <= min(50, num_train)
     assert len(table(reading.schedule, reading.sampler)) == reading.sampler.steps
+
+
+@pytest.mark.parametrize("num_train", [60, 75, 99, 100, 1000])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_by_default_the_first_step_is_among_the_noisiest_timesteps(num_train: int, name: str, offset: int) -> None:
+    # 50 strides of one timestep would begin in the middle of the schedule, and pure noise does not belong there.
+    config = {"_class_name": name, "num_train_timesteps": num_train, "steps_offset": offset}
+    sampler = read_scheduler(config | {"timestep_spacing": "leading"}).sampler
+    assert timesteps(sampler, num_train)[0] >= 0.9 * (num_train - 1)
+    assert sampler.steps >= 24
+    assert sampler.steps == 50 or num_train < 1000

@@ -11,6 +11,7 @@ from engines import EngineConfig
 from gaq_export import pipeline
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
+from gaq_export.models.loader import load_model
 from gaq_export.quantize.make_plan import CalibrationCallbacks
 from gaq_export.quantize.presets import CalibrationOptions
 
@@ -68,3 +69,31 @@ def test_a_module_of_ones_own_goes_all_the_way(make_foreign, tmp_path: Path) -> 
     assert min(drawn.psnr_db) > 20
     with pytest.raises(GaqError, match="is a module of your own"):
         pipeline.sample(out, num=2, compare=True, out=tmp_path / "samples")
+
+
+def test_python_is_told_of_another_sampler_too_unless_it_names_one(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config = {"_class_name": "PNDMScheduler", "num_train_timesteps": 100, "beta_end": 0.2, "steps_offset": 1}
+    (tiny_folder / "scheduler_config.json").write_text(json.dumps(config))
+    model = load_model(weights=tiny_folder)
+    assert model.spec.sampler == SamplerSpec(name="dpmpp-2m", steps=49, spacing="from-1")
+    for folder, sampler, expected in (("own", None, 1), ("named", FEW, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.calibrate(
+                model,
+                pipeline.preset("tiny"),
+                folder=tmp_path / folder,
+                sampler=sampler,
+                callbacks=CalibrationCallbacks(on_collect=stop),
+            )
+        assert caplog.text.count("names PNDMScheduler, which is not among the samplers here; drawn with") == expected
+
+
+def test_a_sampler_that_the_model_cannot_have_is_refused_before_there_is_a_folder(tiny_model, tmp_path: Path) -> None:
+    with pytest.raises(GaqError, match="101 sampling steps are more than the 100 timesteps"):
+        pipeline.calibrate(tiny_model, pipeline.preset("tiny"), folder=tmp_path / "run", sampler=SamplerSpec(steps=101))
+    assert not (tmp_path / "run").exists()
