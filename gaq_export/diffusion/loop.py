@@ -121,8 +121,9 @@ def finish(seeds: Sequence[int], x: Tensor, sampling: Sampling) -> Tensor:
     broken = [seed for seed, image in zip(seeds, x, strict=True) if not bool(image.isfinite().all())]
     if broken:
         raise GaqError(
-            f"The network produced numbers that are not finite (NaN or infinite) for seeds {broken[:8]}; its weights "
-            "or its precision (FP16 overflow) are the usual cause."
+            f"The network produced numbers that are not finite (NaN or infinite) for seeds {broken[:8]}; its weights, "
+            "its precision (FP16 overflow) or a timestep that it has no value for (--spacing from-1 leaves out 0) are "
+            "the usual causes."
         )
     if sampling.decode is None and sampling.schedule.clip is None:
         return x  # latents have no bounds, and clamping would damage them

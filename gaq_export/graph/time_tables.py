@@ -99,7 +99,8 @@ def _evaluate(
     whole = ir.external_data.load_to_model(ir.Model(part, ir_version=10))  # where weights lie beside the graph
     evaluator = ReferenceEvaluator(to_float64(ir.to_proto(whole)))
     try:
-        tables = evaluator.run(None, {name: feed for name, feed in feeds.items() if name in names})
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            tables = evaluator.run(None, {name: feed for name, feed in feeds.items() if name in names})
     except Exception as error:  # whatever NumPy or the evaluator raises for an operator that it does not take
         raise GaqError(
             f"What the network computes from its timesteps alone cannot be tabulated ({one_line(error)}). {_OTHERWISE}"
@@ -110,6 +111,12 @@ def _evaluate(
             raise GaqError(
                 f"The network computes {value.name!r} from its timesteps alone, {table.dtype} of shape {table.shape}; "
                 f"only floats with a row for each of {len(visited)} timesteps can be tabulated. {_OTHERWISE}"
+            )
+        broken = visited[torch.from_numpy(~np.isfinite(table).reshape(len(table), -1).all(1))]
+        if len(broken):
+            raise GaqError(
+                f"The network computes NaN or infinite numbers from timestep {int(broken[0])} alone; at 0 a logarithm "
+                "(a Fourier embedding) has no value. Choose steps without that timestep, such as --spacing from-1."
             )
     return [table.astype(np.float32) for table in tables]
 

@@ -155,7 +155,9 @@ def _require_drivable(network: nn.Module, origin: str) -> None:
         raise GaqError(f"The model config in {origin} has no sample_size; add the image size it was trained on.")
     require_image_shape(shape_of(config))
     if config.get("addition_embed_type") == "text_time":
-        given = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+        given = (config["projection_class_embeddings_input_dim"] or 0) - TIME_IDS * (
+            config["addition_time_embed_dim"] or 0
+        )
         if given < 1:
             raise GaqError(
                 f"The model in {origin} has no room for {TIME_IDS} time ids beside a text, as Stable Diffusion XL has; "

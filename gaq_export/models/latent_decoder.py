@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gaq_export.errors import GaqError, one_line
 from gaq_export.models import weight_files
+from gaq_export.models.architectures import config_of
 from gaq_export.models.json_file import read_json
 from gaq_export.models.network_config import check_sizes
 
@@ -125,6 +126,13 @@ def load_decoder(folder: Path, *, allow_pickle: bool = False) -> LatentDecoder:
     except Exception as error:  # it checks little of a config itself; the rest fails somewhere in the layers
         raise GaqError(f"diffusers cannot build the decoder in {file}: {one_line(error)}") from error
     weight_files.load_weights(autoencoder, folder, allow_pickle=allow_pickle)
+    for name, default in _FACTORS:
+        try:
+            fits = _channels(config.get(name), default).shape[1] in (1, int(config_of(autoencoder)["latent_channels"]))
+        except (TypeError, ValueError, RuntimeError):
+            fits = False
+        if not fits:
+            raise GaqError(f"The decoder's config {file} has {name} {config[name]!r}, not a number for each channel.")
     return LatentDecoder(autoencoder)
 
 

@@ -1,4 +1,4 @@
-"""Check the sizes in a network's config before anything is built of them.
+"""Check the numbers in a network's config before anything is built of them.
 
 In: the fields of a `config.json`, of a denoiser, a decoder or a text encoder. Out: nothing, or an error that names the
 field. A wrong size would otherwise fail somewhere in a constructor, or never end: a network of a million layers takes
@@ -16,6 +16,7 @@ from gaq_export.models.json_file import checked
 
 _LEVELS = 16  # of a network
 _BLOCKS = 4096  # of a network, in all its levels
+_NUMBER = 10**6  # of any field that is no size
 
 
 def _whole(most: int, *, each_level: bool = False, sizes: bool = False) -> Callable[[Any], Any]:
@@ -43,6 +44,12 @@ def _whole(most: int, *, each_level: bool = False, sizes: bool = False) -> Calla
     return check
 
 
+def _number(value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _NUMBER):
+        raise ValueError(f"a number up to {_NUMBER}")
+    return value
+
+
 def _names(value: Any) -> Any:
     named = isinstance(value, list) and all(isinstance(name, str) for name in value) and 0 < len(value) <= _LEVELS
     if value is not None and not named:
@@ -61,11 +68,12 @@ _Widths = Annotated[Any, AfterValidator(_whole(1 << 20, each_level=True))]
 _Depth = Annotated[Any, AfterValidator(_whole(512))]
 _Depths = Annotated[Any, AfterValidator(_whole(512, each_level=True))]
 _Names = Annotated[Any, AfterValidator(_names)]
+_Number = Annotated[Any, AfterValidator(_number)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSizes:
-    """The fields of configs that say how large a network is; none has all of them, and diffusers checks the rest."""
+    """Fields of configs, most of which say how large a network is; none has all, and diffusers checks the rest."""
 
     class_name: Annotated[Any, Field(alias="_class_name"), AfterValidator(_text)] = ""
     # of denoisers and decoders
@@ -91,13 +99,24 @@ class NetworkSizes:
     patch_size: _Width = None
     num_vq_embeddings: _Width = None
     vq_embed_dim: _Width = None
+    # read when the network runs, and not when it is built
+    norm_eps: _Number = None
+    freq_shift: _Number = None
+    dropout: _Number = None
+    mid_block_scale_factor: _Number = None
+    resnet_out_scale_factor: _Number = None
+    downsample_padding: _Number = None
+    scaling_factor: _Number = None
+    shift_factor: _Number = None
     # of text encoders
+    layer_norm_eps: _Number = None
     vocab_size: _Width = None
     hidden_size: _Width = None
     intermediate_size: _Width = None
     num_hidden_layers: _Depth = None
     max_position_embeddings: _Width = None
     projection_dim: _Width = None
+    eos_token_id: _Width = None
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:

@@ -235,11 +235,12 @@ def _tokenizer(folder: Path, length: int) -> "Tokenizer":
 
     try:
         read = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        tokenizer: Tokenizer = read.backend_tokenizer
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length, pad_id=read.pad_token_id, pad_token=read.pad_token)
+        tokenizer.encode("a")  # a vocabulary that lacks its special words shows only here
+    except Exception as error:  # the library in Rust raises plain ones
         raise GaqError(f"No tokenizer can be read from {folder} ({one_line(error)}).") from error
-    tokenizer: Tokenizer = read.backend_tokenizer
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=read.pad_token_id, pad_token=read.pad_token)
     return tokenizer
 
 
@@ -275,8 +276,10 @@ def _encoder(folder: Path, pair: bool, allow_pickle: bool) -> TextEncoder:
 
 def _time_ids(folder: Path) -> Tensor:
     """Return (1, 6): the image's height and width, no crop, and the size again."""
-    size = read_json(folder / "unet" / "config.json", "model config").get("sample_size")
-    levels = read_json(folder / "vae" / "config.json", "decoder's config").get("block_out_channels", ())
+    configs = [read_json(folder / place / "config.json", f"config of the {place}") for place in ("unet", "vae")]
+    for place, config in zip(("unet", "vae"), configs, strict=True):
+        check_sizes(config, f"The config of the {place} in {folder}")
+    size, levels = configs[0].get("sample_size"), configs[1].get("block_out_channels") or ()
     if size is None or not levels:
         raise GaqError(f"{folder} does not say how large its images are: unet/config.json or vae/config.json lack it.")
     # Each level of the decoder but one doubles the size of the latents.

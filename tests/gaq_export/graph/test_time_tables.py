@@ -120,3 +120,10 @@ def test_a_network_that_uses_t_in_another_way_is_refused_with_the_way_out(tiny_m
     graph = export_float(_Odd().eval(), (1, 8, 8))
     with pytest.raises(GaqError, match=r"in Concat; only Add, Sub, Mul, Div can .*--graph eps"):
         make_step(graph, linear_schedule(), SamplerSpec(steps=3))
+
+
+def test_a_timestep_without_a_value_is_refused_before_it_is_in_a_table() -> None:
+    model = ir.from_proto(onnx.parser.parse_model(GRAPH.replace("OP", "Add").replace("Sin(waves)", "Log(waves)")))
+    with pytest.raises(GaqError, match=r"NaN or infinite numbers from timestep 0 alone; .* --spacing from-1"):
+        make_time_tables(model, torch.tensor([50, 0]))
+    make_time_tables(_graph(), torch.tensor([50, 1]))

@@ -64,6 +64,10 @@ def test_a_decoder_that_is_not_as_it_must_be_is_refused(latent_pipelines: dict[s
     config.write_text(json.dumps(fields | {"norm_num_groups": 7}))
     with pytest.raises(GaqError, match="diffusers cannot build the decoder in"):
         load_model(weights=folder)
+    for wrong in ("x", [], [1.0, 2.0], {"a": 1}):
+        config.write_text(json.dumps(fields | {"latents_mean": wrong}))
+        with pytest.raises(GaqError, match=r"has latents_mean .*, not a number for each channel"):
+            load_model(weights=folder)
     config.write_text("[]")
     with pytest.raises(GaqError, match=r"decoder's config .* must hold a JSON object, not a list"):
         load_model(weights=folder)

@@ -106,3 +106,42 @@ def test_text_encoders_are_loaded_strictly(text_pipeline: Callable[[bool], Path]
     monkeypatch.setattr(text_encoder, "installed", lambda: False)
     with pytest.raises(GaqError, match=r"pip install 'gaq-export\[text\]'"):
         text_encoder.encode(text_pipeline(False), ["a cat"])
+
+
+DAMAGE = {
+    "tokenizer/vocab.json": ("{}", "[]", '{"a": 1}', '{"a": -5}', "{"),
+    "tokenizer/merges.txt": ("#version: 0.2\na b c\n", "a\n"),
+}
+
+
+@pytest.mark.parametrize(("file", "text"), [(file, text) for file, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_tokenizer_is_refused_in_one_line(
+    file: str, text: str, text_pipeline: Callable[[bool], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text_pipeline(False), tmp_path / "pipeline")
+    (folder / file).write_text(text)
+    with pytest.raises(GaqError, match=r"No tokenizer can be read from .*tokenizer \(") as caught:
+        text_encoder.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"eos_token_id": []}, {"vocab_size": -3}, {"num_hidden_layers": 10**6}])
+def test_a_text_encoder_of_wrong_sizes_is_refused(
+    fields: dict[str, object], text_pipeline: Callable[[bool], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text_pipeline(False), tmp_path / "pipeline")
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(
+        GaqError, match=rf"The text encoder's config .* is not valid: {next(iter(fields))} is .* expected"
+    ):
+        text_encoder.load(folder)
+
+
+def test_a_network_of_five_time_ids_is_a_refiners(text_pipeline: Callable[[bool], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(text_pipeline(True), tmp_path / "pipeline")
+    config = folder / "unet" / "config.json"
+    # Five ids of 4 numbers and nothing else would fit, six do not.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"projection_class_embeddings_input_dim": 20}))
+    with pytest.raises(GaqError, match=r"has no room for 6 time ids beside a text, .*; a refiner takes five"):
+        load_model(weights=folder)
