@@ -1,8 +1,10 @@
 """Every command measures a conditioned model with its conditioning and its guidance."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from gaq_export.report import report, report_page
 from gaq_export.report.inspection import InspectionOptions
 from gaq_export.run import Run
 from tests.gaq_export.diffusion.test_conditioning import SPEC, made
+from tests.records import edit_engine_record
 
 CONDITIONING = class_conditioning((0, 4, 7), unconditional=10, guidance=3.0)
 
@@ -127,14 +130,19 @@ def test_steps_take_the_bits_that_the_guided_noise_needs(model: LoadedModel, tmp
     assert other.step_bits.measured_db != plan.step_bits.measured_db
 
 
+def _with_other_guidance(record: dict[str, Any]) -> None:
+    text = json.dumps(record["metadata"])
+    assert '"guidance": 3.0' in text
+    record["metadata"] = json.loads(text.replace('"guidance": 3.0', '"guidance": 2.0'))
+
+
 def test_evaluate_compares_engines_of_the_same_conditioning(
     built: EngineFile, model: LoadedModel, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.plan"
     shutil.copy(built.path, other)
-    record = record_path(built.path).read_text()
-    assert '"guidance": 3.0' in record
-    record_path(other).write_text(record.replace('"guidance": 3.0', '"guidance": 2.0'))
+    shutil.copy(record_path(built.path), record_path(other))
+    edit_engine_record(other, _with_other_guidance)
     drawing = evaluate.DrawingOptions(num=4, out=tmp_path)
     with pytest.raises(GaqError, match="have different conditioning or guidance"):
         evaluate.evaluate_engines([built.path, other], find_extractor("digits"), drawing, model=model)
