@@ -21,13 +21,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # that may name a file
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 CHECKSUM = "record_sha256"  # its key in records that this program keeps for itself
 _adapters: dict[Any, TypeAdapter[Any]] = {}
 _log = logging.getLogger(__name__)
 
 
-def parse_record(kind: type[Record], text: bytes | str, where: object, advice: str) -> Record:
+def parse_record(kind: type[Record], text: bytes | str, where: object, advice: str, *, others: bool = False) -> Record:
     """Read JSON as a `kind`: every key, no other, and values of exactly its fields' types.
 
     Args:
@@ -35,12 +36,13 @@ def parse_record(kind: type[Record], text: bytes | str, where: object, advice: s
         text: the JSON.
         where: the file, or another name for the text in messages.
         advice: what to do about a bad record, a sentence without its full stop.
+        others: whether the record may have other keys too, which are ignored.
 
     Raises:
         CalibError: it is no JSON, nested too deeply, or has a field that is missing, unknown or of another kind.
     """
     try:
-        record: Record = _adapter(kind).validate_json(text, strict=True, extra="forbid")
+        record: Record = _adapter(kind).validate_json(text, strict=True, extra="ignore" if others else "forbid")
     except ValidationError as error:
         raise CalibError(f"{where}: {complaint(error)}. {advice}.") from None
     except CalibError as error:  # of a dataclass that checks what its fields' types cannot say
@@ -55,13 +57,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return _adapters[kind]
 
 
-def read_record(kind: type[Record], path: Path, advice: str) -> Record:
+def read_record(kind: type[Record], path: Path, advice: str, *, others: bool = False) -> Record:
     """Do as `parse_record` with a file; raise CalibError also if it cannot be read."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise CalibError(f"Cannot read {path}: {error.strerror}. {advice}.") from None
-    return parse_record(kind, text, path, advice)
+    return parse_record(kind, text, path, advice, others=others)
 
 
 def signed(fields: Mapping[str, Any]) -> bytes:
@@ -90,9 +92,9 @@ def _digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
 
 
-def check_record(kind: type[Record], value: Any, where: object, advice: str) -> Record:
+def check_record(kind: type[Record], value: Any, where: object, advice: str, *, others: bool = False) -> Record:
     """Do as `parse_record` with JSON that was parsed already, as an object inside another record."""
-    return parse_record(kind, _dumped(value), where, advice)
+    return parse_record(kind, _dumped(value), where, advice, others=others)
 
 
 def complaint(error: ValidationError) -> str:

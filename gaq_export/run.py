@@ -9,17 +9,22 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from calib import records as calib_records
 from calib.files import write_atomically
+from calib.records import Text
 from engines.files import files_of
 from engines.machine import PACKAGES, versions
 from gaq_export._version import __version__
 from gaq_export.errors import GaqError
 
 FORMAT = 1
+_ADVICE = "Give --run another folder, or delete this one"
 DEFAULT = Path("gaq-run")
 
 
@@ -183,13 +188,47 @@ def _read(run: Run) -> RunRecord | None:
     """Return the record in a run folder, None if there is none."""
     if not run.record.exists():
         return None
-    try:
-        record = json.loads(run.record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GaqError(f"Cannot read {run.record} ({error}). Give --run another folder, or delete this one.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise GaqError(f"{run.record} is not a run record of format {FORMAT}. Give --run another folder.")
-    return RunRecord(settings=record["settings"], journal=record["journal"])
+    content = calib_records.read_record(dict[str, Any], run.record, _ADVICE)
+    # The format first: a record of another version must not be half understood.
+    if content.get("format") != FORMAT:
+        raise GaqError(f"{run.record} is not a run record of format {FORMAT}. {_ADVICE}.")
+    record = calib_records.check_record(_Record, content, run.record, _ADVICE)
+    if record.settings:
+        calib_records.check_record(_Settings, record.settings, f"{run.record}, settings", _ADVICE, others=True)
+    for number, entry in enumerate(record.journal):
+        calib_records.check_record(_Entry, entry, f"{run.record}, journal.{number}", _ADVICE, others=True)
+    return RunRecord(settings=record.settings, journal=record.journal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    format: int
+    settings: dict[str, Any]
+    journal: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Of the settings, what other commands read; the rest is only compared."""
+
+    images: Annotated[int, Field(ge=1, le=1 << 20)]
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Of an entry of the journal, what other commands and pages read."""
+
+    step: str
+    version: str = ""
+    command: str | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+    engine: Text | None = None
+    sqnr_db: tuple[float, ...] | None = None
+    seconds: float | None = None
+    collect_seconds: float | None = None
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mib: float | None = None
 
 
 def _write(run: Run, record: RunRecord) -> None:

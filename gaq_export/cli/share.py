@@ -74,7 +74,7 @@ def push(
             options = PackOptions(whole=whole, licence=licence, evaluation=evaluation)
             folder = write_pack(Run(folder=run), options=options).folder
         record = read_pack(folder)  # checks it too: a damaged pack is not uploaded
-        name = record["settings"]["model"]["name"]
+        name = record.settings["model"]["name"]
         typer.echo(hub.upload(folder, repo, private=not public, message=f"{name}, quantized with gaq-export"))
 
 

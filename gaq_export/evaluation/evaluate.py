@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 import engines
 from calib.files import write_atomically
+from calib.records import check_record, read_record
 from engines import EngineConfig, EngineFile
 from engines.files import files_of
 from engines.machine import versions
@@ -219,11 +222,23 @@ def write_evaluation(out: Path, rows: Rows, steps: StepRows) -> Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read the evaluation in a folder; raise GaqError if there is none."""
+    """Read the evaluation in a folder; raise CalibError or GaqError if there is none, or none of this version."""
     path = folder / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        rows = {name: [Score.from_json(score) for score in row] for name, row in record["rows"].items()}
-        return Evaluation(rows=rows, steps=record["steps"], left_out=record["left out"], path=path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GaqError(f"{path} cannot be read as an evaluation ({error!r}): run `gaq-export evaluate`.") from error
+    advice = "Run `gaq-export evaluate`"
+    record = read_record(_Record, path, advice, others=True)
+    for name, row in record.rows.items():
+        for score in row:
+            where = f"{path}, {score.metric} of {name}"
+            check_record(scores.ShownContext, dict(score.context), where, advice, others=True)
+    for group in scores.groups(record.rows):
+        scores.table(group)
+    return Evaluation(rows=record.rows, steps=record.steps, left_out=record.left_out, path=path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """Of `evaluation.json`, what other commands read."""
+
+    rows: Annotated[dict[str, Annotated[tuple[Score, ...], Field(min_length=1)]], Field(min_length=1)]
+    steps: dict[str, dict[str, tuple[float, ...]]]
+    left_out: Annotated[tuple[str, ...], Field(alias="left out")]

@@ -7,15 +7,19 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from calib.records import Seed, check_record
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet, image_files
+from gaq_export.folders import inside
 from gaq_export.sampling import shards
 
+_ADVICE = "Draw them again, or delete the record to evaluate all PNGs in the folder"
 PART = 256  # images at a time
 Parts = Callable[[], Iterator[Tensor]]
 
@@ -85,33 +89,36 @@ def open_images(path: Path, shape: tuple[int, int, int] | None = None) -> ImageS
     """
     if path.suffix == ".npz":
         return _of_array(path, shape)
-    if (path / shards.RECORD).is_file() and "shard" in shards.read_record(path):
+    if (path / shards.RECORD).is_file() and "shard" in shards.read_fields(path):
         return _of_shards(path)
     return _of_pngs(path)
 
 
 def _of_shards(path: Path) -> ImageSet:
-    record = shards.read_record(path)
+    order = shards.read_order(path)
 
     def parts() -> Iterator[Tensor]:
         for images, _ in shards.read_shards(path):
             yield images
 
     first = next(parts())
-    recorded = {**record["identity"], "seed": record["seed"], "num": record["num"], "batch": record["batch"]}
+    recorded = {**order.identity, "seed": order.seed, "num": order.num, "batch": order.batch}
     return ImageSet(
-        name=str(path), count=record["num"], shape=_shape(first), parts=parts, sha256=_digest(parts), recorded=recorded
+        name=str(path), count=order.num, shape=_shape(first), parts=parts, sha256=_digest(parts), recorded=recorded
     )
 
 
 def _of_pngs(path: Path) -> ImageSet:
     recorded: dict[str, Any] = {}
     if (path / shards.RECORD).is_file():
-        record = shards.read_record(path)
-        files = [path / image["file"] for image in record["images"]]
+        record = shards.read_fields(path)
+        rows = check_record(_Pictures, record, path / shards.RECORD, _ADVICE, others=True).images
+        if any(row.file is None for row in rows):
+            raise GaqError(f"{path} holds arrays, which are no pictures: only images of 1 or 3 channels are evaluated.")
+        files = [inside(path, str(row.file)) for row in rows]
         # How long it took changes no pixel, and the list of files is no setting.
         recorded = {key: value for key, value in record.items() if key not in ("images", "seconds")}
-        recorded |= {"seed": record["images"][0]["seed"], "num": len(files)}
+        recorded |= {"seed": rows[0].seed, "num": len(files)}
     else:
         files = sorted(path.glob("*.png"))
     if not files:
@@ -131,6 +138,21 @@ def _of_pngs(path: Path) -> ImageSet:
         sha256=_digest(parts),
         recorded=recorded,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    seed: Seed
+    file: str | None = None
+    condition: str | None = None
+    psnr_db: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pictures:
+    """What `samples.json` says of pictures; whatever else it holds is what they depend on."""
+
+    images: Annotated[tuple[_Row, ...], Field(min_length=1)]
 
 
 def _of_array(path: Path, shape: tuple[int, int, int] | None) -> ImageSet:

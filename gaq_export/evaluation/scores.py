@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from calib.errors import CalibError
 from calib.files import read_kept, write_checked
+from calib.records import Count
 from calib.sqnr import EQUAL_DB
+from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import feature_metrics, frechet
 from gaq_export.evaluation.feature_extractors import BATCH, Extractor
@@ -74,10 +76,22 @@ class Score:
         """Return JSON values."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote; raise TypeError if the record has other fields."""
-        return cls(**record)
+
+@dataclass(frozen=True, kw_only=True)
+class ShownContext:
+    """Of the context of a score, what pages show; None where the score has no such thing."""
+
+    images: Count | None = None
+    seeds: tuple[int, int] | None = None
+    sampler: SamplerSpec | None = None
+    exact_sha256: str | None = None
+    features: str | None = None
+    features_sha256: str | None = None
+    reference: str | None = None
+    reference_sha256: str | None = None
+    reference_images: Count | None = None
+    floor_images: int | None = None
+    engine_sha256: str | None = None
 
 
 def features_of(images: ImageSet, extractor: Extractor, cache: Path) -> Features:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from calib.plan import QuantPlan
-from calib.records import Count, Finite, Positive, check_record
+from calib.records import Count, Finite, Positive, Text, check_record
 from calib.surgery import apply_surgery
 from gaq_export.diffusion.conditioning import LABELS, Conditioning
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
@@ -27,7 +27,6 @@ from gaq_export.models.source import MODULE, WeightSource
 
 _ADVICE = "Calibrate and build again"
 Size = Annotated[int, Field(ge=1, le=1 << 16)]  # of a side of an image, or its channels
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # that may be a path
 
 
 @dataclass(frozen=True, kw_only=True)

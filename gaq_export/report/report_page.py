@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from calib.records import check_record
 from gaq_export.deploy.record import record_of
-from gaq_export.diffusion.schedule import SamplerSpec, timesteps
+from gaq_export.diffusion.schedule import timesteps
 from gaq_export.evaluation import scores
-from gaq_export.evaluation.scores import PAIR_METRICS, Score
+from gaq_export.evaluation.scores import Score, ShownContext
 from gaq_export.images import encode_side_by_side, psnr
 from gaq_export.quantize.noise_sqnr import FLOAT
 from gaq_export.report import charts, html, inspection_page
@@ -116,20 +117,20 @@ def _evaluation_section(report: Report) -> str:
 
 def _depends_on(row: Sequence[Score]) -> str:
     """Return a sentence about what the scores depend on: those of one row, and so of all."""
-    context = row[0].context
-    parts = [f"{context['images']} images"]
-    if "seeds" in context:
-        parts.append(f"seeds {context['seeds'][0]} to {context['seeds'][1]}")
-    if "sampler" in context:
-        sampler = SamplerSpec.from_json(context["sampler"])
+    context = check_record(ShownContext, dict(row[0].context), "The evaluation", "Evaluate again", others=True)
+    parts = [f"{context.images} images"]
+    if context.seeds is not None:
+        parts.append(f"seeds {context.seeds[0]} to {context.seeds[1]}")
+    if (sampler := context.sampler) is not None:
         parts.append(f"{sampler.name}, {sampler.steps} steps, {sampler.spacing} spacing, eta {sampler.eta:g}")
-    if row[0].metric in PAIR_METRICS:
-        parts.append(f"float images {context['exact_sha256'][:12]}")
-    else:
-        parts.append(f"features {context['features']} ({context['features_sha256'][:12]})")
-        digest = context["reference_sha256"][:12]
-        parts.append(f"reference {context['reference']}, {context['reference_images']} images ({digest})")
-        parts.append(f"floor of {context['floor_images']} images")
+    if context.exact_sha256 is not None:
+        parts.append(f"float images {context.exact_sha256[:12]}")
+    if context.features_sha256 is not None:
+        parts.append(f"features {context.features} ({context.features_sha256[:12]})")
+    if context.reference_sha256 is not None:
+        digest = context.reference_sha256[:12]
+        parts.append(f"reference {context.reference}, {context.reference_images} images ({digest})")
+        parts.append(f"floor of {context.floor_images} images")
     return "; ".join(parts) + "."
 
 

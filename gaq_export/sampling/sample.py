@@ -169,7 +169,7 @@ def sample_shards(
         identity=png_folder.image_facts(file, sampling),
     )
     shards.claim(out, order)
-    todo = shards.missing(out, order)
+    todo = shards.missing(out, order, session.image_shape(file))
     started = time.perf_counter()
     draw = choose_workers(Job(file=file, sampling=sampling, batch=batch), min(workers, len(todo)), ray)
     drawn = _draw_shards(draw, out, order, todo, on_images)

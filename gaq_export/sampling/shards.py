@@ -13,16 +13,20 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors.torch import save
+from pydantic import Field
 from torch import Tensor
 
-from calib.files import read_safetensors, write_atomically
+from calib import records
+from calib.errors import CalibError
+from calib.files import read_kept, read_safetensors, write_atomically, write_checked
+from calib.records import Count, Seed
 from gaq_export.errors import GaqError
 
 RECORD = "samples.json"
+_ADVICE = "Give a folder that `sample` wrote, or another --out"
 MOST = 1_000_000  # files in a folder
 
 
@@ -38,10 +42,10 @@ class Order:
         identity: everything else that the images depend on, JSON values.
     """
 
-    num: int
-    seed: int
-    shard: int
-    batch: int
+    num: Annotated[int, Field(ge=1, le=1 << 50)]
+    seed: Seed
+    shard: Count
+    batch: Count
     identity: Mapping[str, Any]
 
     @property
@@ -73,8 +77,8 @@ def claim(out: Path, order: Order) -> None:
     if not path.exists():
         write_atomically(path, json.dumps(record, indent=1).encode())
         return
-    old = read_record(out)
-    changed = [key for key in record if old.get(key) != record[key]]
+    old = read_order(out).to_json()
+    changed = [key for key in record if old[key] != record[key]]
     # More of the same images are welcome if the old ones fill their files: a shard, once written, never changes.
     if changed == ["num"] and old["num"] < order.num and old["num"] % order.shard == 0:
         write_atomically(path, json.dumps(record, indent=1).encode())
@@ -82,29 +86,43 @@ def claim(out: Path, order: Order) -> None:
         raise GaqError(f"{out} holds other images ({changed[0]} differs). Give --out another folder, or delete it.")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the request that a folder was drawn for; raise GaqError if it has no such record."""
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GaqError(
-            f"{folder / RECORD} cannot be read ({error}): this folder was not written by `sample`."
-        ) from error
-    return record
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Return all that `sample` wrote down about a folder, of shards or not; raise CalibError if it has no record."""
+    return records.read_record(dict[str, Any], folder / RECORD, _ADVICE)
 
 
-def missing(out: Path, order: Order) -> list[int]:
-    """Return the numbers of the shards that have yet to be drawn."""
-    # A file that exists is complete, because shards are written to another name and renamed.
+def read_order(folder: Path) -> Order:
+    """Return the request that a folder of shards was drawn for; raise CalibError or GaqError if it has none."""
+    order = records.read_record(Order, folder / RECORD, _ADVICE)
+    if order.shards > MOST:
+        raise GaqError(f"{folder / RECORD} speaks of {order.shards} files, and at most {MOST} are written. {_ADVICE}.")
+    return order
+
+
+def missing(out: Path, order: Order, shape: tuple[int, int, int]) -> list[int]:
+    """Return the numbers of the shards that have yet to be drawn, or do not verify, which the log says.
+
+    Args:
+        out: the folder.
+        order: the request.
+        shape: (C, H, W) of an image.
+    """
     # One look at the folder, since it may be far away and the files many.
     there = set(os.listdir(out))
-    return [index for index in range(order.shards) if shard_path(out, index).name not in there]
+
+    def whole(index: int) -> bool:
+        path = shard_path(out, index)
+        if path.name not in there:
+            return False
+        return read_kept(path, lambda header, tensors: _parse(path, order, index, shape, tensors)) is not None
+
+    return [index for index in range(order.shards) if not whole(index)]
 
 
 def write_shard(out: Path, order: Order, index: int, images: Tensor) -> None:
     """Write one shard, (N, C, H, W) uint8."""
     seeds = torch.tensor(order.seeds(index), dtype=torch.int64)
-    write_atomically(shard_path(out, index), save({"images": images.contiguous(), "seeds": seeds}))
+    write_checked(shard_path(out, index), {"images": images, "seeds": seeds})
 
 
 def shard_path(out: Path, index: int) -> Path:
@@ -113,23 +131,38 @@ def shard_path(out: Path, index: int) -> Path:
 
 
 def read_shards(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images (N, C, H, W) uint8 and seeds (N,) of each shard in order; raise GaqError if one is missing."""
-    record = read_record(folder)
-    for index in range(-(-record["num"] // record["shard"])):
+    """Yield images (N, C, H, W) uint8 and seeds (N,) of each shard in order.
+
+    Raises:
+        CalibError, GaqError: one is missing, damaged, or not what was requested.
+    """
+    order = read_order(folder)
+    shape = None
+    for index in range(order.shards):
         path = shard_path(folder, index)
         if not path.is_file():
             raise GaqError(f"{path} is missing: the same `sample` command draws what is left.")
-        yield _read_shard(path)
+        images, seeds = _parse(path, order, index, shape, read_safetensors(path, checked=True)[1])
+        shape = tuple(images.shape[1:])
+        yield images, seeds
 
 
-def _read_shard(path: Path) -> tuple[Tensor, Tensor]:
-    tensors = read_safetensors(path)[1]
+def _parse(
+    path: Path, order: Order, index: int, shape: tuple[int, ...] | None, tensors: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return images and seeds of a shard; raise CalibError if they are not those of the request."""
     images, seeds = tensors.get("images"), tensors.get("seeds")
+    advice = "The same `sample` command draws it again"
     if images is None or images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
         found = "no images" if images is None else f"images of {images.dtype} {tuple(images.shape)}"
-        raise GaqError(f"{path} holds {found}; expected uint8 (N, C, H, W). Delete it, and run `sample` again.")
-    if seeds is None or seeds.dtype != torch.int64 or seeds.shape != images.shape[:1]:
-        raise GaqError(f"{path} does not hold the seed of each image. Delete it, and run `sample` again.")
+        raise CalibError(f"{path} holds {found}; expected uint8 (N, C, H, W). {advice}.")
+    if shape is not None and images.shape[1:] != shape:
+        raise CalibError(f"{path} holds images {tuple(images.shape[1:])}; expected {tuple(shape)} (C, H, W). {advice}.")
+    expected = order.seeds(index)
+    if seeds is None or len(images) != len(expected) or not torch.equal(seeds, torch.tensor(expected)):
+        raise CalibError(
+            f"{path} does not hold the {len(expected)} images of seeds {expected[0]} to {expected[-1]}. {advice}."
+        )
     return images, seeds
 
 

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -27,6 +27,7 @@ from huggingface_hub import ModelCard
 import engines
 from calib.files import write_atomically
 from calib.plan import QuantPlan, load_plan, save_plan
+from calib.records import Count, Sha256, Text, check_record, read_record
 from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy.onnx_artifact import export_onnx
@@ -204,28 +205,60 @@ def _write_record(folder: Path, settings: Mapping[str, Any], source: str) -> Non
     write_atomically(folder / MARK, json.dumps(record, indent=1).encode())
 
 
-def read_pack(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class PackRecord:
+    """What `pack.json` holds.
+
+    Attributes:
+        format: of the record.
+        source: where the float model is, as `--weights` takes it; "pack" for the pack itself.
+        settings: of the calibration, as in the run's record.
+        files: sha256 of every file but the card.
+    """
+
+    format: int
+    source: Text
+    settings: dict[str, Any]
+    files: dict[str, Sha256]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    name: str
+    source: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Of the settings of a pack, what is read."""
+
+    model: dict[str, Any]
+    images: Count
+
+
+def read_pack(folder: Path) -> PackRecord:
     """Return a pack's record, its files checked against it.
 
     Raises:
-        GaqError: it is not a pack, has another format, or a file is missing or altered.
+        CalibError, GaqError: it is not a pack, has another format, or a file is missing or altered.
     """
-    try:
-        record: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        version = record["format"]
-        files = dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GaqError(
-            f"{folder} is not a pack: its {MARK} cannot be read ({error!r}). `gaq-export pack` makes one."
-        ) from error
-    if version != FORMAT:
+    mark = folder / MARK
+    if not mark.is_file():
+        raise GaqError(f"{folder} is not a pack: it has no {MARK}. `gaq-export pack` makes one.")
+    advice = "Fetch it again, or pack the run again"
+    content = read_record(dict[str, Any], mark, advice)
+    # The format first: a record of another version must not be half understood.
+    if (version := content.get("format")) != FORMAT:
         raise GaqError(f"{folder} is a pack of format {version}, this version reads {FORMAT}: pack the run again.")
-    for name, sha256 in files.items():
-        path = PurePosixPath(name)  # a pack is someone else's: its names must not lead out of the folder
-        if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
+    record = check_record(PackRecord, content, mark, advice)
+    settings = check_record(_Settings, record.settings, f"{mark}, settings", advice, others=True)
+    check_record(_Model, settings.model, f"{mark}, settings.model", advice, others=True)
+    for name, sha256 in record.files.items():
+        path = folders.inside(folder, name)  # a pack is someone else's
+        if not path.is_file():
             raise GaqError(f"{folder} has no file {name}, which its {MARK} lists: fetch it again.")
-        if engines.sha256_of(folder / path) != sha256:
-            raise GaqError(f"{folder / path} is not what {MARK} says (sha256): fetch it again, or pack the run again.")
+        if engines.sha256_of(path) != sha256:
+            raise GaqError(f"{path} is not what {MARK} says (sha256): fetch it again, or pack the run again.")
     return record
 
 
@@ -237,9 +270,9 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
     """
     record = read_pack(folder)
     plan = load_plan(folder / run.plan.name)
-    source = str(folder.resolve()) if record["source"] == str(PACK) else record["source"]
+    source = str(folder.resolve()) if record.source == str(PACK) else record.source
     plan = replace(plan, provenance=provenance_of(plan).moved_to(WeightSource.parse(source)).to_json())
-    settings = record["settings"]
+    settings = record.settings
     runs.claim(run, settings | {"model": {**settings["model"], "source": source}})
     if (conditioning := load_conditioning(provenance_of(plan), folder)) is not None:
         conditioning.save(run.folder)
@@ -257,8 +290,8 @@ def unpack(folder: Path, run: Run) -> QuantPlan:
 def float_model(folder: Path) -> tuple[str, str]:
     """Return name and source of a pack's float model, as `load_model` takes them."""
     record = read_pack(folder)
-    source = str(folder.resolve()) if record["source"] == str(PACK) else str(record["source"])
-    return str(record["settings"]["model"]["name"]), source
+    source = str(folder.resolve()) if record.source == str(PACK) else record.source
+    return str(record.settings["model"]["name"]), source
 
 
 def _save_float(model: LoadedModel, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import gaq_export
+from calib.errors import CalibError
 from gaq_export.errors import GaqError
 from gaq_export.run import (
     Run,
@@ -17,7 +18,7 @@ from gaq_export.run import (
     read_record,
 )
 
-SETTINGS = {"images": 4, "model": "tiny"}
+SETTINGS = {"images": 4, "model": {"name": "tiny"}}
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_the_same_settings_continue_a_run_and_others_are_refused(run: Run) -> No
         claim(run, {**SETTINGS, "images": 5})
     with pytest.raises(GaqError, match=r"\(sampler: null, now \"ddim\"\)"):
         claim(run, {**SETTINGS, "sampler": "ddim"})
-    with pytest.raises(GaqError, match=r"\(model: \"tiny\", now \"a{56}\.\.\.\)"):
+    with pytest.raises(GaqError, match=r"\(model: .*tiny.*, now \"a{56}\.\.\.\)"):
         claim(run, {**SETTINGS, "model": "a" * 100})
 
 
@@ -60,22 +61,35 @@ def test_the_journal_keeps_every_entry_and_finds_the_newest_of_a_step(run: Run) 
     assert record.last("pack") == {}
 
 
+ENTRY = {"step": "build-engine", "engine": "a.plan"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"Cannot read .*run\.json .*Give --run another folder"),
-        ("[]", "is not a run record of format 1"),
-        ('{"format": 0}', "is not a run record of format 1"),
-        (
-            '{"format": 1, "settings": {}, "journal": []}',
-            "No record of a calibration in .*: run",
-        ),
+        ("{", r"run\.json: .*Give --run another folder"),
+        ("[" * 100_000, r"run\.json: .*recursion.*Give --run another folder"),
+        ("[]", r"the record is \[\], expected an object"),
+        ({"format": 0}, "is not a run record of format 1"),
+        ({"format": 1}, "settings is missing"),
+        ({"format": 1, "settings": {}, "journal": []}, "No record of a calibration in .*: run"),
+        ({"format": 1, "settings": [], "journal": []}, "settings is "),
+        ({"format": 1, "settings": SETTINGS, "journal": {}}, "journal is "),
+        ({"format": 1, "settings": SETTINGS, "journal": [3]}, "journal.0 is 3"),
+        ({"format": 1, "settings": SETTINGS, "journal": [{}]}, "journal.0: step is missing"),
+        ({"format": 1, "settings": SETTINGS, "journal": [ENTRY | {"engine": 3}]}, "journal.0: engine is 3"),
+        ({"format": 1, "settings": SETTINGS, "journal": [ENTRY | {"engine": "a\0"}]}, "journal.0: engine is"),
+        ({"format": 1, "settings": SETTINGS, "journal": [ENTRY | {"packages": 1}]}, "journal.0: packages is 1"),
+        ({"format": 1, "settings": SETTINGS | {"images": -1}, "journal": []}, "settings: images is -1"),
+        ({"format": 1, "settings": SETTINGS | {"images": 10**12}, "journal": []}, "settings: images is"),
+        ({"format": 1, "settings": SETTINGS | {"model": []}, "journal": []}, "settings: model is"),
     ],
 )
-def test_a_record_that_says_nothing_of_a_calibration_is_refused(run: Run, content: str, message: str) -> None:
-    run.record.write_text(content)
-    with pytest.raises(GaqError, match=message):
+def test_a_record_of_another_form_is_one_line(run: Run, content: object, message: str) -> None:
+    run.record.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises((CalibError, GaqError), match=message) as error:
         read_record(run)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:

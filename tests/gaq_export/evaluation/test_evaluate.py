@@ -3,12 +3,14 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from calib.errors import CalibError
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
 from gaq_export.cli.app import app
@@ -101,10 +103,41 @@ def test_an_evaluation_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     context = {"images": 9, "left out": "LPIPS, since it was too large"}
     score = Score(metric="psnr", name="PSNR, median dB", value=30.0, context=context)
     written = evaluate.write_evaluation(tmp_path, {"unet": [score]}, {"unet": {"float trajectory": [20.0]}})
-    assert evaluate.read_evaluation(tmp_path) == written
-    assert written.left_out == ["LPIPS, since it was too large"]
-    with pytest.raises(GaqError, match=r"cannot be read as an evaluation .*: run `gaq-export evaluate`"):
+    read = evaluate.read_evaluation(tmp_path)
+    assert (read.path, read.left_out) == (written.path, ("LPIPS, since it was too large",))
+    assert (read.rows, read.steps) == ({"unet": (score,)}, {"unet": {"float trajectory": (20.0,)}})
+    with pytest.raises(CalibError, match=r"Cannot read .*evaluation\.json: .*\. Run `gaq-export evaluate`"):
         evaluate.read_evaluation(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": {}},
+        {"rows": {"unet": []}},
+        {"rows": {"unet": [{"metric": "fd"}]}},
+        {"rows": []},
+        {"steps": {"unet": {"float trajectory": ["x"]}}},
+        {"steps": None},
+        {"left out": 3},
+        {"context": {"images": "9"}},
+        {"context": {"seeds": [1]}},
+        {"context": {"sampler": {"name": "ddjm"}}},
+        {"context": {"exact_sha256": 3}},
+        {"context": []},
+    ],
+)
+def test_an_evaluation_of_another_form_is_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
+    score = Score(metric="psnr", name="PSNR, median dB", value=30.0, context={"images": 9})
+    path = evaluate.write_evaluation(tmp_path, {"unet": [score]}, {}).path
+    record = json.loads(path.read_text())
+    if "context" in changes:
+        record["rows"]["unet"][0] |= changes
+    for text in (json.dumps(record if "context" in changes else record | changes), "[]", "[" * 100_000, ""):
+        path.write_text(text)
+        with pytest.raises((CalibError, GaqError)) as error:
+            evaluate.read_evaluation(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 def test_scores_that_cannot_stand_in_one_table_are_not_written(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from numpy.lib import format as npy
 from PIL import Image
-from safetensors.torch import save_file
 
+from calib.errors import CalibError
+from calib.files import write_checked
 from gaq_export import images
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet
@@ -209,17 +210,17 @@ def test_pictures_of_usual_kinds_are_read(tmp_path: Path) -> None:
         ({"images": torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16)}, r"holds images of torch.bfloat16 \(2, 1, 8, 8\)"),
         ({"images": torch.zeros(2, 1, 8, 8)}, "holds images of torch.float32"),
         ({"images": torch.zeros(2, 1, 0, 8, dtype=torch.uint8)}, r"\(2, 1, 0, 8\); expected uint8 \(N, C, H, W\)"),
-        ({"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "does not hold the seed of each image"),
+        ({"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "does not hold the 2 images of seeds 0 to 1"),
         (
             {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "seeds": torch.arange(3)},
-            "does not hold the seed of each image",
+            "does not hold the 2 images of seeds 0 to 1",
         ),
     ],
 )
 def test_shards_of_another_type_are_one_line(tensors: dict[str, torch.Tensor], words: str, tmp_path: Path) -> None:
     shards.claim(tmp_path, shards.Order(num=2, seed=0, shard=2, batch=1, identity={}))
-    save_file(tensors, shards.shard_path(tmp_path, 0))
-    with pytest.raises(GaqError, match=rf"{words}.* Delete it, and run `sample` again"):
+    write_checked(shards.shard_path(tmp_path, 0), tensors)
+    with pytest.raises(CalibError, match=rf"{words}.* The same `sample` command draws it again"):
         open_images(tmp_path)
 
 

@@ -1,11 +1,13 @@
 """Sets of images, from wherever: the same pixels are the same set."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from calib.errors import CalibError
 from engines import EngineFile
 from gaq_export import images, pipeline
 from gaq_export.errors import GaqError
@@ -62,3 +64,30 @@ def test_what_holds_no_images_is_refused(name: str, words: str, tmp_path: Path) 
     np.savez(tmp_path / "x.npz", other=np.zeros(3))
     with pytest.raises(GaqError, match=words):
         open_images(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"seed": 1, "file": "/etc/hostname"}, "leads out of that folder"),
+        ({"seed": 1, "file": "../a.png"}, "leads out of that folder"),
+        ({"seed": 1}, "holds arrays, which are no pictures"),
+        ({"seed": -1, "file": "a.png"}, "images.0.seed is -1"),
+        ({"seed": "1", "file": "a.png"}, "images.0.seed is '1'"),
+        ({"file": "a.png"}, "images.0.seed is missing"),
+        ("a.png", "images.0 is 'a.png'"),
+        (None, "images.0 is None"),
+    ],
+)
+def test_a_row_of_pictures_of_another_form_is_one_line(row: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text(json.dumps({"model": "tiny", "images": [row]}))
+    with pytest.raises((CalibError, GaqError), match=message) as error:
+        open_images(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "[" * 100_000, "{}", '{"images": {}}', '{"images": []}'])
+def test_a_record_of_pictures_of_another_form_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text(text)
+    with pytest.raises((CalibError, GaqError), match=r"samples\.json"):
+        open_images(tmp_path)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from calib.records import parse_record
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import feature_extractors, frechet, scores
 from gaq_export.evaluation.feature_extractors import Extractor
@@ -105,9 +107,7 @@ def test_a_mean_leaves_out_what_is_not_finite() -> None:
 
 def test_scores_survive_json() -> None:
     score = Score(metric="fd", name="FID", value=3.0, low=2.5, high=3.5, floor=1.0, context={"images": 9})
-    assert Score.from_json(score.to_json()) == score
-    with pytest.raises(TypeError):
-        Score.from_json({"metric": "fd", "other": 1})
+    assert parse_record(Score, json.dumps(score.to_json()), "here", "Again") == score
 
 
 def test_a_set_of_one_image_has_no_score(digits: Extractor, tmp_path: Path) -> None:

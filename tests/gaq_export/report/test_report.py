@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calib.errors import CalibError
 from calib.plan import load_plan, save_plan
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
@@ -76,7 +77,7 @@ def test_it_refuses_an_engine_or_an_evaluation_of_something_else(
     other = write_scores(tiny_step_engine, tmp_path / "scores", sha256="6" * 64)
     with pytest.raises(GaqError, match=r"is not about .*unet\.plan: run `gaq-export evaluate --engine"):
         report.measure(own, own / "report.html", ReportOptions(engine=tiny_step_engine.path, evaluation=other))
-    with pytest.raises(GaqError, match="cannot be read as an evaluation"):
+    with pytest.raises(CalibError, match=r"Cannot read .*evaluation\.json"):
         report.measure(own, own / "report.html", ReportOptions(engine=tiny_step_engine.path, evaluation=own))
     save_plan(dataclasses.replace(load_plan(own / "plan.safetensors"), blocks=()), own / "plan.safetensors")
     with pytest.raises(GaqError, match="was not built from the plan in"):

@@ -1,19 +1,25 @@
 """Many images in shards: the images of their seeds, and the same bytes however often the run was killed."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from calib.errors import CalibError
+from calib.files import read_safetensors, write_checked
 from engines import EngineFile
 from gaq_export import pipeline
 from gaq_export.errors import GaqError
 from gaq_export.images import to_uint8_tensor
 from gaq_export.sampling import shards
+from tests.gaq_export.commands import gaq, refused
 from tests.gaq_export.sampling.drawing import NUM, SHARD, command_line, content, draw
 
 
@@ -74,11 +80,90 @@ def test_numbers_below_one_and_other_batches_are_refused(
         draw(tiny_step_engine, tmp_path, workers=0)
     with pytest.raises(GaqError, match="Found 99 images at a time; this engine takes 1 to 16"):
         pipeline.sample_shards(tiny_step_engine.path, num=1, batch=99, out=tmp_path)
-    with pytest.raises(GaqError, match="this folder was not written by `sample`"):
+    with pytest.raises(CalibError, match=r"Cannot read .*samples\.json: .*Give a folder that `sample` wrote"):
         shards.digest(tmp_path)
     (tmp_path / "samples.json").write_bytes((alone / "samples.json").read_bytes())
     with pytest.raises(GaqError, match=r"shard-000000\.safetensors is missing: the same `sample` command"):
         shards.digest(tmp_path)
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1
+    file.write_bytes(content)
+
+
+def fewer(file: Path) -> None:
+    tensors = read_safetensors(file)[1]
+    write_checked(file, {name: tensor[:2] for name, tensor in tensors.items()})
+
+
+def other_seeds(file: Path) -> None:
+    tensors = read_safetensors(file)[1]
+    write_checked(file, tensors | {"seeds": tensors["seeds"] + 1})
+
+
+def floats(file: Path) -> None:
+    tensors = read_safetensors(file)[1]
+    write_checked(file, tensors | {"images": tensors["images"].float()})
+
+
+def smaller(file: Path) -> None:
+    tensors = read_safetensors(file)[1]
+    write_checked(file, tensors | {"images": tensors["images"][..., :8]})
+
+
+def no_tensors(file: Path) -> None:
+    write_checked(file, {})
+
+
+def no_file(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [flipped, fewer, other_seeds, floats, smaller, no_tensors, no_file])
+def test_a_shard_that_does_not_verify_is_refused_by_evaluate_and_drawn_again_by_sample(
+    spoil: Callable[[Path], None],
+    tiny_step_engine: EngineFile,
+    alone: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = shutil.copytree(alone, tmp_path / "s")
+    spoilt = shards.shard_path(out, 1)
+    spoil(spoilt)
+    line = refused(tmp_path, "evaluate", out, alone, "--features", "digits", "--out", tmp_path / "e", "-q")
+    assert spoilt.name in line
+    words = ("--num", NUM, "--seed", 5, "--batch", 2, "--shard", SHARD, "--out", out, "--workers", 1, "-q")
+    drawn = gaq("sample", "--engine", tiny_step_engine.path, *words)
+    assert drawn.exit_code == 0, drawn.output
+    assert f"{SHARD} of {NUM} images" in drawn.stdout
+    assert content(out) == content(alone)
+    assert f"{spoilt} is damaged, altered or of another version: it is made again." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num": 10**12},
+        {"num": -1},
+        {"num": "14"},
+        {"num": None},
+        {"shard": 0},
+        {"shard": -2},
+        {"seed": 2**64},
+        {"batch": []},
+        {"identity": 3},
+        {"colour": 1},
+    ],
+)
+def test_a_request_of_another_form_is_one_line(changes: dict[str, object], alone: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(alone, tmp_path / "s")
+    record = json.loads((out / "samples.json").read_text())
+    for text in (json.dumps(record | changes), "[" * 100_000, "[]"):
+        (out / "samples.json").write_text(text)
+        line = refused(tmp_path, "evaluate", out, alone, "--features", "digits", "--out", tmp_path / "e", "-q")
+        assert "samples.json" in line
 
 
 def _children(pid: int) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+from calib.errors import CalibError
 from calib.plan import load_plan
 from engines import EngineFile
 from gaq_export import pipeline
@@ -88,7 +89,7 @@ def test_a_pack_has_a_card_with_figures_and_terms_and_no_word_of_this_machine(
     assert "| unet | 3.25 [3, 3.5], floor 1 |" in card.text
     assert "as-you-please, as the source model is" in card.text
     assert (packed / "LICENSE.md").read_text() == "Do as you please."
-    names = set(pack.read_pack(packed)["files"]) | {"pack.json", "README.md"}
+    names = set(pack.read_pack(packed).files) | {"pack.json", "README.md"}
     assert names == {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()}
     assert {"onnx/unet.step.reference.onnx", "unet/config.json", "scheduler/scheduler_config.json"} < names
     here = [str(Path(str(licensed.source)).parents[1]).encode(), str(Path(pack.__file__).parent).encode()]
@@ -138,7 +139,7 @@ def test_a_model_that_the_hub_has_is_not_packed_again(
 
 def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, evaluated_run: Run, tmp_path: Path) -> None:
     run = Run(folder=tmp_path / "run")
-    with pytest.raises(GaqError, match=r"nothing is not a pack: its pack\.json cannot be read"):
+    with pytest.raises(GaqError, match=r"nothing is not a pack: it has no pack\.json"):
         pack.unpack(tmp_path / "nothing", run)
     broken = shutil.copytree(packed, tmp_path / "broken")
     (broken / "plan.json").write_text("{}")
@@ -149,7 +150,7 @@ def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, evaluat
         pack.unpack(broken, run)
     record = json.loads((broken / "pack.json").read_text())
     (broken / "pack.json").write_text(json.dumps(record | {"files": {"../pack.json": "0" * 64}}))
-    with pytest.raises(GaqError, match=r"has no file \.\./pack\.json"):
+    with pytest.raises(GaqError, match=r"The name .\.\./pack\.json. in a record of .* leads out of that folder"):
         pack.read_pack(broken)
     (broken / "pack.json").write_text(json.dumps(record | {"format": 0}))
     with pytest.raises(GaqError, match="is a pack of format 0, this version reads 1"):
@@ -159,6 +160,29 @@ def test_what_is_no_whole_pack_or_would_be_lost_is_refused(packed: Path, evaluat
         pack.unpack(packed, evaluated_run)
     with pytest.raises(GaqError, match=r"run is there and has no pack\.json: choose a folder that is new, empty"):
         pack.write_pack(evaluated_run, evaluated_run.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": []}, "files is "),
+        ({"files": {"plan.json": "x"}}, "files.plan.json is 'x'"),
+        ({"files": {"/etc/hostname": "0" * 64}}, "leads out of that folder"),
+        ({"source": None}, "source is None"),
+        ({"source": "a\0"}, "source is "),
+        ({"settings": {}}, "settings: model is missing"),
+        ({"settings": {"images": 4, "model": {"name": 3}}}, "settings.model: name is 3"),
+        ({"colour": 1}, "colour is a field that this version does not know"),
+    ],
+)
+def test_a_record_of_another_form_is_one_line(
+    changes: dict[str, Any], message: str, packed: Path, tmp_path: Path
+) -> None:
+    record = json.loads((packed / "pack.json").read_text())
+    (tmp_path / "pack.json").write_text(json.dumps(record | changes))
+    with pytest.raises((CalibError, GaqError), match=message) as error:
+        pack.read_pack(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -259,5 +283,5 @@ def test_a_hub_out_of_reach_is_one_line_either_way(evaluated_run: Run, tmp_path:
         assert len(result.stderr.splitlines()) == 1
         assert "me/digits" in result.stderr
         assert "the Hugging Face hub" in result.stderr
-    assert pack.read_pack(evaluated_run.folder / "pack")["source"] == "pack"  # what was packed is not lost
+    assert pack.read_pack(evaluated_run.folder / "pack").source == "pack"  # what was packed is not lost
     assert not (tmp_path / "back").exists()
