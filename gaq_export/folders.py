@@ -51,7 +51,7 @@ def replace_folder(finished: Path, out: Path) -> None:
 
 
 def check_outputs(files: Iterable[Path], taken: Iterable[Path]) -> None:
-    """Raise GaqError if a file to be written is a folder, or if writing it would destroy something that is needed.
+    """Raise GaqError if a file to be written cannot be one, or if writing it would destroy something that is needed.
 
     Args:
         files: all that a command is about to write, companions included.
@@ -60,11 +60,26 @@ def check_outputs(files: Iterable[Path], taken: Iterable[Path]) -> None:
     """
     taken = list(taken)
     for file in files:
+        check_name(file)
+        for other in taken:
+            # Not `Path.resolve`, which raises where links lead in a circle.
+            if _same(file, other) or Path(os.path.realpath(file)).is_relative_to(os.path.realpath(other)):
+                raise GaqError(f"Writing {file} would overwrite {other}, which is still needed: choose another name.")
+
+
+def check_name(file: Path) -> None:
+    """Raise GaqError if a path cannot be that of a file to write: a folder, a device, a pipe, a name that is too long.
+
+    A file is written under another name and then renamed, which would put it in the place of a device.
+    """
+    try:
+        exists = file.exists()
         if file.is_dir():
             raise GaqError(f"{file} is a folder; give the name of a file, such as {file / 'new'}.")
-        for other in taken:
-            if _same(file, other) or file.resolve().is_relative_to(other.resolve()):
-                raise GaqError(f"Writing {file} would overwrite {other}, which is still needed: choose another name.")
+    except OSError as error:
+        raise GaqError(f"Cannot write {file}: {error.strerror}. Choose another name.") from error
+    if exists and not file.is_file():
+        raise GaqError(f"{file} is a device or a pipe; give the name of a file.")
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -178,6 +178,12 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues where it was", err=True)
         raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
+    except OSError as error:
+        # Names that are too long, links in a circle, a full disk: what no command foresees is still the user's to mend.
+        if error.filename is None:
+            raise
+        typer.echo(f"error: {visible(str(error.filename))}: {error.strerror}. Choose another place.", err=True)
+        raise typer.Exit(2) from None
     except user_errors() as error:
         typer.echo(f"error: {visible(str(error)).strip()}", err=True)
         raise typer.Exit(2) from None

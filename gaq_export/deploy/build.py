@@ -230,6 +230,7 @@ def _prepare(run: Run, options: BuildOptions, model: LoadedModel | None) -> _Job
 
 def _check_target(job: _Job, out: Path) -> None:
     """Raise GaqError if one of the engine's files would take the place of something that is needed."""
+    folders.check_name(out)  # first, since other names are made from it
     widths = [out.with_name(f"{out.stem}-a{bits}{out.suffix}") for bits in sorted(set(job.turns))[:-1]]
     texts = [submodels.text_path(out, index) for index in range(2)]
     written = [file for path in (out, *widths, submodels.decoder_path(out), *texts) for file in files_of(path)]

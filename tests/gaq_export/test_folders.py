@@ -122,3 +122,25 @@ def test_no_file_goes_into_a_needed_folder_or_takes_a_folder_s_name(tmp_path: Pa
         check_outputs([tmp_path / "calibration" / "0000.safetensors"], [tmp_path / "calibration"])
     with pytest.raises(GaqError, match="is a folder; give the name of a file"):
         check_outputs([tmp_path], [])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Path.mkdir, "is a folder; give the name of a file"),
+        (os.mkfifo, "is a device or a pipe; give the name of a file"),
+    ],
+)
+def test_a_file_takes_the_place_of_files_only(make: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(GaqError, match=words):
+        check_outputs([tmp_path / "x"], [])
+    with pytest.raises(GaqError, match="/dev/null is a device or a pipe"):
+        check_outputs([Path("/dev/null")], [])
+
+
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(GaqError, match=r"Cannot write .*aaa: File name too long\. Choose another name"):
+        check_outputs([tmp_path / ("a" * 300)], [])
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    check_outputs([tmp_path / "circle" / "x"], [tmp_path / "other"])  # whoever writes it reports the circle

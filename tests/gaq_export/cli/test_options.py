@@ -1,5 +1,7 @@
 """What commands share: an error becomes one line, options replace a sampler's fields, random weights are announced."""
 
+from pathlib import Path
+
 import pytest
 import typer
 
@@ -18,6 +20,13 @@ def test_an_error_that_a_user_can_cause_becomes_one_line_and_exit_code_2(
         raise kind("No such file:\n  unet.plan")
     assert stopped.value.exit_code == 2
     assert capsys.readouterr() == ("", "error: No such file: unet.plan\n")
+
+
+def test_a_place_that_the_system_refuses_becomes_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as stopped, one_line_errors():
+        (tmp_path / ("a" * 300)).mkdir()
+    assert stopped.value.exit_code == 2
+    assert capsys.readouterr().err.endswith("aaa: File name too long. Choose another place.\n")
 
 
 def test_other_errors_show_their_traceback() -> None:
