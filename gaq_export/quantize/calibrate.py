@@ -52,6 +52,8 @@ def calibrate(
     run = Run(folder=Path(folder))
     model = condition_model(model).with_sampler(sampler)
     table(model.schedule, model.spec.sampler)  # raises before a folder is made for a sampler that cannot be used
+    if not run.plan.exists():  # before the folder is claimed, so that the corrected call can have the same
+        check_network(model, chosen.config)
     provenance = Provenance.of(model, model.spec.sampler)
     # First, so that two runs with different settings never mix their files in one folder.
     runs.claim(run, _settings(model, chosen, provenance))
@@ -59,7 +61,6 @@ def calibrate(
         return load_plan(run.plan)
     if model.sampler_note:
         _log.warning("%s", model.sampler_note)
-    check_network(model, chosen.config)
     if model.conditioning is not None:
         model.conditioning.save(run.folder)
     return _calibrate_into(run, model, chosen, provenance, callbacks)

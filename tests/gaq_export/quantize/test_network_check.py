@@ -161,6 +161,7 @@ def test_what_no_engine_could_be_built_of_is_refused_before_any_work(kind: type[
     with pytest.raises(GaqError, match=REFUSED[kind]) as refused:
         pipeline.calibrate(wrapped(kind()), TINY, folder=tmp_path / "run", callbacks=callbacks)
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()  # or the corrected call would find another run in its folder
 
 
 def test_the_advice_of_a_refusal_helps() -> None:
