@@ -24,13 +24,17 @@ from typing import Annotated, Any
 
 import typer
 
+from calib.files import read_safetensors
 from command import command_line, write_markdown
 from fuzz_targets import make_material
 from gaq_export.report.markdown import machine, markdown_table
 from options import Out
 
-TIMES = ("seconds", "when", "phase_seconds", "collect_seconds", "peak_memory_mib", "build_seconds", "milliseconds")
-UNLIKE = (".html", ".png.json")  # pages hold times
+TIMES = (
+    *("seconds", "when", "phase_seconds", "collect_seconds", "build_seconds", "milliseconds"),
+    *("peak_mib", "peak_memory_mib"),
+)
+UNLIKE = ("clock.json", ".html", ".md", ".svg", ".png")  # pages and clocks hold times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +172,19 @@ def _contents(command: Command, here: Path) -> dict[str, str]:
         name = str(path.relative_to(here))
         if path.is_file():
             mine = any(name == one or name.startswith(f"{one}/") for one in command.writes)
-            contents[name] = _sha(path) if mine and path.suffix not in UNLIKE else "there"
+            contents[name] = _sha(path) if mine and not name.endswith(UNLIKE) else "there"
     return contents
 
 
 def _sha(path: Path) -> str:
+    if path.suffix == ".safetensors":
+        header, tensors = read_safetensors(path)
+        # The library writes the header's keys in any order.
+        parts = [
+            str(sorted(header.items())),
+            *(f"{name} {t.dtype} {t.tolist()}" for name, t in sorted(tensors.items())),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     content = path.read_bytes()
     if path.suffix == ".json":
         content = json.dumps(_without_times(json.loads(content)), sort_keys=True).encode()
