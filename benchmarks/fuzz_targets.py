@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -88,7 +89,9 @@ def make_material(folder: Path, size: int = 8) -> str:
         norm_num_groups=4,
     )
     network.save_pretrained(folder / "model")
-    DDIMScheduler(num_train_timesteps=100, beta_end=0.2).save_pretrained(folder / "model")
+    network.save_pretrained(folder / "sharded", max_shard_size="8KB")
+    for home in ("model", "sharded"):
+        DDIMScheduler(num_train_timesteps=100, beta_end=0.2).save_pretrained(folder / home)
     model = load_model(weights=folder / "model").with_sampler(SamplerSpec(steps=STEPS))
     pipeline.calibrate(model, pipeline.preset("tiny"), folder=folder / "run")
     judge(folder / "run", model)
@@ -223,9 +226,9 @@ def _pack(folder: Path) -> str:
         return _sha(fake_quantized(model.network, plan)(*_inputs(STEPS)).numpy().tobytes())
 
 
-def _model(folder: Path) -> str:
+def _model(folder: Path, name: str = "model") -> str:
     """Load the model and call it once."""
-    model = load_model(weights=folder / "model")
+    model = load_model(weights=folder / name)
     with torch.no_grad():
         return _sha(model.network(torch.zeros(1, *model.shape), torch.tensor([1])).numpy().tobytes())
 
@@ -323,6 +326,13 @@ TARGETS = (
     Target(name="model config", files="model/config.json", mutations=_JSON, act=_model, ours=False, weight=3),
     Target(
         name="scheduler config", files="model/scheduler_config.json", mutations=_JSON, act=_model, ours=False, weight=2
+    ),
+    Target(
+        name="index of weights",
+        files="sharded/*.index.json",
+        mutations=_JSON,
+        act=partial(_model, name="sharded"),
+        ours=False,
     ),
     Target(name="model weights", files="model/*.safetensors", mutations=_TENSORS, act=_model, ours=False),
 )

@@ -70,7 +70,7 @@ COMMANDS = (
         name="compare",
         words=(
             *("compare", "--weights", "model", "--preset", "tiny", "--recipes", "rtn,adaround", "--images", "0"),
-            *("--workers", "1", "--folder", "compared"),
+            *("--steps", "4", "--workers", "1", "--folder", "compared"),
         ),
         needs=("model",),
         writes=("compared",),
