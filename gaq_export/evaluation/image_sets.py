@@ -119,6 +119,10 @@ def _of_pngs(path: Path) -> ImageSet:
         # How long it took changes no pixel, and the list of files is no setting.
         recorded = {key: value for key, value in record.items() if key not in ("images", "seconds")}
         recorded |= {"seed": rows[0].seed, "num": len(files)}
+    elif shards.shard_path(path, 0).exists():  # the only picture beside them is their overview
+        raise GaqError(
+            f"{path} holds shards, and no {shards.RECORD} that says how many: the same `sample` command writes it."
+        )
     else:
         files = sorted(path.glob("*.png"))
     if not files:

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from calib.errors import CalibError
 from engines import EngineFile
 from gaq_export import images, pipeline
 from gaq_export.errors import GaqError
 from gaq_export.evaluation.image_sets import open_images
+from gaq_export.sampling import shards
 
 
 def test_shards_and_pngs_of_one_drawing_are_the_same_set(tiny_step_engine: EngineFile, tmp_path: Path) -> None:
@@ -32,6 +34,13 @@ def test_shards_and_pngs_of_one_drawing_are_the_same_set(tiny_step_engine: Engin
     assert torch.equal(torch.cat(list(first.parts())), torch.cat(list(pngs.parts()))[:5])
     with pytest.raises(GaqError, match="has 6 images; expected at least 7"):
         shards.take(7)
+
+
+def test_shards_without_their_record_are_refused(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "grid.png")
+    shards.shard_path(tmp_path, 0).touch()
+    with pytest.raises(GaqError, match=r"holds shards, and no samples.json that says how many"):
+        open_images(tmp_path)
 
 
 def test_a_data_sets_training_images_are_padded_to_the_model(tmp_path: Path) -> None:
