@@ -1,6 +1,5 @@
 """Record what goes in and out of each block: inputs from the quantized network, targets from the float one."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from calib.block_replay import Replay
 from calib.blocks import Block, BlockIO
 from calib.data import CalibrationSet
 from calib.errors import CalibError
+from calib.leftovers import temporary_name
 
 
 class Recorder:
@@ -82,9 +82,7 @@ def open_recorder(
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("scratch-*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder, prefix="scratch-")
+        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=f"{temporary_name(folder, 'scratch')}.")
     except OSError as error:
         raise CalibError(f"Cannot write {folder}: {error.strerror}. Choose a folder you may write to.") from error
     with scratch as name:

@@ -7,7 +7,6 @@ verify (`read_kept`).
 import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib.errors import CalibError
+from calib.leftovers import temporary_name
 
 CHECKSUM = "sha256"  # its key in the header of a file
 _Kept = TypeVar("_Kept")
@@ -104,7 +104,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(temporary_name(path.parent, path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # here an error says what is wrong

@@ -18,6 +18,7 @@ from engines.base import Audit, Compute, Engine, EngineConfig, Kernel, LayerKind
 from engines.errors import EngineError, EngineWarning
 from engines.files import EngineFile, check_files, data_path, files_of, load_engine_file, sha256_of, weights_path
 from engines.graph import OnnxGraph, read_onnx, tensor_specs
+from engines.leftovers import temporary_name
 from engines.machine import cpu_features, other_processor
 from engines.runner import check_feeds
 
@@ -69,7 +70,10 @@ def build(
     graph = _read_graph(onnx_path, config)
     inputs, outputs = tensor_specs(graph.model)  # before the build: it refuses what no backend takes
     path = Path(engine_path)
-    built = _build_in_place(backend, graph, path, replace(config, compute=compute))
+    try:
+        built = _build_in_place(backend, graph, path, replace(config, compute=compute))
+    except OSError as error:  # no room, or no permission
+        raise EngineError(f"Cannot write {path}: {error.strerror}. Choose a folder with room for it.") from error
     file = EngineFile(
         path=path,
         backend=backend.name,
@@ -165,7 +169,7 @@ def _build_in_place(backend: Backend, graph: OnnxGraph, path: Path, config: Engi
     A folder on the same file system makes every move atomic, so that a failed build leaves an older engine whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{temporary_name(path.parent, path.name)}.") as folder:
         started = time.perf_counter()
         temporary = Path(folder, path.name)  # the same name, because an ONNX graph names the file of its weights
         audit = backend.build(graph, temporary, config)

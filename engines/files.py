@@ -17,6 +17,7 @@ from pydantic import NonNegativeFloat
 
 from engines.base import Audit, Compute, Optimisation, TensorSpec
 from engines.errors import EngineError
+from engines.leftovers import temporary_name
 from engines.records import Count, Sha256, parse_record
 
 FORMAT = 6  # of the record; raised when an older one can no longer be read
@@ -73,9 +74,13 @@ class EngineFile:
         record["record_sha256"] = record_digest(record)
         path = record_path(self.path)
         # Half a record would look like a damaged engine, so the old one stays until the new one is whole.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        temporary = path.with_name(temporary_name(path.parent, path.name))
+        try:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise EngineError(f"Cannot write {path}: {error.strerror}. Choose a folder you may write to.") from None
         return path
 
 

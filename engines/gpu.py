@@ -20,6 +20,7 @@ from engines.base import Loop, TensorSpec
 from engines.driver import captured
 from engines.errors import EngineError
 from engines.files import EngineFile, read_weights
+from engines.leftovers import temporary_name
 from engines.nvinfer_child import ERROR_MARK, make_logger
 from engines.runner import Arrays
 
@@ -29,7 +30,7 @@ _THREADS = 256  # in a block
 
 def _store_kernels(kernels: Any, path: Path) -> None:
     """Write compiled kernels for the next time; a folder that cannot be written to only costs compiling them again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(temporary_name(path.parent, path.name))
     with suppress(OSError):
         temporary.write_bytes(kernels)
         os.replace(temporary, path)

@@ -25,6 +25,7 @@ from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.gpu import GpuRunner
 from engines.graph import OnnxGraph, layer_kinds
+from engines.leftovers import temporary_name
 from engines.nvinfer_child import ERROR_MARK, PARSER, Job
 from engines.runner import OpenEngine
 
@@ -111,7 +112,7 @@ def _reason(backend: str, attempt: _Attempt) -> str:
 
 def _failing_node(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) -> str:
     """Find the node that the builder cannot take, by building beginnings of the graph, and say it in words."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bisect.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{temporary_name(path.parent, 'bisect')}.") as folder:
         # Each trial is a build, so this may take minutes; without it a crash would leave the user without a clue.
         trial = Path(folder, "engine")
         node = first_failing_node(

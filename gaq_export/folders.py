@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from calib.leftovers import temporary_name
 from gaq_export.errors import GaqError
 
 
@@ -23,7 +24,7 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # In the same folder, so on the same file system: a rename between two file systems fails.
-        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{temporary_name(out.parent, out.name)}.")
     except OSError as error:
         raise GaqError(f"Cannot write to {out.parent}: {error.strerror}. Choose a folder you may write to.") from error
     with folder as name:

@@ -27,6 +27,7 @@ from calib.correction import Correction
 from calib.errors import CalibError
 from calib.fakequant import fake_quantized
 from calib.files import read_kept, read_safetensors, write_atomically, write_checked
+from calib.leftovers import temporary_name
 from calib.plan import QuantPlan
 from calib.records import Finite, read_kept_record, signed
 from calib.surgery import apply_surgery
@@ -215,7 +216,8 @@ def quantized(yardstick: Yardstick, plan: QuantPlan) -> Iterator[ConditionalNetw
     graph = insert_qdq(graph, plan, find_profile(engines.find_backend(BACKEND).profile))
     # One thread, since several cells may run at a time, and with one the sums have one order.
     config = EngineConfig(backend=BACKEND, batch=(1, BATCH, BATCH), threads=1)
-    with tempfile.TemporaryDirectory(dir=yardstick.folder) as scratch:
+    folder = yardstick.folder
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{temporary_name(folder, 'engine')}.") as scratch:
         save_onnx(graph, Path(scratch, "unet.onnx"))
         file = engines.build(Path(scratch, "unet.onnx"), Path(scratch, "unet.plan"), config)
         with engines.open_engine(file) as opened:

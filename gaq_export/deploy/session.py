@@ -25,6 +25,7 @@ from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.diffusion.loop import Decode, Sampling
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
+from gaq_export.folders import inside
 from gaq_export.models.provenance import load_conditioning
 from gaq_export.models.text_encoder import Texts
 
@@ -90,7 +91,7 @@ def others_of(file: EngineFile) -> tuple[EngineFile, ...]:
 
 def _linked(file: EngineFile, link: LinkedFile) -> EngineFile:
     """Return an engine file that the record of another names; raise GaqError if it is of another build."""
-    other = engines.load_engine_file(file.path.with_name(link.file))
+    other = engines.load_engine_file(inside(file.path.parent, link.file))
     if other.sha256 != link.sha256:
         raise GaqError(f"{other.path} and {file.path} are of different builds: run build-engine again.")
     return other
@@ -172,7 +173,7 @@ def open_texts(file: EngineFile) -> Iterator[Texts]:
 
 
 def _read_tokenizer(file: EngineFile, link: LinkedFile) -> str:
-    path = file.path.with_name(link.file)
+    path = inside(file.path.parent, link.file)
     try:
         sha256 = engines.sha256_of(path)
         text = path.read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import engines
+from calib.leftovers import temporary_name
 from engines import Engine, EngineConfig, EngineFile
 from gaq_export.deploy import parity
 from gaq_export.deploy.parity import Parity, Tolerance
@@ -139,7 +140,7 @@ def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> Engin
 
 def build_graph(graph: ir.Model, out: Path, config: EngineConfig, metadata: dict[str, Any]) -> EngineFile:
     """Build the engine `out` of a float graph; its ONNX file exists only while it is built."""
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{temporary_name(out.parent, out.name)}.") as folder:
         save_onnx(compute_in(graph, "float32"), Path(folder, "unet.onnx"))
         return engines.build(Path(folder, "unet.onnx"), out, config, metadata)
 

@@ -6,12 +6,12 @@ In: a model and a path. Out: the file, and beside it the weights if they are mor
 import contextlib
 import glob
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
+from calib.leftovers import temporary_name
 from gaq_export.errors import GaqError
 
 EXTERNAL_BYTES = 1_900_000_000  # of weights; protobuf holds less than 2 GB
@@ -29,7 +29,7 @@ def save_onnx(model: ir.Model, path: Path) -> None:
     """
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     apart = _weights_file(path, tensors) if sum(tensor.nbytes for tensor in tensors) > EXTERNAL_BYTES else None
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(temporary_name(path.parent, path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ir.save(model, temporary, "protobuf", external_data=apart, alignment=_PAGE, align_threshold=0)

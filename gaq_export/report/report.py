@@ -19,6 +19,7 @@ from torch import Tensor
 
 import engines
 from calib.fakequant import fake_quantized
+from calib.leftovers import temporary_name
 from calib.plan import QuantPlan, load_plan
 from engines import EngineConfig, EngineFile
 from gaq_export import folders
@@ -186,7 +187,7 @@ def measure(
     others = session.others_of(file)
     calibrated = Calibrated(model=model, plan=plan)
     inspection, origin = inspect.examine(run, calibrated, options.inspection, beside=out, on_step=on_step)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{temporary_name(out.parent, out.name)}.") as scratch:
         compared = _Engines(file=file, exact=_build_exact(file, model, Path(scratch)), model=model, plan=plan)
         with _open(compared, file) as (draw, noise_for):
             return Report(

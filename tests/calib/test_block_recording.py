@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calib import leftovers
 from calib.block_recording import open_recorder
 from calib.blocks import Block
 from calib.data import CalibrationSet
 from calib.errors import CalibError
+from calib.leftovers import temporary_name
 
 
 class Chain(nn.Module):
@@ -62,14 +64,16 @@ def test_without_reference_the_float_networks_inputs_are_not_recorded() -> None:
 
 
 def test_the_scratch_folder_goes_and_so_does_one_that_a_killed_run_left(tmp_path: Path) -> None:
-    left = tmp_path / "scratch-left"
+    name = temporary_name(tmp_path, "scratch")
+    left = tmp_path / f"{name[:-1]}{(int(name[-1]) + 1) % 10}.left"  # of a process that is no more
     left.mkdir()
     (left / "input-0").write_bytes(b"old")
     (tmp_path / "000.safetensors").write_bytes(b"a finished block")
+    leftovers._clear.cache_clear()
     with open_recorder(Chain(0), Chain(1), samples(), 4, tmp_path) as recorder:
         assert not left.exists()
         recorder.record(SECOND)
-        assert len(list(tmp_path.glob("scratch-*"))) == 1
+        assert len(list(tmp_path.glob(".scratch.*"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["000.safetensors"]
 
 
