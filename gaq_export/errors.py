@@ -1,9 +1,11 @@
 """The error that `gaq_export` raises for anything a user can cause, and the errors that commands print in one line."""
 
+import errno
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_NO_MEMORY = re.compile("(?i)can't allocate memory|out of memory|cannot allocate|failed to allocate|bad_alloc")
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
@@ -39,6 +41,19 @@ def visible(text: str) -> str:
     characters (undecodable file names have them) become U+FFFD.
     """
     return _HIDDEN.sub("\ufffd", " ".join(re.split(r"\s+", text)))
+
+
+def used_up(error: BaseException) -> str | None:
+    """Return a sentence on the memory or disk that ran out, None if the error is about something else."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return f"No space left on the disk{where}: make room. The same command continues with what is finished."
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return (
+            f"Out of memory ({one_line(error)[:100]}): close other programs, or choose fewer --workers, a smaller "
+            "--batch or --preset. The same command continues with what is finished."
+        )
+    return None
 
 
 def user_errors() -> tuple[type[Exception], ...]:

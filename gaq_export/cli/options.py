@@ -166,9 +166,9 @@ Block = Annotated[
 def one_line_errors() -> Iterator[None]:
     """Print an error that a user can cause in one line and exit with code 2; all others show their traceback.
 
-    What `engines` warns of is printed in one line too, once.
+    So are memory or a disk that ran out. What `engines` warns of is printed in one line too, once.
     """
-    from gaq_export.errors import user_errors, visible
+    from gaq_export.errors import used_up, user_errors, visible
 
     try:
         with warnings.catch_warnings():
@@ -178,14 +178,17 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues where it was", err=True)
         raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
-    except OSError as error:
-        # Names that are too long, links in a circle, a full disk: what no command foresees is still the user's to mend.
-        if error.filename is None:
-            raise
-        typer.echo(f"error: {visible(str(error.filename))}: {error.strerror}. Choose another place.", err=True)
-        raise typer.Exit(2) from None
     except user_errors() as error:
         typer.echo(f"error: {visible(str(error)).strip()}", err=True)
+        raise typer.Exit(2) from None
+    except (MemoryError, RuntimeError, OSError) as error:
+        reason = used_up(error)
+        # Names that are too long, links in a circle: what no command foresees is still the user's to mend.
+        if reason is None and isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}. Choose another place."
+        if reason is None:
+            raise
+        typer.echo(f"error: {visible(reason)}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -3,7 +3,9 @@
 This goes through `engines.build` and `engines.open_engine`, and so through `onnx_runtime` and `openvino_cpu` as well.
 """
 
+import errno
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -197,6 +199,19 @@ def test_a_failed_build_leaves_the_previous_engine_as_it_was(tiny_onnx, tmp_path
         build(tiny_onnx("int8"), path, config, {"path": path})
     assert load_engine_file(path) == before
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_onnx, tmp_path, backend, monkeypatch):
+    source = tiny_onnx("int8")
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(EngineError, match=r"Cannot write .*unet\.plan: No space left on device\. Choose a folder"):
+        build(source, tmp_path / "out" / "unet.plan", EngineConfig(backend=backend))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

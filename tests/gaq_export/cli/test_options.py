@@ -1,5 +1,6 @@
 """What commands share: an error becomes one line, options replace a sampler's fields, random weights are announced."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,38 @@ def test_a_place_that_the_system_refuses_becomes_one_line(tmp_path: Path, capsys
         (tmp_path / ("a" * 300)).mkdir()
     assert stopped.value.exit_code == 2
     assert capsys.readouterr().err.endswith("aaa: File name too long. Choose another place.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "error: Out of memory (MemoryError): close other programs"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"),
+            "error: Out",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "error: Out of memory (CUDA out of memory."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/unet.plan"),
+            "error: No space left on the disk for a/unet",
+        ),
+    ],
+)
+def test_memory_or_a_disk_that_ran_out_is_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as stopped, one_line_errors():
+        raise error
+    assert stopped.value.exit_code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(line)
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.EACCES, "Permission denied")])
+def test_other_errors_of_the_same_class_show_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), one_line_errors():
+        raise error
 
 
 def test_other_errors_show_their_traceback() -> None:
