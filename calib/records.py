@@ -71,6 +71,14 @@ def signed(fields: Mapping[str, Any]) -> bytes:
     return json.dumps({**fields, CHECKSUM: _digest(fields)}, indent=1).encode()
 
 
+def read_signed(kind: type[Record], path: Path, advice: str, *, others: bool = False) -> Record:
+    """Do as `read_record` with a record that `signed` made; raise CalibError also if its checksum differs."""
+    fields = read_record(dict[str, Any], path, advice)
+    if fields.pop(CHECKSUM, None) != _digest(fields):
+        raise CalibError(f"{path} was edited since it was written (its checksum differs). {advice}.")
+    return check_record(kind, fields, path, advice, others=others)
+
+
 def read_kept_record(kind: type[Record], path: Path) -> Record | None:
     """Return a record that `signed` made and this program keeps for itself.
 
@@ -79,13 +87,10 @@ def read_kept_record(kind: type[Record], path: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        fields = read_record(dict[str, Any], path, "It is made again")
-        if fields.pop(CHECKSUM, None) == _digest(fields):
-            return check_record(kind, fields, path, "It is made again")
+        return read_signed(kind, path, "It is made again")
     except CalibError:
-        pass
-    _log.warning("%s is damaged, altered or of another version: it is made again.", path)
-    return None
+        _log.warning("%s is damaged, altered or of another version: it is made again.", path)
+        return None
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

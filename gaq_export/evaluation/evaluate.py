@@ -1,6 +1,5 @@
 """Draw with engines and score their images, or score images that exist already; write all scores to one JSON file."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,7 @@ from pydantic import Field
 
 import engines
 from calib.files import write_atomically
-from calib.records import check_record, read_record
+from calib.records import check_record, read_signed, signed
 from engines import EngineConfig, EngineFile
 from engines.files import files_of
 from engines.machine import versions
@@ -217,7 +216,7 @@ def write_evaluation(out: Path, rows: Rows, steps: StepRows) -> Evaluation:
         "steps": steps,
         "left out": left_out,
     }
-    write_atomically(out / RECORD, json.dumps(record, indent=1).encode())
+    write_atomically(out / RECORD, signed(record))
     return Evaluation(rows=rows, steps=steps, left_out=left_out, path=out / RECORD)
 
 
@@ -225,7 +224,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Read the evaluation in a folder; raise CalibError or GaqError if there is none, or none of this version."""
     path = folder / RECORD
     advice = "Run `gaq-export evaluate`"
-    record = read_record(_Record, path, advice, others=True)
+    record = read_signed(_Record, path, advice, others=True)
     for name, row in record.rows.items():
         for score in row:
             where = f"{path}, {score.metric} of {name}"

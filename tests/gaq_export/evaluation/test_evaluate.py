@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from calib.errors import CalibError
+from calib.records import signed
 from engines import EngineConfig, EngineFile
 from gaq_export import pipeline
 from gaq_export.cli.app import app
@@ -133,11 +134,20 @@ def test_an_evaluation_of_another_form_is_one_line(changes: dict[str, Any], tmp_
     record = json.loads(path.read_text())
     if "context" in changes:
         record["rows"]["unet"][0] |= changes
-    for text in (json.dumps(record if "context" in changes else record | changes), "[]", "[" * 100_000, ""):
-        path.write_text(text)
+    del record["record_sha256"]
+    for text in (signed(record if "context" in changes else record | changes), b"[]", b"[" * 100_000, b""):
+        path.write_bytes(text)
         with pytest.raises((CalibError, GaqError)) as error:
             evaluate.read_evaluation(tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_an_edited_evaluation_is_one_line(tmp_path: Path) -> None:
+    score = Score(metric="psnr", name="PSNR, median dB", value=30.0, context={"images": 9})
+    path = evaluate.write_evaluation(tmp_path, {"unet": [score]}, {}).path
+    path.write_text(path.read_text().replace("30.0", "40.0"))
+    with pytest.raises(CalibError, match=r"\.json was edited since it was written .* Run `gaq-export evaluate`"):
+        evaluate.read_evaluation(tmp_path)
 
 
 def test_scores_that_cannot_stand_in_one_table_are_not_written(tmp_path: Path) -> None:

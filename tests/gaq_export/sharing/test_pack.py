@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from calib.errors import CalibError
 from calib.plan import load_plan
+from calib.records import signed
 from engines import EngineFile
 from gaq_export import pipeline
 from gaq_export import run as runs
@@ -62,7 +63,7 @@ def evaluated_run(tiny_run: Path, tiny_step_engine: EngineFile, tmp_path_factory
     rows = {"unet": [score.to_json()], "other": [other.to_json()]}
     record = {"rows": rows, "steps": {}, "left out": []}
     (run.folder / "evaluation").mkdir()
-    (run.folder / "evaluation" / "evaluation.json").write_text(json.dumps(record))
+    (run.folder / "evaluation" / "evaluation.json").write_bytes(signed(record))
     return run
 
 
