@@ -28,9 +28,9 @@ from calib.choices import (
     choose,
 )
 from calib.errors import CalibError
-from calib.seeds import LARGEST_SEED
 
 BITS = range(2, 9)
+LARGEST_SEED = 2**63 - 1  # files hold seeds as int64
 FLOAT_BITS = 32  # of a layer that stays float
 _T = TypeVar("_T")
 

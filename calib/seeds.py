@@ -4,8 +4,6 @@ import hashlib
 
 import torch
 
-LARGEST_SEED = 2**63 - 1  # files hold seeds as int64
-
 
 def derive_seed(*parts: str | int) -> int:
     """Return a seed of 63 bits that the parts decide together; far from the small seeds that users give."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from calib.seeds import LARGEST_SEED
+from calib.config import LARGEST_SEED
 from gaq_export.diffusion.conditioning import ConditionalNetwork, Conditioning, bind
 from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.errors import GaqError

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from calib.seeds import LARGEST_SEED
+from calib.config import LARGEST_SEED
 from gaq_export.errors import GaqError
 
 
