@@ -5,13 +5,13 @@ OUT/samples.json   all that is needed to draw them again
 """
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calib.files import write_atomically
+from calib.records import signed
 from engines import EngineFile
 from gaq_export import images
 from gaq_export.deploy.record import record_of
@@ -36,7 +36,7 @@ def write_arrays(out: Path, file: EngineFile, sampling: Sampling, drawn: Drawn) 
         {"seed": seed} | ({} if psnr is None else {"psnr_db": round(psnr[i], 3)}) for i, seed in enumerate(drawn.seeds)
     ]
     record = {**image_facts(file, sampling), "seconds": round(drawn.seconds, 3), "arrays": NAME, "images": rows}
-    write_atomically(out / "samples.json", json.dumps(record, indent=1).encode())
+    write_atomically(out / "samples.json", signed(record))
     return Sampled(
         images=drawn.images,
         seeds=drawn.seeds,

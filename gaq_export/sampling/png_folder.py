@@ -1,6 +1,5 @@
 """Write images as PNGs, with a grid of them and a samples.json that holds all that is needed to draw them again."""
 
-import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from calib.files import write_atomically
+from calib.records import signed
 from engines import EngineFile
 from gaq_export import images
 from gaq_export.deploy.record import record_of
@@ -121,7 +121,7 @@ def write_pngs(out: Path, file: EngineFile, sampling: Sampling, drawn: Drawn) ->
     images.save_grid(grid, grid_rows, facts, _names(conditioning, drawn.seeds))
     # Last: a folder with samples.json has all its pictures.
     record = {**facts, "seconds": round(drawn.seconds, 3), "images": rows}
-    write_atomically(out / "samples.json", json.dumps(record, indent=1).encode())
+    write_atomically(out / "samples.json", signed(record))
     return Sampled(
         images=drawn.images,
         seeds=drawn.seeds,

@@ -75,25 +75,25 @@ def claim(out: Path, order: Order) -> None:
     path = out / RECORD
     record = json.loads(json.dumps(order.to_json()))  # tuples become lists, as they are in the record that was read
     if not path.exists():
-        write_atomically(path, json.dumps(record, indent=1).encode())
+        write_atomically(path, records.signed(record))
         return
     old = read_order(out).to_json()
     changed = [key for key in record if old[key] != record[key]]
     # More of the same images are welcome if the old ones fill their files: a shard, once written, never changes.
     if changed == ["num"] and old["num"] < order.num and old["num"] % order.shard == 0:
-        write_atomically(path, json.dumps(record, indent=1).encode())
+        write_atomically(path, records.signed(record))
     elif changed:
         raise GaqError(f"{out} holds other images ({changed[0]} differs). Give --out another folder, or delete it.")
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Return all that `sample` wrote down about a folder, of shards or not; raise CalibError if it has no record."""
-    return records.read_record(dict[str, Any], folder / RECORD, _ADVICE)
+    """Return what `sample` wrote down about a folder, shards or not; raise CalibError if that was edited or is gone."""
+    return records.read_signed(dict[str, Any], folder / RECORD, _ADVICE)
 
 
 def read_order(folder: Path) -> Order:
     """Return the request that a folder of shards was drawn for; raise CalibError or GaqError if it has none."""
-    order = records.read_record(Order, folder / RECORD, _ADVICE)
+    order = records.read_signed(Order, folder / RECORD, _ADVICE)
     if order.shards > MOST:
         raise GaqError(f"{folder / RECORD} speaks of {order.shards} files, and at most {MOST} are written. {_ADVICE}.")
     return order

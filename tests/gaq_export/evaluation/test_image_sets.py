@@ -1,6 +1,5 @@
 """Sets of images, from wherever: the same pixels are the same set."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 
 from calib.errors import CalibError
+from calib.records import signed
 from engines import EngineFile
 from gaq_export import images, pipeline
 from gaq_export.errors import GaqError
@@ -89,7 +89,7 @@ def test_what_holds_no_images_is_refused(name: str, words: str, tmp_path: Path) 
     ],
 )
 def test_a_row_of_pictures_of_another_form_is_one_line(row: object, message: str, tmp_path: Path) -> None:
-    (tmp_path / "samples.json").write_text(json.dumps({"model": "tiny", "images": [row]}))
+    (tmp_path / "samples.json").write_bytes(signed({"model": "tiny", "images": [row]}))
     with pytest.raises((CalibError, GaqError), match=message) as error:
         open_images(tmp_path)
     assert "\n" not in str(error.value)

@@ -14,6 +14,7 @@ import torch
 
 from calib.errors import CalibError
 from calib.files import read_safetensors, write_checked
+from calib.records import signed
 from engines import EngineFile
 from gaq_export import pipeline
 from gaq_export.errors import GaqError
@@ -160,10 +161,21 @@ def test_a_shard_that_does_not_verify_is_refused_by_evaluate_and_drawn_again_by_
 def test_a_request_of_another_form_is_one_line(changes: dict[str, object], alone: Path, tmp_path: Path) -> None:
     out = shutil.copytree(alone, tmp_path / "s")
     record = json.loads((out / "samples.json").read_text())
-    for text in (json.dumps(record | changes), "[" * 100_000, "[]"):
-        (out / "samples.json").write_text(text)
+    del record["record_sha256"]
+    for text in (signed(record | changes), b"[" * 100_000, b"[]"):
+        (out / "samples.json").write_bytes(text)
         line = refused(tmp_path, "evaluate", out, alone, "--features", "digits", "--out", tmp_path / "e", "-q")
         assert "samples.json" in line
+
+
+def test_an_edited_request_is_refused(alone: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(alone, tmp_path / "s")
+    record = (out / "samples.json").read_text()
+    (out / "samples.json").write_text(record.replace('"backend": "openvino"', '"backend": "tensorrt"'))
+
+    line = refused(tmp_path, "evaluate", out, alone, "--features", "digits", "--out", tmp_path / "e", "-q")
+
+    assert "samples.json was edited since it was written (its checksum differs)." in line
 
 
 def _children(pid: int) -> list[str]:
