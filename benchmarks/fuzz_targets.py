@@ -287,7 +287,7 @@ WRONG_WORDS = (
     *("0-99999999999", "9-0,1", "0x10", "1,,2", "1,2", "[]", "run/plan.safetensors", "run/run.json", "run", "."),
     *("unet.plan", "unet.plan.json", "model/config.json", "nowhere/at/all", "images.npz", "<b>&'"),
 )
-KEPT = ("model/*", "run/plan.*", "run/calibration/*", "run/blocks/*", "unet.plan*", "images.npz")
+KEPT = ("model/*", "run/plan.*", "run/calibration/*", "run/blocks/*", "unet.plan*")
 PROBE = Extractor(name="probe", distance="probe", sha256="0" * 64, channels=1, size=None, run=_means)
 RAW, TREE, TENSORS = mutations.bytes_of, mutations.json_of, mutations.tensors_of
 _JSON, _TENSORS = (TREE, TREE, TREE, RAW, mutations.missing), (TENSORS, TENSORS, RAW, mutations.missing)

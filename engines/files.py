@@ -144,6 +144,8 @@ def load_engine_file(path: str | Path) -> EngineFile:
         EngineError: The engine or its record is missing, damaged or of another format, or the two do not match.
     """
     engine = Path(path)
+    if engine.is_dir():
+        raise EngineError(f"{engine} is a folder; give the engine's file, such as {engine / 'unet.plan'}.")
     where = record_path(engine)
     try:
         text = where.read_bytes()

@@ -77,6 +77,12 @@ def test_a_missing_engine_or_record_is_refused(file):
         open_engine(file.path)
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_folder_is_no_engine(name):
+    with pytest.raises(EngineError, match=r"is a folder; give the engine's file, such as "):
+        load_engine_file(name)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"batch": ' + b"9" * 9999 + b"}"])
 def test_a_record_that_is_not_json_is_refused(file, content):
     record(file).write_bytes(content)
