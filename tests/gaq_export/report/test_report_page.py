@@ -63,6 +63,8 @@ def test_the_page_holds_everything_and_needs_nothing_else(page: str) -> None:
     assert "features eyes (222222222222); reference real, 16 images" in text
     assert "they took turns, 2 rounds after a warm-up" in text
     assert "openvino, float" in text
+    assert "against the float network, on 2 held-out trajectories: predicted noise " in text
+    assert "is poor (under 20 dB)" in text  # random weights
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium here")
