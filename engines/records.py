@@ -72,4 +72,4 @@ def complaint(error: ValidationError) -> str:
 def _expectation(message: str) -> str:
     for prefix in ("Input should be ", "Value error, ", "Assertion failed, "):
         message = message.removeprefix(prefix)
-    return message.replace("an instance of ", "a JSON object of kind ")
+    return message
