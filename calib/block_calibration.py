@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from calib.learned_grids import LearnedGrid
 from calib.omega import PerSample, Recordings
 from calib.progress import ProgressMeter
 from calib.reconstruct import Fit, LayerWeight
+from calib.sample_store import SampleStore
 from calib.seeds import generator_for
 
 
@@ -33,7 +33,7 @@ class Calibration:
         samples: those that calibrate weights, in training and validation samples.
         config: the settings.
         key: identifies this calibration among the saved blocks.
-        folder: where finished blocks are saved, if anywhere.
+        store: where recordings go, and in its folder, if it has one, finished blocks.
         meter: reports the progress.
     """
 
@@ -45,7 +45,7 @@ class Calibration:
     samples: Split
     config: QuantConfig
     key: str
-    folder: Path | None
+    store: SampleStore
     meter: ProgressMeter
 
     def generator(self, block: Block, purpose: str) -> torch.Generator:
@@ -98,7 +98,7 @@ def calibrate_block(
             weights = [affine.dequantize_weight(c, w.scale) for c, w in zip(codes, layers, strict=True)]
             grids = _grids_after(calibration, block, layers, weights, train, on_iteration)
     return BlockState(
-        codes=dict(zip(block.layers, codes, strict=True)),
+        codes={name: integers.cpu() for name, integers in zip(block.layers, codes, strict=True)},
         grids={name: grid.current for grid in grids for name in block.layers if block.inner(name) in grid.layers},
         scores=scores,
         result=result,

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +14,7 @@ from calib.blocks import Block, BlockIO
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.leftovers import temporary_name
+from calib.sample_store import IN_MEMORY, SampleStore
 
 
 class Recorder:
@@ -24,15 +26,15 @@ class Recorder:
         network: nn.Module,
         data: CalibrationSet,
         micro_batch: int,
-        scratch: Path | None,
+        store: SampleStore,
         *,
         reference: bool,
     ) -> None:
         self._data = data
         self._micro_batch = micro_batch
         self._reference = reference
-        self._float = Replay(model, data, micro_batch, scratch and scratch / "float")
-        self._quantized = Replay(network, data, micro_batch, scratch and scratch / "quantized")
+        self._float = Replay(model, data, micro_batch, store.inside("float"))
+        self._quantized = Replay(network, data, micro_batch, store.inside("quantized"))
 
     def record(self, block: Block) -> BlockIO:
         """Pair the block's inputs in the quantized network with its output in the float one (asymmetric).
@@ -45,7 +47,8 @@ class Recorder:
         reference = self._float.inputs(block.name)[0] if self._reference else None
         target = self._float.output(block.name)
         inputs, batched, spec = self._quantized.inputs(block.name)
-        return BlockIO(inputs=inputs, batched=batched, spec=spec, target=target, reference=reference)
+        device = self._data.device
+        return BlockIO(inputs=inputs, batched=batched, spec=spec, target=target, reference=reference, device=device)
 
     def finish(self, block: Block) -> None:
         """Mark the block as finished: its weights in the quantized network will not change any more."""
@@ -60,25 +63,26 @@ def open_recorder(
     network: nn.Module,
     data: CalibrationSet,
     micro_batch: int,
-    folder: Path | None = None,
+    store: SampleStore = IN_MEMORY,
     *,
     reference: bool = False,
 ) -> Iterator[Recorder]:
-    """Yield a recorder whose large recordings lie in a scratch folder, which is removed afterwards.
+    """Yield a recorder whose files, if it writes any, lie in a scratch folder, which is removed afterwards.
 
     Args:
         model: the float network.
         network: its copy, quantized block by block.
         data: the N samples to record.
         micro_batch: samples a forward pass.
-        folder: where the scratch folder is made; None keeps all in memory.
+        store: where recordings go; in its folder, if it has one, the scratch folder is made.
         reference: whether the inputs of a block in the float network are recorded too.
 
     Raises:
         CalibError: the folder cannot be written.
     """
+    folder = store.folder
     if folder is None:
-        yield Recorder(model, network, data, micro_batch, None, reference=reference)
+        yield Recorder(model, network, data, micro_batch, store, reference=reference)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,4 +90,5 @@ def open_recorder(
     except OSError as error:
         raise CalibError(f"Cannot write {folder}: {error.strerror}. Choose a folder you may write to.") from error
     with scratch as name:
-        yield Recorder(model, network, data, micro_batch, Path(name), reference=reference)
+        scratch_store = replace(store, folder=Path(name))
+        yield Recorder(model, network, data, micro_batch, scratch_store, reference=reference)

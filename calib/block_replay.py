@@ -10,10 +10,8 @@ whether a block was computed or replayed: a killed calibration that continues ge
 """
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calib.data import CalibrationSet
-from calib.sample_store import Samples, allocate
-
-MEMORY_BUDGET, DISK_BUDGET = 1 << 30, 8 << 30  # bytes
+from calib.sample_store import IN_MEMORY, Samples, SampleStore, rows_at
 
 
 class _Reached(Exception):
@@ -37,9 +33,8 @@ class Replay:
         network: called as (x, t); a block's weights must stay as they are once it is finished.
         data: the samples.
         micro_batch: samples a forward pass.
-        folder: where large recordings go; None keeps all in memory.
-        budget: bytes of finished blocks' outputs to store; if None, MEMORY_BUDGET, or on disk DISK_BUDGET but no more
-            than a quarter of what is free.
+        store: where recordings go.
+        budget: bytes of finished blocks' outputs to store; if None, as many as the store has room for.
     """
 
     def __init__(
@@ -47,14 +42,14 @@ class Replay:
         network: nn.Module,
         data: CalibrationSet,
         micro_batch: int,
-        folder: Path | None = None,
-        budget: int | None = None,
+        store: SampleStore = IN_MEMORY,
+        budget: float | None = None,
     ) -> None:
         self._network = network
         self._data = data
         self._size = micro_batch
-        self._folder = folder
-        self._budget = _affordable(folder) if budget is None else budget
+        self._store = store
+        self._budget = store.budget if budget is None else budget
         self._finished: dict[str, None] = {}  # names in order; a dictionary, so that each is in it once
         self._stored: dict[str, Samples] = {}  # their outputs (N, ...), as far as the budget goes
 
@@ -135,7 +130,7 @@ class Replay:
     ) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             if name in self._stored:
-                return self._stored[name][index]
+                return rows_at(self._stored[name], index, self._data.device)
             out = compute(*args, **kwargs).contiguous()  # as it will be replayed: another layout gives other last bits
             if start == 0 and self._afford(out):
                 fresh[name] = self._room(out, f"{name}.output")
@@ -146,7 +141,7 @@ class Replay:
         return forward
 
     def _room(self, value: Tensor, name: str) -> Samples:
-        return allocate(value, len(self._data), self._folder, name)
+        return self._store.allocate(value, len(self._data), name)
 
     def _afford(self, sample: Tensor) -> bool:
         """Take the bytes for N rows like `sample` (n, ...) from the budget, if it has them."""
@@ -155,10 +150,3 @@ class Replay:
             return False
         self._budget -= size
         return True
-
-
-def _affordable(folder: Path | None) -> int:
-    if folder is None:
-        return MEMORY_BUDGET
-    folder.mkdir(parents=True, exist_ok=True)
-    return min(DISK_BUDGET, shutil.disk_usage(folder).free // 4)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calib.sample_store import Samples
+from calib.devices import HOST
+from calib.sample_store import Samples, rows_at
 from calib.trace import Trace
 
 MAX_LAYERS, IN_TRANSFORMER = 6, 11
@@ -53,6 +54,7 @@ class BlockIO:
         target: (N, ...) rows.
         reference: the same leaves in the float network, if they were recorded too.
         only: (M,) int64, the rows that count, all of them if None.
+        device: of the network; rows may lie elsewhere until they are taken.
     """
 
     inputs: tuple[Any, ...]
@@ -61,6 +63,7 @@ class BlockIO:
     target: Samples
     reference: tuple[Any, ...] | None = None
     only: Tensor | None = None
+    device: torch.device = HOST
 
     def __len__(self) -> int:
         return len(self.target if self.only is None else self.only)
@@ -70,14 +73,15 @@ class BlockIO:
         return replace(self, only=index if self.only is None else self.only[index])
 
     def take(self, index: Tensor) -> "BlockIO":
-        """Return the samples at `index` (M,), in memory."""
+        """Return the samples at `index` (M,), which lies on the host, in the memory of the network's device."""
         rows = index if self.only is None else self.only[index]
 
         def taken(leaves: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(v[rows] if b else v for v, b in zip(leaves, self.batched, strict=True))
+            return tuple(rows_at(v, rows, self.device) if b else v for v, b in zip(leaves, self.batched, strict=True))
 
         reference = None if self.reference is None else taken(self.reference)
-        return replace(self, inputs=taken(self.inputs), target=self.target[rows], reference=reference, only=None)
+        target = rows_at(self.target, rows, self.device)
+        return replace(self, inputs=taken(self.inputs), target=target, reference=reference, only=None)
 
     def mixed(self, share: float, generator: torch.Generator) -> "BlockIO":
         """Return a recording in memory with about `share` of the inputs' elements replaced by the float network's.
@@ -107,7 +111,9 @@ class BlockIO:
 def _mixed(value: Tensor, reference: Tensor, share: float, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():  # timesteps and class labels are no activations
         return value
-    return torch.where(torch.rand(value.shape, generator=generator) < share, reference, value)
+    # Drawn on the host, and so the same on every device.
+    drawn = torch.rand(value.shape, generator=generator) < share
+    return torch.where(drawn.to(value.device), reference, value)
 
 
 def find_blocks(traced: Trace, quantized: Iterable[str]) -> tuple[list[Block], list[str]]:

@@ -12,6 +12,7 @@ then observe the activation ranges of the quantized network
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from calib.block_calibration import Calibration, calibrate_block
 from calib.block_recording import open_recorder
 from calib.block_state import BlockState
 from calib.blocks import Block
-from calib.choices import ActivationLearning, Rounding, RoundingStart, StepScales
+from calib.choices import ActivationLearning, Cache, Rounding, RoundingStart, StepScales
 from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split, split
+from calib.devices import HOST, device_of
 from calib.fakequant import round_input
 from calib.layer_choice import LayerChoice, choose_layers
 from calib.mixed_precision import Clock
@@ -35,6 +37,7 @@ from calib.plan import Grid, LayerQuant, ProductQuant, QuantPlan
 from calib.progress import Progress, ProgressMeter, expected_times
 from calib.ranges import Reach
 from calib.reconstruct import BlockResult
+from calib.sample_store import SampleStore
 from calib.seeds import generator_for
 from calib.selection import select
 from calib.shared_copy import copy_sharing_tensors, replace_weight_by_codes
@@ -50,6 +53,7 @@ def calibrate(
     timesteps: int,
     provenance: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    cache: Cache = Cache.AUTO,
     clock: Clock | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> QuantPlan:
@@ -57,23 +61,26 @@ def calibrate(
 
     Args:
         model: float32 network in eval mode, called as (x (N, C, H, W), t (N,)) -> (N, C, H, W), with the data's `cond`
-            as a third argument if there is one.
+            as a third argument if there is one. All that is computed is computed on its device.
         data: what the float network saw at each sampling step.
         config: bits, schedule, sample weights, convention, seed.
         timesteps: number of training timesteps; every `t` lies below it.
         provenance: which model and sampler the plan belongs to; any JSON object, copied into the plan.
         folder: where finished blocks are saved, and loaded from if they belong to the same calibration.
+        cache: where recordings are kept meanwhile.
         clock: measures milliseconds, for a budget in that unit.
         on_progress: called after every iteration and block.
 
     Raises:
         CalibError: there is no layer to quantize, there are too few samples, or the network has another form.
     """
+    data = replace(data, device=device_of(model))
     surgery = plan_surgery(model, data, config.surgery)
     model = apply_surgery(model, surgery)
     chosen = choose_layers(model, data, config, timesteps=timesteps, clock=clock, on_progress=on_progress)
     order, loose = _cut(model, chosen, data, config)
-    calibration = _begin(model, chosen, order, data, config, folder, on_progress)
+    store = SampleStore(folder=folder, cache=cache, device=data.device)
+    calibration = _begin(model, chosen, order, data, config, store, on_progress)
     # Before the blocks, which then see these layers as they will be.
     codes = {name: _nearest(calibration, name) for name in loose}
     _put(calibration, codes)
@@ -133,7 +140,7 @@ def _begin(
     order: Sequence[Block],
     data: CalibrationSet,
     config: QuantConfig,
-    folder: Path | None,
+    store: SampleStore,
     on_progress: Callable[[Progress], None],
 ) -> Calibration:
     """Search the weight scales, select the samples, and estimate how long each block will take."""
@@ -151,15 +158,15 @@ def _begin(
         samples=weight_samples(data, config, model),
         config=config,
         key=_key(model, data, config, order, bits),
-        folder=folder if order else None,
-        meter=ProgressMeter(expected_times(model, order, data, config), on_progress),
+        store=store if order else replace(store, folder=None),
+        meter=ProgressMeter(expected_times(model, order, data, config), on_progress, data.device),
     )
 
 
 def _calibrate_blocks(calibration: Calibration, order: Sequence[Block]) -> list[BlockState]:
     """Calibrate the blocks in order, or load them from the folder."""
     config = calibration.config
-    folder = calibration.folder
+    folder = calibration.store.folder
     meter = calibration.meter
     states: list[BlockState] = []
     scores = _first_scores(calibration)
@@ -168,7 +175,7 @@ def _calibrate_blocks(calibration: Calibration, order: Sequence[Block]) -> list[
         calibration.network,
         calibration.samples.data,
         config.micro_batch,
-        folder,
+        calibration.store,
         reference=config.reconstruction.wants_reference,
     ) as recorder:
         for i, block in enumerate(order):
@@ -226,7 +233,7 @@ def _quantized(
         farthest = max(max(reach) for reach in seen[name, "output"])
         layers[name] = LayerQuant(
             codes=codes[name],
-            weight_scale=calibration.scales[name],
+            weight_scale=calibration.scales[name].cpu(),
             weight_bits=calibration.bits[name],
             input=grids[0],
             narrower=tuple(grids[1:]),
@@ -265,7 +272,8 @@ def _unlearned(name: str) -> BlockResult:
 
 def _nearest(calibration: Calibration, name: str) -> Tensor:
     """Return the int8 codes of a layer's weight, rounded to nearest."""
-    return affine.quantize_weight(_weight(calibration.model, name), calibration.scales[name], calibration.bits[name])
+    weight, scale = _weight(calibration.model, name), calibration.scales[name]
+    return affine.quantize_weight(weight, scale, calibration.bits[name]).cpu()
 
 
 def _put(calibration: Calibration, codes: Mapping[str, Tensor]) -> None:
@@ -290,7 +298,9 @@ def _key(
     if config.reconstruction.activations is ActivationLearning.FLOAT:
         del settings["activation"]
     identity = [settings, [(block.name, block.layers) for block in order], dict(bits)]
+    if data.device != HOST:  # another kind of device gives other last bits
+        identity.append(data.device.type)
     sha = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for tensor in (*data.tensors, *model.state_dict().values()):
-        sha.update(tensor.contiguous().numpy().tobytes())
+        sha.update(tensor.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()

@@ -31,10 +31,19 @@ class OmegaRule(StrEnum):
 
 
 class SoftmaxOver(StrEnum):
-    """Which scores compete for weight: those of a mini-batch, or all (`calib.omega.sample_weights`)."""
+    """Which scores compete for weight: those of a mini-batch, or all (`calib.omega.weighting`)."""
 
     BATCH = "batch"
     SET = "set"
+
+
+class Cache(StrEnum):
+    """Where recordings of a block's inputs and outputs are kept (`calib.sample_store`)."""
+
+    AUTO = "auto"  # where there is room, in the order of the others
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
 
 
 class RangeRule(StrEnum):

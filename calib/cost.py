@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from calib.config import FLOAT_BITS
 from calib.data import NO_CONDITION, example_inputs
+from calib.devices import device_of
 from calib.plan import QuantPlan
 
 
@@ -36,7 +37,7 @@ def layer_macs(
     handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
     try:
         with torch.no_grad():
-            model(*example_inputs(1, shape, timesteps // 2, cond))
+            model(*example_inputs(1, shape, timesteps // 2, cond, device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -5,19 +5,24 @@ called with a third argument, `cond`: its conditions (class labels, a text's sta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calib.devices import HOST
 from calib.errors import CalibError
 
 NO_CONDITION: Mapping[str, Tensor] = {}
 
 
 def example_inputs(
-    count: int, shape: tuple[int, ...], t: int, cond: Mapping[str, Tensor] = NO_CONDITION
+    count: int,
+    shape: tuple[int, ...],
+    t: int,
+    cond: Mapping[str, Tensor] = NO_CONDITION,
+    device: torch.device = HOST,
 ) -> tuple[Any, ...]:
     """Return inputs that fit a network: zeros (count, *shape), one timestep, and the first condition.
 
@@ -26,20 +31,25 @@ def example_inputs(
         shape: (C, H, W).
         t: the timestep of all rows.
         cond: conditions by name, at least one row each.
+        device: of the network.
     """
-    condition = {name: tensor[:1].repeat_interleave(count, 0) for name, tensor in cond.items()}
-    x, times = torch.zeros(count, *shape), torch.full((count,), t)
+    condition = {name: tensor[:1].repeat_interleave(count, 0).to(device) for name, tensor in cond.items()}
+    x, times = torch.zeros(count, *shape, device=device), torch.full((count,), t, device=device)
     return (x, times, condition) if condition else (x, times)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSet:
-    """N network inputs: `x` (N, C, H, W) float32, `t` (N,) int64, `step` (N,) int64, `cond` (N, ...) each."""
+    """N network inputs: `x` (N, C, H, W) float32, `t` (N,) int64, `step` (N,) int64, `cond` (N, ...) each.
+
+    They lie on the host; `device` is that of the network, where `inputs` puts what it returns.
+    """
 
     x: Tensor
     t: Tensor
     step: Tensor
     cond: Mapping[str, Tensor] = field(default_factory=lambda: NO_CONDITION)
+    device: torch.device = HOST
 
     def __post_init__(self) -> None:
         rows = {"x": self.x, "t": self.t, "step": self.step, **self.cond}
@@ -54,12 +64,13 @@ class CalibrationSet:
     def take(self, index: Tensor) -> "CalibrationSet":
         """Return the samples at `index` (M,) int64."""
         cond = {name: tensor[index] for name, tensor in self.cond.items()}
-        return CalibrationSet(x=self.x[index], t=self.t[index], step=self.step[index], cond=cond)
+        return replace(self, x=self.x[index], t=self.t[index], step=self.step[index], cond=cond)
 
     def inputs(self, index: Tensor | slice = slice(None)) -> tuple[Any, ...]:
         """Return what the network is called with for the samples at `index`: x, t, and cond if there is any."""
-        cond = {name: tensor[index] for name, tensor in self.cond.items()}
-        return (self.x[index], self.t[index], cond) if cond else (self.x[index], self.t[index])
+        cond = {name: tensor[index].to(self.device) for name, tensor in self.cond.items()}
+        x, t = self.x[index].to(self.device), self.t[index].to(self.device)
+        return (x, t, cond) if cond else (x, t)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -203,7 +203,7 @@ def _ranks(values: Tensor) -> Tensor:
 def _cosines(
     module: nn.Module, layers: Sequence[LayerWeight], weights: Sequence[Tensor], io: BlockIO, groups: Sequence[Tensor]
 ) -> Cosines:
-    gradients = torch.empty(len(groups), sum(w.numel() for w in weights))
+    gradients = torch.empty(len(groups), sum(w.numel() for w in weights), device=io.device)
     halved = []
     for row, group in zip(gradients, groups, strict=True):
         halves = torch.stack([_gradient_sum(module, layers, weights, io, h) for h in torch.tensor_split(group, 2)])
@@ -230,7 +230,8 @@ def _inner_products(losses: PerSample, logits: Sequence[Tensor], io: BlockIO, di
     inner = []
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         for index in _chunks(torch.arange(len(io))):
-            dual = torch.ones(len(index), requires_grad=True)  # u (n,); which values it has does not matter
+            # u (n,); which values it has does not matter
+            dual = torch.ones(len(index), device=io.device, requires_grad=True)
             rows = torch.autograd.grad((dual * losses(logits, io.take(index))).sum(), logits, create_graph=True)
             products = torch.stack([(r * d).sum() for r, d in zip(rows, direction, strict=True)]).sum()
             inner.append(torch.autograd.grad(products, dual)[0])
@@ -242,7 +243,7 @@ def _gradient_sum(
 ) -> Tensor:
     """Return (P,): the gradient of the samples' summed loss in all of the block's weights."""
     point = [w.detach().clone().requires_grad_() for w in weights]
-    total = torch.zeros(sum(w.numel() for w in point))
+    total = torch.zeros(sum(w.numel() for w in point), device=io.device)
     for part in _chunks(index):
         gradients = torch.autograd.grad(block_loss(module, layers, point, io.take(part)).sum(), point)
         total += torch.cat([g.flatten() for g in gradients])

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from calib.affine import fake_quantize, per_channel, round_float8, round_log2
 from calib.attention import OPERANDS, intercept_attention
+from calib.devices import HOST, device_of
 from calib.errors import CalibError
 from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.ranges import nearest_step
@@ -37,7 +38,7 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
     result = copy_sharing_tensors(apply_surgery(model, plan.surgery))
     step: list[Tensor] = []  # of the call at hand: (N,), which of the plan's steps each sample takes its ranges from
     if activations and plan.timesteps is not None:
-        result.register_forward_pre_hook(_step_finder(plan.timesteps, step))
+        result.register_forward_pre_hook(_step_finder(plan.timesteps.to(device_of(result)), step))
     modules = dict(result.named_modules())
     for name, layer in plan.layers.items():
         weight = getattr(modules.get(name), "weight", None)
@@ -50,11 +51,13 @@ def fake_quantized(model: nn.Module, plan: QuantPlan, *, activations: bool = Tru
         codes = layer.codes.float().to(torch.float8_e4m3fn) if float8 else layer.codes
         replace_weight_by_codes(modules[name], codes, layer.weight_scale)
         if activations:
-            _before(modules[name], _layer_rounder(name, layer, plan, step, float8=float8))
+            rounded = _layer_rounder(name, layer, plan, step, float8=float8, device=weight.device)
+            _before(modules[name], rounded)
     if activations:
         for name, product in plan.products.items():
-            rounded = {operand: rounder(name, getattr(product, operand), step, float8=float8) for operand in OPERANDS}
-            intercept_attention(modules[name], _on_operands(rounded))
+            device = device_of(result)
+            operands = {o: rounder(name, getattr(product, o), step, float8=float8, device=device) for o in OPERANDS}
+            intercept_attention(modules[name], _on_operands(operands))
     return result
 
 
@@ -73,7 +76,7 @@ def round_input(
     Returns:
         The handle of a forward pre-hook.
     """
-    return _before(module, rounder(name, grid, step, float8=float8))
+    return _before(module, rounder(name, grid, step, float8=float8, device=device_of(module)))
 
 
 def _before(module: nn.Module, rounded: Callable[[Tensor], Tensor]) -> RemovableHandle:
@@ -81,13 +84,13 @@ def _before(module: nn.Module, rounded: Callable[[Tensor], Tensor]) -> Removable
 
 
 def _layer_rounder(
-    name: str, layer: LayerQuant, plan: QuantPlan, step: Sequence[Tensor], *, float8: bool
+    name: str, layer: LayerQuant, plan: QuantPlan, step: Sequence[Tensor], *, float8: bool, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """Return what rounds a layer's input, at each step to as many bits as the plan gives it."""
     if plan.step_bits is None:
-        return rounder(name, layer.input, step, float8=float8)
-    by_width = {grid.bits: rounder(name, grid, step) for grid in (layer.input, *layer.narrower)}
-    bits = torch.tensor(plan.step_bits.bits)
+        return rounder(name, layer.input, step, float8=float8, device=device)
+    by_width = {grid.bits: rounder(name, grid, step, device=device) for grid in (layer.input, *layer.narrower)}
+    bits = torch.tensor(plan.step_bits.bits).to(device)
 
     def rounded(x: Tensor) -> Tensor:
         width_here = per_channel(bits[step[0]], x.ndim)  # (N,) -> (N, 1, ...)
@@ -106,8 +109,12 @@ def _step_finder(timesteps: Tensor, step: list[Tensor]) -> Callable[[nn.Module, 
     return hook
 
 
-def rounder(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False) -> Callable[[Tensor], Tensor]:
+def rounder(
+    name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool = False, device: torch.device = HOST
+) -> Callable[[Tensor], Tensor]:
     """Return the function that rounds an activation (N, ...) of module `name` to its grid; arguments as `round_input`.
+
+    The grid's numbers lie on `device`, that of the activations.
 
     Raises:
         CalibError: when it is called, if the grid differs by step and there are more or fewer rows than samples.
@@ -115,9 +122,9 @@ def rounder(name: str, grid: Grid, step: Sequence[Tensor] = (), *, float8: bool 
     if grid.log2:
         return partial(round_log2, scale=grid.scale, bits=grid.bits)
     grid = grid.float8() if float8 else grid
-    scale = torch.tensor(grid.scale, dtype=torch.float32)
-    shifts = scale * torch.tensor(grid.zero) if any(grid.zero) else None  # (1,) or (S,)
-    ratios = None if grid.ratio is None else torch.tensor(grid.ratio)  # (S,)
+    scale = torch.tensor(grid.scale, dtype=torch.float32).to(device)
+    shifts = scale * torch.tensor(grid.zero).to(device) if any(grid.zero) else None  # (1,) or (S,)
+    ratios = None if grid.ratio is None else torch.tensor(grid.ratio).to(device)  # (S,)
 
     def on_grid(x: Tensor, shift: Tensor | None) -> Tensor:
         return round_float8(x / scale) * scale if float8 else fake_quantize(x, scale, grid.bits, shift)

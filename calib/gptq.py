@@ -102,7 +102,7 @@ def round_columns(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> 
     codes = torch.empty_like(rest)
     for first in range(0, rest.shape[1], COLUMNS):
         last = min(first + COLUMNS, rest.shape[1])
-        errors = torch.empty(len(rest), last - first, dtype=rest.dtype)  # e_i (C,) side by side
+        errors = rest.new_empty(len(rest), last - first)  # e_i (C,) side by side
         for i in range(first, last):
             codes[:, i] = torch.round(rest[:, i] / step).clamp(low, high)
             errors[:, i - first] = (rest[:, i] - codes[:, i] * step) / u[i, i]

@@ -78,7 +78,8 @@ def initial_grids(
     learned = []
     for names, reach in reaches.items():
         grid = ranges.make_grid([reach], config.bits, symmetric=config.symmetric)
-        learned.append(LearnedGrid(layers=names, start=grid, scale=torch.tensor(grid.scale, requires_grad=True)))
+        scale = torch.tensor(grid.scale).to(io.device).requires_grad_()
+        learned.append(LearnedGrid(layers=names, start=grid, scale=scale))
     return learned
 
 
@@ -134,7 +135,8 @@ def _dropped(x: Tensor, grid: LearnedGrid, drop: float, generator: torch.Generat
     rounded = learnable_round(x, grid.scale, grid.start)
     if drop == 0:
         return rounded
-    return torch.where(torch.rand(x.shape, generator=generator) < drop, x, rounded)
+    left = torch.rand(x.shape, generator=generator) < drop  # drawn on the host, and so the same on every device
+    return torch.where(left.to(x.device), x, rounded)
 
 
 def learnable_round(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:

@@ -206,7 +206,7 @@ def _quantized(layer: nn.Module, bits: int, config: QuantConfig) -> Iterator[Non
 
 def _predict(model: nn.Module, data: CalibrationSet, batch: int) -> Tensor:
     with torch.no_grad():
-        return torch.cat([model(*data.inputs(i)) for i in torch.split(torch.arange(len(data)), batch)])
+        return torch.cat([model(*data.inputs(i)).cpu() for i in torch.split(torch.arange(len(data)), batch)])
 
 
 def _error(predicted: Tensor, exact: Tensor, step: Tensor) -> float:

@@ -63,24 +63,24 @@ def initial_scores(config: OmegaConfig, samples: int, generator: torch.Generator
     return torch.full((samples,), 1 / config.batch, dtype=torch.float64)
 
 
-def sample_weights(scores: Tensor, index: Tensor, config: OmegaConfig) -> Tensor:
-    """Return the weights (n,) float32 of the mini-batch `index`.
+def weighting(scores: Tensor, config: OmegaConfig) -> Callable[[Tensor], Tensor]:
+    """Return the function from a mini-batch, the indices (n,) of its samples, to their weights (n,) float32.
 
     With `softmax` "batch" they are softmax(s / tau) over the mini-batch and sum to 1; with "set" the softmax runs over
     all N samples, times N / n, so that a mini-batch of heavy samples moves the rounding more than one of light ones.
 
     Args:
         scores: s (N,) float64.
-        index: (n,) int64.
         config: softmax and temperature tau.
     """
     if config.softmax is SoftmaxOver.SET:
-        return (torch.softmax(scores / config.temperature, 0)[index] * (len(scores) / len(index))).float()
-    return torch.softmax(scores[index] / config.temperature, 0).float()
+        shares = torch.softmax(scores / config.temperature, 0)  # once, and not for each mini-batch
+        return lambda index: (shares[index] * (len(scores) / len(index))).float()
+    return lambda index: torch.softmax(scores[index] / config.temperature, 0).float()
 
 
 def score_gradient(omega: Tensor, gradient: Tensor, config: OmegaConfig, samples: int) -> Tensor:
-    """Return dL/ds (n,) of the scores of a mini-batch, through the softmax of `sample_weights`.
+    """Return dL/ds (n,) of the scores of a mini-batch, through the softmax of `weighting`.
 
     Args:
         omega: (n,) sample weights.
@@ -143,7 +143,7 @@ def align_scores(
             order = torch.randperm(len(members), generator=generator).tolist()
             drawn = [_draw(members[k], config.validation_batch, generator) for k in order]
             tasks = [_mean(losses, data.validation.take(task)) for task in drawn]
-            return RULES[config.rule](jacobian, config.inner_step / size, point, tasks, omega)
+            return RULES[config.rule](jacobian, config.inner_step / size, point, tasks, omega.to(point.device))
 
         return _descend(gradient, scores, index, config)
 
@@ -165,8 +165,9 @@ def _descend(gradient: Callable[[Tensor], Tensor], scores: Tensor, index: Tensor
     optimiser = torch.optim.Adam([moving], lr=config.meta_learning_rate)
     for _ in range(config.meta_steps):
         # All N scores, since with the softmax over the set those outside the mini-batch count as well.
-        omega = sample_weights(scores.index_copy(0, index, moving.detach()), index, config)
-        moving.grad = score_gradient(omega, gradient(omega), config, len(scores)).to(moving.dtype)
+        omega = weighting(scores.index_copy(0, index, moving.detach()), config)(index)
+        # Scores and weights are a few numbers on the host; what their gradient comes from is on the device.
+        moving.grad = score_gradient(omega, gradient(omega).cpu(), config, len(scores)).to(moving.dtype)
         optimiser.step()
     return scores.index_copy(0, index, moving.detach())
 

@@ -56,7 +56,8 @@ def find_heavy_tails(
     def draw(name: str, operand: str, value: Tensor) -> Tensor:
         if operand == "probability":
             flat = value.flatten()  # (N, heads, L, S) -> (N * heads * L * S,)
-            seen[name].append(flat[torch.randint(len(flat), (VALUES,), generator=generator)])
+            drawn = torch.randint(len(flat), (VALUES,), generator=generator).to(flat.device)
+            seen[name].append(flat[drawn].cpu())
         return value  # as it is: this only looks
 
     handles = [

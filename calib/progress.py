@@ -18,6 +18,7 @@ from calib.blocks import Block
 from calib.choices import OmegaRule
 from calib.config import QuantConfig
 from calib.data import CalibrationSet
+from calib.devices import HOST, device_of, synchronize
 from calib.ranges import draw_batches
 from calib.reconstruct import BlockResult
 
@@ -96,7 +97,12 @@ def _forward_seconds(
     model: nn.Module, blocks: Sequence[Block], inputs: tuple[Any, ...]
 ) -> tuple[float, dict[str, float]]:
     """Time one forward pass of the whole network, and of each block in it; one cut out of it runs by itself."""
-    clock = time.perf_counter
+    device = device_of(model)
+
+    def clock() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
     spent: dict[str, float] = {}
     handles = []
     for b in blocks:
@@ -125,11 +131,13 @@ class ProgressMeter:
     Args:
         costs: expected seconds of each block, then of the ranges.
         report: called with each progress.
+        device: whose work is waited for before the time of a phase is taken.
     """
 
-    def __init__(self, costs: Sequence[Cost], report: Callable[[Progress], None]) -> None:
+    def __init__(self, costs: Sequence[Cost], report: Callable[[Progress], None], device: torch.device = HOST) -> None:
         self._costs = costs
         self._report = report
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._phase = ""
         self._since = 0.0
@@ -139,6 +147,7 @@ class ProgressMeter:
         """Count the time spent inside as phase `name`."""
         self._phase, self._since = name, time.perf_counter()
         yield
+        synchronize(self._device)  # only here: to wait after every iteration would leave the device idle
         self._count()
         self._phase = ""
 

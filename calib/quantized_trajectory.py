@@ -47,7 +47,7 @@ class ObservingNetwork:
             The predicted noise (N, C, H, W).
         """
         plan, activation = self._plan, self._plan.config.activation
-        data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t), cond=cond)
+        data = CalibrationSet(x=x, t=t, step=torch.zeros_like(t), cond=cond, device=x.device)
         # All of them count for number 0: this call is of one step alone.
         batches = [(0, index) for index in torch.split(torch.arange(len(x)), activation.batch)]
         observed = ranges.observe(
@@ -84,7 +84,7 @@ class ObservingNetwork:
 
 
 def _operand(name: str, product: ProductQuant, operand: str, x: Tensor) -> Tensor:
-    return rounder(name, getattr(product, operand))(x)
+    return rounder(name, getattr(product, operand), device=x.device)(x)
 
 
 def _with_grids(

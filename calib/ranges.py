@@ -9,7 +9,7 @@ calibration). A step is known by its training timestep t, the only thing of it t
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ def nearest_step(timesteps: Tensor, t: Tensor) -> Tensor:
     >>> nearest_step(torch.tensor([0, 10, 50]), torch.tensor([4, 10, 31, 99])).tolist()
     [0, 1, 2, 2]
     """
-    return (t[:, None] - timesteps).abs().argmin(1)  # (N, S) -> (N,)
+    return (t[:, None] - timesteps.to(t.device)).abs().argmin(1)  # (N, S) -> (N,)
 
 
 def symmetric_scale(magnitude: float, bits: int) -> float:
@@ -172,7 +172,7 @@ def observe(
             seen.clear()
             with torch.no_grad():
                 model(*data.inputs(index))
-            for key, (below, above) in seen.items():
+            for key, (below, above) in _farthest(seen).items():
                 so_far = averages.setdefault(key, [None] * steps)
                 old = so_far[k] or (None, None)
                 so_far[k] = rule(old[0], below, config.momentum), rule(old[1], above, config.momentum)
@@ -181,20 +181,31 @@ def observe(
     return {key: tuple(reach or (0.0, 0.0) for reach in so_far) for key, so_far in averages.items()}
 
 
+def _farthest(seen: Mapping[tuple[str, str], Sequence[Tensor]]) -> dict[tuple[str, str], Reach]:
+    """Return how far the values of one pass reach; what was met several times counts with the farthest."""
+    if not seen:
+        return {}
+    # All of them come to the host at once. 0 always lies inside a range.
+    numbers = iter(torch.stack([bound for bounds in seen.values() for bound in bounds]).cpu().tolist())
+    reaches = {}
+    for key, bounds in seen.items():
+        values = [next(numbers) for _ in bounds]
+        reaches[key] = max(0.0, *(-v for v in values)), max(0.0, *values)
+    return reaches
+
+
 @contextmanager
 def _reaches(
     model: nn.Module, layers: Iterable[str], products: Iterable[str]
-) -> Iterator[dict[tuple[str, str], Reach]]:
-    """Yield a dictionary that the reach of whatever is observed is put into while `model` runs.
+) -> Iterator[dict[tuple[str, str], list[Tensor]]]:
+    """Yield a dictionary that the least and largest values, () each, of whatever is observed are added to.
 
-    What is met several times before the dictionary is cleared counts with the farthest.
+    They stay on the device while `model` runs: a number for the host would make it wait.
     """
-    seen: dict[tuple[str, str], Reach] = {}
+    seen: dict[tuple[str, str], list[Tensor]] = {}
 
     def note(name: str, what: str, value: Tensor) -> Tensor:
-        least, most = (float(bound) for bound in value.aminmax())
-        below, above = seen.get((name, what), (0.0, 0.0))  # 0 always lies inside a range
-        seen[name, what] = max(-least, below), max(most, above)
+        seen.setdefault((name, what), []).extend(value.aminmax())
         return value
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:

@@ -14,7 +14,7 @@ from calib import adaround, affine
 from calib.blocks import Block, BlockIO
 from calib.choices import ActivationLearning, Rounding
 from calib.config import OmegaConfig, ReconstructionConfig
-from calib.omega import PerSample, sample_weights
+from calib.omega import PerSample, weighting
 
 COMPARED_SAMPLES = 256  # samples, evenly spread over the steps, that nearest and learned rounding are compared on
 
@@ -193,13 +193,14 @@ def fit_rounding(
     share = settings.drop if settings.activations is ActivationLearning.QDROP else 0.0
     groups: list[dict[str, Any]] = [{"params": values, "lr": settings.learning_rate}, {"params": [*scales]}]
     optimiser = torch.optim.Adam(groups)
+    weights_of = weighting(fit.scores, fit.omega)
     for i in range(settings.iterations):
         # The scales' rate falls to 0 along a cosine, as in QDrop; the logits' stays as it is.
         falling = 0.5 + 0.5 * math.cos(math.pi * i / settings.iterations)
         optimiser.param_groups[1]["lr"] = settings.activation_learning_rate * falling
         index = torch.randperm(len(io), generator=fit.generator)[: settings.batch]
         batch = io.take(index).mixed(share, fit.generator)  # after `index`: both come from one generator
-        objective = (sample_weights(fit.scores, index, fit.omega) * loss(values, batch)).sum()
+        objective = (weights_of(index).to(io.device) * loss(values, batch)).sum()
         sharpness = adaround.beta(i, settings.iterations, settings.warmup, settings.beta_start, settings.beta_end)
         if sharpness is not None:  # the warm-up finds good values before they are pressed to 0 and 1
             objective = objective + settings.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)

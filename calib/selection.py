@@ -125,7 +125,7 @@ def step_features(data: CalibrationSet, images: int, model: nn.Module) -> Tensor
             if not middle:
                 smallest = [name for name, size in sizes.items() if size == min(sizes.values())]  # in call order
                 middle = smallest[len(smallest) // 2]
-            features.append(seen[middle])
+            features.append(seen[middle].cpu())
     finally:
         for handle in handles:
             handle.remove()

@@ -31,10 +31,13 @@ def replace_weight_by_codes(layer: nn.Module, codes: Tensor, scale: Tensor) -> N
         layer: its `weight` is a parameter; afterwards it is computed at each access.
         codes: int8, or float8 where those are rounded to be such numbers.
         scale: float32.
+
+    Both are copied only if the layer is on another device.
     """
+    device = layer.get_parameter("weight").device
     del layer.weight
-    layer.register_buffer("codes", codes)
-    layer.register_buffer("scale", scale)
+    layer.register_buffer("codes", codes.to(device))
+    layer.register_buffer("scale", scale.to(device))
     layer.__class__ = _held(type(layer))
 
 

@@ -98,7 +98,9 @@ def sample_values(model: nn.Module, layers: Sequence[str], data: CalibrationSet,
                 model(*data.inputs(index))
             for name in layers:
                 # Drawn with replacement: a small layer has fewer than VALUES.
-                values[name].append(seen[name][torch.randint(len(seen[name]), (VALUES,), generator=drawn)])
+                chosen = torch.randint(len(seen[name]), (VALUES,), generator=drawn).to(seen[name].device)
+                # On the host, where the sizes are learned: they are few numbers, and there the same on every machine.
+                values[name].append(seen[name][chosen].cpu())
     finally:
         for handle in handles:
             handle.remove()

@@ -61,6 +61,7 @@ class ScaledConvolution(nn.Module):
 
     def __init__(self, whole: nn.Conv2d, factors: Tensor) -> None:
         super().__init__()
+        factors = factors.to(whole.weight.device)
         self.register_buffer("factors", factors.reshape(-1, 1, 1).clone())  # against (N, C_in, H, W)
         self.layer = _like(whole, whole.weight * factors.reshape(1, -1, 1, 1), whole.bias)
 
@@ -164,6 +165,7 @@ def channel_factors(model: nn.Module, data: CalibrationSet, config: SurgeryConfi
     finally:
         for handle in handles:
             handle.remove()
+    totals = {name: (above.cpu(), below.cpu()) for name, (above, below) in totals.items()}
     inside = list(totals)[1:-1]  # in call order; the first and last layer stay float
     means = {name: totals[name][0] / totals[name][1].clamp(min=1e-6) for name in inside}
     return {name: mean.clamp(1, config.scale_channels) for name, mean in means.items()}
@@ -185,6 +187,7 @@ def _like(whole: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
         whole.dilation,  # type: ignore[arg-type]
         bias=bias is not None,
         padding_mode=whole.padding_mode,
+        device=whole.weight.device,
     )
     with torch.no_grad():
         result.weight.copy_(weight)

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from calib.blocks import Block, BlockIO
 from calib.data import NO_CONDITION, CalibrationSet, example_inputs
+from calib.devices import HOST, device_of, on_device
 from calib.errors import CalibError
 from calib.silence import silenced
 from calib.trace import PROBE_BATCH, Trace
@@ -66,7 +68,7 @@ def find_block(
             return []
         module = _cut(whole, last)
         # A trial run, so that a graph which cannot be cut fails here, where the error says what to do.
-        module(torch.zeros(PROBE_BATCH, dtype=torch.int64))
+        module(torch.zeros(PROBE_BATCH, dtype=torch.int64, device=device_of(model)))
     except Exception as error:  # torch.export raises many kinds; all mean the same to a user
         raise _not_cut(error) from error
     layers = tuple(layer.name for layer in traced.layers if layer.name in names)
@@ -85,9 +87,9 @@ def record(module: nn.Module, data: CalibrationSet, micro_batch: int) -> BlockIO
         A recording with inputs t (N,) and target (N, sum C_i).
     """
     with torch.no_grad():
-        target = torch.cat([module(t) for t in torch.split(data.t, micro_batch)])
+        target = torch.cat([module(t.to(data.device)) for t in torch.split(data.t, micro_batch)])
     leaves, spec = pytree.tree_flatten(((data.t,), {}))
-    return BlockIO(inputs=tuple(leaves), batched=(True,), spec=spec, target=target)
+    return BlockIO(inputs=tuple(leaves), batched=(True,), spec=spec, target=target, device=data.device)
 
 
 def _not_cut(error: Exception) -> CalibError:
@@ -102,9 +104,12 @@ def _not_cut(error: Exception) -> CalibError:
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     """Return the network as a graph without in-place operations, whose batch is free."""
     sizes = pytree.tree_map(lambda _: {0: torch.export.Dim.DYNAMIC}, inputs)
+    device = device_of(model)
     with silenced("torch"), redirect_stderr(io.StringIO()), torch.no_grad():  # where it prints the graph when it fails
-        program = torch.export.export(model, inputs, dynamic_shapes=sizes)
-        whole = program.run_decompositions({}).module()  # none replaced; it only removes in-place operations
+        # On the host, so that all devices get the same graph; it names the device of every tensor that it makes.
+        program = torch.export.export(on_device(model, HOST), inputs, dynamic_shapes=sizes)
+        program = program.run_decompositions({})  # none replaced; it only removes in-place operations
+        whole = (program if device == HOST else move_to_device_pass(program, device)).module()
     assert isinstance(whole, fx.GraphModule)
     return whole
 
@@ -145,7 +150,8 @@ def _cut(whole: fx.GraphModule, last: Sequence[fx.Node]) -> fx.GraphModule:
     for other in inputs:
         if other in needed and other is not t:  # only for its size: its values do not matter here
             example = other.meta["val"]
-            copies[other] = graph.call_function(torch.zeros, ((batch, *example.shape[1:]),), {"dtype": example.dtype})
+            shape, kind = (batch, *example.shape[1:]), {"dtype": example.dtype, "device": example.device}
+            copies[other] = graph.call_function(torch.zeros, (shape,), kind)
     for node in whole.graph.nodes:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from calib.attention import AttentionIntercept, is_plain
 from calib.data import NO_CONDITION, example_inputs
+from calib.devices import device_of
 from calib.errors import CalibError
 from calib.shortcuts import follow
 
@@ -96,7 +97,7 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mappin
         CalibError: the output is not one tensor of the input's shape.
     """
     generator = torch.Generator().manual_seed(0)
-    like, t, *condition = example_inputs(PROBE_BATCH, shape, timesteps // 2, cond)
+    like, t, *condition = example_inputs(PROBE_BATCH, shape, timesteps // 2, cond, device_of(model))
     x, other_x = (_probe(like, k, generator) for k in range(2))
     rows, other_rows = (
         [{name: _probe(value, k, generator) for name, value in one.items()} for one in condition] for k in range(2)
@@ -123,7 +124,9 @@ def trace(model: nn.Module, shape: tuple[int, ...], timesteps: int, cond: Mappin
 
 def _probe(like: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Return noise, or the number `k` where `like` is of integers."""
-    return torch.randn(like.shape, generator=generator) if like.is_floating_point() else torch.full_like(like, k)
+    if not like.is_floating_point():
+        return torch.full_like(like, k)
+    return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 def _layer(name: str, module: nn.Module, calls: int, *, depends_on_x: bool, by_step: bool) -> Layer:
@@ -207,7 +210,7 @@ def _entered(name: str, earlier: Call | None, args: tuple[Any, ...], kwargs: dic
 def _digest(x: Tensor) -> bytes:
     sha = hashlib.sha256(str(tuple(x.shape)).encode())
     # As float32, since numpy has no bfloat16.
-    sha.update(x.detach().float().contiguous().numpy().tobytes())
+    sha.update(x.detach().float().cpu().contiguous().numpy().tobytes())
     return sha.digest()
 
 

@@ -72,14 +72,16 @@ def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
     """
 
     def denoise(x: Tensor, t: Tensor, condition: Mapping[str, Tensor] = NO_CONDITION, /) -> Tensor:
+        device = x.device
+        x, t = x.cpu(), t.cpu()  # an engine takes arrays on the host
         step = (visited == t[0]).nonzero()[:1, 0]
         if len(step) == 0 or bool((t != t[0]).any()):
             raise GaqError(f"This engine takes the timesteps {visited.tolist()}, one at a time; found {t.tolist()}.")
         # The noise and the previous x0 do not change the predicted noise: zeros stand in for them.
         blank = {spec.name: np.zeros(spec.at_batch(len(x)), np.float32) for spec in engine.inputs}
-        rows = {name: tensor[: blank[name].shape[0]].numpy() for name, tensor in condition.items() if name in blank}
+        rows = {n: tensor[: blank[n].shape[0]].cpu().numpy() for n, tensor in condition.items() if n in blank}
         feeds = as_taken(engine, {**blank, **rows, "x": x.numpy(), "step": step.numpy()}, len(x))
-        return torch.from_numpy(engine(feeds)["eps"])
+        return torch.from_numpy(engine(feeds)["eps"]).to(device)
 
     return denoise
 
@@ -92,7 +94,7 @@ def engine_denoiser(engine: Engine) -> Callable[..., Tensor]:
     """
 
     def denoise(x: Tensor, t: Tensor, cond: Condition | None = None, /) -> Tensor:
-        condition = {name: tensor.numpy() for name, tensor in (cond or {}).items()}
-        return torch.from_numpy(engine({"x": x.numpy(), "t": t.numpy(), **condition})["eps"])
+        condition = {name: tensor.cpu().numpy() for name, tensor in (cond or {}).items()}
+        return torch.from_numpy(engine({"x": x.cpu().numpy(), "t": t.cpu().numpy(), **condition})["eps"]).to(x.device)
 
     return denoise

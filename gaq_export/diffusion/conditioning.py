@@ -233,4 +233,4 @@ def bind(
     # Built once for the whole loop: it does not change from step to step.
     condition = conditioning.feeds(seeds) if guided else conditioning.of(seeds)
     outer = Guided(network, apart=apart) if guided else network
-    return lambda x, t, /: outer(x, t, condition)
+    return lambda x, t, /: outer(x, t, {name: row.to(x.device) for name, row in condition.items()})

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from calib.correction import Correction
+from calib.devices import reproducible
 from engines import philox
+from gaq_export.devices import ON_HOST, Device
 from gaq_export.diffusion.conditioning import ConditionalNetwork, Conditioning, bind
 from gaq_export.diffusion.denoiser import Denoiser
 from gaq_export.diffusion.samplers import table, update
@@ -33,6 +35,7 @@ class Sampling:
         conditioning: what to draw; None for an unconditional network.
         correction: of the predicted noise, if it comes from a quantized network.
         decode: turns the loop's result into images, if the result is latents.
+        device: where the loop runs; noise is drawn on the host, and images come back to it.
     """
 
     schedule: NoiseSchedule
@@ -41,6 +44,7 @@ class Sampling:
     conditioning: Conditioning | None = None
     correction: Correction | None = None
     decode: Decode | None = None
+    device: Device = ON_HOST
 
 
 def run(
@@ -50,7 +54,6 @@ def run(
     on_step: OnStep | None = None,
     *,
     apart: bool = False,
-    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw one image for each seed.
 
@@ -60,10 +63,9 @@ def run(
         sampling: how to draw.
         on_step: called before each network call with `step`, `x` and `t`, the inputs of that call.
         apart: whether guidance calls the network twice rather than with a batch of twice the size, see `Guided`.
-        device: where the loop runs. Noise is drawn on the CPU, so images do not depend on it.
 
     Returns:
-        Images in [-1, 1], or what `finish` says, (N, C, H, W) float32.
+        Images in [-1, 1], or what `finish` says, (N, C, H, W) float32, on the host.
 
     Raises:
         GaqError: `seeds` is empty, the network returns the wrong shape, or the images are not finite.
@@ -72,9 +74,9 @@ def run(
     schedule = sampling.schedule
     denoiser = bind(network, sampling.conditioning, seeds, apart=apart)
     rows = table(schedule, spec, sampling.correction)
-    x = noise(seeds, 0, sampling.shape).to(device)
+    x = noise(seeds, 0, sampling.shape).to(sampling.device.place)
     previous = torch.zeros_like(x)  # no sampler reads it at the first step
-    with torch.no_grad():
+    with torch.no_grad(), reproducible(sampling.device.place, tf32=sampling.device.tf32):
         for step, (t, row) in enumerate(zip(timesteps(spec, schedule.num_train), rows, strict=True)):
             # (N,) int64, all alike: networks take a timestep for each image.
             t_batch = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
@@ -84,7 +86,7 @@ def run(
             # Stream 0 was the start, so step i draws from stream i + 1.
             fresh = noise(seeds, step + 1, sampling.shape).to(x.device) if row.fresh else None
             x, previous = update(row, schedule.clip, x, epsilon, previous, fresh)
-    return finish(seeds, x, sampling)
+        return finish(seeds, x, sampling)
 
 
 def _predict(denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
@@ -118,7 +120,8 @@ def finish(seeds: Sequence[int], x: Tensor, sampling: Sampling) -> Tensor:
     Raises:
         GaqError: some of the images are not finite.
     """
-    broken = [seed for seed, image in zip(seeds, x, strict=True) if not bool(image.isfinite().all())]
+    finite = x.isfinite().flatten(1).all(1).cpu().tolist()  # (N, C, H, W) -> (N,)
+    broken = [seed for seed, whole in zip(seeds, finite, strict=True) if not whole]
     if broken:
         raise GaqError(
             f"The network produced numbers that are not finite (NaN or infinite) for seeds {broken[:8]}; its weights, "
@@ -126,5 +129,5 @@ def finish(seeds: Sequence[int], x: Tensor, sampling: Sampling) -> Tensor:
             "the usual causes."
         )
     if sampling.decode is None and sampling.schedule.clip is None:
-        return x  # latents have no bounds, and clamping would damage them
-    return (x if sampling.decode is None else sampling.decode(x)).clamp(-1, 1)
+        return x.cpu()  # latents have no bounds, and clamping would damage them
+    return (x if sampling.decode is None else sampling.decode(x)).clamp(-1, 1).cpu()

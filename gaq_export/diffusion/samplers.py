@@ -116,7 +116,7 @@ def update(
 
 def _channels(values: tuple[float, ...], x: Tensor) -> Tensor:
     """Return one value for each channel as (1, C, 1, 1)."""
-    return torch.tensor(values, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
+    return torch.tensor(values, dtype=x.dtype).to(x.device).reshape(1, -1, 1, 1)
 
 
 def ddim(alpha_bar: Sequence[float], schedule: NoiseSchedule, spec: SamplerSpec) -> list[Coefficients]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calib.devices import on_device
+from gaq_export.devices import ON_HOST, Device, find_device
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, default_sampler, under_guidance
@@ -41,7 +43,7 @@ class LoadedModel:
 
     Attributes:
         spec: Name, sampler and architecture.
-        module: The network as it was loaded, float32, in evaluation mode, on the CPU.
+        module: The network as it was loaded, float32, in evaluation mode.
         schedule: The noise schedule it was trained with.
         source: What `load_model` takes as `weights` to load the same network again; a path is absolute.
         fingerprint: sha256 of the weights, see `diffusers_folder.fingerprint`.
@@ -50,6 +52,7 @@ class LoadedModel:
         decoder: Makes images of latents, (N, C, h, w) to (N, 3, H, W) in [-1, 1]; None if the network draws images.
         instead: Why its sampler is not what its scheduler config names, as half a sentence; empty if it is, or if the
             sampler was chosen by name.
+        device: Where network and decoder compute, see `on`.
     """
 
     spec: ModelSpec
@@ -61,6 +64,7 @@ class LoadedModel:
     conditioning: Conditioning | None = None
     decoder: nn.Module | None = None
     instead: str = ""
+    device: Device = ON_HOST
 
     @cached_property
     def network(self) -> nn.Module:
@@ -88,6 +92,20 @@ class LoadedModel:
         """Return the model with another sampler; the same model if None."""
         return self if sampler is None else replace(self, spec=replace(self.spec, sampler=sampler), instead="")
 
+    def on(self, device: Device | str, *, tf32: bool = False) -> "LoadedModel":
+        """Return the model on another device; this one stays where it is.
+
+        Args:
+            device: "auto", "cpu", "cuda", "cuda:N" or "mps"; or a `Device`.
+            tf32: Whether a CUDA GPU may round products of float32 to TensorFloat-32; a `Device` says so itself.
+
+        Raises:
+            GaqError: There is no such device here.
+        """
+        device = device if isinstance(device, Device) else find_device(device, tf32=tf32)
+        decoder = self.decoder and on_device(self.decoder, device.place)
+        return replace(self, module=on_device(self.module, device.place), decoder=decoder, device=device)
+
     @property
     def sampler_note(self) -> str:
         """A sentence for the user if another sampler stands in for that of the scheduler config; else empty."""
@@ -105,6 +123,7 @@ class LoadedModel:
             shape=self.shape,
             sampler=sampler or self.spec.sampler,
             conditioning=self.conditioning,
+            device=self.device,
         )
 
     def image_sampling(self, sampler: SamplerSpec | None = None) -> Sampling:

@@ -55,7 +55,7 @@ class _Decoder:
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """A `Provenance` as JSON; conditioning and decoder are left out where there is none."""
+    """A `Provenance` as JSON; conditioning and decoder are left out where there is none, and the CPU as a device."""
 
     model: _Model
     architecture: dict[str, Any]
@@ -63,6 +63,7 @@ class _Record:
     schedule: _Schedule
     conditioning: dict[str, Any] | None = None
     decoder: _Decoder | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ class Provenance:
         conditioning: as `Conditioning.to_json` writes it; None for an unconditional model. Text states are in a file in
             the same folder, see `load_conditioning`.
         decoder: of latents; None if the network denoises images.
+        device: what it was calibrated on, `Device.kind`.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Provenance:
     schedule: NoiseSchedule
     conditioning: Mapping[str, Any] | None = None
     decoder: DecoderProvenance | None = None
+    device: str = "cpu"
 
     @classmethod
     def of(cls, model: LoadedModel, sampler: SamplerSpec) -> Self:
@@ -124,6 +127,7 @@ class Provenance:
             decoder=None
             if model.decoder is None
             else DecoderProvenance(source=model.source, fingerprint=fingerprint(model.decoder)),
+            device=model.device.kind,
         )
 
     @property
@@ -145,6 +149,8 @@ class Provenance:
             optional["conditioning"] = dict(self.conditioning)
         if self.decoder is not None:
             optional["decoder"] = {"source": str(self.decoder.source), "fingerprint": self.decoder.fingerprint}
+        if self.device != "cpu":
+            optional["device"] = self.device
         return optional | {
             "model": self.model_record,
             "architecture": dict(self.architecture),
@@ -186,6 +192,7 @@ class Provenance:
             decoder=None
             if decoder is None
             else DecoderProvenance(source=WeightSource.parse(decoder.source), fingerprint=decoder.fingerprint),
+            device=record.device,
         )
         timesteps(read.sampler, read.schedule.num_train)  # raises before anything is made for each of its steps
         return read

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from calib import config as configs
+from calib.devices import reproducible
 from calib.plan import QuantPlan, load_plan, save_plan
 from calib.progress import Progress
 from gaq_export import run as runs
+from gaq_export.devices import ON_HOST
 from gaq_export.diffusion.samplers import table
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.conditioning_request import condition_model
@@ -53,7 +55,7 @@ def calibrate(
     model = condition_model(model).with_sampler(sampler)
     table(model.schedule, model.spec.sampler)  # raises before a folder is made for a sampler that cannot be used
     if not run.plan.exists():  # before the folder is claimed, so that the corrected call can have the same
-        check_network(model, chosen.config)
+        check_network(model.on(ON_HOST), chosen.config)  # on the host, where graphs are exported
     provenance = Provenance.of(model, model.spec.sampler)
     # First, so that two runs with different settings never mix their files in one folder.
     runs.claim(run, _settings(model, chosen, provenance))
@@ -86,7 +88,8 @@ def _calibrate_into(
         on_step=callbacks.on_collect,
     )
     collected = time.perf_counter()
-    plan = make_plan(model, data, chosen.config, run.blocks, replace(callbacks, on_progress=on_progress))
+    with reproducible(model.device.place, tf32=model.device.tf32):
+        plan = make_plan(model, data, chosen.config, run.blocks, replace(callbacks, on_progress=on_progress))
     plan = replace(plan, provenance=provenance.to_json())  # `calib` knows no models, so it is added here
     save_plan(plan, run.plan)
     runs.add_entry(
@@ -114,6 +117,8 @@ def _settings(model: LoadedModel, chosen: Preset, provenance: Provenance) -> dic
             "tables_sha256": model.conditioning.sha256,
         }
     # Through JSON and back, since tuples become lists there and the settings of an earlier call are compared.
+    if provenance.device != "cpu":
+        settings["device"] = provenance.device
     return settings | {"config": json.loads(json.dumps(configs.to_json(chosen.config)))}
 
 

@@ -79,7 +79,7 @@ def _ptqd(model: LoadedModel, quantized: nn.Module, data: CalibrationSet, on_ste
 
 def _predict(network: nn.Module, data: CalibrationSet, index: Tensor) -> Tensor:
     """Return the predicted noise of some samples, (len(index), C, H, W)."""
-    return torch.cat([network(*data.inputs(part)) for part in torch.split(index, BATCH)])
+    return torch.cat([network(*data.inputs(part)).cpu() for part in torch.split(index, BATCH)])
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,15 @@ def _tac(
     float_network, quantized_network = (
         bind_in_batches(network, model.conditioning, seeds, BATCH) for network in (model.network, quantized)
     )
-    start = loop.noise(seeds, 0, model.shape)  # stream 0, as in `loop.run`
+    place = model.device.place
+    start = loop.noise(seeds, 0, model.shape).to(place)  # stream 0, as in `loop.run`
     exact = drawn = _Path(start, torch.zeros_like(start))
     gains = []
     shifts = []
     explained = []
     rows = zip(timesteps(spec, schedule.num_train), samplers.table(schedule, spec), strict=True)
     for step, (t, row) in enumerate(rows):
-        t_batch = torch.full((len(seeds),), int(t))
+        t_batch = torch.full((len(seeds),), int(t), device=place)
         # Summed in float64, because differences that nearly cancel have a small mean. (N, C, H, W) -> (C,)
         shift = (drawn.x - exact.x).double().mean((0, 2, 3))
         x = drawn.x - shift.float().reshape(1, -1, 1, 1)
@@ -119,10 +120,11 @@ def _tac(
         predicted = quantized_network(x, t_batch)
         gain = channel_gain(predicted, target, relative=config.relative, ridge=config.ridge, floor=config.floor)
         corrected = predicted * gain.float().reshape(1, -1, 1, 1)
-        gains.append(tuple(gain.tolist()))
-        shifts.append(tuple(shift.tolist()))
+        gains.append(tuple(gain.cpu().tolist()))
+        shifts.append(tuple(shift.cpu().tolist()))
         explained.append(_explained(target, predicted, corrected))
-        fresh = loop.noise(seeds, step + 1, model.shape) if row.fresh else None  # the same for both samplers
+        # The same for both samplers.
+        fresh = loop.noise(seeds, step + 1, model.shape).to(place) if row.fresh else None
         on_exact_path = float_network(exact.x, t_batch)
         exact = _Path(*samplers.update(row, schedule.clip, exact.x, on_exact_path, exact.previous, fresh))
         drawn = _Path(*samplers.update(row, schedule.clip, x, corrected, drawn.previous, fresh))

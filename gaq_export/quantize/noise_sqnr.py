@@ -107,8 +107,8 @@ def corrected(epsilon: Tensor, correction: Correction | None, step: int) -> Tens
     if correction is None:
         return epsilon
     # (C,) -> (C, 1, 1), so that it spreads over (N, C, H, W)
-    gain = torch.tensor(correction.gain[step])[:, None, None]
-    bias = torch.tensor(correction.bias[step])[:, None, None]
+    gain = torch.tensor(correction.gain[step]).to(epsilon.device)[:, None, None]
+    bias = torch.tensor(correction.bias[step]).to(epsilon.device)[:, None, None]
     return gain * (epsilon - bias)
 
 

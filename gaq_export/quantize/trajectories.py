@@ -8,6 +8,7 @@ if more images are needed later, only the new groups are drawn.
 """
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def _identity(model: LoadedModel, spec: SamplerSpec, seed: int) -> str:
     """Return a sha256 of all that trajectories depend on."""
     # "philox" names the generator of the noise, on which trajectories depend too.
     facts = f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox"
+    if model.device.kind != "cpu":  # another kind of device gives other last bits
+        facts += f":{model.device.kind}"
     if model.conditioning is not None:
         facts += f":{model.conditioning.sha256}"
     return hashlib.sha256(facts.encode()).hexdigest()
@@ -101,6 +104,7 @@ def _calibration_set(model: LoadedModel, spec: SamplerSpec, x: Tensor, seeds: li
         t=timesteps(spec, model.schedule.num_train).repeat_interleave(samples),
         step=torch.arange(spec.steps).repeat_interleave(samples),
         cond=cond,
+        device=model.device.place,
     )
 
 
@@ -126,7 +130,8 @@ def with_step_conditioning(data: CalibrationSet, conditioning: Conditioning | No
     x, t, step = (half(rows, 1) for rows in (data.x, data.t, data.step))
     cond = {name: half(rows, 1) for name, rows in data.cond.items()}
     cond |= {f"{UNCONDITIONAL}{name}": half(rows, 0) for name, rows in data.cond.items()}
-    return CalibrationSet(x=x, t=t, step=step, cond=cond | {GUIDANCE: conditioning.scale.expand(len(x))})
+    cond |= {GUIDANCE: conditioning.scale.expand(len(x))}
+    return replace(data, x=x, t=t, step=step, cond=cond)
 
 
 def _part_of(on_step: OnProgress, before: int, total: int) -> OnProgress:
@@ -139,7 +144,7 @@ def _trajectories(model: LoadedModel, spec: SamplerSpec, seeds: list[int], on_st
     seen = []
 
     def keep(step: int, x: Tensor, t: Tensor) -> None:
-        seen.append(x.clone())
+        seen.append(x.cpu().clone())
         on_step(step + 1, spec.steps)
 
     loop.run(model.network, seeds, model.sampling(spec), keep)

@@ -22,6 +22,7 @@ from calib.diagnose import Agreement, Alignment
 from calib.fakequant import fake_quantized
 from calib.plan import QuantPlan
 from calib.reconstruct import BlockResult
+from calib.sample_store import SampleStore
 from gaq_export.errors import GaqError
 from gaq_export.models import provenance
 from gaq_export.models.loader import LoadedModel
@@ -162,7 +163,8 @@ def _overview(subject: _Subject, blocks: Sequence[BlockResult], on_step: OnStage
     few = some_of_each_step(subject.samples.data.take(subject.samples.train), FEW)
     overview = []
     # One recorder for all blocks in network order, so that each is recorded from where the one before ended.
-    with open_recorder(network, subject.network, few, plan.config.micro_batch) as recording:
+    store = SampleStore(device=few.device)
+    with open_recorder(network, subject.network, few, plan.config.micro_batch, store) as recording:
         for i, result in enumerate(blocks):
             block = Block(name=result.name, layers=result.layers)
             overview.append(diagnose.agreement(network, plan, result, recording.record(block), few.step))
@@ -183,7 +185,8 @@ def _measure_block(
     def report_step(done: int) -> None:
         on_step(f"looking into {block.name}", done, 3 if weighted else 2)
 
-    with open_recorder(network, subject.network, samples.data, plan.config.micro_batch, scratch) as recording:
+    store = SampleStore(folder=scratch, device=samples.data.device)
+    with open_recorder(network, subject.network, samples.data, plan.config.micro_batch, store) as recording:
         io = recording.record(Block(name=block.name, layers=block.layers))
         train = io.part(samples.train)
         held_out = io.part(samples.validation)

@@ -15,6 +15,7 @@ from calib.calibrate import weight_samples
 from calib.config import ActivationConfig, OmegaConfig, QuantConfig, ReconstructionConfig
 from calib.data import CalibrationSet
 from calib.progress import Cost, ProgressMeter
+from calib.sample_store import SampleStore
 from calib.shared_copy import copy_sharing_tensors
 
 
@@ -59,7 +60,7 @@ def begin(**more: object) -> Calibration:
         samples=weight_samples(data, config, model),
         config=config,
         key="",
-        folder=None,
+        store=SampleStore(),
         meter=ProgressMeter([Cost(prepare=0.0, iterate=1.0)] * 2, lambda progress: None),
     )
 

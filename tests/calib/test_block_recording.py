@@ -12,6 +12,7 @@ from calib.blocks import Block
 from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.leftovers import temporary_name
+from calib.sample_store import SampleStore
 
 
 class Chain(nn.Module):
@@ -41,7 +42,7 @@ SECOND, THIRD = (Block(name=name, layers=(name,)) for name in ("second", "third"
 def test_inputs_are_the_quantized_networks_and_targets_the_float_ones(on_disk: bool, tmp_path: Path) -> None:
     exact, quantized, data = Chain(0), Chain(1), samples()
     folder = tmp_path / "blocks" if on_disk else None
-    with open_recorder(exact, quantized, data, 4, folder, reference=True) as recorder:
+    with open_recorder(exact, quantized, data, 4, SampleStore(folder=folder), reference=True) as recorder:
         second = recorder.record(SECOND).take(torch.arange(6))
         with torch.no_grad():  # as if the second layer had been quantized
             quantized.second.weight.mul_(0.5)
@@ -70,7 +71,7 @@ def test_the_scratch_folder_goes_and_so_does_one_that_a_killed_run_left(tmp_path
     (left / "input-0").write_bytes(b"old")
     (tmp_path / "000.safetensors").write_bytes(b"a finished block")
     leftovers._clear.cache_clear()
-    with open_recorder(Chain(0), Chain(1), samples(), 4, tmp_path) as recorder:
+    with open_recorder(Chain(0), Chain(1), samples(), 4, SampleStore(folder=tmp_path)) as recorder:
         assert not left.exists()
         recorder.record(SECOND)
         assert len(list(tmp_path.glob(".scratch.*"))) == 1
@@ -81,6 +82,6 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(CalibError, match=r"Cannot write .*blocks: .*Choose a folder you may write to"),
-        open_recorder(Chain(0), Chain(1), samples(), 4, tmp_path / "file" / "blocks"),
+        open_recorder(Chain(0), Chain(1), samples(), 4, SampleStore(folder=tmp_path / "file" / "blocks")),
     ):
         pass

@@ -9,7 +9,7 @@ from calib.block_replay import Replay
 from calib.blocks import BlockIO, find_blocks
 from calib.data import CalibrationSet
 from calib.float_layers import float_reasons
-from calib.sample_store import FileSamples, allocate
+from calib.sample_store import FileSamples, SampleStore
 from calib.trace import trace
 from gaq_export.models.architectures import EpsilonModel
 
@@ -86,7 +86,7 @@ def test_a_block_changed_before_it_is_finished_is_seen_by_those_after_it(tiny_un
 def test_large_recordings_lie_in_files_and_read_the_same(tiny_unet: UNet2DModel, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("calib.sample_store.FILE_BYTES", 1000)
     network, data, name = EpsilonModel(tiny_unet), samples(5), "unet.down_blocks.0.resnets.0"
-    filed = Replay(network, data, 4, tmp_path).output(name)
+    filed = Replay(network, data, 4, SampleStore(folder=tmp_path)).output(name)
     assert isinstance(filed, FileSamples)
     assert (tmp_path / f"{name}.output").stat().st_size >= everything(filed).numel() * 4
     assert torch.equal(everything(filed), Replay(network, data, 4).output(name))
@@ -95,7 +95,7 @@ def test_large_recordings_lie_in_files_and_read_the_same(tiny_unet: UNet2DModel,
 def test_rows_written_in_parts_are_read_back_in_any_order(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("calib.sample_store.FILE_BYTES", 0)
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
-    rows = allocate(values[:1], 7, tmp_path, "rows")
+    rows = SampleStore(folder=tmp_path).allocate(values[:1], 7, "rows")
     rows[0:4] = values[:4]
     rows[4:7] = values[4:]
     index = torch.tensor([6, 0, 0, 3])

@@ -9,7 +9,7 @@ from torch import Tensor
 from calib import omega
 from calib.blocks import BlockIO
 from calib.config import OmegaConfig
-from calib.omega import Recordings, align_scores, initial_scores, sample_weights, score_gradient
+from calib.omega import Recordings, align_scores, initial_scores, score_gradient, weighting
 
 N, P, K = 7, 5, 3
 Problem = tuple[Tensor, Tensor, list[Tensor], Tensor]
@@ -101,7 +101,7 @@ def test_the_score_gradient_is_the_jacobian_of_the_softmax(softmax: str) -> None
         weights = torch.softmax(scores[index] / 0.5, 0)
     else:
         weights = torch.softmax(scores / 0.5, 0)[index] * 9 / 3
-    assert torch.allclose(sample_weights(scores, index, config).double(), weights, atol=1e-6)
+    assert torch.allclose(weighting(scores, config)(index).double(), weights, atol=1e-6)
     expected = torch.autograd.grad((weights * gradient).sum(), scores)[0][index]
     assert torch.allclose(score_gradient(weights.detach(), gradient, config, 9), expected)
 
@@ -111,7 +111,7 @@ def test_the_score_gradient_is_the_jacobian_of_the_softmax(softmax: str) -> None
 def test_equal_scores_weigh_every_sample_alike(rule: str, softmax: str) -> None:
     config = OmegaConfig(rule=rule, softmax=softmax)
     scores = initial_scores(config, 8, torch.Generator())
-    assert sample_weights(scores, torch.tensor([3, 1, 7, 0]), config).tolist() == pytest.approx([0.25] * 4)
+    assert weighting(scores, config)(torch.tensor([3, 1, 7, 0])).tolist() == pytest.approx([0.25] * 4)
 
 
 def pull(logits: Sequence[Tensor], io: BlockIO) -> Tensor:

@@ -1,0 +1,78 @@
+"""Where PyTorch computes: what a user writes as --device, and what this machine has.
+
+In: "auto", "cpu", "cuda", "cuda:1" or "mps". Out: a `Device`. Engines do not come into it: a backend decides where its
+engines run.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from calib.devices import HOST
+from engines.driver import no_gpu
+from gaq_export.errors import GaqError
+
+_PATTERN = re.compile(r"auto|cpu|mps|cuda(?::[0-9]{1,3})?")
+# cuBLAS computes the same bits at every call only with a workspace of a fixed size, set before it is first used.
+_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Where a float or a fake-quantized network computes.
+
+    Attributes:
+        place: the device, as PyTorch has it.
+        tf32: whether a CUDA GPU may round products of float32 to TensorFloat-32, which is faster and less exact.
+    """
+
+    place: torch.device = HOST
+    tf32: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What bits depend on, for records: "cpu", "cuda", "cuda with TF32"; which of several GPUs it is, is not."""
+        return f"{self.place.type} with TF32" if self.tf32 and self.place.type == "cuda" else self.place.type
+
+
+ON_HOST = Device()
+
+
+def find_device(name: str | torch.device = "auto", *, tf32: bool = False) -> Device:
+    """Return the device that a user named.
+
+    Args:
+        name: "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda", "cuda:N" or "mps"; or PyTorch's own.
+        tf32: see `Device`.
+
+    Raises:
+        GaqError: the name is none of these, or there is no such device here.
+    """
+    if isinstance(name, torch.device):
+        return Device(place=name, tf32=tf32)
+    if not _PATTERN.fullmatch(name):
+        raise GaqError(f"Found the device {name!r}; give auto, cpu, cuda, cuda:N (N counts GPUs from 0) or mps.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(name)
+    if place.type == "cuda":
+        _require_cuda(name, place)
+        os.environ.setdefault(*_WORKSPACE)
+        place = torch.device("cuda", place.index or 0)  # tensors say "cuda:0", and devices are compared
+    if place.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise GaqError("Found --device mps, but there is no GPU of Apple's here; use --device cpu.")
+        place = torch.device("mps", 0)
+    return Device(place=place, tf32=tf32)
+
+
+def _require_cuda(name: str, place: torch.device) -> None:
+    if not torch.cuda.is_available():
+        # `doctor` says the same of GPUs; PyTorch may lack CUDA though there is one.
+        reason = no_gpu() or f"torch {torch.__version__} is a build without CUDA, or for another driver"
+        raise GaqError(f"Found --device {name}, but {reason}; see `gaq-export doctor`, or use --device cpu.")
+    count = torch.cuda.device_count()
+    if (place.index or 0) >= count:
+        raise GaqError(f"Found --device {name}, but this machine has {count} GPUs, numbered from 0.")
