@@ -17,13 +17,14 @@ import typer
 from torch import nn
 
 from calib import adaround, affine, gptq, omega, reconstruct
+from calib.adaround import LayerWeight
 from calib.block_recording import open_recorder
 from calib.blocks import Block, BlockIO, find_blocks
 from calib.calibrate import weight_samples
 from calib.choices import OmegaRule, RoundingStart
 from calib.config import OmegaConfig, QuantConfig, ReconstructionConfig
+from calib.fitting import Fit, fit_rounding
 from calib.float_layers import float_reasons
-from calib.reconstruct import LayerWeight
 from calib.trace import trace
 from command import write_markdown
 from gaq_export.models.loader import load_model
@@ -121,9 +122,9 @@ def _fitted(
     generator = torch.Generator().manual_seed(0)
     start = gptq.STARTS[config.start](module, layers, io, generator)
     scores = omega.initial_scores(weighting, len(io), generator)
-    loss = reconstruct.per_sample_loss(module, layers)
-    fit = reconstruct.Fit(omega=weighting, settings=config, scores=scores, generator=generator)
-    logits = reconstruct.fit_rounding(loss, start, io, fit)
+    loss = reconstruct.weight_loss(module, layers)
+    fit = Fit(omega=weighting, settings=config, scores=scores, generator=generator)
+    logits = fit_rounding(loss, list(zip(layers, start, strict=True)), io, fit)
     return [adaround.hard_codes(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
 
 

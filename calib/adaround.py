@@ -6,6 +6,7 @@ Legend: W weight, Delta its scale, V rounding logits, h(V) soft rounding in [0, 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -97,3 +98,84 @@ def regulariser(logits: Tensor, sharpness: float) -> Tensor:
     """
     # 2h - 1 is -1 or 1 where a rounding is decided; a large beta pulls only at those that nearly are.
     return (1 - (2 * soft_rounding(logits) - 1).abs().pow(sharpness)).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeight:
+    """A float weight (C, ...), its scale (C,) and bits; `key` names it inside the block, e.g. "conv1.weight"."""
+
+    key: str
+    weight: Tensor
+    scale: Tensor
+    bits: int
+
+
+class LearnedRounding:
+    """The rounding of one weight while it is learned: V, W_hat, and the way of a gradient from W_hat back to V.
+
+    It computes what autograd would of `soft_weight` and `regulariser`, to the bit, but h(V) once and not three times,
+    and in memory that is used again: for small images these passes over the weight are most of an iteration.
+
+    Args:
+        layer: the weight and its grid.
+        logits: V (C, ...) to start from.
+    """
+
+    def __init__(self, layer: LayerWeight, logits: Tensor) -> None:
+        low, high = integer_range(layer.bits)
+        self._range = low, high
+        self._step = per_channel(layer.scale, layer.weight.ndim)
+        self._floor = torch.floor(layer.weight / self._step)
+        # dW_hat / dh: a code at the end of the grid stays there whatever h is.
+        self._slope = self._step * ((self._floor >= low) & (self._floor < high))
+        self.logits = logits.detach().clone()
+        self.logits.grad = torch.zeros_like(self.logits)
+        self._sigmoid, self._stretched, self._soft, self._pull = (torch.empty_like(self.logits) for _ in range(4))
+        self._free = torch.empty_like(self.logits, dtype=torch.bool)
+        self._weight = torch.empty_like(self.logits)
+        self.update()
+
+    @property
+    def weight(self) -> Tensor:
+        """W_hat (C, ...), a leaf that takes gradients."""
+        return self._weight.detach().requires_grad_()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Work out W_hat for the logits as they are now."""
+        low, high = self._range
+        torch.sigmoid(self.logits, out=self._sigmoid)
+        torch.mul(self._sigmoid, ZETA - GAMMA, out=self._stretched)
+        self._stretched.add_(GAMMA)
+        torch.clamp(self._stretched, 0, 1, out=self._soft)
+        torch.eq(self._soft, self._stretched, out=self._free)  # where V moves h(V)
+        torch.add(self._floor, self._soft, out=self._weight)
+        self._weight.clamp_(low, high).mul_(self._step)
+
+    @torch.no_grad()
+    def backward(self, gradient: Tensor, strength: float | Tensor, sharpness: float | Tensor | None) -> None:
+        """Set the gradient of the logits.
+
+        Args:
+            gradient: of the loss in W_hat; overwritten.
+            strength: lambda of the regulariser.
+            sharpness: its beta; None leaves it out.
+        """
+        assert self.logits.grad is not None
+        gradient.mul_(self._slope)
+        self._through_soft(gradient, ZETA - GAMMA, out=self.logits.grad)
+        if sharpness is None:
+            return
+        # d/dh of lambda (1 - |d|^beta), d = 2h - 1: -lambda beta |d|^(beta - 1) sign(d) 2. The factor 2 comes last.
+        torch.mul(self._soft, 2, out=gradient)
+        gradient.sub_(1)
+        torch.abs(gradient, out=self._pull)
+        self._pull.pow_(sharpness - 1).mul_(sharpness).mul_(-strength)
+        self._pull.mul_(gradient.sign_())
+        self._through_soft(self._pull, 2 * (ZETA - GAMMA), out=self._pull)
+        self.logits.grad.add_(self._pull)
+
+    def _through_soft(self, gradient: Tensor, factor: float, out: Tensor) -> None:
+        """Turn a gradient in h, times `factor`, into one in V; `gradient` is overwritten."""
+        gradient.mul_(self._free).mul_(factor)
+        torch.ops.aten.sigmoid_backward.grad_input(gradient, self._sigmoid, grad_input=out)

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from calib import affine, gptq, learned_grids, omega, reconstruct
+from calib.adaround import LayerWeight
 from calib.block_state import BlockState
 from calib.blocks import Block, BlockIO
 from calib.choices import ActivationLearning
 from calib.config import QuantConfig
 from calib.data import CalibrationSet, Split
+from calib.fitting import Fit, fit_rounding
 from calib.learned_grids import LearnedGrid
 from calib.omega import PerSample, Recordings
 from calib.progress import ProgressMeter
-from calib.reconstruct import Fit, LayerWeight
+from calib.reconstruct import WeightLoss
 from calib.sample_store import SampleStore
 from calib.seeds import generator_for
 
@@ -83,13 +85,14 @@ def calibrate_block(
     qdrop = settings.activations is ActivationLearning.QDROP
     grids = _initial_grids(calibration, block, module, train) if qdrop else []
     with meter.phase("meta"):
-        scores = _aligned(calibration, block, loss, logits, io, scores)
+        scores = _aligned(calibration, block, reconstruct.of_logits(loss, layers), logits, io, scores)
     # QDrop learns the rounding against activations that are rounded at random places, with grids learned along.
     rounded = learned_grids.rounded_inputs(module, grids, settings.drop, calibration.generator(block, "drop"))
     with meter.phase("fit"), rounded:
         generator = calibration.generator(block, "fit")
         fit = Fit(omega=config.omega, settings=settings, scores=scores, generator=generator, on_iteration=on_iteration)
-        logits = reconstruct.fit_rounding(loss, logits, train, fit, [grid.scale for grid in grids])
+        start = list(zip(layers, logits, strict=True))
+        logits = fit_rounding(loss, start, train, fit, [grid.scale for grid in grids])
     # Now every input is rounded, as it will be in the engine.
     with meter.phase("decide"), learned_grids.rounded_inputs(module, grids):
         codes, result = reconstruct.harden(module, block, layers, logits, train)
@@ -107,11 +110,11 @@ def calibrate_block(
 
 def _loss(
     calibration: Calibration, block: Block, module: nn.Module, layers: Sequence[LayerWeight], *, fine: bool
-) -> PerSample:
+) -> WeightLoss:
     """Return the loss that the rounding is learned on, with the losses of inner layers if `fine` and the settings."""
     weight = calibration.config.reconstruction.fine
     if not (fine and weight):
-        return reconstruct.per_sample_loss(module, layers)
+        return reconstruct.weight_loss(module, layers)
     return reconstruct.fine_grained_loss(module, calibration.model.get_submodule(block.name), layers, weight)
 
 
@@ -158,7 +161,7 @@ def _grids_after(
     )
     with learned_grids.rounded_inputs(module, grids):
         # No logits: the weights are decided, and the scales alone are learned.
-        reconstruct.fit_rounding(
+        fit_rounding(
             lambda _, part: reconstruct.block_loss(module, layers, weights, part),
             [],
             io,

@@ -7,7 +7,7 @@ text, two of its perceptron, one of its norm). In a diffusers network that gives
 blocks and single layers, as in the papers; in a foreign network whatever has that shape.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +96,26 @@ class BlockIO:
             return self
         pairs = zip(self.inputs, self.reference, self.batched, strict=True)
         return replace(self, inputs=tuple(_mixed(v, f, share, generator) if b else v for v, f, b in pairs))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All rows of a recording in memory, in a fixed order: inputs, target, inputs in the float network."""
+        assert isinstance(self.target, Tensor)
+        rows = [v for leaves in (self.inputs, self.reference or ()) for v, b in self._marked(leaves) if b]
+        return (*rows, self.target)
+
+    def _marked(self, leaves: tuple[Any, ...]) -> Iterable[tuple[Any, bool]]:
+        return zip(leaves, self.batched, strict=True) if leaves else ()
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "BlockIO":
+        """Return the recording with other `tensors`."""
+        *rows, target = tensors
+        left = iter(rows)
+        inputs, reference = (
+            tuple(next(left) if b else v for v, b in self._marked(leaves))
+            for leaves in (self.inputs, self.reference or ())
+        )
+        return replace(self, inputs=inputs, target=target, reference=reference or None)
 
     def single(self, inputs: tuple[Any, ...], target: Tensor) -> "BlockIO":
         """Return a recording of one sample like these, from leaves without their batch axis."""

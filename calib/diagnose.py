@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calib import affine, gptq
+from calib.adaround import LayerWeight
 from calib.blocks import Block, BlockIO
 from calib.data import NO_CONDITION
 from calib.errors import CalibError, did_you_mean
 from calib.omega import PerSample
 from calib.plan import QuantPlan
-from calib.reconstruct import BlockResult, LayerWeight, block_loss, layer_weights, per_sample_loss
+from calib.reconstruct import BlockResult, block_loss, layer_weights, of_logits, weight_loss
 from calib.trace import trace
 
 CHUNK = 16  # samples differentiated at a time
@@ -158,7 +159,7 @@ def alignment(
     module = model.get_submodule(block.name)
     layers = _layer_weights(module, plan, block)
     logits = [v.requires_grad_() for v in gptq.first_logits(plan.config, block.name, module, layers, train)]
-    losses = per_sample_loss(module, layers)
+    losses = of_logits(weight_loss(module, layers), layers)
     inner = _inner_products(losses, logits, train, _mean_gradient(losses, logits, validation))
     omega = torch.softmax(plan.scores.double() / plan.config.omega.temperature, 0)
     return Alignment(block=block.name, validation=len(validation), omega=omega, inner=inner.double())

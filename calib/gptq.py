@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib import adaround
+from calib.adaround import LayerWeight
 from calib.affine import dequantize_weight, integer_range, per_channel
 from calib.blocks import BlockIO
 from calib.choices import RoundingStart
 from calib.config import QuantConfig
-from calib.reconstruct import LayerWeight
 from calib.seeds import generator_for
 
 SAMPLES = 64  # of a recording, for the second moments

@@ -1,20 +1,20 @@
 """Fit the rounding of one block so that its output matches the float block's (BRECQ / AdaRound, asymmetric inputs)."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from calib import adaround, affine
+from calib.adaround import LayerWeight
 from calib.blocks import Block, BlockIO
-from calib.choices import ActivationLearning, Rounding
-from calib.config import OmegaConfig, ReconstructionConfig
-from calib.omega import PerSample, weighting
+from calib.choices import Rounding
+from calib.omega import PerSample
+
+WeightLoss = Callable[[Sequence[Tensor], BlockIO], Tensor]  # the losses (n,) of a recording, of the layers' weights
 
 COMPARED_SAMPLES = 256  # samples, evenly spread over the steps, that nearest and learned rounding are compared on
 
@@ -37,16 +37,6 @@ class BlockResult:
     loss_before: NonNegativeFloat | None
     loss_after: NonNegativeFloat | None
     rounding: Rounding
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerWeight:
-    """A float weight (C, ...), its scale (C,) and bits; `key` names it inside the block, e.g. "conv1.weight"."""
-
-    key: str
-    weight: Tensor
-    scale: Tensor
-    bits: int
 
 
 def layer_weights(
@@ -95,24 +85,19 @@ def block_loss(block: nn.Module, layers: Sequence[LayerWeight], weights: Sequenc
     return output_loss(torch.func.functional_call(block, named, args, kwargs, tie_weights=False), io.target)
 
 
-def per_sample_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> PerSample:
-    """Return the block's loss of each sample as a function of its rounding logits (BRECQ, arXiv 2102.05426).
+def weight_loss(block: nn.Module, layers: Sequence[LayerWeight]) -> WeightLoss:
+    """Return the block's loss of each sample as a function of its weights (BRECQ, arXiv 2102.05426).
 
     Args:
         block: its module.
-        layers: float weights and grids, in the order of the logits.
+        layers: names of the weights.
     """
-
-    def loss(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
-        soft = [adaround.soft_weight(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
-        return block_loss(block, layers, soft, io)
-
-    return loss
+    return lambda weights, io: block_loss(block, layers, weights, io)
 
 
 def fine_grained_loss(
     block: nn.Module, reference: nn.Module, layers: Sequence[LayerWeight], weight: float
-) -> PerSample:
+) -> WeightLoss:
     """Return the block's loss plus `weight` times those of its layers, the last one left out (EDA-DM, FBR).
 
     A layer's loss compares its output in the block with that in the float block, on float inputs; the recording must
@@ -121,24 +106,38 @@ def fine_grained_loss(
     Args:
         block: its module, on quantized inputs.
         reference: the same block of the float network.
-        layers: float weights and grids, in the order of the logits.
+        layers: names of the weights.
         weight: gamma.
     """
-    plain = per_sample_loss(block, layers)
     inner = [layer.key.removesuffix(".weight") for layer in layers[:-1]]
 
-    def loss(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
+    def loss(weights: Sequence[Tensor], io: BlockIO) -> Tensor:
         assert io.reference is not None
         with torch.no_grad(), _outputs(reference, inner) as expected:
             args, kwargs = replace(io, inputs=io.reference).call()
             reference(*args, **kwargs)
         with _outputs(block, inner) as outputs:
-            total = plain(logits, io)
+            total = block_loss(block, layers, weights, io)
         for name in inner:
             total = total + weight * output_loss(outputs[name], expected[name])
         return total
 
     return loss
+
+
+def of_logits(loss: WeightLoss, layers: Sequence[LayerWeight]) -> PerSample:
+    """Return a loss of weights as one of the rounding logits V that give the weights.
+
+    Args:
+        loss: of each sample.
+        layers: float weights and grids, in the order of the logits.
+    """
+
+    def losses(logits: Sequence[Tensor], io: BlockIO) -> Tensor:
+        soft = [adaround.soft_weight(w.weight, w.scale, v, w.bits) for w, v in zip(layers, logits, strict=True)]
+        return loss(soft, io)
+
+    return losses
 
 
 @contextmanager
@@ -155,60 +154,6 @@ def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """How a rounding is fitted.
-
-    Attributes:
-        omega: how scores become weights.
-        settings: iterations, batch, learning rates and annealing.
-        scores: (N,) float64 sample scores; equal scores give plain AdaRound.
-        generator: draws the mini-batches.
-        on_iteration: called with the number of finished iterations.
-    """
-
-    omega: OmegaConfig
-    settings: ReconstructionConfig
-    scores: Tensor
-    generator: torch.Generator
-    on_iteration: Callable[[int], None] = lambda done: None
-
-
-def fit_rounding(
-    loss: PerSample, logits: Sequence[Tensor], io: BlockIO, fit: Fit, scales: Sequence[Tensor] = ()
-) -> list[Tensor]:
-    """Return the logits after minimising sum_i omega_i l_i + lambda sum(1 - |2h - 1|^beta) with Adam.
-
-    Args:
-        loss: the block's loss of each sample.
-        logits: V to start from, each the shape of its weight.
-        io: recording of the N training samples.
-        fit: how.
-        scales: activation scales () that `loss` depends on; learned along with the logits, in place.
-    """
-    settings = fit.settings
-    values = [v.detach().clone().requires_grad_() for v in logits]
-    share = settings.drop if settings.activations is ActivationLearning.QDROP else 0.0
-    groups: list[dict[str, Any]] = [{"params": values, "lr": settings.learning_rate}, {"params": [*scales]}]
-    optimiser = torch.optim.Adam(groups)
-    weights_of = weighting(fit.scores, fit.omega)
-    for i in range(settings.iterations):
-        # The scales' rate falls to 0 along a cosine, as in QDrop; the logits' stays as it is.
-        falling = 0.5 + 0.5 * math.cos(math.pi * i / settings.iterations)
-        optimiser.param_groups[1]["lr"] = settings.activation_learning_rate * falling
-        index = torch.randperm(len(io), generator=fit.generator)[: settings.batch]
-        batch = io.take(index).mixed(share, fit.generator)  # after `index`: both come from one generator
-        objective = (weights_of(index).to(io.device) * loss(values, batch)).sum()
-        sharpness = adaround.beta(i, settings.iterations, settings.warmup, settings.beta_start, settings.beta_end)
-        if sharpness is not None:  # the warm-up finds good values before they are pressed to 0 and 1
-            objective = objective + settings.regulariser * sum(adaround.regulariser(v, sharpness) for v in values)
-        optimiser.zero_grad()
-        torch.autograd.backward(objective)
-        optimiser.step()
-        fit.on_iteration(i + 1)
-    return [v.detach() for v in values]
 
 
 def harden(

@@ -47,3 +47,31 @@ def test_beta_is_off_in_the_warm_up_and_then_falls_linearly(iteration: int, expe
 def test_soft_rounding_has_the_derivative_of_finite_differences() -> None:
     logits = torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(adaround.soft_rounding, (logits,))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_learned_rounding_has_autograds_values_and_gradients_to_the_bit(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5, 3, 3, generator=generator)
+    layer = adaround.LayerWeight(key="weight", weight=weight, scale=torch.full((6,), 0.3), bits=bits)
+    logits = 3 * torch.randn(weight.shape, generator=generator)  # some of them beyond where h(V) is flat
+    upstream = torch.randn(weight.shape, generator=generator)
+    rounding = adaround.LearnedRounding(layer, logits)
+    point = logits.clone().requires_grad_()
+    expected = adaround.soft_weight(weight, layer.scale, point, bits)
+    assert torch.equal(rounding.weight, expected)
+    for sharpness in (None, 20.0, 2.5):
+        loss = (upstream * expected).sum() + (0.01 * adaround.regulariser(point, sharpness) if sharpness else 0)
+        gradient = torch.autograd.grad(loss, point, retain_graph=True)[0]
+        rounding.backward(upstream.clone(), 0.01, sharpness)
+        assert rounding.logits.grad is not None
+        assert torch.equal(rounding.logits.grad, gradient)
+
+
+def test_learned_rounding_follows_its_logits() -> None:
+    layer = adaround.LayerWeight(key="weight", weight=torch.tensor([[0.25]]), scale=torch.tensor([1.0]), bits=4)
+    rounding = adaround.LearnedRounding(layer, torch.tensor([[0.0]]))
+    assert rounding.weight.item() == 0.5
+    rounding.logits.fill_(9.0)
+    rounding.update()
+    assert rounding.weight.item() == 1.0

@@ -1,9 +1,11 @@
 """Where blocks begin, in networks of several kinds, and recordings of their inputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calib.blocks import Block, BlockIO, find_blocks
@@ -117,3 +119,14 @@ def test_a_mixed_recording_has_elements_of_both_networks_and_leaves_integers_alo
     assert float(mixed[0].mean()) == pytest.approx(0.25, abs=0.02)
     assert torch.equal(mixed[1], torch.arange(100))
     assert io.mixed(0.0, torch.Generator()) is io
+
+
+def test_the_tensors_of_a_recording_can_be_put_back() -> None:
+    leaves, spec = pytree.tree_flatten(((torch.ones(3, 2), None, torch.zeros(3)), {}))
+    marked = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+    io = BlockIO(inputs=tuple(leaves), batched=marked, spec=spec, target=torch.ones(3, 1), reference=tuple(leaves))
+    other = io.with_tensors([tensor + 1 for tensor in io.tensors])
+    assert [tensor.tolist() for tensor in other.tensors] == [(tensor + 1).tolist() for tensor in io.tensors]
+    assert len(io.tensors) == 5
+    alone = replace(io, reference=None)
+    assert alone.with_tensors(alone.tensors).reference is None

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calib import adaround, reconstruct
-from calib.adaround import initial_logits
+from calib.adaround import LayerWeight, initial_logits
 from calib.blocks import Block, BlockIO
 from calib.choices import Rounding
 from calib.config import OmegaConfig, ReconstructionConfig
-from calib.reconstruct import BlockResult, Fit, LayerWeight
+from calib.fitting import Fit, fit_rounding
+from calib.reconstruct import BlockResult
 from calib.records import parse_record
 
 SCALE = 0.5
@@ -81,7 +82,8 @@ def test_learning_finds_a_rounding_nearly_as_good_as_the_best_of_all() -> None:
     )
     weights = [layer_of(WEIGHT)]
     start = [initial_logits(WEIGHT, weights[0].scale)]
-    logits = reconstruct.fit_rounding(reconstruct.per_sample_loss(layer, weights), start, io, fit)
+    begin = list(zip(weights, start, strict=True))
+    logits = fit_rounding(reconstruct.weight_loss(layer, weights), begin, io, fit)
     (codes,), result = reconstruct.harden(layer, BLOCK, weights, logits, io)
     assert best <= error_of(codes, x) < 1.5 * best
     assert error_of(torch.round(WEIGHT / SCALE), x) > 10 * best
@@ -140,10 +142,10 @@ def test_the_fine_loss_adds_those_of_the_layers_but_the_last() -> None:
     scales = {name: torch.full((4,), 0.1) for name in names}
     layers = reconstruct.layer_weights(block, Block(name="second", layers=names), scales, dict.fromkeys(names, 4))
     logits = [torch.zeros_like(w.weight) for w in layers]
-    expected = reconstruct.per_sample_loss(block, layers)(logits, io)
+    expected = reconstruct.of_logits(reconstruct.weight_loss(block, layers), layers)(logits, io)
     for i, name in enumerate("ab"):
         soft = adaround.soft_weight(layers[i].weight, layers[i].scale, logits[i], 4)
         out = nn.functional.conv2d(x, soft, block.get_submodule(name).bias)
         expected = expected + 0.5 * reconstruct.output_loss(out, float_block.get_submodule(name)(f))
-    fine = reconstruct.fine_grained_loss(block, float_block, layers, 0.5)(logits, io)
+    fine = reconstruct.of_logits(reconstruct.fine_grained_loss(block, float_block, layers, 0.5), layers)(logits, io)
     assert torch.allclose(fine, expected, rtol=1e-5)
