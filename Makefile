@@ -49,6 +49,7 @@ gpu-check-here: $(STAMP) $(RTX_STAMP)
 	-$(PIP) onnxruntime-gpu || $(PIP) onnxruntime
 	-$(PIP) tensorrt
 	-$(PIP) pycuda
+	-$(PIP) cuda-bindings
 	$(BIN)/python benchmarks/gpu_check.py
 
 # The GPU's kernels; needs nvcc. Nothing in them is newer than PTX 7.0, so older drivers may load them too.

@@ -91,23 +91,29 @@ def build(
         weights=built.weights,
         data=built.data,
         processor=None if backend.on_gpu else cpu_features(),
+        gpu=config.gpu,
     )
     # The record comes last: if a build is cut short, an old record no longer matches the checksums, and none is none.
     file.save()
     return file
 
 
-def open_engine(source: str | Path | EngineFile) -> Engine:
+def open_engine(source: str | Path | EngineFile, *, gpu: int | None = None) -> Engine:
     """Open an engine file as a callable engine; use it in a `with` statement.
 
     Warns with an `EngineWarning` if a CPU engine was built on a processor with other features.
 
+    Args:
+        source: The file.
+        gpu: Number of the GPU, from 0, for engines of GPUs; that of `source` if None, which is 0 by default.
+
     Raises:
-        EngineError: The file is damaged, its backend is unknown, or that backend cannot run here.
+        EngineError: The file is damaged, its backend is unknown, or that backend cannot run here, on that GPU.
     """
     file = source if isinstance(source, EngineFile) else load_engine_file(source)
+    file = file if gpu is None else replace(file, gpu=gpu)
     backend = find_backend(file.backend)
-    if reason := backend.can_run():
+    if reason := backend.can_run(file.gpu):
         raise EngineError(f"{file.path} was built for {backend.name}, which cannot run here: {reason}")
     check_files(file)  # also if the caller loaded the record a while ago
     warn_of_processor(file)
@@ -143,7 +149,7 @@ def _json_copy(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_config(backend: Backend, config: EngineConfig) -> None:
-    if reason := backend.can_build():
+    if reason := backend.can_build(config.gpu):
         raise EngineError(f"{backend.name} cannot build here: {reason}")
     # Refused and not ignored: an engine for the wrong GPU, or of the wrong size, would be noticed much later.
     if config.targets and backend.name != "tensorrt-rtx":

@@ -9,12 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from engines import onnx_runtime, openvino_cpu, trt, trt_rtx
 from engines.base import Audit, Compute, Engine, EngineConfig
 from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
+
+
+class Check(Protocol):
+    """Whether something can be done here, on the GPU of a number if it needs one."""
+
+    def __call__(self, gpu: int = 0, /) -> str | None:
+        """Return None if it can, else the reason why not and what to install."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +32,8 @@ class Backend:
     Attributes:
         name: Its key in `BACKENDS`.
         profile: The Q/DQ profile of the ONNX graph that it takes.
-        can_build: Returns None if it can build here, else the reason why not and what to install.
+        can_build: Returns None if it can build here, on the GPU of the given number if it needs one, else the reason
+            why not and what to install.
         can_run: The same for running.
         computes: Types it can use for the arithmetic that is not integer; the first is the default.
         on_gpu: True if it computes on a GPU, so that the processor's features do not matter.
@@ -35,8 +44,8 @@ class Backend:
 
     name: str
     profile: str
-    can_build: Callable[[], str | None]
-    can_run: Callable[[], str | None]
+    can_build: Check
+    can_run: Check
     computes: tuple[Compute, ...]
     on_gpu: bool
     typed: bool

@@ -71,6 +71,7 @@ class EngineConfig:
             means the first of them. For a `typed` backend the graph must already be in this type.
         stripped: Leave the weights out of the engine; on opening they are read from the ONNX file beside it, which
             engines for other GPUs may share. TensorRT only, and only on a machine with a GPU.
+        gpu: Number of the GPU that standard TensorRT and ONNX Runtime build on; others do not look at it.
     """
 
     backend: str
@@ -80,6 +81,7 @@ class EngineConfig:
     optimisation: Optimisation = Optimisation.ALL
     compute: str | None = None
     stripped: bool = False
+    gpu: int = 0
 
     def __post_init__(self) -> None:
         # A mistake is reported here, before a build that may take minutes.

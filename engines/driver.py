@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from engines import generations
 from engines.errors import EngineError
 
 # Numbers from cuda.h: a capture mode that calls from other threads do not break, and two device attributes.
@@ -29,16 +30,11 @@ class Gpu:
     @property
     def advice(self) -> str | None:
         """What a user should know of it before quantizing for it, None if there is nothing."""
-        if self.capability in ("10.0", "10.3"):
-            return (
-                f"INT8 is not the fast path of the {self.name} (compute capability {self.capability}): FP8 is, with "
-                "build-engine --backend tensorrt --numbers fp8"
-            )
-        return None
+        return generations.advice(self.name, self.capability)
 
 
-def no_gpu() -> str | None:
-    """Return why no NVIDIA GPU can be used here, or None."""
+def no_gpu(number: int = 0) -> str | None:
+    """Return why the NVIDIA GPU of this number cannot be used here, or None."""
     try:
         driver = _load()
     except OSError:
@@ -47,6 +43,8 @@ def no_gpu() -> str | None:
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
         return f"no NVIDIA GPU here (the driver answered {status} and lists {count.value} devices)"
+    if not 0 <= number < count.value:
+        return f"there is no GPU {number}: this machine has {count.value}, numbered from 0"
     return None
 
 
@@ -62,6 +60,13 @@ def gpus() -> tuple[Gpu, ...]:
     count = ctypes.c_int()
     _must(driver.cuDeviceGetCount(ctypes.byref(count)), "count the GPUs")
     return tuple(_gpu(driver, ordinal) for ordinal in range(count.value))
+
+
+def cannot_run_on(number: int, backend: str) -> str | None:
+    """Return why a backend does not run on the GPU of this number, by its generation; None if there is no such GPU."""
+    for gpu in gpus()[number : number + 1]:
+        return generations.cannot_run(gpu.name, gpu.capability, backend)
+    return None
 
 
 def _gpu(driver: ctypes.CDLL, ordinal: int) -> Gpu:

@@ -46,6 +46,8 @@ class EngineFile:
             None if there is no such file.
         processor: Features of the processor it was built on (`machine.CPU_FEATURES`), because CPU runtimes choose
             kernels by them; None for engines of GPUs, or where the system does not list them.
+        gpu: Number of the GPU to open it on, where its backend runs on GPUs. It is of this machine, so the record does
+            not have it.
     """
 
     path: Path
@@ -64,10 +66,12 @@ class EngineFile:
     weights: str | None = None
     data: str | None = None
     processor: tuple[str, ...] | None = None
+    gpu: int = 0
 
     def save(self) -> Path:
         """Write the record beside the engine, whole or not at all, and return its path."""
-        record = {"format": FORMAT} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+        here_only = ("path", "gpu")
+        record = {"format": FORMAT} | {f.name: getattr(self, f.name) for f in fields(self) if f.name not in here_only}
         record["inputs"] = [asdict(spec) for spec in self.inputs]
         record["outputs"] = [asdict(spec) for spec in self.outputs]
         record["audit"] = self.audit.to_json()
@@ -86,7 +90,7 @@ class EngineFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """What is in the record: its format and own checksum, and an `EngineFile` without its path."""
+    """What is in the record: its format and own checksum, and an `EngineFile` without its path and GPU."""
 
     format: int
     backend: str

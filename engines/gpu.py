@@ -6,9 +6,10 @@ replayed; the host waits only for the last one. For small networks the launches 
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.base import Loop, TensorSpec
+from engines.cuda_driver import Address, Cuda
 from engines.driver import captured
 from engines.errors import EngineError
 from engines.files import EngineFile, read_weights
@@ -38,11 +40,10 @@ def _store_kernels(kernels: Any, path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _LoopMemory:
-    """What a loop needs on the device: the module of kernels, the seeds (N,) by input, the iteration's number (1,)."""
+    """What a loop needs on the device: the seeds (N,) by input, the iteration's number (1,)."""
 
-    kernels: Any
-    seeds: Mapping[str, Any]
-    iteration: Any
+    seeds: Mapping[str, Address]
+    iteration: Address
 
 
 class GpuRunner:
@@ -53,106 +54,118 @@ class GpuRunner:
 
     Args:
         trt: The TensorRT module, `tensorrt` or `tensorrt_rtx`.
+        cuda: The GPU; the runner closes it.
         file: The engine that is opened.
         serialized: Its bytes.
 
     Raises:
-        EngineError: The engine does not fit this GPU or this version of TensorRT.
+        EngineError: The engine does not fit this GPU or this version of TensorRT, or there is too little memory.
     """
 
-    def __init__(self, trt: Any, file: EngineFile, serialized: bytes) -> None:
-        import pycuda.driver as cuda
-
-        cuda.init()
+    def __init__(self, trt: Any, cuda: Cuda, file: EngineFile, serialized: bytes) -> None:
         self._cuda = cuda
         self._file = file
         self._inputs = {spec.name: spec for spec in file.inputs}
         self._kernels_path = file.path.with_name(f"{file.path.name}.kernels")
-        self._device = cuda.Device(0).retain_primary_context()
-        with self._current():
-            log = StringIO()
-            self._runtime = trt.Runtime(make_logger(trt, log))
-            self._engine = self._runtime.deserialize_cuda_engine(serialized)
-            if self._engine is None:
-                errors = [line for line in log.getvalue().splitlines() if line.startswith(ERROR_MARK)]
-                reason = errors[-1].removeprefix(ERROR_MARK) if errors else "no reason given"
-                raise EngineError(f"{file.backend} cannot load {file.path} on this GPU: {reason}")
-            self._refit(trt, log)
-            self._kernels, self._context = self._make_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            self._stream = cuda.Stream()
-            # All memory is allocated once, for the largest batch: an allocation inside a capture is an error.
-            self._set_shapes(file.batch[2])
-            largest = int(self._engine.device_memory_size_v2)
-            size = max(256, largest, int(self._context.update_device_memory_size_for_shapes()))
-            self._scratch = cuda.mem_alloc(size)
-            self._context.set_device_memory(int(self._scratch), size)
-            self._buffers = {spec.name: self._allocate(spec) for spec in (*file.inputs, *file.outputs)}
+        try:
+            with cuda.current():
+                self._load(trt, serialized)
+                self._allocate_all()
+        except BaseException:
+            self._release()
+            raise
+
+    def _load(self, trt: Any, serialized: bytes) -> None:
+        """Make the engine and its execution context."""
+        log = StringIO()
+        self._runtime = trt.Runtime(make_logger(trt, log))
+        self._engine = self._runtime.deserialize_cuda_engine(serialized)
+        if self._engine is None:
+            errors = [line for line in log.getvalue().splitlines() if line.startswith(ERROR_MARK)]
+            reason = errors[-1].removeprefix(ERROR_MARK) if errors else "no reason given"
+            raise EngineError(f"{self._file.backend} cannot load {self._file.path} on this GPU: {reason}")
+        self._refit(trt, log)
+        self._kernels, self._context = self._make_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def _allocate_all(self) -> None:
+        """Allocate the memory of the largest batch, once: an allocation inside a capture is an error."""
+        self._stream = self._cuda.make_stream()
+        self._set_shapes(self._file.batch[2])
+        largest = int(self._engine.device_memory_size_v2)
+        size = max(256, largest, int(self._context.update_device_memory_size_for_shapes()))
+        self._context.set_device_memory(self._cuda.allocate(size), size)
+        self._buffers = {spec.name: self._allocate(spec) for spec in (*self._file.inputs, *self._file.outputs)}
 
     def run(self, feeds: Arrays, batch: int) -> Arrays:
         """Copy the inputs to the GPU, run the network once, copy the outputs back."""
-        with self._current():
+        with self._cuda.current():
             self._upload(feeds, batch)
             self._enqueue(batch)
             return self._download()
 
     def loop(self, feeds: Arrays, batch: int, loop: Loop) -> Arrays:
         """Capture one iteration, replay it `loop.count` times, copy the last outputs back."""
-        with self._current():
+        with self._cuda.current():
             first = np.full(1, loop.first, np.int64)
             rows = {name: np.array([seed % 2**64 for seed in seeds], np.uint64) for name, seeds in loop.noise.items()}
             memory = _LoopMemory(
-                kernels=self._cuda.module_from_file(str(_KERNELS)),
-                seeds={name: self._cuda.to_device(row) for name, row in rows.items()},
-                iteration=self._cuda.to_device(first),
+                seeds={name: self._to_device(row) for name, row in rows.items()},
+                iteration=self._to_device(first),
             )
             once = self._iteration(batch, loop, memory)
             self._upload(feeds, batch)
             once()  # kernels compiled or memory allocated on first use must not fall into the capture
-            self._stream.synchronize()
+            self._cuda.synchronize(self._stream)
             self._upload(feeds, batch)  # the trial run has overwritten the inputs and the counter
-            self._cuda.memcpy_htod(memory.iteration, first)
+            self._cuda.upload(memory.iteration, first)
             capturable = getattr(self._context, "is_stream_capturable", lambda stream: True)
-            graph = captured(self._stream.handle, once) if capturable(self._stream.handle) else nullcontext(once)
+            graph = captured(self._stream, once) if capturable(self._stream) else nullcontext(once)
             with graph as replay:
                 for i in range(loop.count):
                     loop.on_step(loop.first + i)
                     replay()
                 results = self._download()
             for allocation in (*memory.seeds.values(), memory.iteration):
-                allocation.free()
+                self._cuda.free(allocation)
             return results
 
     def _iteration(self, batch: int, loop: Loop, memory: _LoopMemory) -> Callable[[], None]:
         """Return a function that puts one iteration on the stream."""
-        draw = memory.kernels.get_function("normals")
-        advance = memory.kernels.get_function("advance")
+        kernels, iteration = self._noise_kernels, memory.iteration
 
         def once() -> None:
             for name, row in memory.seeds.items():
                 count = int(np.prod(self._inputs[name].shape[1:]))  # type: ignore[arg-type]
                 blocks = -(-batch * ((count + 1) // 2) // _THREADS)  # a thread draws two numbers; rounded up
-                arguments = (self._buffers[name], row, memory.iteration, np.uint64(batch), np.uint64(count))
-                draw(*arguments, block=(_THREADS, 1, 1), grid=(blocks, 1), stream=self._stream)
+                arguments = (self._buffers[name], row, iteration, batch, count)
+                self._cuda.launch(kernels, "normals", arguments, (blocks, _THREADS), self._stream)
             self._enqueue(batch)
             for output, name in loop.feedback.items():
                 spec = self._inputs[name]
                 size = int(np.prod(spec.at_batch(batch))) * np.dtype(spec.dtype).itemsize
-                self._cuda.memcpy_dtod_async(self._buffers[name], self._buffers[output], size, self._stream)
+                self._cuda.copy(self._buffers[name], self._buffers[output], size, self._stream)
             # The counter is on the device too: a captured graph replays the same arguments every time.
-            advance(memory.iteration, block=(1, 1, 1), grid=(1, 1), stream=self._stream)
+            self._cuda.launch(kernels, "advance", (iteration,), (1, 1), self._stream)
 
         return once
 
     def free(self) -> None:
-        """Store the compiled kernels and free the device memory; the context first, the runtime last."""
-        with self._current():
-            if self._kernels is not None:
+        """Store the compiled kernels and free the device memory."""
+        if self._kernels is not None:
+            with self._cuda.current():
                 _store_kernels(self._kernels.serialize(), self._kernels_path)
-                del self._kernels
-            del self._context, self._engine, self._runtime
-            for buffer in (*self._buffers.values(), self._scratch):
-                buffer.free()
-            del self._stream
+        self._release()
+
+    def _release(self) -> None:
+        with self._cuda.current():
+            # In this order, the execution context before what it was made from; after an error some may not exist.
+            for name in ("_context", "_kernels", "_engine", "_runtime"):
+                vars(self).pop(name, None)
+        self._cuda.close()
+
+    @cached_property
+    def _noise_kernels(self) -> Any:
+        return self._cuda.kernels(_KERNELS)
 
     def _refit(self, trt: Any, log: StringIO) -> None:
         """Put the weights into a stripped engine."""
@@ -181,29 +194,26 @@ class GpuRunner:
         config.set_runtime_cache(kernels)
         return kernels, self._engine.create_execution_context(config)
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        self._device.push()
-        try:
-            yield
-        finally:
-            self._cuda.Context.pop()
+    def _to_device(self, array: npt.NDArray[Any]) -> Address:
+        address = self._cuda.allocate(array.nbytes)
+        self._cuda.upload(address, array)
+        return address
 
     def _upload(self, feeds: Arrays, batch: int) -> None:
         self._set_shapes(batch)
         for name, array in feeds.items():
-            self._cuda.memcpy_htod(self._buffers[name], array)
+            self._cuda.upload(self._buffers[name], array)
 
     def _enqueue(self, batch: int) -> None:
-        if not self._context.execute_async_v3(self._stream.handle):
+        if not self._context.execute_async_v3(self._stream):
             raise EngineError(f"{self._file.backend} failed to run {self._file.path} at batch {batch}.")
 
     def _download(self) -> Arrays:
-        self._stream.synchronize()
+        self._cuda.synchronize(self._stream)
         results: dict[str, npt.NDArray[Any]] = {}
         for spec in self._file.outputs:
             results[spec.name] = np.empty(tuple(self._context.get_tensor_shape(spec.name)), spec.dtype)
-            self._cuda.memcpy_dtoh(results[spec.name], self._buffers[spec.name])
+            self._cuda.download(results[spec.name], self._buffers[spec.name])
         return results
 
     def _set_shapes(self, batch: int) -> None:
@@ -211,9 +221,9 @@ class GpuRunner:
             if not self._context.set_input_shape(spec.name, spec.at_batch(batch)):
                 raise EngineError(f"{self._file.backend} refuses shape {spec.at_batch(batch)} for {spec.name!r}.")
 
-    def _allocate(self, spec: TensorSpec) -> Any:
+    def _allocate(self, spec: TensorSpec) -> Address:
         """Allocate device memory for a tensor at the shapes now set, and register its address with the context."""
         shape = tuple(self._context.get_tensor_shape(spec.name))
-        buffer = self._cuda.mem_alloc(max(1, int(np.prod(shape)) * np.dtype(spec.dtype).itemsize))
-        self._context.set_tensor_address(spec.name, int(buffer))
-        return buffer
+        address = self._cuda.allocate(max(1, int(np.prod(shape)) * np.dtype(spec.dtype).itemsize))
+        self._context.set_tensor_address(spec.name, address)
+        return address

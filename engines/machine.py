@@ -31,6 +31,7 @@ PACKAGES = (
     "tensorrt",
     "tensorrt_rtx_cu13_bindings",
     "pycuda",
+    "cuda-bindings",
 )
 
 

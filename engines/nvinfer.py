@@ -17,9 +17,11 @@ from typing import Any
 
 import onnx
 
+from engines import cuda_driver
 from engines.audit import read_layer_list
 from engines.base import Audit, EngineConfig
 from engines.bisect_graph import first_failing_node
+from engines.cuda_driver import open_cuda
 from engines.driver import no_gpu
 from engines.errors import EngineError
 from engines.files import EngineFile
@@ -33,15 +35,11 @@ from engines.runner import OpenEngine
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def cannot_run(module: str, package: str) -> str | None:
-    """Return the reason why an engine of this TensorRT cannot run here, or None."""
+def cannot_run(module: str, package: str, gpu: int = 0) -> str | None:
+    """Return the reason why an engine of this TensorRT cannot run on the GPU of this number, or None."""
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed: pip install {package}"
-    if problem := no_gpu():
-        return problem
-    if importlib.util.find_spec("pycuda") is None:
-        return "PyCUDA is not installed: pip install pycuda"
-    return None
+    return no_gpu(gpu) or cuda_driver.missing()
 
 
 def build(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
@@ -50,7 +48,7 @@ def build(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) -> Au
     Raises:
         EngineError: The parser or builder refused the model, or the child process died; the message names the node.
     """
-    if config.stripped and (problem := no_gpu()):
+    if config.stripped and (problem := no_gpu(config.gpu)):
         raise EngineError(f"{config.backend} cannot leave out the weights without a GPU: {problem}.")
     attempt = _attempt(module, graph, path, config)
     if attempt.status:
@@ -91,7 +89,11 @@ def _attempt(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) ->
         search_path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         child = subprocess.run(
             [sys.executable, "-P", "-m", "engines.nvinfer_child", json.dumps(asdict(job))],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search_path))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, search_path)),
+                **_only(config.gpu),  # TensorRT builds on the first that it sees
+            },
             capture_output=True,
             text=True,
             errors="replace",  # a crash may cut a character in two
@@ -99,6 +101,14 @@ def _attempt(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) ->
         )
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return _Attempt(status=child.returncode, log=text, stderr=child.stderr)
+
+
+def _only(gpu: int) -> dict[str, str]:
+    """Return the environment in which a process sees this GPU first, of those that this one sees."""
+    if gpu == 0:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {"CUDA_VISIBLE_DEVICES": visible[gpu] if gpu < len(visible) else str(gpu)}
 
 
 def _reason(backend: str, attempt: _Attempt) -> str:
@@ -131,5 +141,5 @@ def _computed_scale(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
 
 
 def open_file(trt: Any, file: EngineFile) -> OpenEngine:
-    """Load an engine on the first GPU."""
-    return OpenEngine(file, GpuRunner(trt, file, file.path.read_bytes()))
+    """Load an engine on its GPU."""
+    return OpenEngine(file, GpuRunner(trt, open_cuda(file.gpu), file, file.path.read_bytes()))

@@ -4,9 +4,9 @@ On the GPU (its CUDA execution provider) there are no INT8 convolutions: integer
 computed with in FP16. That is for machines without TensorRT, and for comparison.
 """
 
-import functools
 import importlib.util
 import tempfile
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -30,28 +30,44 @@ class Device(StrEnum):
 
 
 _LEVELS = {Optimisation.BASIC: "ORT_ENABLE_BASIC", Optimisation.ALL: "ORT_ENABLE_ALL"}
-# Operators without a CUDA kernel fall back to the CPU.
-_PROVIDERS = {
-    Device.CPU: ["CPUExecutionProvider"],
-    Device.CUDA: ["CUDAExecutionProvider", "CPUExecutionProvider"],
-}
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
 _ERRORS_ONLY = 3  # log severity
 
 
-def missing() -> str | None:
-    """Return the reason why ONNX Runtime cannot be used here, or None."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a session computes: the kind of device, and the number of the GPU if it is one."""
+
+    device: Device
+    gpu: int
+
+    @property
+    def number(self) -> int:
+        """The device's number, as ONNX Runtime has it; of CPUs there is one."""
+        return self.gpu if self.device is Device.CUDA else 0
+
+    @property
+    def providers(self) -> list[str | tuple[str, dict[str, str]]]:
+        """What ONNX Runtime computes with."""
+        # Operators without a CUDA kernel fall back to the CPU.
+        return [_CPU] if self.device is Device.CPU else [(_CUDA, {"device_id": str(self.number)}), _CPU]
+
+
+def missing(gpu: int = 0) -> str | None:
+    """Return the reason why ONNX Runtime cannot be used here, on the CPU, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed: pip install onnxruntime"
     return None
 
 
-def missing_cuda() -> str | None:
-    """Return the reason why ONNX Runtime cannot be used on a GPU here, or None."""
-    if problem := missing() or no_gpu():
+def missing_cuda(gpu: int = 0) -> str | None:
+    """Return the reason why ONNX Runtime cannot be used on the GPU of this number, or None."""
+    if problem := missing() or no_gpu(gpu):
         return problem
     import onnxruntime
 
-    if _PROVIDERS[Device.CUDA][0] not in onnxruntime.get_available_providers():
+    if _CUDA not in onnxruntime.get_available_providers():
         return "this ONNX Runtime is for CPUs: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
     return None
 
@@ -71,7 +87,7 @@ def build(graph: OnnxGraph, path: Path, config: EngineConfig, *, device: Device)
         external = {"file_name": f"{optimised_path.name}.data", "min_size_in_bytes": "1024"}
         for key, value in external.items():
             options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
-        _session(path, device, options)
+        _session(path, Place(device=device, gpu=config.gpu), options)
         optimised = onnx.load(optimised_path, load_external_data=False)
     # ONNX Runtime does not report its kernels, but the graph that its optimiser leaves says the same:
     # an integer operator in the optimised graph computes in integers; a float one after DequantizeLinear does not.
@@ -93,8 +109,9 @@ def open_file(file: EngineFile, *, device: Device) -> OpenEngine:
     Raises:
         EngineError: ONNX Runtime cannot load it.
     """
-    session = _session(file.path, device, _session_options(file.threads, file.optimisation))
-    return OpenEngine(file, _SessionRunner(file, session, device))
+    place = Place(device=device, gpu=file.gpu)
+    session = _session(file.path, place, _session_options(file.threads, file.optimisation))
+    return OpenEngine(file, _SessionRunner(file, session, place))
 
 
 class _SessionRunner:
@@ -103,13 +120,13 @@ class _SessionRunner:
     Args:
         file: The engine that is opened.
         session: The session that holds it.
-        device: Where the session computes.
+        place: Where the session computes.
     """
 
-    def __init__(self, file: EngineFile, session: Any, device: Device) -> None:
+    def __init__(self, file: EngineFile, session: Any, place: Place) -> None:
         self._file = file
         self._session = session
-        self._device = device
+        self._place = place.device.value, place.number
 
     def run(self, feeds: Arrays, batch: int) -> Arrays:
         """Run once and return fresh arrays by output name."""
@@ -146,13 +163,13 @@ class _SessionRunner:
     def _inputs(self, feeds: Arrays) -> dict[str, Any]:
         from onnxruntime import OrtValue
 
-        return {name: OrtValue.ortvalue_from_numpy(array.copy(), str(self._device), 0) for name, array in feeds.items()}
+        return {name: OrtValue.ortvalue_from_numpy(array.copy(), *self._place) for name, array in feeds.items()}
 
     def _outputs(self, batch: int) -> dict[str, Any]:
         from onnxruntime import OrtValue
 
-        make = functools.partial(OrtValue.ortvalue_from_shape_and_type, device_type=str(self._device))
-        return {spec.name: make(spec.at_batch(batch), spec.dtype) for spec in self._file.outputs}
+        make = OrtValue.ortvalue_from_shape_and_type
+        return {spec.name: make(spec.at_batch(batch), spec.dtype, *self._place) for spec in self._file.outputs}
 
 
 def _arrays(values: dict[str, Any]) -> Arrays:
@@ -171,12 +188,12 @@ def _session_options(threads: int | None, optimisation: Optimisation) -> Any:
     return options
 
 
-def _session(engine: Path, device: Device, options: Any) -> Any:
+def _session(engine: Path, place: Place, options: Any) -> Any:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
     try:
-        session = onnxruntime.InferenceSession(engine, options, providers=_PROVIDERS[device])
+        session = onnxruntime.InferenceSession(engine, options, providers=place.providers)
     except (  # they share no base below Exception
         failures.Fail,
         failures.InvalidArgument,
@@ -186,6 +203,7 @@ def _session(engine: Path, device: Device, options: Any) -> Any:
         failures.RuntimeException,
     ) as error:
         raise EngineError(f"onnxruntime cannot load this model: {str(error).splitlines()[0]}") from None
-    if session.get_providers()[0] != _PROVIDERS[device][0]:  # it only logs that the one for the GPU did not load
+    # It only logs that its part for the GPU did not load.
+    if place.device is Device.CUDA and session.get_providers()[0] != _CUDA:
         raise EngineError("onnxruntime could not load its CUDA libraries; they must fit its version (see its log).")
     return session

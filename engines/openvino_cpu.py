@@ -41,8 +41,8 @@ class _Compilation:
     streams: int = 1
 
 
-def missing() -> str | None:
-    """Return the reason why OpenVINO cannot be used here, or None."""
+def missing(gpu: int = 0) -> str | None:
+    """Return the reason why OpenVINO cannot be used here, on the CPU, or None."""
     if importlib.util.find_spec("openvino") is None:
         return "OpenVINO is not installed: pip install openvino"
     return None

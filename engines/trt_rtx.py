@@ -8,7 +8,7 @@ import onnx
 
 from engines import nvinfer
 from engines.base import Audit, EngineConfig
-from engines.driver import gpus
+from engines.driver import cannot_run_on
 from engines.errors import EngineError, EngineWarning
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
@@ -17,29 +17,19 @@ from engines.runner import OpenEngine
 # What TensorRT-RTX 1.7 can build for. The builder only logs a target it does not know, and goes on without it.
 FLOAT8_TARGETS = ("sm89", "sm120", "sm121")
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-# First numbers of the compute capabilities that it does not run on: data-centre Hopper and Blackwell.
-_LEFT_OUT = ("9", "10")
 
 
-def cannot_build() -> str | None:
+def cannot_build(gpu: int = 0) -> str | None:
     """Return the reason why no engine can be built here, or None."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return "tensorrt_rtx is not installed: pip install tensorrt-rtx"
     return None
 
 
-def cannot_run() -> str | None:
-    """Return the reason why no engine can run here, or None."""
+def cannot_run(gpu: int = 0) -> str | None:
+    """Return the reason why no engine can run on the GPU of this number, or None."""
     # The GPU first: whoever has one that it leaves out need not install it.
-    return _left_out() or nvinfer.cannot_run("tensorrt_rtx", "tensorrt-rtx")
-
-
-def _left_out() -> str | None:
-    """Return that TensorRT-RTX does not run on this machine's first GPU, which is the one it would take; else None."""
-    for gpu in gpus()[:1]:
-        if gpu.capability.partition(".")[0] in _LEFT_OUT:
-            return f"TensorRT-RTX does not run on the {gpu.name} (compute capability {gpu.capability}); use tensorrt"
-    return None
+    return cannot_run_on(gpu, "tensorrt-rtx") or nvinfer.cannot_run("tensorrt_rtx", "tensorrt-rtx", gpu)
 
 
 def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
@@ -50,7 +40,7 @@ def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
 
     Warns with an `EngineWarning` if TensorRT-RTX does not run on the GPU of this machine.
     """
-    if not config.targets and (problem := _left_out()):
+    if not config.targets and (problem := cannot_run_on(config.gpu, "tensorrt-rtx")):
         warnings.warn(f"{problem} here. The engine is for another machine", EngineWarning, stacklevel=3)
     if unknown := [target for target in config.targets if target not in TARGETS]:
         raise EngineError(f"Unknown tensorrt-rtx targets {unknown}. Choose from {list(TARGETS)}.")
@@ -62,7 +52,7 @@ def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
 
 
 def open_file(file: EngineFile) -> OpenEngine:
-    """Load the engine on the first GPU."""
+    """Load the engine on its GPU."""
     import tensorrt_rtx
 
     return nvinfer.open_file(tensorrt_rtx, file)

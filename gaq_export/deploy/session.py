@@ -66,7 +66,7 @@ def sampling_of(
 
 
 def open_engines(file: EngineFile) -> Engine:
-    """Open an engine file and those that take turns with it, if any, on as many threads; use it in a `with` statement.
+    """Open an engine file and those that take turns with it, if any, all alike; use it in a `with` statement.
 
     Raises:
         GaqError: one of the others is of another build.
@@ -77,7 +77,7 @@ def open_engines(file: EngineFile) -> Engine:
         return engines.open_engine(file)
     with ExitStack() as stack:  # closes what is already open if a later engine cannot be opened
         # This engine comes last, as `Switching.turns` counts.
-        files = (*(replace(other, threads=file.threads) for other in others_of(file)), file)
+        files = (*(_opened_as(file, other) for other in others_of(file)), file)
         opened = [stack.enter_context(engines.open_engine(one)) for one in files]
         stack.pop_all()  # from here on the switch closes them
     return EngineSwitch(opened, switching.turns, "step")
@@ -97,6 +97,11 @@ def _linked(file: EngineFile, link: LinkedFile) -> EngineFile:
     return other
 
 
+def _opened_as(file: EngineFile, other: EngineFile) -> EngineFile:
+    """Return another engine file, to be opened on the threads and the GPU that `file` is opened on."""
+    return replace(other, threads=file.threads, gpu=file.gpu)
+
+
 def decoder_of(file: EngineFile) -> EngineFile | None:
     """Return the engine file of the decoder of an engine's latents, None if it has none; raise as `others_of`."""
     link = record_of(file).decoder
@@ -105,12 +110,12 @@ def decoder_of(file: EngineFile) -> EngineFile | None:
 
 @contextmanager
 def open_decoder(file: EngineFile) -> Iterator[Decode | None]:
-    """Open the decoder that belongs to an engine file, on as many threads; yield None if it has none."""
+    """Open the decoder that belongs to an engine file, as that is opened; yield None if it has none."""
     other = decoder_of(file)
     if other is None:
         yield None
         return
-    with engines.open_engine(replace(other, threads=file.threads)) as opened:
+    with engines.open_engine(_opened_as(file, other)) as opened:
         yield lambda x: torch.from_numpy(opened({LATENTS: x.numpy()})[IMAGES])
 
 
@@ -160,7 +165,7 @@ def open_texts(file: EngineFile) -> Iterator[Texts]:
     except ImportError:
         raise GaqError("Prompts need a tokenizer: pip install 'gaq-export[text]'.") from None
     # All files are checked before the first engine is opened.
-    files = [replace(_linked(file, link), threads=file.threads) for link in texts.engines]
+    files = [_opened_as(file, _linked(file, link)) for link in texts.engines]
     tokenizers = [_read_tokenizer(file, link) for link in texts.tokenizers]
     with ExitStack() as stack:
         opened = [stack.enter_context(engines.open_engine(one)) for one in files]

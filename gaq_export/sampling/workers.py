@@ -58,7 +58,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         # One thread each: workers share the machine without slowing each other down, and sums keep their order.
         torch.set_num_threads(1)
-        file = replace(engines.load_engine_file(job.file.path), threads=1)
+        file = replace(engines.load_engine_file(job.file.path), threads=1, gpu=job.file.gpu)
         with ExitStack() as stack:
             opened = stack.enter_context(session.open_engines(file))
             decode = stack.enter_context(session.open_decoder(file))
@@ -161,12 +161,18 @@ def draw_on_ray(job: Job, tasks: Sequence[Task], address: str) -> Iterator[Drawn
     except (ConnectionError, ValueError) as error:
         raise GaqError(f"No Ray cluster at {address!r}: {' '.join(str(error).split())}") from error
     try:
+        # An actor whose engine is of a GPU has one for itself; the others have a core.
+        on_gpu = engines.find_backend(job.file.backend).on_gpu
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        count = min(len(tasks), max(1, int(resources.get("CPU", 1))))
+        if on_gpu and not resources.get("GPU"):
+            raise GaqError(
+                f"{job.file.path} needs a GPU ({job.file.backend}), and the cluster at {address!r} has none."
+            )
+        count = min(len(tasks), max(1, int(resources.get("GPU" if on_gpu else "CPU", 1))))
         # The files travel as one object in Ray's store, since the machines need not share a disk.
         content = ray.put({path.name: path.read_bytes() for path in files_of(job.file)})
         # -1 is without limit: machines of a cluster may come and go.
-        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Actor)
+        actor = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=-1)(_Actor)
         pool = ActorPool([actor.remote() for _ in range(count)])
         yield from pool.map_unordered(lambda one, task: one.draw.remote(content, job, task), list(tasks))
     finally:
@@ -185,7 +191,8 @@ class _Actor:
         if self._worker is None:
             for name, data in content.items():
                 Path(self._folder.name, name).write_bytes(data)
-            here = replace(job.file, path=Path(self._folder.name, job.file.path.name))
+            # Ray shows an actor its own GPU alone, as number 0.
+            here = replace(job.file, path=Path(self._folder.name, job.file.path.name), gpu=0)
             self._worker = Worker(replace(job, file=here))
         return self._worker.draw(task)
 

@@ -58,6 +58,13 @@ def test_without_a_gpu_or_a_driver_the_reason_is_given(monkeypatch: pytest.Monke
     assert driver.gpus() == ()
 
 
+def test_a_gpu_of_a_number_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, _Library(count=2))
+    assert driver.no_gpu(1) is None
+    for number in (2, -1):
+        assert driver.no_gpu(number) == f"there is no GPU {number}: this machine has 2, numbered from 0"
+
+
 def test_work_is_captured_once_and_replayed_and_everything_is_destroyed(monkeypatch: pytest.MonkeyPatch) -> None:
     library = _install(monkeypatch, _Library())
     done: list[str] = []

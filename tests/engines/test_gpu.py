@@ -3,13 +3,17 @@
 It shows that the right calls come in the right order; `make gpu-check` shows that a real GPU obeys them.
 """
 
+import ctypes
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import IntEnum
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ import pytest
 
 from engines import EngineError, EngineFile, Loop, open_engine
 from engines import gpu as gpu_module
+from engines.cuda_driver import open_cuda
 from engines.gpu import GpuRunner
 from engines.philox import normals
 from engines.runner import OpenEngine
@@ -29,89 +34,75 @@ X = np.linspace(-1, 1, 3 * 16, dtype=np.float32).reshape(3, 1, 4, 4)
 FEEDS = {"x": X, "step": np.zeros(1, np.int64)}
 
 
-class _Memory:
-    """Device memory: bytes at an address; using it after it was freed is an error."""
-
-    def __init__(self, device: "_Device", size: int) -> None:
-        self.bytes, self._device = bytearray(size), device
-        device.memory[id(self)] = self
-
-    def __int__(self) -> int:
-        return id(self)
-
-    def free(self) -> None:
-        del self._device.memory[id(self)]
-
-
 class _Device:
-    """A driver, a runtime and a capture that share one stream."""
+    """A GPU and its driver on the host: memory by address, one stream, and its capture."""
 
     def __init__(self) -> None:
-        self.memory: dict[int, _Memory] = {}
+        self.memory: dict[int, bytearray] = {}
+        self._last = 0
         self.capturing: list[Callable[[], None]] | None = None
-        self.captures = self.launches = 0
+        self.captures = self.launches = self.current = self.retained = 0
         self.loaded: list[bytes] = []
         self.refitted: list[bytes] = []
-        self.cuda: Any = SimpleNamespace(
-            init=lambda: None,
-            Device=lambda index: SimpleNamespace(retain_primary_context=lambda: SimpleNamespace(push=lambda: None)),
-            Context=SimpleNamespace(pop=lambda: None),
-            Stream=lambda: SimpleNamespace(handle=1, synchronize=self._not_while_capturing),
-            mem_alloc=lambda size: _Memory(self, size),
-            to_device=self._to_device,
-            memcpy_htod=self._copy_in,
-            memcpy_dtoh=self._copy_out,
-            memcpy_dtod_async=lambda to, source, size, stream: self._put(lambda: self._copy(to, source, size)),
-            module_from_file=lambda path: SimpleNamespace(get_function=lambda name: getattr(self, f"_{name}")),
-        )
+
+    def allocate(self, size: int) -> int:
+        assert self.current
+        if size > 1 << 30:
+            raise OverflowError
+        self._last += 256
+        self.memory[self._last] = bytearray(size)
+        return self._last
+
+    def copy_in(self, to: int, content: bytes) -> None:
+        assert self.capturing is None
+        self.memory[to][: len(content)] = content
+
+    def copy_out(self, source: int, size: int) -> bytes:
+        assert self.capturing is None
+        return bytes(self.memory[source][:size])
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        def work() -> None:
+            self.memory[to][:size] = self.memory[source][:size]
+
+        self.put(work)
+
+    def launch(self, name: str, arguments: list[int], threads: int) -> None:
+        self.put({"normals": self._normals, "advance": self._advance}[name](arguments, threads))
 
     def _refit(self, weights: bytes) -> bool:
         self.refitted.append(weights)
         return weights != b"other"
 
-    def _put(self, work: Callable[[], None]) -> None:
+    def put(self, work: Callable[[], None]) -> None:
         """What is put on the stream runs at once, or, while it is captured, when the graph is launched."""
         if self.capturing is None:
             work()
         else:
             self.capturing.append(work)
 
-    def _not_while_capturing(self) -> None:
+    def synchronize(self) -> None:
         assert self.capturing is None
 
-    def _to_device(self, array: npt.NDArray[Any]) -> _Memory:
-        memory = _Memory(self, array.nbytes)
-        self._copy_in(memory, array)
-        return memory
-
-    def _copy_in(self, memory: _Memory, array: npt.NDArray[Any]) -> None:
-        self._not_while_capturing()
-        memory.bytes[: array.nbytes] = array.tobytes()
-
-    def _copy_out(self, array: npt.NDArray[Any], memory: _Memory) -> None:
-        self._not_while_capturing()
-        array[...] = np.frombuffer(memory.bytes, array.dtype, array.size).reshape(array.shape)
-
-    def _copy(self, to: _Memory, source: _Memory, size: int) -> None:
-        assert {int(to), int(source)} <= self.memory.keys()
-        to.bytes[:size] = source.bytes[:size]
-
-    def _normals(self, out: _Memory, seeds: _Memory, iteration: _Memory, rows: Any, count: Any, **launch: Any) -> None:
-        assert launch["grid"][0] * launch["block"][0] >= int(rows) * (int(count) + 1) // 2
+    def _normals(self, arguments: list[int], threads: int) -> Callable[[], None]:
+        out, seeds, iteration, rows, count = arguments
+        assert threads >= rows * ((count + 1) // 2)
 
         def work() -> None:
-            (i,) = np.frombuffer(iteration.bytes, np.int64)
-            keys = np.frombuffer(seeds.bytes, np.uint64)[: int(rows)].tolist()
-            noise = normals(keys, int(i) + 1, (int(count),))
-            out.bytes[: noise.nbytes] = noise.tobytes()
+            (i,) = np.frombuffer(self.memory[iteration], np.int64)
+            keys = np.frombuffer(self.memory[seeds], np.uint64)[:rows].tolist()
+            noise = normals(keys, int(i) + 1, (count,))
+            self.memory[out][: noise.nbytes] = noise.tobytes()
 
-        self._put(work)
+        return work
 
-    def _advance(self, iteration: _Memory, **launch: Any) -> None:
+    def _advance(self, arguments: list[int], threads: int) -> Callable[[], None]:
+        (iteration,) = arguments
+
         def work() -> None:
-            iteration.bytes[:] = (np.frombuffer(iteration.bytes, np.int64) + 1).tobytes()
+            self.memory[iteration][:] = (np.frombuffer(self.memory[iteration], np.int64) + 1).tobytes()
 
-        self._put(work)
+        return work
 
     @contextmanager
     def captured(self, stream: int, work: Callable[[], None]) -> Iterator[Callable[[], None]]:
@@ -175,7 +166,7 @@ class _Context:
         return 1000
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert len(self._device.memory[address].bytes) == size == 2000
+        assert len(self._device.memory[address]) == size == 2000
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self._addresses[name] = address
@@ -184,7 +175,7 @@ class _Context:
         shapes = dict(self._shapes)  # those of the moment it is enqueued
 
         def work() -> None:
-            memory = {name: self._device.memory[address].bytes for name, address in self._addresses.items()}
+            memory = {name: self._device.memory[address] for name, address in self._addresses.items()}
             feeds = {}
             for port in self._session.get_inputs():
                 kind, shape = np.int64 if "int64" in port.type else np.float32, shapes[port.name]
@@ -193,15 +184,117 @@ class _Context:
             for name, output in zip(names, self._session.run(names, feeds), strict=True):
                 memory[name][: output.nbytes] = output.tobytes()
 
-        self._device._put(work)
+        self._device.put(work)
         return True
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> _Device:
+def _pycuda(device: _Device) -> Any:
+    """PyCUDA's driver module, for this device."""
+
+    class Allocation:
+        def __init__(self, size: int) -> None:
+            self.address = device.allocate(size)
+
+        def __int__(self) -> int:
+            return self.address
+
+        def free(self) -> None:
+            del device.memory[self.address]
+
+    def fill(array: npt.NDArray[Any], source: int) -> None:
+        array.reshape(-1).view(np.uint8)[:] = np.frombuffer(device.copy_out(source, array.nbytes), np.uint8)
+
+    def launch(name: str, *words: np.uint64, block: tuple[int, ...], grid: tuple[int, ...], stream: Any) -> None:
+        device.launch(name, [int(word) for word in words], grid[0] * block[0])
+
+    def enter(by: int) -> None:
+        device.current += by
+
+    return SimpleNamespace(
+        MemoryError=OverflowError,
+        init=lambda: None,
+        Device=lambda index: SimpleNamespace(
+            retain_primary_context=lambda: SimpleNamespace(push=lambda: enter(1), number=index)
+        ),
+        Context=SimpleNamespace(pop=lambda: enter(-1)),
+        Stream=lambda: SimpleNamespace(handle=7, synchronize=device.synchronize),
+        mem_alloc=Allocation,
+        memcpy_htod=lambda to, array: device.copy_in(to, array.tobytes()),
+        memcpy_dtoh=fill,
+        memcpy_dtod_async=lambda to, source, size, stream: device.copy(to, source, size),
+        module_from_file=lambda path: SimpleNamespace(get_function=lambda name: partial(launch, name)),
+    )
+
+
+def _bindings(device: _Device) -> Any:
+    """The driver module of cuda-bindings, for this device: statuses, pointers and handles in place of objects."""
+    status = IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2, "CUDA_ERROR_INVALID_DEVICE": 101})
+
+    def count(name: str, by: int) -> Any:
+        setattr(device, name, getattr(device, name) + by)
+
+    def launch(function: bytes, *shape: int) -> None:
+        *blocks_threads_shared, _, pointers, extra = shape
+        assert (blocks_threads_shared[1:3], blocks_threads_shared[4:], extra) == ([1, 1], [1, 1, 0], 0)
+        words = {b"normals": 5, b"advance": 1}[function]
+        at = np.ctypeslib.as_array((ctypes.c_uint64 * words).from_address(pointers))
+        arguments = [ctypes.c_uint64.from_address(int(one)).value for one in at]
+        device.launch(function.decode(), arguments, blocks_threads_shared[0] * blocks_threads_shared[3])
+
+    def get(gpu: int) -> Any:
+        return (status.CUDA_SUCCESS, gpu) if gpu < 2 else (status.CUDA_ERROR_INVALID_DEVICE, 0)
+
+    functions: dict[str, Callable[..., Any]] = {
+        "cuInit": lambda flags: None,
+        "cuDevicePrimaryCtxRetain": lambda gpu: count("retained", 1) or 9,
+        "cuDevicePrimaryCtxRelease": lambda gpu: count("retained", -1),
+        "cuCtxPushCurrent": lambda context: count("current", 1),
+        "cuCtxPopCurrent": lambda: count("current", -1) or 9,
+        "cuMemAlloc": device.allocate,
+        "cuMemFree": lambda address: device.memory.pop(address) and None,
+        "cuMemcpyHtoD": lambda to, pointer, size: device.copy_in(to, ctypes.string_at(pointer, size)),
+        "cuMemcpyDtoH": lambda pointer, source, size: (
+            ctypes.memmove(pointer, device.copy_out(source, size), size) and None
+        ),
+        "cuMemcpyDtoDAsync": lambda to, source, size, stream: device.copy(to, source, size),
+        "cuStreamCreate": lambda flags: 7,
+        "cuStreamSynchronize": lambda stream: device.synchronize(),
+        "cuStreamDestroy": lambda stream: None,
+        "cuModuleLoad": lambda path: b"module",
+        "cuModuleUnload": lambda module: None,
+        "cuModuleGetFunction": lambda module, name: name,
+        "cuLaunchKernel": launch,
+    }
+
+    def returning(name: str, work: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            try:
+                result = work(*arguments)
+            except OverflowError:
+                return status.CUDA_ERROR_OUT_OF_MEMORY, 0
+            return (status.CUDA_SUCCESS,) if result is None else (status.CUDA_SUCCESS, result)
+
+        call.__name__ = name
+        return call
+
+    get.__name__ = "cuDeviceGet"
+    calls = {name: returning(name, work) for name, work in functions.items()}
+    return SimpleNamespace(CUresult=status, cuDeviceGet=get, **calls)
+
+
+@pytest.fixture(params=["pycuda", "cuda-bindings"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> _Device:
     made = _Device()
-    monkeypatch.setitem(sys.modules, "pycuda", SimpleNamespace(driver=made.cuda))
-    monkeypatch.setitem(sys.modules, "pycuda.driver", made.cuda)
+    name = {"pycuda": "pycuda", "cuda-bindings": "cuda.bindings"}[request.param]
+    driver = _pycuda(made) if request.param == "pycuda" else _bindings(made)
+    for module in ("pycuda", "cuda"):
+        monkeypatch.setitem(sys.modules, module, None)
+    package = ModuleType(name)
+    package.__spec__ = ModuleSpec(name, None)
+    package.driver = driver  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name.partition(".")[0], ModuleType(name.partition(".")[0]))
+    monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setitem(sys.modules, f"{name}.driver", driver)
     monkeypatch.setattr(gpu_module, "captured", made.captured)
     return made
 
@@ -214,7 +307,7 @@ def file(walker) -> EngineFile:
 
 def _open(device: _Device, file: EngineFile, *, capturable: bool = True, caches: bool = False) -> OpenEngine:
     trt = device.runtime(capturable=capturable, caches=caches)
-    return OpenEngine(file, GpuRunner(trt, file, file.path.read_bytes()))
+    return OpenEngine(file, GpuRunner(trt, open_cuda(1), file, file.path.read_bytes()))
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -243,6 +336,24 @@ def test_all_memory_is_given_back(device: _Device, file: EngineFile) -> None:
         held = len(device.memory)
         gpu.loop(FEEDS, Loop(count=2, feedback=FEEDBACK, noise={"noise": SEEDS}))
         assert len(device.memory) == held
+    assert (device.memory, device.current, device.retained) == ({}, 0, 0)
+
+
+def test_an_engine_that_does_not_load_holds_nothing(device: _Device, file: EngineFile) -> None:
+    trt = device.runtime(capturable=True, caches=False)
+    trt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda model: None)
+    with pytest.raises(EngineError, match=r"onnxruntime cannot load .*walker.* on this GPU: no reason given"):
+        GpuRunner(trt, open_cuda(0), file, b"")
+    assert (device.memory, device.current, device.retained) == ({}, 0, 0)
+
+
+def test_memory_that_ran_out_and_a_failing_driver_are_errors_of_one_line(device: _Device) -> None:
+    cuda = open_cuda(0)
+    with cuda.current():
+        assert cuda.allocate(8)
+        with pytest.raises(EngineError, match=r"^The GPU's memory ran out: free some, .*smaller largest batch\.$"):
+            cuda.allocate(1 << 40)
+    cuda.close()
     assert device.memory == {}
 
 

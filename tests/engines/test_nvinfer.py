@@ -133,6 +133,16 @@ def _scales() -> onnx.TensorProto:
     return onnx.helper.make_tensor("scales", TensorProto.FLOAT, (2,), [0.1, 0.2])
 
 
+@pytest.mark.parametrize(("visible", "gpu", "seen"), [
+    (None, 0, {}), ("2,3", 0, {}), (None, 1, {"CUDA_VISIBLE_DEVICES": "1"}), ("2,3", 1, {"CUDA_VISIBLE_DEVICES": "3"}),
+])  # fmt: skip
+def test_the_builder_sees_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, visible, gpu, seen) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert nvinfer_module._only(gpu) == seen
+
+
 @pytest.mark.skipif(no_gpu() is None, reason="this machine has an NVIDIA GPU")
 def test_what_is_missing_to_run_is_named_in_the_order_to_install_it() -> None:
     assert nvinfer_module.cannot_run("no_such_trt", "no-such") == "no_such_trt is not installed: pip install no-such"

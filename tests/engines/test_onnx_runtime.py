@@ -1,16 +1,20 @@
 """What ONNX Runtime alone is asked: which device, how far to optimise, and what is missing."""
 
 import importlib.util
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from engines import EngineConfig, EngineError, build, onnx_runtime, open_engine
+from engines.graph import read_onnx
 
 
 def test_a_runtime_for_cpus_says_which_package_has_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_runtime, "no_gpu", lambda: None)
+    monkeypatch.setattr(onnx_runtime, "no_gpu", lambda number: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert str(onnx_runtime.missing_cuda()).endswith("then pip install onnxruntime-gpu")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -19,11 +23,18 @@ def test_a_runtime_for_cpus_says_which_package_has_cuda(monkeypatch: pytest.Monk
     assert onnx_runtime.missing_cuda() == "ONNX Runtime is not installed: pip install onnxruntime"
 
 
-@pytest.mark.filterwarnings("ignore:Specified provider")
-def test_a_gpu_whose_libraries_do_not_load_is_an_error_and_not_a_slow_engine(tiny_onnx, monkeypatch) -> None:
-    monkeypatch.setattr(onnx_runtime, "_PROVIDERS", {"cpu": ["CUDAExecutionProvider", "CPUExecutionProvider"]})
+def test_a_gpu_whose_libraries_do_not_load_is_an_error_and_not_a_slow_engine(tiny_onnx, monkeypatch, tmp_path) -> None:
+    config = EngineConfig(backend="onnxruntime-cuda", gpu=1)
+    graph = read_onnx(tiny_onnx("float"))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", partial(_session, seen := []))
     with pytest.raises(EngineError, match="could not load its CUDA libraries"):
-        build(tiny_onnx("float"), tiny_onnx("float").with_suffix(".plan"), EngineConfig(backend="onnxruntime"))
+        onnx_runtime.build(graph, tmp_path / "unet.plan", config, device=onnx_runtime.Device.CUDA)
+    assert seen == [("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
+
+
+def _session(seen: list[Any], *arguments: Any, providers: list[Any]) -> Any:
+    seen += providers
+    return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
 
 def test_without_optimisation_no_layer_is_integer_but_the_result_is_the_same(tiny_onnx, feeds, tmp_path) -> None:

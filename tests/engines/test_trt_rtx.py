@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from engines import Audit, EngineConfig, EngineError, build, nvinfer, open_engine, trt_rtx
+from engines import Audit, EngineConfig, EngineError, build, driver, nvinfer, open_engine, trt_rtx
 from engines.driver import Gpu, no_gpu
 from engines.graph import read_onnx
 
@@ -78,7 +78,7 @@ def test_a_graph_the_builder_refuses_is_a_one_line_error(tiny_onnx):
 ])  # fmt: skip
 def test_a_gpu_that_it_does_not_run_on_is_named_before_the_build(tiny_onnx, monkeypatch, capability, targets, warned):
     gpu = Gpu(name="NVIDIA X100", capability=capability, memory_bytes=1, cuda="13.0")
-    monkeypatch.setattr(trt_rtx, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(driver, "gpus", lambda: (gpu,))
     monkeypatch.setattr(trt_rtx, "cannot_build", lambda: None)
     monkeypatch.setattr(nvinfer, "build", lambda *args: Audit(kernels=(), weight_bytes={}))
     graph, config = read_onnx(tiny_onnx("int8")), EngineConfig(backend="tensorrt-rtx", targets=targets)
@@ -86,7 +86,7 @@ def test_a_gpu_that_it_does_not_run_on_is_named_before_the_build(tiny_onnx, monk
         warnings.simplefilter("always")
         trt_rtx.build(graph, tiny_onnx("int8").with_name("unet.plan"), config)
     line = (
-        f"TensorRT-RTX does not run on the NVIDIA X100 (compute capability {capability}); use tensorrt here. The "
+        f"tensorrt-rtx does not run on the NVIDIA X100 (compute capability {capability}): use tensorrt here. The "
         "engine is for another machine"
     )
     assert [str(w.message) for w in caught] == [line] * warned
