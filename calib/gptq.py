@@ -20,9 +20,11 @@ from calib.affine import dequantize_weight, integer_range, per_channel
 from calib.blocks import BlockIO
 from calib.choices import RoundingStart
 from calib.config import QuantConfig
+from calib.devices import HOST
 from calib.seeds import generator_for
 
 SAMPLES = 64  # of a recording, for the second moments
+ON_DEVICE = 1 << 30  # bytes of second moments that a GPU factorises; larger ones go to the host
 CHUNK = 8  # samples at once while they are summed
 COLUMNS = 128  # rounded before the rest of the weight is brought up to date
 DAMPING = 0.01  # of H's mean diagonal
@@ -89,8 +91,9 @@ def round_columns(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> 
         bits: its width.
     """
     low, high = integer_range(bits)
-    step = scale.double()
-    h = moments.to(torch.float64, copy=True)  # float32 loses the small eigenvalues that the inverse is made of
+    device = moments.device if 8 * moments.numel() <= ON_DEVICE else HOST
+    step, weight = scale.double().to(device), weight.to(device)
+    h = moments.to(device, torch.float64, copy=True)  # float32 loses the small eigenvalues that the inverse is made of
     # Damping bounds the condition number; the clamp is for a weight whose inputs are all 0.
     h.diagonal().add_(DAMPING * h.diagonal().mean()).clamp_(min=1e-12)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)  # what matters most is rounded first
@@ -109,7 +112,7 @@ def round_columns(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> 
             # Only the group at hand: the columns behind it are brought up to date at once, by one matrix product.
             rest[:, i:last] -= errors[:, i - first, None] * u[i, i:last]
         rest[:, last:] -= errors @ u[first:last, last:]
-    return codes[:, torch.argsort(order)].to(torch.int8)
+    return codes[:, torch.argsort(order)].to(moments.device, torch.int8)
 
 
 def _leaning(w: LayerWeight, codes: Tensor) -> Tensor:
