@@ -29,8 +29,7 @@ from command import write_markdown
 from engines import EngineConfig, open_engine
 from gaq_export.comparison import yardstick
 from gaq_export.comparison.yardstick import Yardstick
-from gaq_export.deploy.step_loop import engine_denoiser
-from gaq_export.diffusion.denoiser import Denoiser
+from gaq_export.diffusion.denoiser import Denoiser, engine_denoiser
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.pipeline import build_engine, calibrate
 from gaq_export.quantize.presets import CalibrationOptions, preset

@@ -33,9 +33,9 @@ from calib.records import Finite, read_kept_record, signed
 from calib.surgery import apply_surgery
 from engines import EngineConfig
 from gaq_export.deploy import session
-from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.diffusion.batching import draw_in_batches
 from gaq_export.diffusion.conditioning import ConditionalNetwork, bind
+from gaq_export.diffusion.denoiser import engine_denoiser
 from gaq_export.errors import GaqError
 from gaq_export.evaluation import frechet
 from gaq_export.evaluation.frechet import Classifier, Moments

@@ -16,12 +16,11 @@ from engines import Engine, EngineFile
 from engines.engine_switch import EngineSwitch
 from gaq_export.deploy import step_loop
 from gaq_export.deploy.record import LinkedFile, record_of
-from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.deploy.submodels import IMAGES, LATENTS, run_text
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.batching import Draw
 from gaq_export.diffusion.conditioning import ConditionalNetwork, Conditioning, bind
-from gaq_export.diffusion.denoiser import Denoiser
+from gaq_export.diffusion.denoiser import Denoiser, engine_denoiser
 from gaq_export.diffusion.loop import Decode, Sampling
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError

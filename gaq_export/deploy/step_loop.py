@@ -11,7 +11,6 @@ from torch import Tensor
 from calib.data import NO_CONDITION
 from engines import Engine, Loop
 from gaq_export.diffusion import loop
-from gaq_export.diffusion.denoiser import Condition
 from gaq_export.diffusion.loop import Sampling
 from gaq_export.errors import GaqError
 from gaq_export.graph.step import FEEDBACK
@@ -82,19 +81,5 @@ def step_denoiser(engine: Engine, visited: Tensor) -> Callable[..., Tensor]:
         rows = {n: tensor[: blank[n].shape[0]].cpu().numpy() for n, tensor in condition.items() if n in blank}
         feeds = as_taken(engine, {**blank, **rows, "x": x.numpy(), "step": step.numpy()}, len(x))
         return torch.from_numpy(engine(feeds)["eps"]).to(device)
-
-    return denoise
-
-
-def engine_denoiser(engine: Engine) -> Callable[..., Tensor]:
-    """Make an open engine callable as `(x, t)`, or `(x, t, cond)`.
-
-    Args:
-        engine: takes `x`, `t` and the condition by name, returns `eps`; the caller closes it.
-    """
-
-    def denoise(x: Tensor, t: Tensor, cond: Condition | None = None, /) -> Tensor:
-        condition = {name: tensor.cpu().numpy() for name, tensor in (cond or {}).items()}
-        return torch.from_numpy(engine({"x": x.cpu().numpy(), "t": t.cpu().numpy(), **condition})["eps"]).to(x.device)
 
     return denoise

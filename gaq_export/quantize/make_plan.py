@@ -73,7 +73,8 @@ def make_plan(
             quantized = replace(model, module=fake_quantized(model.network, plan))
             spec = model.spec.sampler
             # No folder: these trajectories depend on the plan, which is not part of a saved group's identity.
-            seen = collect(quantized, spec, images=images, seed=config.seed, on_step=callbacks.on_correct)
+            on_step = callbacks.on_correct
+            seen = collect(quantized, spec, images=images, seed=config.seed, by_engine=False, on_step=on_step)
         # Every round starts again from the float network, and only the samples are new.
         plan = calibrate(
             model.network,

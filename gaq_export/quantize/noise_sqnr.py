@@ -23,7 +23,8 @@ from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import timesteps
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import provenance_of
-from gaq_export.quantize.trajectories import GROUP, image_seed
+from gaq_export.quantize.float_engine import GROUP
+from gaq_export.quantize.trajectories import image_seed
 
 OnStage = Callable[[str, int, int], None]  # called with (what is being done, done, total)
 Visit = Callable[[Tensor, Tensor, Tensor], None]  # called with x, t and the leader's predicted noise

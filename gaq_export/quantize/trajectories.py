@@ -2,13 +2,15 @@
 
 In: a model, a sampler, a number of images. Out: a `CalibrationSet` of their trajectories.
 
-Images are drawn in full groups of GROUP, each image from its own seed. A group's arithmetic is always the same, so an
-image does not depend on how many are collected. Each finished group is saved: an interrupted collection continues, and
-if more images are needed later, only the new groups are drawn.
+Images are drawn in full groups, each image from its own seed. A group's arithmetic is always the same, so an image does
+not depend on how many are collected. Each finished group is saved: an interrupted collection continues, and if more
+images are needed later, only the new groups are drawn.
 """
 
 import hashlib
-from dataclasses import replace
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +20,17 @@ from calib.data import CalibrationSet
 from calib.errors import CalibError
 from calib.files import read_kept, write_checked
 from calib.seeds import derive_seed
+from engines import EngineError
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.batching import OnProgress
-from gaq_export.diffusion.conditioning import GUIDANCE, UNCONDITIONAL, Conditioning
+from gaq_export.diffusion.conditioning import GUIDANCE, UNCONDITIONAL, ConditionalNetwork, Conditioning
+from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
+from gaq_export.quantize.float_engine import Drawer, drawers
 
-GROUP = 4  # images; part of the identity of saved groups
+_log = logging.getLogger(__name__)
 
 
 def image_seed(seed: int, image: int, purpose: str = "calibration") -> int:
@@ -40,6 +45,7 @@ def collect(
     images: int,
     seed: int = 0,
     folder: Path | None = None,
+    by_engine: bool = True,
     on_step: OnProgress = lambda done, total: None,
 ) -> CalibrationSet:
     """Draw trajectories and return the network's inputs, ordered by step, then by image.
@@ -54,6 +60,7 @@ def collect(
         seed: Base of the per-image seeds.
         folder: Where finished groups are saved; None saves none. Groups of other weights, another sampler or another
             seed are drawn again.
+        by_engine: Whether an engine may draw in the network's place, where it is faster (`float_engine`).
         on_step: Called with (steps done, total) over all groups.
 
     Raises:
@@ -61,30 +68,62 @@ def collect(
     """
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
-    groups = -(-images // GROUP)  # rounded up
-    identity = _identity(model, spec, seed)
+    choice = drawers(model, spec) if by_engine else drawers(model, spec)[-1:]
+    for drawer in choice:
+        count = -(-images // drawer.group)  # rounded up
+        groups = _Groups(model=model, spec=spec, seed=seed, drawer=drawer, count=count)
+        try:
+            parts = _draw(groups, folder, on_step)
+        except (EngineError, GaqError) as error:
+            if drawer is choice[-1]:
+                raise
+            _log.warning("PyTorch draws the calibration images, since no engine of the float network can: %s", error)
+            continue
+        x = torch.cat(parts, 1)[:, :images]  # (S, N, C, H, W)
+        return _calibration_set(model, spec, x, [image_seed(seed, image) for image in range(images)])
+    raise AssertionError("the last drawer either draws or raises")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """The groups of a collection: who draws them, and from what."""
+
+    model: LoadedModel
+    spec: SamplerSpec
+    seed: int
+    drawer: Drawer
+    count: int
+
+
+def _draw(groups: _Groups, folder: Path | None, on_step: OnProgress) -> list[Tensor]:
+    """Return the trajectories (S, n, C, H, W) of every group, read from the folder if they are there."""
+    model, spec, size = groups.model, groups.spec, groups.drawer.group
+    identity = _identity(groups)
     parts = []
-    for group in range(groups):
-        path = folder / f"{group:04d}.safetensors" if folder else None
-        part = _load(path, identity, (spec.steps, GROUP, *model.shape)) if path else None
-        if part is None:
-            # All GROUP images, also those of the last group that are not needed yet.
-            seeds = [image_seed(seed, image) for image in range(group * GROUP, (group + 1) * GROUP)]
-            report = _part_of(on_step, group * spec.steps, groups * spec.steps)
-            part = _trajectories(model, spec, seeds, report)
-            if path:
-                write_checked(path, {"x": part}, {"identity": identity})
-        parts.append(part)
-    x = torch.cat(parts, 1)[:, :images]  # (S, N, C, H, W)
-    return _calibration_set(model, spec, x, [image_seed(seed, image) for image in range(images)])
+    with ExitStack() as stack:
+        network = None
+        for group in range(groups.count):
+            path = folder / f"{group:04d}.safetensors" if folder else None
+            part = _load(path, identity, (spec.steps, size, *model.shape)) if path else None
+            if part is None:
+                network = network or stack.enter_context(groups.drawer.open(model))
+                # All images of the group, also those of the last one that are not needed yet.
+                seeds = [image_seed(groups.seed, image) for image in range(group * size, (group + 1) * size)]
+                report = _part_of(on_step, group * spec.steps, groups.count * spec.steps)
+                part = _trajectories(network, seeds, model.sampling(spec), report)
+                if path:
+                    write_checked(path, {"x": part}, {"identity": identity})
+            parts.append(part)
+    return parts
 
 
-def _identity(model: LoadedModel, spec: SamplerSpec, seed: int) -> str:
+def _identity(groups: _Groups) -> str:
     """Return a sha256 of all that trajectories depend on."""
+    model, drawer = groups.model, groups.drawer
     # "philox" names the generator of the noise, on which trajectories depend too.
-    facts = f"{model.fingerprint}:{spec!r}:{seed}:{model.shape}:{GROUP}:philox"
-    if model.device.kind != "cpu":  # another kind of device gives other last bits
-        facts += f":{model.device.kind}"
+    facts = f"{model.fingerprint}:{groups.spec!r}:{groups.seed}:{model.shape}:{drawer.group}:philox"
+    if drawer.name:
+        facts += f":{drawer.name}"
     if model.conditioning is not None:
         facts += f":{model.conditioning.sha256}"
     return hashlib.sha256(facts.encode()).hexdigest()
@@ -139,20 +178,20 @@ def _part_of(on_step: OnProgress, before: int, total: int) -> OnProgress:
     return lambda done, _: on_step(before + done, total)
 
 
-def _trajectories(model: LoadedModel, spec: SamplerSpec, seeds: list[int], on_step: OnProgress) -> Tensor:
+def _trajectories(network: ConditionalNetwork, seeds: list[int], sampling: Sampling, on_step: OnProgress) -> Tensor:
     """Return (S, len(seeds), C, H, W): what the network saw at each step."""
     seen = []
 
     def keep(step: int, x: Tensor, t: Tensor) -> None:
         seen.append(x.cpu().clone())
-        on_step(step + 1, spec.steps)
+        on_step(step + 1, sampling.sampler.steps)
 
-    loop.run(model.network, seeds, model.sampling(spec), keep)
+    loop.run(network, seeds, sampling, keep)
     return torch.stack(seen)
 
 
 def _load(path: Path, identity: str, shape: tuple[int, ...]) -> Tensor | None:
-    """Return the trajectories (S, GROUP, C, H, W) of a saved group; None if they have to be drawn (again)."""
+    """Return the trajectories (S, n, C, H, W) of a saved group; None if they have to be drawn (again)."""
 
     def parse(header: dict[str, str], tensors: dict[str, Tensor]) -> Tensor | None:
         if header.get("identity") != identity:

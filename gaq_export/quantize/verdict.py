@@ -27,9 +27,10 @@ from gaq_export.diffusion.loop import Sampling
 from gaq_export.images import psnr
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import find_model, provenance_of, rewritten
+from gaq_export.quantize.float_engine import GROUP
 from gaq_export.quantize.noise_sqnr import OnStage, corrected, follow
 from gaq_export.quantize.sensitivity import sensitivity
-from gaq_export.quantize.trajectories import GROUP, collect, image_seed
+from gaq_export.quantize.trajectories import collect, image_seed
 from gaq_export.run import Run
 
 IMAGES = 2  # held-out trajectories

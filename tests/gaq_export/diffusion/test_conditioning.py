@@ -24,9 +24,9 @@ from gaq_export import pipeline
 from gaq_export.deploy import step_loop
 from gaq_export.deploy.parity import TOLERANCES, compare
 from gaq_export.deploy.record import record_of
-from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.conditioning import Conditioning, bind, class_conditioning
+from gaq_export.diffusion.denoiser import engine_denoiser
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule
 from gaq_export.errors import GaqError
 from gaq_export.graph.files import save_onnx

@@ -14,7 +14,8 @@ from gaq_export.diffusion import loop
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.loader import LoadedModel
 from gaq_export.quantize import noise_sqnr
-from gaq_export.quantize.trajectories import GROUP, image_seed
+from gaq_export.quantize.float_engine import GROUP
+from gaq_export.quantize.trajectories import image_seed
 
 SPEC = SamplerSpec(steps=4)
 

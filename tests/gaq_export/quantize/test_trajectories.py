@@ -13,7 +13,8 @@ from gaq_export.diffusion.loop import noise, run
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel
-from gaq_export.quantize.trajectories import GROUP, collect, image_seed
+from gaq_export.quantize.float_engine import GROUP
+from gaq_export.quantize.trajectories import collect, image_seed
 
 SPEC = SamplerSpec(steps=3, eta=1.0)  # eta draws noise at every step too
 SHAPE = (1, 16, 16)

@@ -25,9 +25,9 @@ from engines import EngineConfig, EngineFile
 from gaq_export import EngineUNet, images
 from gaq_export.deploy import build, session
 from gaq_export.deploy.record import EngineRecord, GraphKind, record_of
-from gaq_export.deploy.step_loop import engine_denoiser
 from gaq_export.diffusion import loop
 from gaq_export.diffusion.conditioning import Conditioning, class_conditioning
+from gaq_export.diffusion.denoiser import engine_denoiser
 from gaq_export.diffusion.schedule import SamplerSpec, linear_schedule, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.graph.files import save_onnx
