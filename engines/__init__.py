@@ -14,13 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends import BACKENDS, Backend, best_backend, find_backend
-from engines.base import Audit, Compute, Engine, EngineConfig, Kernel, LayerKind, Loop, Optimisation, TensorSpec
+from engines.base import (
+    Audit,
+    Compute,
+    Engine,
+    EngineConfig,
+    Kernel,
+    LayerKind,
+    Loop,
+    Optimisation,
+    PortabilityCost,
+    Portable,
+    TensorSpec,
+)
 from engines.errors import EngineError, EngineWarning
 from engines.files import EngineFile, check_files, data_path, files_of, load_engine_file, sha256_of, weights_path
 from engines.graph import OnnxGraph, read_onnx, tensor_specs
 from engines.leftovers import temporary_name
 from engines.machine import cpu_features, other_processor
 from engines.runner import check_feeds
+from engines.timing import time_calls
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +49,8 @@ __all__ = [
     "LayerKind",
     "Loop",
     "Optimisation",
+    "PortabilityCost",
+    "Portable",
     "TensorSpec",
     "best_backend",
     "build",
@@ -85,6 +100,7 @@ def build(
         build_seconds=built.seconds,
         metadata=metadata,
         targets=config.targets,
+        portable=tuple(map(Portable, config.portable)),
         threads=config.threads,
         optimisation=config.optimisation,
         compute=compute,
@@ -93,6 +109,9 @@ def build(
         processor=None if backend.on_gpu else cpu_features(),
         gpu=config.gpu,
     )
+    if config.portable:
+        cost = _cost_of_portability(backend, graph, file, replace(config, compute=compute))
+        file = replace(file, audit=replace(file.audit, portability=cost))
     # The record comes last: if a build is cut short, an old record no longer matches the checksums, and none is none.
     file.save()
     return file
@@ -156,6 +175,9 @@ def _check_config(backend: Backend, config: EngineConfig) -> None:
         raise EngineError(f"Found targets {list(config.targets)} for {backend.name}; only tensorrt-rtx takes targets.")
     if config.stripped and backend.profile != "trt":
         raise EngineError(f"{backend.name} keeps the weights in the engine; only tensorrt and tensorrt-rtx strip them.")
+    if config.portable and backend.profile != "trt":
+        kinds = ", ".join(config.portable)
+        raise EngineError(f"{backend.name} has no portable engines ({kinds}); only tensorrt and tensorrt-rtx have.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +218,22 @@ def _build_in_place(backend: Backend, graph: OnnxGraph, path: Path, config: Engi
     if built.data is None:
         data_path(path).unlink(missing_ok=True)  # left by the engine that was here before
     return built
+
+
+def _cost_of_portability(backend: Backend, graph: OnnxGraph, file: EngineFile, config: EngineConfig) -> PortabilityCost:
+    """Build the engine once more, not portable, and compare the two."""
+    folder = file.path.parent
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{temporary_name(folder, file.path.name)}.") as scratch:
+        plain = replace(file, path=Path(scratch, file.path.name), portable=())
+        backend.build(graph, plain.path, replace(config, portable=()))
+        if config.stripped:
+            graph.save(weights_path(plain.path))
+        cost = PortabilityCost(bytes=file.path.stat().st_size, plain_bytes=plain.path.stat().st_size)
+        if backend.can_run(config.gpu):
+            return cost
+        with backend.open(file) as portable, backend.open(plain) as other:
+            seconds = time_calls({"portable": portable, "plain": other}, config.batch[1])
+        return replace(cost, seconds=seconds["portable"], plain_seconds=seconds["plain"])
 
 
 def _sha256_if_there(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy.typing as npt
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt
 
 from engines.errors import EngineError
 from engines.records import Count, DtypeName
@@ -35,6 +35,13 @@ class Optimisation(StrEnum):
 
     BASIC = "basic"
     ALL = "all"
+
+
+class Portable(StrEnum):
+    """Beyond what an engine can run: later versions of TensorRT, or every generation of GPUs from Ampere on."""
+
+    VERSION = "version"
+    GPU = "gpu"
 
 
 class LayerKind(StrEnum):
@@ -71,6 +78,8 @@ class EngineConfig:
             means the first of them. For a `typed` backend the graph must already be in this type.
         stripped: Leave the weights out of the engine; on opening they are read from the ONNX file beside it, which
             engines for other GPUs may share. TensorRT only, and only on a machine with a GPU.
+        portable: Values of `Portable`: what the engine is to run beyond this version and this generation of GPUs; TensorRT only, and
+            TensorRT-RTX has no engines for other versions. It is built without it too, to say what it costs.
         gpu: Number of the GPU that standard TensorRT and ONNX Runtime build on; others do not look at it.
     """
 
@@ -81,6 +90,7 @@ class EngineConfig:
     optimisation: Optimisation = Optimisation.ALL
     compute: str | None = None
     stripped: bool = False
+    portable: tuple[str, ...] = ()
     gpu: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +107,9 @@ class EngineConfig:
             choices = [str(level) for level in Optimisation]
             raise EngineError(f"Unknown optimisation {self.optimisation!r}. Choose one of {choices}.")
         object.__setattr__(self, "optimisation", Optimisation(self.optimisation))
+        if unknown := [kind for kind in self.portable if kind not in tuple(Portable)]:
+            raise EngineError(f"Unknown portable {unknown}. Choose from {[str(kind) for kind in Portable]}.")
+        object.__setattr__(self, "portable", tuple(dict.fromkeys(self.portable)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +119,30 @@ class Kernel:
     name: str
     kind: LayerKind
     precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortabilityCost:
+    """What being portable costs an engine.
+
+    Attributes:
+        bytes: Size of the engine.
+        plain_bytes: Size of the same engine built without it.
+        seconds: Median of a call of the engine; None where it cannot run.
+        plain_seconds: The same of the other.
+    """
+
+    bytes: NonNegativeInt
+    plain_bytes: NonNegativeInt
+    seconds: NonNegativeFloat | None = None
+    plain_seconds: NonNegativeFloat | None = None
+
+    def __str__(self) -> str:
+        """Return it as a phrase."""
+        size = f"{self.bytes / 1e6:.2f} MB in place of {self.plain_bytes / 1e6:.2f}"
+        if self.seconds is None or self.plain_seconds is None:
+            return f"{size}; time not measured, since it cannot run here"
+        return f"{size}; {1e3 * self.seconds:.3g} ms a call in place of {1e3 * self.plain_seconds:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +157,13 @@ class Audit:
         weight_bytes: Bytes of weights that the engine holds, by element type ("int4", "int8", "float32"), or under
             "total" if the runtime does not split them.
         note: How to read `weight_bytes`.
+        portability: What being portable costs; None for an engine that was not to be portable.
     """
 
     kernels: tuple[Kernel, ...]
     weight_bytes: dict[str, NonNegativeInt]
     note: str = ""
+    portability: PortabilityCost | None = None
 
     @property
     def total_weight_bytes(self) -> int:

@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import NonNegativeFloat
 
-from engines.base import Audit, Compute, Optimisation, TensorSpec
+from engines.base import Audit, Compute, Optimisation, Portable, TensorSpec
 from engines.errors import EngineError
 from engines.leftovers import temporary_name
 from engines.records import Count, Sha256, parse_record
 
-FORMAT = 6  # of the record; raised when an older one can no longer be read
+FORMAT = 7  # of the record; raised when an older one can no longer be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class EngineFile:
         build_seconds: How long the build took.
         metadata: The caller's JSON; this package stores it and does not read it.
         targets: GPU generations it was built for; empty means portable.
+        portable: What it can run beyond the version of TensorRT and the generation of GPUs that it was built with.
         threads: CPU threads; None leaves the choice to the runtime.
         optimisation: How far ONNX Runtime rewrites the graph.
         compute: Type of the arithmetic that is not integer.
@@ -60,6 +61,7 @@ class EngineFile:
     build_seconds: float
     metadata: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    portable: tuple[Portable, ...] = ()
     threads: int | None = None
     optimisation: Optimisation = Optimisation.ALL
     compute: Compute = Compute.FLOAT32
@@ -102,6 +104,7 @@ class _Record:
     build_seconds: NonNegativeFloat
     metadata: dict[str, Any]
     targets: tuple[str, ...]
+    portable: tuple[Portable, ...]
     threads: Count | None
     optimisation: Optimisation
     compute: Compute

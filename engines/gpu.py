@@ -23,7 +23,7 @@ from engines.driver import captured
 from engines.errors import EngineError
 from engines.files import EngineFile, read_weights
 from engines.leftovers import temporary_name
-from engines.nvinfer_child import ERROR_MARK, make_logger
+from engines.nvinfer_child import ERROR_MARK, make_logger, make_runtime
 from engines.runner import Arrays
 
 _KERNELS = Path(__file__).with_name("philox.ptx")  # `normals` draws as `engines.philox` does, `advance` counts
@@ -78,7 +78,7 @@ class GpuRunner:
     def _load(self, trt: Any, serialized: bytes) -> None:
         """Make the engine and its execution context."""
         log = StringIO()
-        self._runtime = trt.Runtime(make_logger(trt, log))
+        self._runtime = make_runtime(trt, make_logger(trt, log), self._file.portable)
         self._engine = self._runtime.deserialize_cuda_engine(serialized)
         if self._engine is None:
             errors = [line for line in log.getvalue().splitlines() if line.startswith(ERROR_MARK)]

@@ -84,6 +84,7 @@ def _attempt(module: str, graph: OnnxGraph, path: Path, config: EngineConfig) ->
             batch=config.batch,
             targets=config.targets,
             stripped=config.stripped,
+            portable=config.portable,
         )
         # -P and this path first: the child imports this package, whatever lies in the working directory.
         search_path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -138,6 +139,11 @@ def _computed_scale(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     made = {name: producer for producer in model.graph.node for name in producer.output}
     near = [node, *(made[name] for name in node.input if name in made)]
     return any(n.op_type in _QUANTIZERS and n.input[1] in made for n in near)
+
+
+def has_float8(graph: OnnxGraph) -> bool:
+    """Return whether a graph has weights or scales of FP8, which no GPU before Ada computes with."""
+    return any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.model.graph.initializer)
 
 
 def open_file(trt: Any, file: EngineFile) -> OpenEngine:

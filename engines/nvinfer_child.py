@@ -30,6 +30,7 @@ class Job:
         batch: Smallest batch, the one to tune for, and largest.
         targets: GPU generations; empty means portable.
         stripped: Whether to leave out the weights.
+        portable: "version" for later versions of TensorRT, "gpu" for every GPU from Ampere on.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Job:
     batch: tuple[int, int, int]
     targets: tuple[str, ...]
     stripped: bool
+    portable: tuple[str, ...] = ()
 
 
 def make_logger(trt: Any, log: TextIO) -> Any:
@@ -55,6 +57,14 @@ def make_logger(trt: Any, log: TextIO) -> Any:
             log.flush()
 
     return Logger()
+
+
+def make_runtime(trt: Any, logger: Any, portable: Sequence[str]) -> Any:
+    """Return what loads engines, those for later versions too: they bring code that runs on the host."""
+    runtime = trt.Runtime(logger)
+    if "version" in portable:
+        runtime.engine_host_code_allowed = True
+    return runtime
 
 
 def build_engine(trt: Any, job: Job, log: TextIO) -> bool:
@@ -78,7 +88,7 @@ def build_engine(trt: Any, job: Job, log: TextIO) -> bool:
     Path(job.engine).write_bytes(serialized)
     # TensorRT-RTX has logged its layer list by now; standard TensorRT gives it to the inspector only.
     if "Layers:\n" not in Path(job.log).read_text(encoding="utf-8"):
-        engine = trt.Runtime(logger).deserialize_cuda_engine(serialized)
+        engine = make_runtime(trt, logger, job.portable).deserialize_cuda_engine(serialized)
         inspector = engine.create_engine_inspector()
         log.write("Layers:\n" + inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
     return True
@@ -92,6 +102,10 @@ def _builder_config(trt: Any, builder: Any, job: Job) -> Any:
         config.set_flag(no_allocation)
     if job.stripped:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if "version" in job.portable:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if "gpu" in job.portable:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if job.targets:
         config.num_compute_capabilities = len(job.targets)
         for index, target in enumerate(job.targets):

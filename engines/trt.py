@@ -4,8 +4,9 @@ import importlib.util
 from pathlib import Path
 
 from engines import nvinfer
-from engines.base import Audit, EngineConfig
+from engines.base import Audit, EngineConfig, Portable
 from engines.driver import cannot_run_on, no_gpu
+from engines.errors import EngineError
 from engines.files import EngineFile
 from engines.graph import OnnxGraph
 from engines.runner import OpenEngine
@@ -25,7 +26,13 @@ def cannot_run(gpu: int = 0) -> str | None:
 
 
 def build(graph: OnnxGraph, path: Path, config: EngineConfig) -> Audit:
-    """Build an engine for the GPU of this machine that `config` names."""
+    """Build an engine for the GPU of this machine that `config` names; portable, for all GPUs from Ampere on.
+
+    Raises:
+        EngineError: The graph has FP8 and the engine is to run on Ampere too, or the build failed.
+    """
+    if Portable.GPU in config.portable and nvinfer.has_float8(graph):
+        raise EngineError("FP8 needs a later GPU than Ampere, and --portable gpu is for Ampere too: leave one out.")
     return nvinfer.build("tensorrt", graph, path, config)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gaq_export.cli import terminal
-from gaq_export.cli.choices import BACKENDS, COMPUTE, NUMBERS
+from gaq_export.cli.choices import BACKENDS, COMPUTE, NUMBERS, PORTABLE
 from gaq_export.cli.options import (
     DEFAULT_RUN,
     Eta,
@@ -47,6 +47,13 @@ def build_engine(
     target: Annotated[
         list[str] | None,
         typer.Option(help="GPU generation such as sm89, may be repeated (tensorrt-rtx only); by default portable."),
+    ] = None,
+    portable: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"What else the engine is to run: {PORTABLE}, may be repeated. version: later TensorRT versions "
+            "(tensorrt); gpu: all GPUs from Ampere on (tensorrt, tensorrt-rtx). The audit says what it costs."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads (openvino, onnxruntime).")] = None,
     compute: Annotated[
@@ -95,6 +102,7 @@ def build_engine(
             backend=backend or engines.best_backend(),
             batch=(smallest, best, largest),
             targets=tuple(target or ()),
+            portable=tuple(portable or ()),
             threads=threads,
             compute=compute,
             stripped=strip_weights,

@@ -43,6 +43,7 @@ SPACINGS = Names(
 BACKENDS = Names("engines:BACKENDS", ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "onnxruntime-cuda"))
 COMPUTE = Names("engines.base:Compute", ("float32", "float16", "bfloat16"))
 NUMBERS = Names("gaq_export.deploy.record:Numbers", ("int8", "fp8"))
+PORTABLE = Names("engines.base:Portable", ("version", "gpu"))
 GRAPHS = Names("gaq_export.deploy.record:GraphKind", ("step", "eps"))
 EXTRACTORS = Names(
     "gaq_export.evaluation.feature_extractors:EXTRACTORS", ("digits", "resnet56", "inception", "inception-clean")

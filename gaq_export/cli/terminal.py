@@ -61,6 +61,8 @@ def audit_lines(built: "Built") -> list[str]:
     quantized = sum(count for (_, precision), count in audit.counts.items() if precision == arithmetic)
     reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(plan.float_layers.values()).items())
     lines = [f"weights: {', '.join(sizes)}; {audit.total_weight_bytes / 1e6:.2f} MB in all. {audit.note}"]
+    if audit.portability is not None:
+        lines.append(f"portable ({', '.join(built.file.portable)}): {audit.portability}")
     if record.tables:
         lines.append(f"{len(record.tables)} layers depend on the step alone and are tables")
     lines += [

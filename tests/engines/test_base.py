@@ -1,10 +1,11 @@
 """The types that all engines share."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from engines import Audit, EngineConfig, EngineError, Kernel, LayerKind, Optimisation, TensorSpec
+from engines import Audit, EngineConfig, EngineError, Kernel, LayerKind, Optimisation, PortabilityCost, TensorSpec
 from engines.records import parse_record
 
 AUDIT = Audit(
@@ -24,6 +25,20 @@ def test_an_audit_counts_layers_and_bytes_and_survives_json() -> None:
     again = parse_record(Audit, json.dumps(AUDIT.to_json()), "here", "Again")
     assert again == AUDIT
     assert all(isinstance(kernel.kind, LayerKind) for kernel in again.kernels)
+
+
+def test_what_portability_costs_is_a_phrase_and_unmeasured_time_says_so() -> None:
+    cost = PortabilityCost(bytes=2_100_000, plain_bytes=2_000_000)
+    assert str(cost) == "2.10 MB in place of 2.00; time not measured, since it cannot run here"
+    timed = replace(cost, seconds=0.012, plain_seconds=0.01)
+    assert str(timed) == "2.10 MB in place of 2.00; 12 ms a call in place of 10"
+    audit = replace(AUDIT, portability=timed)
+    assert parse_record(Audit, json.dumps(audit.to_json()), "here", "Again") == audit
+
+
+def test_a_portable_kind_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"^Unknown portable \['os'\]\. Choose from \['version', 'gpu'\]\.$"):
+        EngineConfig(backend="tensorrt", portable=("os",))
 
 
 def test_a_layer_of_an_unknown_kind_is_a_damaged_record() -> None:

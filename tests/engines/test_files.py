@@ -100,6 +100,7 @@ def wrong_values(name):
         "batch": [],
         "threads": [None],
         "targets": [[]],
+        "portable": [[]],
         "processor": [None, []],
         "metadata": [{}, {"a": {"b": None}}],
         "build_seconds": [3.5, 10**30],
@@ -130,7 +131,7 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(file, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "has format 99, this version reads 6"),
+        ({"format": 99}, "has format 99, this version reads 7"),
         ({"colour": "red"}, "colour is a field that this version does not know"),
         ({"batch": [-1, 0, -3]}, "batch.0 is -1, expected greater than or equal to 1 .and 2 more"),
         ({"batch": [4, 2, 8]}, r"batch is \[4, 2, 8\], expected least, best and most in order"),

@@ -87,6 +87,24 @@ def test_batch_targets_and_flags_reach_the_builder(job: Job, monkeypatch: pytest
     assert Path(job.log).read_text() == "Layers:\nName: a layer, as lines"
 
 
+def test_a_portable_engine_is_built_for_all_and_may_bring_code(job: Job) -> None:
+    trt = _Recorder()
+    config = SimpleNamespace(
+        set_flag=trt.flags.append, add_optimization_profile=lambda profile: None, hardware_compatibility_level="none"
+    )
+    builder = trt.Builder(None)
+    builder.create_builder_config = lambda: config
+    trt.Builder = lambda logger: builder
+    trt.BuilderFlag = SimpleNamespace(VERSION_COMPATIBLE="version")
+    trt.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="ampere and later")
+    runtimes = [SimpleNamespace(deserialize_cuda_engine=trt.Runtime(None).deserialize_cuda_engine)]
+    trt.Runtime = lambda logger: runtimes[0]
+    Path(job.log).touch()
+    assert build_engine(trt, replace(job, portable=("version", "gpu")), StringIO())
+    assert (trt.flags, config.hardware_compatibility_level) == (["version"], "ampere and later")
+    assert runtimes[0].engine_host_code_allowed
+
+
 def test_a_builder_that_gives_nothing_is_a_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = _Recorder()
     builder = trt.Builder(None)

@@ -2,10 +2,22 @@
 
 import importlib.util
 import warnings
+from pathlib import Path
 
 import pytest
 
-from engines import Audit, EngineConfig, EngineError, build, driver, nvinfer, open_engine, trt_rtx
+from engines import (
+    Audit,
+    EngineConfig,
+    EngineError,
+    Portable,
+    build,
+    driver,
+    load_engine_file,
+    nvinfer,
+    open_engine,
+    trt_rtx,
+)
 from engines.driver import Gpu, no_gpu
 from engines.graph import read_onnx
 
@@ -91,6 +103,34 @@ def test_a_gpu_that_it_does_not_run_on_is_named_before_the_build(tiny_onnx, monk
     )
     assert [str(w.message) for w in caught] == [line] * warned
     assert (trt_rtx.cannot_run() or "").startswith(line[:60]) == (capability[:2] in ("9.", "10"))
+
+
+@pytest.mark.rtx
+@needs_rtx
+def test_a_portable_engine_says_what_that_costs(tiny_onnx):
+    file = make(tiny_onnx("int4cast"), portable=("gpu",))
+    assert load_engine_file(file.path) == file
+    assert file.portable == (Portable.GPU,)
+    cost = file.audit.portability
+    assert cost.bytes == file.path.stat().st_size
+    assert 0.9 < cost.bytes / cost.plain_bytes < 1.5
+    if trt_rtx.cannot_run() is not None:
+        assert str(cost).endswith("; time not measured, since it cannot run here")
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"portable": ("version",)}, r"^tensorrt-rtx has no engines for other versions of it: build again for each"),
+    ({"portable": ("gpu",), "targets": ("sm89",)}, r"^A portable engine is for all GPUs from Ampere on: leave out"),
+])  # fmt: skip
+def test_what_cannot_be_portable_is_refused(tiny_onnx, config, message):
+    graph, config = read_onnx(tiny_onnx("int8")), EngineConfig(backend="tensorrt-rtx", **config)
+    with pytest.raises(EngineError, match=message):
+        trt_rtx.build(graph, Path("unet.plan"), config)
+
+
+def test_backends_without_portable_engines_refuse_them(tiny_onnx):
+    with pytest.raises(EngineError, match=r"^openvino has no portable engines \(gpu\); only tensorrt and tensorrt-rtx"):
+        build(tiny_onnx("int8"), "unet.plan", EngineConfig(backend="openvino", portable=("gpu",)))
 
 
 @pytest.mark.rtx

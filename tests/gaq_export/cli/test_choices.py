@@ -22,6 +22,7 @@ OPTIONS = [
     ("build-engine", "--graph", choices.GRAPHS.names),
     ("build-engine", "--compute", choices.COMPUTE.names),
     ("build-engine", "--numbers", choices.NUMBERS.names),
+    ("build-engine", "--portable", choices.PORTABLE.names),
     *((command, "--sampler", choices.SAMPLERS.names) for command in ("build-engine", "sample", "compare", "triton")),
     *((command, "--spacing", choices.SPACINGS.names) for command in ("build-engine", "sample", "compare", "triton")),
     ("export", "--profile", tuple(PROFILES)),
