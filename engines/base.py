@@ -78,8 +78,9 @@ class EngineConfig:
             means the first of them. For a `typed` backend the graph must already be in this type.
         stripped: Leave the weights out of the engine; on opening they are read from the ONNX file beside it, which
             engines for other GPUs may share. TensorRT only, and only on a machine with a GPU.
-        portable: Values of `Portable`: what the engine is to run beyond this version and this generation of GPUs; TensorRT only, and
-            TensorRT-RTX has no engines for other versions. It is built without it too, to say what it costs.
+        portable: Values of `Portable`: what the engine is to run beyond this version and this generation of GPUs.
+            TensorRT only; TensorRT-RTX has no engines for other versions. It is built without it too, to say what it
+            costs.
         gpu: Number of the GPU that standard TensorRT and ONNX Runtime build on; others do not look at it.
     """
 

@@ -90,6 +90,7 @@ def test_a_machine_is_described_by_what_it_has() -> None:
     assert terminal.machine_lines(MACHINE) == [
         "processor: a processor; avx2",
         "GPU: H100, compute capability 9.0, 80 GiB, CUDA 13.0",
+        "note: tensorrt-rtx does not run on the H100 (compute capability 9.0): use tensorrt",
         "installed: torch 2.9",
     ]
     bare = replace(MACHINE, features=None, gpus=())
