@@ -8,6 +8,7 @@ further in attention (docs/results/schedules-ddpm-mnist.md).
     min || (W - Q) X ||^2:   H = X X^T,  U = chol(H^-1)^T;   e_i = (w_i - q_i) / U_ii,   W_j -= e_i U_ij  for j > i
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +25,7 @@ from calib.devices import HOST
 from calib.seeds import generator_for
 
 SAMPLES = 64  # of a recording, for the second moments
-ON_DEVICE = 1 << 30  # bytes of second moments that a GPU factorises; larger ones go to the host
+ON_DEVICE = 1 << 30  # bytes of a layer's unfolded input, or of second moments to factorise, that a GPU has to hold
 CHUNK = 8  # samples at once while they are summed
 COLUMNS = 128  # rounded before the rest of the weight is brought up to date
 DAMPING = 0.01  # of H's mean diagonal
@@ -131,16 +132,23 @@ def _second_moments(block: nn.Module, weights: Mapping[str, Tensor], key: str, i
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal total
-        columns = _columns(module, args[0])
-        if columns is not None:
-            product = columns.T @ columns
-            total = product if total is None else total.add_(product)  # summed over the calls of a pass as well
+        for x in torch.split(args[0], _at_once(module, args[0])):
+            columns = _columns(module, x)
+            if columns is not None:
+                product = columns.T @ columns
+                total = product if total is None else total.add_(product)  # summed over the calls of a pass as well
 
     with torch.no_grad(), layer.register_forward_pre_hook(hook):
         for index in torch.split(torch.arange(len(io)), CHUNK):
             args, kwargs = io.take(index).call()
             torch.func.functional_call(block, dict(weights), args, kwargs, tie_weights=False)
     return total
+
+
+def _at_once(layer: nn.Module, x: Tensor) -> int:
+    """Return how many samples of a layer's input (N, ...) unfold at once: of large images fewer than all."""
+    unfolded = 4 * x[0].numel() * math.prod(getattr(layer, "kernel_size", (1,)))  # bytes, with a stride of 1
+    return max(1, min(len(x), ON_DEVICE // (2 * unfolded)))  # twice, since the rows are copied once more
 
 
 def _columns(layer: nn.Module, x: Tensor) -> Tensor | None:

@@ -35,8 +35,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from calib.blocks import BlockIO
 from calib.choices import OmegaRule, SoftmaxOver
 from calib.config import OmegaConfig
+from calib.devices import HOST
 
 CHUNK = 8  # samples whose gradients are held at once while J is computed
+ON_DEVICE = 1 << 30  # bytes of J up to which it lies on a GPU; a larger one lies on the host
 
 Loss = Callable[[Tensor], Tensor]  # logits (P,) -> scalar
 
@@ -132,7 +134,7 @@ def align_scores(
     index = _draw(torch.arange(len(data.train)), config.batch, generator)  # (n,)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         jacobian = _jacobian(losses, point, data.train.take(index))
-        size = jacobian.double().square().mean().sqrt().item()  # in double: squares of small gradients underflow
+        size = _root_mean_square(jacobian)
         if size == 0:  # every loss is flat here, so no weights are better than others
             return scores
 
@@ -182,25 +184,25 @@ def mse(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omeg
         tasks: one per group, logits (P,) -> scalar loss.
         omega: (n,) sample weights.
     """
-    g = _gradients(tasks)(point - eta * (omega @ jacobian))  # (K, P), at V* = V - eta J^T omega
-    return -eta / len(tasks) * (jacobian @ g.sum(0))
+    g = _gradients(tasks)(point - eta * _combined(omega, jacobian))  # (K, P), at V* = V - eta J^T omega
+    return -eta / len(tasks) * _along(jacobian, g.sum(0))
 
 
 def surrogate(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
     """Return d/domega of mean_k L_k + L_GM^(2), gradients matched with respect to omega; arguments as `mse`."""
-    g, times_h = _gradients_and_hessians(tasks, point - eta * (omega @ jacobian))
-    big_g = -eta * (g @ jacobian.T)  # (K, P) x (P, n) -> (K, n)
+    g, times_h = _gradients_and_hessians(tasks, point - eta * _combined(omega, jacobian))
+    big_g = -eta * (g.to(jacobian.device) @ jacobian.T).to(g.device)  # (K, P) x (P, n) -> (K, n)
     total = big_g.sum(0)
-    pull = times_h((total - big_g) @ jacobian)  # (K, n) x (n, P) -> (K, P) -> (P,)
-    return total / len(tasks) - _pairs(len(tasks)) * eta**2 * (jacobian @ pull)
+    pull = times_h(_combined(total - big_g, jacobian))  # (K, n) x (n, P) -> (K, P) -> (P,)
+    return total / len(tasks) - _pairs(len(tasks)) * eta**2 * _along(jacobian, pull)
 
 
 def exact(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
     """Return d/domega of mean_k L_k + L_GM, gradients matched with respect to V*; arguments as `mse`."""
-    g, times_h = _gradients_and_hessians(tasks, point - eta * (omega @ jacobian))
+    g, times_h = _gradients_and_hessians(tasks, point - eta * _combined(omega, jacobian))
     total = g.sum(0)  # S (P,)
     pull = times_h(total - g)  # of all pairs at once: group k is matched with the sum of the others
-    return eta * (jacobian @ (_pairs(len(tasks)) * pull - total / len(tasks)))
+    return eta * _along(jacobian, _pairs(len(tasks)) * pull - total / len(tasks))
 
 
 def fish(jacobian: Tensor, eta: float, point: Tensor, tasks: Sequence[Loss], omega: Tensor) -> Tensor:
@@ -248,6 +250,25 @@ def _mean(losses: Callable[[Tensor, BlockIO], Tensor], io: BlockIO) -> Loss:
     return lambda p: losses(p, io).mean()
 
 
+def _combined(weights: Tensor, jacobian: Tensor) -> Tensor:
+    """Return weights (..., n) times J (n, P), where the weights are; J may lie on the host."""
+    return (weights.to(jacobian.device) @ jacobian).to(weights.device)
+
+
+def _along(jacobian: Tensor, direction: Tensor) -> Tensor:
+    """Return J (n, P) times a direction (P,), where the direction is."""
+    return (jacobian @ direction.to(jacobian.device)).to(direction.device)
+
+
+def _root_mean_square(jacobian: Tensor) -> float:
+    """Return that of J (n, P), in double, since squares of small gradients underflow."""
+    if 4 * jacobian.numel() <= ON_DEVICE:
+        return jacobian.double().square().mean().sqrt().item()
+    # Row by row: a copy of all of it in double would be the largest tensor of the calibration.
+    squares = [row.double().square().mean() for row in jacobian]
+    return torch.stack(squares).mean().sqrt().item()
+
+
 def _jacobian(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: BlockIO) -> Tensor:
     """Return J (n, P), row i the gradient of sample i's loss."""
 
@@ -255,7 +276,12 @@ def _jacobian(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: Bl
         return losses(p, io.single(inputs, target))[0]
 
     axes = tuple(0 if b else None for b in io.batched)  # leaves that all samples share are not mapped over
-    # One gradient a sample, at once; in chunks, since each needs the memory of a backward pass.
-    over_samples = vmap(grad(one), in_dims=(None, axes, 0), chunk_size=CHUNK)
-    rows: Tensor = over_samples(point, io.inputs, io.target)  # type: ignore[arg-type]
+    over_samples = vmap(grad(one), in_dims=(None, axes, 0))  # one gradient a sample, at once
+    # In chunks, since each gradient needs the memory of a backward pass.
+    chunk = max(1, min(CHUNK, ON_DEVICE // (4 * len(point))))
+    large = 4 * len(io) * len(point) > ON_DEVICE
+    rows = torch.empty(len(io), len(point), device=HOST if large else point.device)
+    for index in torch.split(torch.arange(len(io)), chunk):
+        part = io.take(index)
+        rows[index[0] : index[-1] + 1] = over_samples(point, part.inputs, part.target)  # type: ignore[arg-type]
     return rows
