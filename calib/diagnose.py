@@ -121,9 +121,8 @@ def agreement(model: nn.Module, plan: QuantPlan, block: BlockResult, io: BlockIO
     steps, counts = torch.unique(step, return_counts=True)
     groups = [(step == s).nonzero()[:, 0] for s in steps]
     nearest = [affine.dequantize_weight(affine.quantize_weight(w.weight, w.scale, w.bits), w.scale) for w in layers]
-    learned = [
-        affine.dequantize_weight(plan.layers[n].codes, w.scale) for n, w in zip(block.layers, layers, strict=True)
-    ]
+    codes = [plan.layers[name].codes.to(io.device) for name in block.layers]
+    learned = [affine.dequantize_weight(c, w.scale) for c, w in zip(codes, layers, strict=True)]
     return Agreement(
         block=block.name,
         steps=tuple(steps.tolist()),
@@ -162,7 +161,7 @@ def alignment(
     losses = of_logits(weight_loss(module, layers), layers)
     inner = _inner_products(losses, logits, train, _mean_gradient(losses, logits, validation))
     omega = torch.softmax(plan.scores.double() / plan.config.omega.temperature, 0)
-    return Alignment(block=block.name, validation=len(validation), omega=omega, inner=inner.double())
+    return Alignment(block=block.name, validation=len(validation), omega=omega, inner=inner.double().cpu())
 
 
 def cosine_matrix(gradients: Tensor) -> Tensor:
@@ -211,7 +210,7 @@ def _cosines(
         torch.sum(halves, 0, out=row)  # (2, P) -> (P,)
         halved.append(float(cosine_matrix(halves)[0, 1]))
     whole = all(len(group) > 1 for group in groups)
-    return Cosines(matrix=cosine_matrix(gradients), halves=sum(halved) / len(halved) if whole else None)
+    return Cosines(matrix=cosine_matrix(gradients).cpu(), halves=sum(halved) / len(halved) if whole else None)
 
 
 def _mean_gradient(losses: PerSample, logits: Sequence[Tensor], io: BlockIO) -> list[Tensor]:

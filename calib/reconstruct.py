@@ -54,7 +54,8 @@ def layer_weights(
     for name in block.layers:
         key = block.key(name)
         weight = module.get_parameter(key).detach().clone()
-        weights.append(LayerWeight(key=key, weight=weight, scale=scales[name], bits=bits[name]))
+        scale = scales[name].to(weight.device)  # a plan's lie on the host
+        weights.append(LayerWeight(key=key, weight=weight, scale=scale, bits=bits[name]))
     return weights
 
 
