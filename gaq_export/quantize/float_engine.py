@@ -51,14 +51,20 @@ class Drawer:
 def drawers(model: LoadedModel, spec: SamplerSpec) -> list[Drawer]:
     """Return who may draw a float model's trajectories, the fastest first; the last one always can."""
     if model.device.kind != ON_HOST.kind:
-        group = max(1, min(GPU_GROUP, int(GPU_WORK / _multiplications(model))))
-        return [Drawer(name=model.device.kind, group=group, open=_network)]
+        return [Drawer(name=model.device.kind, group=network_group(model), open=_network)]
     plain = Drawer(name="", group=GROUP, open=_network)
     if FEATURE not in (cpu_features() or ()) or engines.find_backend(BACKEND).can_run():
         return [plain]
     if spec.steps * _multiplications(model) < LARGE:
         return [plain]
     return [Drawer(name=f"{BACKEND}, {Compute.BFLOAT16}", group=ENGINE_GROUP, open=_engine), plain]
+
+
+def network_group(model: LoadedModel) -> int:
+    """Return how many images PyTorch draws at a time on the model's device."""
+    if model.device.kind == ON_HOST.kind:
+        return GROUP
+    return max(1, min(GPU_GROUP, int(GPU_WORK / _multiplications(model))))
 
 
 def _multiplications(model: LoadedModel) -> int:

@@ -23,7 +23,7 @@ from gaq_export.diffusion.loop import Sampling
 from gaq_export.diffusion.schedule import timesteps
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import provenance_of
-from gaq_export.quantize.float_engine import GROUP
+from gaq_export.quantize.float_engine import network_group
 from gaq_export.quantize.trajectories import image_seed
 
 OnStage = Callable[[str, int, int], None]  # called with (what is being done, done, total)
@@ -155,7 +155,8 @@ def of_plan(model: LoadedModel, plan: QuantPlan, images: int, on_step: OnStage) 
     quantized = [fake_quantized(model.network, plan, activations=rounded) for rounded in (False, True)]
     # Hashed under a purpose, "inspection", so these are never the seeds of calibration images.
     seeds = [image_seed(plan.config.seed, i, "inspection") for i in range(images)]
-    groups = [seeds[start : start + GROUP] for start in range(0, images, GROUP)]
+    size = network_group(model)
+    groups = [seeds[start : start + size] for start in range(0, images, size)]
     rows: list[list[list[float]]] = []  # one entry a network call: 2 networks x images of the group
 
     for group in groups:

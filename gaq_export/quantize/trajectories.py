@@ -112,7 +112,9 @@ def _draw(groups: _Groups, folder: Path | None, on_step: OnProgress) -> list[Ten
                 report = _part_of(on_step, group * spec.steps, groups.count * spec.steps)
                 part = _trajectories(network, seeds, model.sampling(spec), report)
                 if path:
-                    write_checked(path, {"x": part}, {"identity": identity})
+                    write_checked(
+                        path, {"x": part}, {"identity": identity, "drawn_by": groups.drawer.name or "PyTorch"}
+                    )
             parts.append(part)
     return parts
 
