@@ -12,7 +12,7 @@ MAY_IMPORT = {"gaq_export": {"calib", "engines"}, "calib": set(), "engines": set
 # A sub-package (or module) of gaq_export may import those on lower rungs, never a neighbour on its own.
 LADDER = (
     {"_version", "errors"},
-    {"devices", "run", "folders", "images"},
+    {"cluster", "devices", "run", "folders", "images"},
     {"diffusion"},
     {"models", "graph"},
     {"quantize"},

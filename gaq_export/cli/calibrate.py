@@ -2,7 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from gaq_export.cli import terminal
 from gaq_export.cli.options import (
     DEFAULT_RUN,
     MOST_WORKERS,
+    CellRay,
     Classes,
     Convention,
     CorrectionRule,
@@ -41,6 +43,10 @@ from gaq_export.cli.progress import Display
 
 if TYPE_CHECKING:
     from calib.plan import QuantPlan
+    from gaq_export.comparison.auto import Tried
+    from gaq_export.comparison.runner import Measure
+    from gaq_export.models.loader import LoadedModel
+    from gaq_export.quantize.noise_sqnr import OnStage
     from gaq_export.quantize.presets import Preset
 
 _QUANTIZATION = "Quantization"
@@ -112,6 +118,7 @@ def calibrate(
     steps: Steps = None,
     spacing: Spacing = None,
     eta: Eta = None,
+    ray: CellRay = None,
     run: RunFolder = DEFAULT_RUN,
     quiet: Quiet = False,
 ) -> None:
@@ -121,10 +128,13 @@ def calibrate(
 
         from gaq_export import pipeline
         from gaq_export.comparison import auto
+        from gaq_export.errors import GaqError
         from gaq_export.quantize import presets
         from gaq_export.quantize.make_plan import CalibrationCallbacks
         from gaq_export.quantize.verdict import judge
 
+        if ray is not None and recipe != "auto":
+            raise GaqError("--ray spreads the candidates of --recipe auto over a cluster: leave it out otherwise.")
         options = presets.CalibrationOptions(
             wbits=wbits,
             abits=presets.parse_widths(abits),
@@ -149,7 +159,6 @@ def calibrate(
             loaded = drawn_with(loaded, name=sampler, steps=steps, spacing=spacing, eta=eta)
             calibrate_with = partial(
                 pipeline.calibrate,
-                loaded,
                 callbacks=CalibrationCallbacks(
                     on_collect=display.collect, on_progress=display.calibrate, on_correct=display.correct
                 ),
@@ -158,10 +167,13 @@ def calibrate(
             # The winner's run folder is the run by then, so the last call only reads its plan.
             if recipe == "auto":
                 candidates = {name: settings(name) for name in auto.CANDIDATES}
-                tried = auto.choose(loaded, candidates, run, calibrate_with, display.measure)
+                if ray is None:
+                    tried = auto.choose(loaded, candidates, run, partial(calibrate_with, loaded), display.measure)
+                else:
+                    loaded, tried = _choose_on(ray, loaded, candidates, run, display.measure)
                 typer.echo(auto.explain(tried))
                 best = tried[0].recipe
-            plan = calibrate_with(settings(best), folder=run)
+            plan = calibrate_with(loaded, settings(best), folder=run)
             verdict = judge(run, loaded, display.measure)
         typer.echo(f"{_bits_of(plan, wbits, abits, mixed=budget is not None)} -> {run}/plan.safetensors")
         terminal.print_verdict(verdict, quiet)
@@ -212,7 +224,10 @@ def compare(
         "gaq-compare"
     ),
     out: Annotated[Path | None, typer.Option(help="Folder for the pages; by default --folder.")] = None,
-    workers: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Calibrations at a time, one thread each.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WORKERS, help="Calibrations at a time, one thread each; by default 1.")
+    ] = None,
+    ray: CellRay = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the pages from the results that exist.")
     ] = False,
@@ -226,19 +241,23 @@ def compare(
         from gaq_export.comparison import pages as comparison_pages
         from gaq_export.comparison import runner, spec
         from gaq_export.comparison.yardstick import Yardstick
+        from gaq_export.errors import GaqError
         from gaq_export.quantize.recipes import RECIPES
 
-        with Display(quiet) as display:
+        if ray is not None and workers is not None:
+            raise GaqError("--workers and --ray exclude each other: a cluster runs as many as it has GPUs or cores.")
+        with Display(quiet) as display, ExitStack() as stack:
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
             loaded = drawn_with(loaded, name=sampler, steps=steps, spacing=spacing, eta=eta)
+            loaded, measure = _measured_on(stack, ray, loaded)
             comparison = spec.Comparison(
                 yardstick=Yardstick(model=loaded, folder=folder, images=images, data=data, classifier=features),
                 preset=spec.adjusted_preset(preset, iterations, calibration_images),
                 rows=spec.recipe_rows(recipes.split(",") if recipes else list(RECIPES)),
                 bits=spec.parse_bits(bits or f"W{wbits}A{abits}"),
                 seeds=tuple(range(seeds)),
-                workers=workers,
+                workers=workers or 1,
             )
             pages = comparison_pages.page_paths(out or folder, loaded.spec.name)
             taken = [file for file in (data, features, loaded.source.path) if file is not None and file.is_file()]
@@ -258,7 +277,7 @@ def compare(
                 display.measure("calibrations", finished, jobs)
 
             write = partial(comparison_pages.write_pages, comparison, command, pages)
-            runner.execute(comparison, job, report_only, write, say)
+            runner.execute(comparison, job, report_only, write, say, measure)
         if not job:
             typer.echo(f"-> {pages.html}")
 
@@ -282,6 +301,34 @@ def models() -> None:
         width = max(map(len, MODELS))
         for spec in MODELS.values():
             typer.echo(f"{spec.name:{width}}  {spec.description}")
+
+
+def _choose_on(
+    address: str, model: "LoadedModel", candidates: Mapping[str, "Preset"], folder: Path, on_step: "OnStage"
+) -> tuple["LoadedModel", list["Tried"]]:
+    """Choose a recipe on a Ray cluster; return the model, which says where it was calibrated, and all results."""
+    from dataclasses import replace
+
+    from gaq_export.cluster.connection import connected
+    from gaq_export.comparison import on_cluster
+
+    with connected(address) as cluster:
+        model = replace(model, device=on_cluster.find_place("auto", cluster))
+        return model, on_cluster.choose(model, candidates, folder, cluster, on_step)
+
+
+def _measured_on(stack: ExitStack, address: str | None, model: "LoadedModel") -> tuple["LoadedModel", "Measure | None"]:
+    """Return the model, which says where its cells compute, and what measures them on a Ray cluster if there is one."""
+    if address is None:
+        return model, None
+    from dataclasses import replace
+
+    from gaq_export.cluster.connection import connected
+    from gaq_export.comparison import on_cluster
+
+    cluster = stack.enter_context(connected(address))
+    model = replace(model, device=on_cluster.find_place("auto", cluster))
+    return model, partial(on_cluster.run, cluster=cluster)
 
 
 def _bits_of(plan: "QuantPlan", wbits: int, abits: str, *, mixed: bool) -> str:

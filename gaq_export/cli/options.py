@@ -147,6 +147,14 @@ Workers = Annotated[
     ),
 ]
 Ray = Annotated[str | None, _option("Address of a Ray cluster whose workers draw instead, or local.", panel=_DRAWING)]
+CellRay = Annotated[
+    str | None,
+    _option(
+        "Address of a Ray cluster that calibrates with several recipes at a time, each on a GPU if it has some, else "
+        "on one core; or local.",
+        "--ray",
+    ),
+]
 
 GraphKind = Annotated[
     str,

@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from calib.plan import QuantPlan
@@ -48,25 +49,52 @@ def choose(
         All results, the best first.
     """
     tried = []
-    folders = {name: folder / "auto" / name for name in candidates}
+    folders = folders_of(candidates, folder)
     for name, preset in candidates.items():
-        started = time.perf_counter()
-        _share(Run(folder=next(iter(folders.values()))), Run(folder=folders[name]))
-        plan = calibrate(preset, folder=folders[name])
-        seconds = time.perf_counter() - started  # of calibration alone: the comparison below is no part of a recipe
-        decibels = noise_sqnr.of_plan(model, plan, IMAGES, on_step).both.mean(1)  # (S, N) -> (S,)
-        result = Tried(
-            recipe=name, mean_db=float(decibels.mean()), worst_db=float(decibels.min()), seconds=round(seconds, 1)
-        )
-        tried.append(result)
-    tried.sort(key=lambda result: -result.mean_db)
+        share(Run(folder=next(iter(folders.values()))), Run(folder=folders[name]))
+        tried.append(measure(model, name, partial(calibrate, preset, folder=folders[name]), on_step))
+    return keep_best(tried, folder)
+
+
+def folders_of(candidates: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Return the run folder of each candidate, by recipe, inside that of the best."""
+    return {name: folder / "auto" / name for name in candidates}
+
+
+def measure(
+    model: LoadedModel,
+    recipe: str,
+    calibrate: Callable[[], QuantPlan],
+    on_step: OnStage = lambda what, done, total: None,
+) -> Tried:
+    """Calibrate with a recipe and compare the plan with the float model.
+
+    Args:
+        model: the float model.
+        recipe: its name.
+        calibrate: makes the plan, or returns the one that is there.
+        on_step: called with (what is being done, done, total) while they are compared.
+    """
+    started = time.perf_counter()
+    plan = calibrate()
+    seconds = time.perf_counter() - started  # of calibration alone: the comparison below is no part of a recipe
+    decibels = noise_sqnr.of_plan(model, plan, IMAGES, on_step).both.mean(1)  # (S, N) -> (S,)
+    return Tried(
+        recipe=recipe, mean_db=float(decibels.mean()), worst_db=float(decibels.min()), seconds=round(seconds, 1)
+    )
+
+
+def keep_best(tried: Iterable[Tried], folder: Path) -> list[Tried]:
+    """Make `folder` the run of the best candidate; return all, the best first."""
+    ranked = sorted(tried, key=lambda result: -result.mean_db)
     # Copied and not moved: the next call finds every candidate finished.
-    shutil.copytree(folders[tried[0].recipe], folder, dirs_exist_ok=True)
-    runs.add_entry(Run(folder=folder), "auto", tried={result.recipe: round(result.mean_db, 2) for result in tried})
-    return tried
+    best = folders_of([ranked[0].recipe], folder)[ranked[0].recipe]
+    shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.log"))
+    runs.add_entry(Run(folder=folder), "auto", tried={result.recipe: round(result.mean_db, 2) for result in ranked})
+    return ranked
 
 
-def _share(first: Run, run: Run) -> None:
+def share(first: Run, run: Run) -> None:
     """Copy what all recipes have in common, calibration images and times of layers, from the first run to another."""
     if run == first or run.calibration.exists():
         return

@@ -39,6 +39,7 @@ from gaq_export.run import peak_memory_mib
 
 SHOWN = 8  # images that are stored, for the page
 PREPARE = "prepare"  # the job before all cells
+Measure = Callable[[Comparison, Callable[[str], None]], list[Cell]]
 
 
 def execute(
@@ -47,6 +48,7 @@ def execute(
     report_only: bool,
     write_page: Callable[[], None],
     say: Callable[[str], None],
+    measure: Measure | None = None,
 ) -> None:
     """Do the one job that this process was started for, or measure what is missing and write the page.
 
@@ -56,6 +58,7 @@ def execute(
         report_only: whether to write the page without measuring.
         write_page: writes the page.
         say: called with a line for each finished job.
+        measure: measures what is missing and returns the cells that failed; `run`, in processes here, if None.
 
     Raises:
         SystemExit: a cell failed.
@@ -64,7 +67,7 @@ def execute(
         work(comparison, job)
         return
     claim(comparison)
-    failed = [] if report_only else run(comparison, say)
+    failed = [] if report_only else (measure or run)(comparison, say)
     write_page()
     if failed:
         raise SystemExit(1)

@@ -5,7 +5,6 @@ arithmetic does not depend on the number of workers. (It does depend on the proc
 it.)
 """
 
-import logging
 import os
 import tempfile
 import threading
@@ -18,13 +17,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import engines
 from engines import EngineFile, EngineWarning
+from gaq_export.cluster.connection import connected
 from gaq_export.deploy import session
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.batching import draw_in_batches
@@ -150,33 +149,22 @@ def draw_on_ray(job: Job, tasks: Sequence[Task], address: str) -> Iterator[Drawn
     Raises:
         GaqError: Ray is not installed, or there is no cluster at the address.
     """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError:
-        raise GaqError("Ray is not installed: pip install 'gaq-export[ray]'.") from None
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True, **options)
-    except (ConnectionError, ValueError) as error:
-        raise GaqError(f"No Ray cluster at {address!r}: {' '.join(str(error).split())}") from error
-    try:
+    with connected(address) as cluster:
+        from ray.util import ActorPool  # it is installed, as the line above has seen
+
         # An actor whose engine is of a GPU has one for itself; the others have a core.
         on_gpu = engines.find_backend(job.file.backend).on_gpu
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        if on_gpu and not resources.get("GPU"):
+        if on_gpu and not cluster.gpus:
             raise GaqError(
                 f"{job.file.path} needs a GPU ({job.file.backend}), and the cluster at {address!r} has none."
             )
-        count = min(len(tasks), max(1, int(resources.get("GPU" if on_gpu else "CPU", 1))))
+        count = min(len(tasks), cluster.gpus if on_gpu else cluster.cpus)
         # The files travel as one object in Ray's store, since the machines need not share a disk.
-        content = ray.put({path.name: path.read_bytes() for path in files_of(job.file)})
+        content = cluster.ray.put({path.name: path.read_bytes() for path in files_of(job.file)})
         # -1 is without limit: machines of a cluster may come and go.
-        actor = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=-1)(_Actor)
+        actor = cluster.ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=-1)(_Actor)
         pool = ActorPool([actor.remote() for _ in range(count)])
         yield from pool.map_unordered(lambda one, task: one.draw.remote(content, job, task), list(tasks))
-    finally:
-        ray.shutdown()
 
 
 class _Actor:

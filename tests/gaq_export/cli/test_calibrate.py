@@ -97,6 +97,7 @@ def test_the_models_are_listed() -> None:
     [
         (("--model", "ddpm-mnits"), r"Unknown model 'ddpm-mnits'. Did you mean 'ddpm-mnist'?"),
         ((), "Give the name of a model (see `gaq-export models`), or --weights FOLDER."),
+        (("--model", "ddpm-mnist", "--ray", "local"), "--ray spreads the candidates of --recipe auto over a cluster"),
         (("--model", "ddpm-mnist", "--abits", "9"), "activation bits = 9: choose a whole number from 2 to 8."),
         (("--model", "ddpm-mnist", "--abits", "8" * 5000), "Found activation bits '8888"),
         (("--model", "ddpm-mnist", "--seed", 2**64), "Found the seed 18446744073709551616; give a whole number from 0"),

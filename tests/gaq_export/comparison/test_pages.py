@@ -62,6 +62,11 @@ def test_a_recipe_that_does_not_exist_and_other_settings_are_refused(compared: P
     assert "holds results with other settings" in refused(compared, *words, "--recipes", "rtn", "--images", 5)
 
 
+def test_workers_and_ray_exclude_each_other(home: Path, tmp_path: Path) -> None:
+    words = ("compare", "--weights", home, "--folder", tmp_path, "--workers", 2, "--ray", "local")
+    assert "--workers and --ray exclude each other" in refused(tmp_path, *words)
+
+
 def test_the_command_shown_names_no_folders_from_elsewhere() -> None:
     words = ["compare", "ddpm-mnist", "--data", "/a/b/mnist.npz", "--report-only", "--folder=/c/d"]
     assert command_line(words) == "gaq-export compare ddpm-mnist --data mnist.npz --folder=d"
