@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from calib import records as calib_records
 from calib.files import write_atomically
@@ -226,6 +226,8 @@ class _Entry:
     engine: Text | None = None
     sqnr_db: tuple[float, ...] | None = None
     seconds: float | None = None
+    call_batch: int | None = None
+    call_seconds: dict[str, PositiveFloat] = field(default_factory=dict)
     collect_seconds: float | None = None
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mib: float | None = None

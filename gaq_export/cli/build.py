@@ -78,6 +78,14 @@ def build_engine(
             help="Leave the weights in an ONNX file beside the engine (TensorRT; building it needs a GPU).",
         ),
     ] = False,
+    timing: Annotated[
+        bool | None,
+        typer.Option(
+            "--timing/--no-timing",
+            help="Whether to time a float engine of the backend beside it, some seconds; by default up to 1 GiB of "
+            "float weights.",
+        ),
+    ] = None,
     require_db: RequireDb = None,
     quiet: Quiet = False,
 ) -> None:
@@ -120,6 +128,7 @@ def build_engine(
             sampler=spec,
             numbers=parse_choice("numbers", numbers, Numbers),
             correct=correction,
+            timing=timing,
         )
         with Display(quiet) as display:
             if require_db is not None:  # before the build, so that a plan that is not good enough replaces no engine

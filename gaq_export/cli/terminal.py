@@ -74,6 +74,8 @@ def audit_lines(built: "Built") -> list[str]:
         lines.append(_part_line(built.decoder, "makes images of the latents"))
     lines += [_part_line(encoder, "encodes prompts") for encoder in built.texts]
     lines.append(f"not run here: {built.not_run}" if built.parity is None else _parity_line(built.parity))
+    if built.timing is not None:
+        lines.append(f"speed: {built.timing.line}")
     return lines
 
 

@@ -18,8 +18,9 @@ from engines import EngineConfig, EngineFile
 from engines.files import data_path, files_of
 from gaq_export import folders
 from gaq_export import run as runs
-from gaq_export.deploy import parity, submodels, verify
-from gaq_export.deploy.onnx_artifact import GraphOptions, correction_for, write_graph
+from gaq_export.deploy import float_timing, parity, submodels, verify
+from gaq_export.deploy.float_timing import FloatTiming
+from gaq_export.deploy.onnx_artifact import FloatGraph, GraphOptions, correction_for, write_graph
 from gaq_export.deploy.parity import Parity
 from gaq_export.deploy.record import (
     EngineRecord,
@@ -53,8 +54,9 @@ _PROFILE_SUFFIX = {Numbers.INT8: "", Numbers.FP8: "-fp8"}
 class Built:
     """A built engine; `parity` is None where it cannot run here, and `not_run` says why.
 
-    `others` are engines that take turns with it, where steps differ in activation bits; `decoder` makes images of its
-    latents, if it draws latents; `texts` encode prompts, if it takes prompts.
+    `timing` compares it with a float engine, if that was measured; `others` are engines that take turns with it, where
+    steps differ in activation bits; `decoder` makes images of its latents, if it draws latents; `texts` encode prompts,
+    if it takes prompts.
     """
 
     file: EngineFile
@@ -64,6 +66,7 @@ class Built:
     not_run: str | None
     decoder: Part | None = None
     texts: tuple[Part, ...] = ()
+    timing: FloatTiming | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,8 @@ class BuildOptions:
         numbers: integers, or E4M3 floats for TensorRT and plans of 8-bit activations only.
         correct: with the plan's correction of the noise, if it has one.
         rows: a step index for each image in place of one for all, see `make_step`.
+        timing: whether to time a float engine of the backend beside it, where it runs; None for yes if the float
+            weights take less than `float_timing.LARGEST` bytes.
         step_name: what the run's journal calls this build.
     """
 
@@ -86,6 +91,7 @@ class BuildOptions:
     numbers: Numbers = Numbers.INT8
     correct: bool = True
     rows: bool = False
+    timing: bool | None = False
     step_name: str = "build-engine"
 
 
@@ -98,6 +104,7 @@ def build_engine(
     sampler: SamplerSpec | None = None,
     numbers: str = Numbers.INT8,
     correct: bool = True,
+    timing: bool | None = False,
     model: LoadedModel | None = None,
 ) -> Built:
     """Build an engine from the run's plan, audit it, and check it against fake-quantized PyTorch on the same inputs.
@@ -112,6 +119,7 @@ def build_engine(
         sampler: what the engine will draw with; the plan's if None.
         numbers: a value of `Numbers`; "fp8" for TensorRT and plans of 8-bit activations only.
         correct: with the plan's correction of the noise, if it has one.
+        timing: whether to time a float engine of the same backend beside it, see `BuildOptions`.
         model: the float model; loaded again from the plan's record if None.
 
     Raises:
@@ -124,6 +132,7 @@ def build_engine(
         sampler=sampler,
         numbers=parse_choice("numbers", numbers, Numbers),
         correct=correct,
+        timing=timing,
     )
     return build(Run(folder=Path(folder)), Path(out), options, model)
 
@@ -147,7 +156,7 @@ def build(
     on_begin("loading the model")
     job = _prepare(run, options, model)
     _check_target(job, out)
-    not_run = job.backend.can_run()
+    not_run = job.backend.can_run(job.config.gpu)
     on_begin("collecting inputs for the check")
     # Where the engine cannot run, as for another GPU, it is built all the same and not checked.
     data = None if not_run else verify.samples(job.model, job.sampler, job.plan, job.run, job.config)
@@ -159,10 +168,13 @@ def build(
         decoder = build_decoder(job.model, staged / out.name, job.config, data)
         texts, encoders = build_texts(job.model, staged / out.name, job.config, check=data is not None)
         record = replace(job.record, decoder=_link_to(decoder), text_encoders=encoders)
-        files, checks = _build_graphs(job, record, staged / out.name, data, on_begin)
+        with folders.staging(out) as scratch:
+            exact = _float_graph(job, scratch) if not_run is None else None
+            files, checks = _build_graphs(replace(job, exact=exact), record, staged / out.name, data, on_begin)
+            timing = _time(files[-1], exact, job.config, on_begin)
         _put(staged, out)
     merged = parity.merge(checks) if checks else None
-    _add_to_journal(job, out, files, merged)
+    _add_to_journal(job, out, files, merged, timing)
     # Loaded again, because the paths in `files` are those in the staging folder. The widest is last.
     *others, file = (engines.load_engine_file(out.with_name(file.path.name)) for file in files)
     return Built(
@@ -173,6 +185,7 @@ def build(
         not_run=not_run,
         decoder=decoder and _moved(decoder, out),
         texts=tuple(_moved(encoder, out) for encoder in texts),
+        timing=timing,
     )
 
 
@@ -190,6 +203,7 @@ class _Job:
     sampler: SamplerSpec
     turns: tuple[int, ...]  # activation bits of each step, (S,)
     record: EngineRecord = field(repr=False)  # without what only the build brings: tables, decoder, text encoders
+    exact: FloatGraph | None = None  # of the float network, to be written beside the last graph
 
 
 def _prepare(run: Run, options: BuildOptions, model: LoadedModel | None) -> _Job:
@@ -256,6 +270,7 @@ def _build_graphs(
             correct=job.options.correct,
             abits=None if job.plan.step_bits is None else abits,
             rows=job.options.rows,
+            exact=job.exact if last else None,
         )
         on_begin("exporting the graph")
         exported = write_graph(job.profile, job.plan, job.model, options, folder=job.run.folder)
@@ -272,7 +287,29 @@ def _build_graphs(
     return files, checks
 
 
-def _add_to_journal(job: _Job, out: Path, files: Sequence[EngineFile], checked: Parity | None) -> None:
+def _float_graph(job: _Job, folder: Path) -> FloatGraph | None:
+    """Return where the float graph goes and in what type, None if no float engine is to be timed."""
+    timing = job.options.timing
+    if timing is None:
+        held = sum(parameter.nbytes for parameter in job.model.network.parameters())
+        timing = held < float_timing.LARGEST
+    compute = float_timing.float_compute(job.backend, job.config.compute)
+    # A runtime that is not strongly typed chooses its types itself, and wants a float32 graph.
+    return (
+        FloatGraph(path=folder / "float.onnx", compute=compute if job.backend.typed else "float32") if timing else None
+    )
+
+
+def _time(file: EngineFile, exact: FloatGraph | None, config: EngineConfig, on_begin: OnBegin) -> FloatTiming | None:
+    if exact is None:
+        return None
+    on_begin("timing beside float")
+    return float_timing.measure(file, exact.path, config)
+
+
+def _add_to_journal(
+    job: _Job, out: Path, files: Sequence[EngineFile], checked: Parity | None, timing: FloatTiming | None
+) -> None:
     runs.add_entry(
         job.run,
         job.options.step_name,
@@ -280,11 +317,17 @@ def _add_to_journal(job: _Job, out: Path, files: Sequence[EngineFile], checked: 
         backend=job.backend.name,
         seconds=round(sum(file.build_seconds for file in files), 1),
         sqnr_db=checked and checked.sqnr_db,
+        **(timing.to_json() if timing else {}),
     )
 
 
 def build_float(
-    model: LoadedModel, out: Path, *, sampler: SamplerSpec | None = None, config: EngineConfig | None = None
+    model: LoadedModel,
+    out: Path,
+    *,
+    sampler: SamplerSpec | None = None,
+    config: EngineConfig | None = None,
+    compute: str = "float32",
 ) -> EngineFile:
     """Build an engine of the float network's steps, which draws in the same runtime as a quantized one.
 
@@ -292,10 +335,11 @@ def build_float(
         model: the float model.
         out: the engine file.
         sampler: its steps; the model's own if None.
-        config: backend and batch profile, its arithmetic float32; the best backend present if None.
+        config: backend and batch profile; the best backend present if None.
+        compute: type of its arithmetic, in place of the one in `config`.
     """
     spec = sampler or model.spec.sampler
-    config = replace(config or EngineConfig(backend=engines.best_backend()), compute="float32")
+    config = replace(config or EngineConfig(backend=engines.best_backend()), compute=compute)
     network = export_float(model.network, model.shape, model.condition_inputs)
     make_step(network, model.schedule, spec, guided=model.guided)
     if find_profile(engines.find_backend(config.backend).profile).openvino_forms:

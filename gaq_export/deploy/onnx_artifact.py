@@ -31,6 +31,14 @@ from gaq_export.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
+class FloatGraph:
+    """Where to write the float graph that a quantized one is compared with, and the type that it computes in."""
+
+    path: Path
+    compute: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class GraphOptions:
     """Which graph to write of a plan.
 
@@ -41,6 +49,7 @@ class GraphOptions:
         correct: with the plan's correction of the noise, if it has one and the graph is of whole steps.
         abits: activation bits of this graph, where the plan's steps differ in them; the widest if None.
         rows: a step index for each image in place of one for all, see `make_step`.
+        exact: a float graph of the same kind to write too; none if None.
     """
 
     graph: GraphKind = GraphKind.STEP
@@ -49,6 +58,7 @@ class GraphOptions:
     correct: bool = True
     abits: int | None = None
     rows: bool = False
+    exact: FloatGraph | None = None
 
     @property
     def kind(self) -> str:
@@ -116,12 +126,18 @@ def write_graph(
     target = find_profile(profile)
     # The plan names the layers of the network after surgery, so the network is rewritten before it is exported.
     plan = at_bits(plan, options.abits or plan.config.activation.bits)
-    model = rewritten(model, plan)
+    float_model, model = model, rewritten(model, plan)
     if options.graph is GraphKind.STEP:
         network, step = _step(model, plan, options)
     else:
         network = export_float(model.network, model.shape, model.condition_inputs)
         step = None
+    if options.exact is not None:
+        # Exporting takes seconds, so the graph is exported again only if the plan's differs in more than Q/DQ.
+        copy = network.clone() if model is float_model else _export_exact(float_model, options)
+        if target.openvino_forms:
+            rewrite_for_openvino(copy)
+        save_onnx(compute_in(copy, options.exact.compute), options.exact.path)
     # One file for each kind, so graphs of different kinds do not overwrite each other.
     path = out or Run(folder=folder).onnx(profile, options.kind)
     # In this order: the quantization scales are inserted as float32, and become 16 bits together with the rest.
@@ -132,6 +148,15 @@ def write_graph(
     del network
     gc.collect()  # nodes and values refer to each other, and would keep the weights until the engine is built
     return Exported(path=path, tables=tuple(sorted(step.baked)) if step else ())
+
+
+def _export_exact(model: LoadedModel, options: GraphOptions) -> ir.Model:
+    """Return the graph of the float network."""
+    network = export_float(model.network, model.shape, model.condition_inputs)
+    if options.graph is GraphKind.STEP:
+        sampler = options.sampler or model.spec.sampler
+        make_step(network, model.schedule, sampler, guided=model.guided, step_per_image=options.rows)
+    return network
 
 
 def _step(model: LoadedModel, plan: QuantPlan, options: GraphOptions) -> tuple[ir.Model, StepInfo]:

@@ -139,9 +139,14 @@ def _build(graph: ir.Model, out: Path, config: EngineConfig, part: str) -> Engin
 
 
 def build_graph(graph: ir.Model, out: Path, config: EngineConfig, metadata: dict[str, Any]) -> EngineFile:
-    """Build the engine `out` of a float graph; its ONNX file exists only while it is built."""
+    """Build the engine `out` of a float graph; its ONNX file exists only while it is built.
+
+    It computes in `config.compute`, which for a backend that reads the types in the graph becomes the graph's.
+    """
+    typed = engines.find_backend(config.backend).typed
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{temporary_name(out.parent, out.name)}.") as folder:
-        save_onnx(compute_in(graph, "float32"), Path(folder, "unet.onnx"))
+        compute = config.compute if typed and config.compute else "float32"
+        save_onnx(compute_in(graph, compute), Path(folder, "unet.onnx"))
         return engines.build(Path(folder, "unet.onnx"), out, config, metadata)
 
 

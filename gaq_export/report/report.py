@@ -26,6 +26,7 @@ from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
+from gaq_export.deploy.float_timing import float_compute
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.batching import Draw, draw_in_batches
 from gaq_export.diffusion.conditioning import bind
@@ -152,7 +153,7 @@ class _Engines:
 
     @property
     def not_run(self) -> str | None:
-        return engines.find_backend(self.file.backend).can_run()
+        return engines.find_backend(self.file.backend).can_run(self.file.gpu)
 
 
 def measure(
@@ -246,9 +247,15 @@ def evaluation_of(folder: Path | None, file: EngineFile) -> Evaluation | None:
 
 def _build_exact(file: EngineFile, model: LoadedModel, folder: Path) -> EngineFile:
     """Build an engine of the float network as `file` was built."""
-    # For the same batches, targets and threads, so that the two differ in size and speed by quantization alone.
-    config = EngineConfig(backend=file.backend, batch=file.batch, targets=file.targets, threads=file.threads)
-    return build_float(model, folder / "float.plan", sampler=record_of(file).provenance.sampler, config=config)
+    # For the same batches, targets and threads, so that the two differ in size and speed by quantization alone; on a
+    # GPU the float engine that counts is of FP16, whatever the other computes in outside its integers.
+    config = EngineConfig(
+        backend=file.backend, batch=file.batch, targets=file.targets, threads=file.threads, gpu=file.gpu
+    )
+    compute = float_compute(engines.find_backend(file.backend), file.compute)
+    sampler = record_of(file).provenance.sampler
+    built = build_float(model, folder / "float.plan", sampler=sampler, config=config, compute=compute)
+    return replace(built, gpu=file.gpu)
 
 
 @contextmanager
@@ -311,7 +318,7 @@ def _time(compared: _Engines, draw: Draw, rounds: int, on_step: OnStage) -> Spee
     with _open(compared, compared.exact) as (exact_draw, _):
         loops = {
             PYTORCH: _float_draw(compared),
-            f"{file.backend}, float": exact_draw,
+            f"{file.backend}, {compared.exact.compute}": exact_draw,
             f"{file.backend}, {record_of(file).bits}": draw,
         }
         seconds = take_turns({who: partial(loop, by) for who, by in loops.items()}, rounds)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calib.records import check_record
+from gaq_export.deploy.float_timing import against_float
 from gaq_export.deploy.record import record_of
 from gaq_export.diffusion.schedule import timesteps
 from gaq_export.evaluation import scores
@@ -61,7 +62,7 @@ def _in_short(report: Report) -> dict[str, str]:
     }
     if report.speed is not None:
         _, by_exact, by_engine = (report.speed.median(who) for who in report.speed.seconds)
-        facts["speed"] = f"{by_exact / by_engine:.2f} times the speed of a float engine of {report.file.backend}"
+        facts["speed"] = f"{against_float(by_engine, by_exact)}: {_seconds(report.speed.seconds)}"
     # By the audit, not by the plan: a runtime may have fallen back to floats.
     done = sum(count for (_, how), count in report.file.audit.counts.items() if how in ("int8", "float8"))
     return facts | {"arithmetic": f"{done} of {len(report.file.audit.kernels)} weight layers in integers or FP8"}
@@ -217,7 +218,7 @@ def _speed_section(report: Report) -> str:
     speed = report.speed
     if speed is None:
         why = "timing was switched off" if report.not_run is None else f"the engine cannot run here: {report.not_run}"
-        return html.section(title, html.note(f"Not measured: {why}."))
+        return html.section(title, html.note(f"Not measured: {why}.{_speed_when_built(report)}"))
     rounds = len(speed.seconds[PYTORCH])
     steps = len(report.noise[FLOAT])
     text = (
@@ -237,6 +238,23 @@ def _speed_section(report: Report) -> str:
     ]
     head = ("loop", "median s", "range s", "images/s", "against PyTorch")
     return html.section(title, html.text(text), html.table(head, rows))
+
+
+def _seconds(seconds: Mapping[str, Sequence[float]]) -> str:
+    """Return the medians of the two engines, whichever they are: PyTorch's is not among them."""
+    both = {who: statistics.median(values) for who, values in seconds.items() if who != PYTORCH}
+    return ", ".join(f"{who} {value:.2f} s a loop" for who, value in both.items())
+
+
+def _speed_when_built(report: Report) -> str:
+    """Return what the journal says of the engine's speed beside float, as a further sentence; nothing if nothing."""
+    built = next((line for line in reversed(report.journal) if line["step"] == "build-engine"), None)
+    if not built or not built.get("call_seconds"):
+        return ""
+    times = ", ".join(f"{who} {1e3 * value:.3g} ms" for who, value in built["call_seconds"].items())
+    by_exact, by_engine = built["call_seconds"].values()
+    words = against_float(by_engine, by_exact)
+    return f" When it was built, a call of {built['call_batch']} images took {times}: {words}."
 
 
 def _reproduction_section(report: Report) -> str:

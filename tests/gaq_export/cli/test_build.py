@@ -1,6 +1,7 @@
 """`build-engine` and `export`: what they check of the plan, of their options and of the engine."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ def test_an_engine_with_a_scale_for_each_step_and_quantized_attention_passes_its
     for graph in ("step", "eps"):
         built = gaq("build-engine", "--run", run, "--backend", "openvino", "--graph", graph, "--out", plan, *few)
         assert built.exit_code == 0, built.output
+        assert "by openvino, float32: " in " ".join(built.stdout.split())
+        entry = json.loads((run / "run.json").read_text())["journal"][-1]
+        assert list(entry["call_seconds"]) == ["openvino, float32", "openvino, W4A8"]
+        assert min(entry["call_seconds"].values()) > 0
+        assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 def test_export_names_the_file_it_wrote(tiny_run: Path, tmp_path: Path) -> None:
