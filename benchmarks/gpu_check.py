@@ -1,239 +1,313 @@
-"""Build, check and time every engine that an NVIDIA GPU can run, and say which could not be built.
+"""Prove the GPU work on a machine with an NVIDIA GPU, stage by stage, in a few minutes.
 
     make gpu-check
 
-Each engine has its process, since TensorRT and TensorRT-RTX cannot share one, and a crash is a result too.
+Each stage is a process with a limit of time; a stage that fails, crashes or is cut off never stops the next one. The
+page and the JSON beside it are written anew after every result. Without a GPU nothing is run, nor written; `--rehearse`
+runs the code of every stage on the CPU, at a size at which the numbers mean nothing.
 """
 
 import json
 import os
-import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import typer
 
-import engines
-from command import write_markdown
-from engines import EngineConfig, EngineFile
+from calib.files import write_atomically
+from command import command_line, one_line_errors
 from engines.driver import gpus, no_gpu
 from engines.machine import inspect_machine
-from gaq_export.deploy import session
-from gaq_export.diffusion import loop
-from gaq_export.diffusion.schedule import SamplerSpec
-from gaq_export.errors import user_errors
-from gaq_export.pipeline import LoadedModel, build_engine, calibrate, export_onnx, load_model, preset
-from gaq_export.quantize.presets import CalibrationOptions
-from gaq_export.report.markdown import markdown_table
+from gaq_export.errors import GaqError
+from gaq_export.report.markdown import markdown_table, plain
+from gpu_records import ENGINE, GPU_BACKENDS, Finding, Request, read_findings, write_request
+from gpu_stages import CANNOT, ROOT, STAGES, Stage, engine_stages
 
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-ROUNDS = 5
+SCRIPT = Path(__file__).with_name("gpu_stages.py")
+POLL = 0.2  # seconds
+MARGIN = 5.0  # seconds that a stage is not told of: for its process to start and to end
+LEAST = 3.0  # seconds; with less a stage is not begun
+ENGINE_SECONDS = 120.0  # at most, for one engine
+TAIL = 300  # characters of what a process said last
+STANDS_IN = "ddpm-mnist"
+
+
+class Status(StrEnum):
+    """How a stage ended."""
+
+    DONE = "done"
+    NOT_RUN = "not run"
+    FAILED = "failed"
+    CUT_OFF = "cut off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a stage ended, after how many seconds, why, and what it found."""
+
+    title: str
+    status: Status
+    seconds: float = 0.0
+    reason: str = ""
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """Its status in a line."""
+        return f"{self.status}: {self.reason}" if self.reason else f"{self.status} in {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What is the same for all stages: the machine, the request, notes for the page, where to write."""
+
+    machine: str
+    request: Request
+    notes: tuple[str, ...]
+    out: Path
+    stages: Mapping[str, Stage]
 
 
 def main(
-    model: Annotated[str, typer.Option()] = "ddpm-mnist",
+    minutes: Annotated[float, typer.Option(help="For all stages together.")] = 8.0,
+    model: Annotated[str, typer.Option(help="Of the calibration and the pictures.")] = "ddpm-cifar10",
     weights: Annotated[str | None, typer.Option(help="As for gaq-export calibrate.")] = None,
-    steps: Annotated[int, typer.Option()] = 50,
-    batch: Annotated[int, typer.Option()] = 16,
-    out: Annotated[Path | None, typer.Option(help="Markdown page; docs/results/gpu-<name>.md by default.")] = None,
-    one: Annotated[str | None, typer.Option(hidden=True, help="backend/type of one engine; answers in JSON.")] = None,
-    run: Annotated[Path, typer.Option(hidden=True)] = Path(),
+    cpu_plan: Annotated[Path | None, typer.Option(help="plan.safetensors of the same calibration by a CPU.")] = None,
+    data: Annotated[Path | None, typer.Option(help=".npz of real test images, for the Frechet distance.")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="ResNet-56 of akamaster/pytorch_resnet_cifar10.")] = None,
+    images: Annotated[int, typer.Option(help="At most, of each network.")] = 10_000,
+    tf32: Annotated[bool, typer.Option(help="Draw the pictures with products in TensorFloat-32.")] = False,
+    only: Annotated[str, typer.Option(help="Stages whose names begin so, separated by commas.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Page; docs/results/gpu-<name>.md by default.")] = None,
+    rehearse: Annotated[bool, typer.Option(help="Run every stage on the CPU, at a tiny size.")] = False,
 ) -> None:
-    """Check all GPU backends here; without a GPU say so."""
-    if reason := no_gpu():
-        print(f"gpu-check: not run: {reason}")
-        return
-    loaded, spec = load_model(model, weights), SamplerSpec(steps=steps)
-    if one is not None:
-        backend, _, compute = one.partition("/")
-        print(json.dumps(examine(loaded, spec, run, backend, compute, batch)))
-        return
-    gpu = gpus()[0]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        calibrate(loaded, preset("tiny", CalibrationOptions(wbits=4)), folder=folder, sampler=spec)
-        kinds = [f"{b}/{compute}" for b in GPU_BACKENDS for compute in engines.BACKENDS[b].computes]
-        arguments = ["--model", model, "--steps", str(steps), "--batch", str(batch), "--run", str(folder)]
-        arguments += ["--weights", weights] if weights else []
-        results = {kind: _in_a_process(kind, arguments) for kind in kinds}
-    versions = ", ".join(f"{package} {v}" for package, v in inspect_machine().packages.items() if v)
-    lines = [
-        f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_bytes / 2**30:.0f} GiB, driver for CUDA "
-        f"{gpu.cuda}. {versions}.",
-        "",
-        f"{model} W4A8, {steps} DDIM steps, batch {batch}, medians of {ROUNDS} loops.",
-        "",
-        *page(results, _pytorch(loaded, spec, batch), batch),
-    ]
-    write_markdown(lines, out or Path("docs/results") / f"gpu-{gpu.name.lower().replace(' ', '-')}.md")
-
-
-def _in_a_process(kind: str, arguments: list[str]) -> dict[str, Any]:
-    """Return the result of `examine`, or the reason for a failure under "failed"."""
-    rtx = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"} if kind.startswith("tensorrt-rtx") else {}
-    child = subprocess.run(
-        [sys.executable, __file__, "--one", kind, *arguments],
-        env={**os.environ, **rtx},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        result: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        last = (child.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        result = {"failed": f"the process ended with {child.returncode}: {last[:300]}"}
-    print(kind, result.get("failed", "checked"), flush=True)
-    return result
-
-
-def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, compute: str, batch: int) -> dict[str, Any]:
-    """Build one engine and measure it.
-
-    Returns:
-        "build_seconds", "plan_bytes", "parity_db" and "required_db" (at the worst step), "loop_seconds" (of each
-        round), "kernel_seconds" (of one loop, by the runtime's profiler; TensorRT only), "memory_bytes",
-        "batch_difference" (of an image alone and in a batch), "worst_layers" (TensorRT only); or "failed" alone.
-    """
-    problems = engines.BACKENDS[backend].can_build(), engines.BACKENDS[backend].can_run()
-    if any(problems):
-        return {"failed": next(problem for problem in problems if problem)}
-    config = EngineConfig(backend=backend, batch=(1, batch, batch), compute=compute)
-    with tempfile.TemporaryDirectory() as name:
-        try:
-            built = build_engine(folder=run, out=Path(name, "unet.plan"), config=config, model=model)
-            assert built.parity is not None
-            result = {
-                "build_seconds": built.file.build_seconds,
-                "plan_bytes": built.file.path.stat().st_size,
-                "parity_db": built.parity.sqnr_db[built.parity.worst],
-                "required_db": built.parity.required_db(built.parity.worst),
-                **_loops(built.file, model, spec, batch),
-            }
-            if backend.startswith("tensorrt"):
-                result |= _by_polygraphy(built.file, model, spec, run)
-        except user_errors() as error:
-            return {"failed": str(error)}
-    return result
-
-
-def _loops(file: EngineFile, model: LoadedModel, spec: SamplerSpec, batch: int) -> dict[str, Any]:
-    before = _memory()
-    with engines.open_engine(file) as engine:
-        draw = session.draw_with_engine(engine, file, session.sampling_of(file))
-        together = draw(range(batch), lambda: None)
-        seconds = []
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            draw(range(batch), lambda: None)
-            seconds.append(time.perf_counter() - started)
-        alone = draw(range(1), lambda: None)
-        difference = float((together[:1] - alone).abs().max())
-        return {"loop_seconds": seconds, "memory_bytes": _memory() - before, "batch_difference": difference}
-
-
-def _memory() -> int:
-    """Return the bytes of GPU memory in use, by all processes; 0 where no driver says."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    if shutil.which(query[0]) is None:
-        return 0
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
-
-
-def _by_polygraphy(file: EngineFile, model: LoadedModel, spec: SamplerSpec, run: Path) -> dict[str, Any]:
-    """Measure the kernels of one call, and compare layer by layer in float32."""
-    from polygraphy.backend.common import BytesFromPath
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-    from polygraphy.backend.trt.util import trt
-
-    from layerwise import compare_layers, tensorrt_runner
-
-    class Profiler(trt.IProfiler):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.milliseconds: list[float] = []
-
-        def report_layer_time(self, layer: str, milliseconds: float) -> None:
-            self.milliseconds.append(milliseconds)
-
-    def feeds(batch: int) -> dict[str, Any]:
-        x = loop.noise(range(batch), 0, model.shape).numpy()
-        return {"x": x, "step": np.zeros(1, np.int64)}
-
-    times, profiler = [], Profiler()
-    with TrtRunner(EngineFromBytes(BytesFromPath(str(file.path)))) as runner:
-        runner.infer(feeds(file.batch[2]))
-        runner.context.profiler = profiler
-        for _ in range(ROUNDS):
-            profiler.milliseconds.clear()
-            runner.infer(feeds(file.batch[2]))
-            times.append(sum(profiler.milliseconds) / 1e3)
-    graph = export_onnx("trt", folder=run, model=model, out=file.path.with_name("layers.onnx")).path
-    layers = compare_layers(graph, feeds(1), tensorrt_runner)
-    worst = sorted(layers.items(), key=lambda item: item[1])[:3]
-    return {"kernel_seconds": statistics.median(times) * spec.steps, "worst_layers": dict(worst)}
-
-
-def _pytorch(model: LoadedModel, spec: SamplerSpec, batch: int) -> tuple[str, float]:
-    """Return where PyTorch runs here, and the median seconds of its FP32 loop."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network, seconds = model.network.to(device), []
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return network(x.to(device), t.to(device)).cpu()  # type: ignore[no-any-return]
-
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        loop.run(denoise, range(batch), model.sampling(spec))
-        seconds.append(time.perf_counter() - started)
-    model.network.to("cpu")
-    return device, statistics.median(seconds[1:])
-
-
-def page(results: dict[str, dict[str, Any]], pytorch: tuple[str, float], batch: int) -> Iterator[str]:
-    """Yield the lines of the table of `examine`'s results, by "backend/type", and of what failed."""
-    rows = []
-    for kind, one in results.items():
-        if "failed" in one:
-            continue
-        loop = statistics.median(one["loop_seconds"])
-        kernels = f"{100 * one['kernel_seconds'] / loop:.0f} %" if "kernel_seconds" in one else "-"
-        rows.append(
-            (
-                kind.replace("/", ", "),
-                f"{one['build_seconds']:.1f}",
-                f"{one['plan_bytes'] / 1e6:.1f}",
-                f"{one['parity_db']:.1f} ({one['required_db']:.1f})",
-                f"{1e3 * loop:.1f}",
-                f"{batch / loop:.1f}",
-                f"{pytorch[1] / loop:.1f} x",
-                kernels,
-                f"{one['memory_bytes'] / 2**20:.0f}",
-                f"{one['batch_difference']:.1e}",
+    """Run all stages here and write the page; without a GPU say so."""
+    with one_line_errors():
+        stages = _chosen(only, ["openvino/float32", "tensorrt/float32"] if rehearse else _kinds())
+        reason = None if rehearse else no_gpu()
+        if reason is not None:
+            print(f"gpu-check: not run: {reason}")
+            for stage in stages.values():
+                print(f"{stage.title}: not run")
+            return
+        model, weights, notes = _known_model(STANDS_IN if rehearse else model, weights)
+        with tempfile.TemporaryDirectory() as scratch:
+            request = Request(
+                model=model,
+                weights=weights,
+                folder=scratch,
+                images=images,
+                tf32=tf32,
+                cpu_plan=_file(cpu_plan),
+                data=_file(data),
+                classifier=_file(classifier),
             )
+            if rehearse:
+                request = replace(request, device="cpu", preset="tiny", steps=3, calibration_steps=3)
+                request = replace(request, images=8, batch=4, engine_batch=2)
+                notes = (*notes, "A rehearsal on the CPU: the numbers mean nothing.")
+                out = out or Path(tempfile.gettempdir(), "gpu-check-rehearsal.md")
+            name = "cpu" if rehearse else gpus()[0].name
+            page = out or ROOT / "docs" / "results" / f"gpu-{name.lower().replace(' ', '-')}.md"
+            check = Check(machine=_machine(), request=request, notes=notes, out=page, stages=stages)
+            run_all(check, 60 * minutes)
+    print(f"written: {page} and {page.with_suffix('.json').name}")
+
+
+def run_all(check: Check, seconds: float) -> dict[str, Result]:
+    """Run the stages one after another; what a stage leaves of its time goes to the others."""
+    ends = time.monotonic() + seconds
+    results: dict[str, Result] = {}
+    waiting = dict(check.stages)
+    write(check, results)
+    for name, stage in check.stages.items():
+        left = ends - time.monotonic()
+        limit = left * stage.share / sum(one.share for one in waiting.values())
+        if name.startswith(ENGINE):
+            limit = min(left, ENGINE_SECONDS)  # they differ much; whichever comes first is the more important one
+        del waiting[name]
+        if limit < LEAST:
+            results[name] = Result(title=stage.title, status=Status.NOT_RUN, reason="no time was left")
+        else:
+            print(f"{name}: begun, at most {limit:.0f} s", flush=True)
+            partial = Result(title=stage.title, status=Status.CUT_OFF, reason="it has not ended yet")
+
+            def on_findings(found: tuple[Finding, ...], name: str = name, partial: Result = partial) -> None:
+                write(check, {**results, name: replace(partial, findings=found)})
+
+            results[name] = run_stage(name, stage, check.request, limit, on_findings)
+        print(f"{name}: {results[name].line}", flush=True)
+        write(check, results)
+    return results
+
+
+def run_stage(
+    name: str, stage: Stage, request: Request, limit: float, on_findings: Callable[[tuple[Finding, ...]], None]
+) -> Result:
+    """Run one stage in a process.
+
+    Args:
+        name: of the stage.
+        stage: the stage.
+        request: what it is asked.
+        limit: seconds after which it is killed.
+        on_findings: called with all findings whenever there is a new one.
+    """
+    folder = Path(request.folder, name.replace("/", "-"))
+    folder.mkdir(parents=True)
+    asked, found, log = folder / "request.json", folder / "findings", folder / "log"
+    write_request(asked, replace(request, seconds=max(1.0, limit - MARGIN)))
+    started = time.monotonic()
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, SCRIPT, name, asked, found],
+            env=_environment(name),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that the processes that it starts end with it
         )
-    head = ("engine", "build s", "plan MB", "parity dB (asked)", "loop ms", "images/s", "PyTorch", "kernels", "GPU MiB")
-    yield from markdown_table((*head, "alone vs batch"), rows)
-    yield ""
-    yield (
-        f"PyTorch: the FP32 loop on {pytorch[0]}, {1e3 * pytorch[1]:.0f} ms. Kernels: the time in them, one by one, "
-        "over the loop's. Alone vs batch: the largest difference of an image drawn alone and in the batch."
+        seen: tuple[Finding, ...] = ()
+        try:
+            while child.poll() is None and time.monotonic() - started < limit:
+                time.sleep(POLL)
+                if (findings := read_findings(found)) != seen:
+                    seen = findings
+                    on_findings(seen)
+            cut_off = child.poll() is None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    result = Result(
+        title=stage.title,
+        status=Status.DONE,
+        seconds=round(time.monotonic() - started, 1),
+        findings=read_findings(found),
     )
-    for kind, one in results.items():
-        if "failed" in one:
-            yield f"\n{kind.replace('/', ', ')}: **not run**, {one['failed']}"
-        elif "worst_layers" in one:
-            worst = ", ".join(f"{name} {db:.0f} dB" for name, db in one["worst_layers"].items())
-            yield f"\n{kind.replace('/', ', ')}: the layers furthest from ONNX Runtime by Polygraphy: {worst}."
+    if cut_off:
+        return replace(result, status=Status.CUT_OFF, reason=f"it had {limit:.0f} s")
+    if child.returncode == CANNOT:
+        return replace(result, status=Status.NOT_RUN, reason=_last_line(log))
+    if child.returncode:
+        reason = f"the process ended with {child.returncode}: {_last_line(log)}"
+        return replace(result, status=Status.FAILED, reason=reason)
+    failures = sum(one.failed is not None for one in result.findings)
+    if failures:
+        reason = f"{failures} of {len(result.findings)} parts failed"
+        return replace(result, status=Status.FAILED, reason=reason)
+    return result
+
+
+def write(check: Check, results: Mapping[str, Result]) -> None:
+    """Write the page and the JSON beside it."""
+    record = {
+        "command": command_line(),
+        "machine": check.machine,
+        "notes": check.notes,
+        "request": {k: v for k, v in asdict(check.request).items() if k not in ("folder", "seconds")},
+        "stages": {name: asdict(result) for name, result in results.items()},
+    }
+    write_atomically(check.out.with_suffix(".json"), json.dumps(record, indent=1).encode())
+    write_atomically(check.out, ("\n".join(page(check, results)) + "\n").encode())
+
+
+def page(check: Check, results: Mapping[str, Result]) -> Iterator[str]:
+    """Yield the lines of the page."""
+    yield from (f"# {check.out.stem}", "", f"`{command_line()}` on {plain(check.machine)}.", "")
+    for note in check.notes:
+        yield from (plain(note), "")
+    rows = [(stage.title, plain(results[n].line) if n in results else "not yet") for n, stage in check.stages.items()]
+    yield from markdown_table(("stage", "result"), rows)
+    for name, result in results.items():
+        if result.findings and not name.startswith(ENGINE):
+            yield from ("", f"## {result.title}", "")
+            yield from markdown_table(("part", "what", "value"), [row for one in result.findings for row in _rows(one)])
+    found = [one for name, result in results.items() if name.startswith(ENGINE) for one in result.findings]
+    if found:
+        import gpu_engines
+
+        yield from ("", "## Engines", "", *gpu_engines.page(found, check.request.engine_batch))
+
+
+def _rows(finding: Finding) -> Iterator[tuple[str, str, str]]:
+    part = plain(finding.part)
+    for name, value in finding.facts.items():
+        if value is not None:
+            yield part, plain(name), _text(value)
+            part = ""  # said once
+    if finding.failed is not None:
+        yield part, "**failed**", plain(finding.failed)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.5g}" if isinstance(value, float) else plain(str(value))
+
+
+def _kinds() -> list[str]:
+    return [f"{backend}/{compute}" for backend, computes in GPU_BACKENDS.items() for compute in computes]
+
+
+def _chosen(only: str, kinds: list[str]) -> dict[str, Stage]:
+    stages = {**STAGES, **engine_stages(kinds)}
+    starts = tuple(filter(None, only.split(",")))
+    chosen = {name: stage for name, stage in stages.items() if not starts or name.startswith(starts)}
+    if not chosen:
+        raise GaqError(f"Found no stage that begins with {only!r}. Choose some of {list(stages)}.")
+    return chosen
+
+
+def _known_model(model: str, weights: str | None) -> tuple[str, str | None, tuple[str, ...]]:
+    """Return a model whose weights are on this machine, its weights, and a note if it stands in for another."""
+    models = os.environ.get("GAQ_EXPORT_MODELS")
+    if model == STANDS_IN or weights is not None or (models and Path(models, model).expanduser().is_dir()):
+        return model, weights, ()
+    note = f"{STANDS_IN} stands in for {model}, whose weights are not here: GAQ_EXPORT_MODELS names no folder of them."
+    return STANDS_IN, None, (note,)
+
+
+def _file(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise GaqError(f"{path} is not there.")
+    return str(path.resolve())  # stages run in other folders
+
+
+def _environment(name: str) -> dict[str, str]:
+    """Return the environment of a stage: as here, and this checkout is found where it is not installed."""
+    others = filter(None, [os.environ.get("PYTHONPATH")])
+    found = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SCRIPT.parent), *others])}
+    rtx = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"} if name.startswith(f"{ENGINE}tensorrt-rtx") else {}
+    return {**os.environ, **found, **rtx}
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
+    return lines[-1][:TAIL]
+
+
+def _machine() -> str:
+    machine = inspect_machine()
+    cards = [
+        f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_bytes / 2**30:.0f} GiB, CUDA {gpu.cuda}"
+        for gpu in machine.gpus[:1]
+    ]
+    packages = [f"{name} {version}" for name, version in machine.packages.items() if version]
+    python = f"Python {sys.version.split()[0]}"
+    return "; ".join([*cards, f"{machine.processor}, {os.cpu_count()} threads", ", ".join([python, *packages])])
 
 
 if __name__ == "__main__":
+    # So that a stage ends with this process when that is asked to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     typer.run(main)

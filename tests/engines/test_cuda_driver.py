@@ -45,10 +45,11 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[Cuda]:
 
 
 @pytest.mark.gpu
-def test_the_gpu_draws_what_numpy_draws_and_a_replayed_graph_goes_on(cuda: Cuda) -> None:
+def test_the_gpu_draws_what_numpy_draws_and_a_replayed_graph_goes_on(cuda: Cuda, record_property: Any) -> None:
     seeds = np.array([7, 8, 2**64 - 1], np.uint64)
     count = int(np.prod(SHAPE))
     drawn = np.empty((len(seeds), *SHAPE), np.float32)
+    largest = 0.0
     with cuda.current():
         stream, kernels = cuda.make_stream(), cuda.kernels(KERNELS)
         out, copied, rows, iteration = map(cuda.allocate, (drawn.nbytes, drawn.nbytes, seeds.nbytes, 8))
@@ -68,9 +69,11 @@ def test_the_gpu_draws_what_numpy_draws_and_a_replayed_graph_goes_on(cuda: Cuda)
                 cuda.synchronize(stream)
                 cuda.download(drawn, copied)
                 expected = normals(seeds.tolist(), stream_number, SHAPE)
+                largest = max(largest, float(np.abs(drawn - expected).max()))
                 np.testing.assert_allclose(drawn, expected, rtol=0, atol=CLOSE)
         for address in (out, copied, rows, iteration):
             cuda.free(address)
+    record_property("largest difference to NumPy", largest)
 
 
 @pytest.mark.gpu
@@ -103,6 +106,7 @@ def test_the_loop_is_that_of_numpy_and_an_image_does_not_depend_on_its_batch(
         loop(engine, 16)
         record_property("microseconds a step", 1e6 * (time.perf_counter() - started) / 50)
         alone = loop(engine, 1)
+    record_property("largest difference to NumPy", float(np.abs(together["x_next"] - expected).max()))
     np.testing.assert_allclose(together["x_next"], expected, rtol=0, atol=CLOSE)
     np.testing.assert_array_equal(together["step_next"], [50])
     np.testing.assert_array_equal(alone["x_next"], together["x_next"][:1])

@@ -1,29 +1,69 @@
-"""What the GPU check measures of an engine, on one that runs here."""
+"""The stages of the GPU check, on the CPU and a tiny model: their code runs to the last line."""
 
-import json
 from pathlib import Path
 
+import pytest
+
+import gpu_calibration
+import gpu_engines
+import gpu_pictures
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.models.loader import LoadedModel
-from gpu_check import examine, page
+from gpu_records import PYTORCH, Finding, NotRun, Request
 
 SPEC = SamplerSpec(steps=3)
 
 
-def test_an_engine_is_built_checked_and_timed_and_another_is_said_to_fail(
-    tiny_run: Path, tiny_model: LoadedModel
+@pytest.fixture
+def found() -> list[Finding]:
+    """Findings; its `append` is what a stage reports to."""
+    return []
+
+
+@pytest.fixture
+def request_of(home: Path, tmp_path: Path) -> Request:
+    """A stage's request for the tiny model on the CPU."""
+    sizes = {"steps": 3, "calibration_steps": 3, "images": 3, "batch": 2}
+    return Request(model="tiny", weights=str(home), folder=str(tmp_path), device="cpu", preset="tiny", **sizes)
+
+
+def test_a_calibration_is_timed_judged_and_compared_and_pictures_are_drawn_with_its_plan(
+    request_of: Request, found: list[Finding], tmp_path: Path
 ) -> None:
-    found = {
-        f"{backend}/float32": json.loads(json.dumps(examine(tiny_model, SPEC, tiny_run, backend, "float32", 2)))
-        for backend in ("openvino", "tensorrt")
-    }
-    measured, failed = found.values()
+    gpu_calibration.calibrate_large(request_of, found.append)
+    timed, judged = found
+    assert {"seconds", "collect, s", "fit, s"} <= timed.facts.keys()
+    assert judged.facts["SQNR of the noise, dB"] > 10
+    found.clear()
+    plan = gpu_calibration.load_plan(tmp_path / "large" / "plan.safetensors")
+    assert gpu_calibration._same_plans(plan, plan).share == 1
+
+    gpu_pictures.draw_all(request_of, found.append)
+    last = {one.part: one for one in found}
+    assert last["W4A8, its plan"].facts["made by"] == "the calibration above, tiny"
+    assert last["images"].facts["drawn"] == 3
+    assert last["W8A8, drawn"].facts["PSNR to float, median dB"] > last["W4A8, drawn"].facts["PSNR to float, median dB"]
+    assert last["features"].failed == "no classifier was given: --classifier"
+
+
+def test_a_device_that_is_not_there_is_a_reason_not_to_run(request_of: Request, found: list[Finding]) -> None:
+    with pytest.raises(NotRun, match="cuda:7"):
+        gpu_calibration.calibrate_large(Request(**{**vars(request_of), "device": "cuda:7"}), found.append)
+    with pytest.raises(NotRun, match="tensorrt"):
+        gpu_engines.report_engine("tensorrt/no-such-type", request_of, found.append)
+    assert found == []
+
+
+def test_an_engine_is_built_checked_and_timed(tiny_run: Path, tiny_model: LoadedModel) -> None:
+    measured = gpu_engines.examine(tiny_model, SPEC, tiny_run, "openvino", "float32", 2)
     assert measured["parity_db"] >= measured["required_db"]
     assert len(measured["loop_seconds"]) == 5
-    assert min(measured["loop_seconds"]) > 0
     assert measured["batch_difference"] < 0.05
-    assert measured["plan_bytes"] > 10_000
-    lines = list(page(found, ("cpu", 10.0), 2))
+    findings = [
+        Finding(part=PYTORCH, facts={"device": "cpu", "loop_seconds": [10.0]}),
+        Finding(part="openvino/float32", facts=measured),
+        Finding(part="tensorrt/float32", facts={}, failed="it was too warm"),
+    ]
+    lines = list(gpu_engines.page(findings, 2))
     assert [line for line in lines if line.startswith("| openvino, float32 |")]
-    if "failed" in failed:
-        assert lines[-1] == f"\ntensorrt, float32: **not run**, {failed['failed']}"
+    assert lines[-1] == "\ntensorrt, float32: **failed**, it was too warm"
