@@ -145,14 +145,17 @@ def find_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def best_backend() -> str:
+def best_backend(gpu: int = 0) -> str:
     """Return the name of the first backend that can both build and run on this machine.
+
+    Args:
+        gpu: Number of the GPU, for backends that need one.
 
     Raises:
         EngineError: None can; the message gives the reason for each.
     """
     # Both are required: an engine that is built here to run elsewhere is something to ask for, not a default.
-    reasons = {name: backend.can_build() or backend.can_run() for name, backend in BACKENDS.items()}
+    reasons = {name: backend.can_build(gpu) or backend.can_run(gpu) for name, backend in BACKENDS.items()}
     for name, reason in reasons.items():
         if reason is None:
             return name

@@ -1,7 +1,7 @@
 """Where PyTorch computes: what a user writes as --device, and what this machine has.
 
-In: "auto", "cpu", "cuda", "cuda:1" or "mps". Out: a `Device`. Engines do not come into it: a backend decides where its
-engines run.
+In: "auto", "cpu", "cuda", "cuda:1" or "mps". Out: a `Device`. A backend decides whether its engines run on a GPU; on
+which, `gpu_number` says by the same name.
 """
 
 import os
@@ -66,6 +66,24 @@ def find_device(name: str | torch.device = "auto", *, tf32: bool = False) -> Dev
             raise GaqError("Found --device mps, but there is no GPU of Apple's here; use --device cpu.")
         place = torch.device("mps", 0)
     return Device(place=place, tf32=tf32)
+
+
+def gpu_number(name: str) -> int:
+    """Return on which GPU engines of GPUs are to run, by the name of a device: 1 for "cuda:1", 0 if no number is in it.
+
+    PyTorch is not asked: engines run where it is a build without CUDA.
+
+    Raises:
+        GaqError: the name is no device's, or there is no such GPU here.
+    """
+    if not _PATTERN.fullmatch(name):
+        raise GaqError(f"Found the device {name!r}; give auto, cpu, cuda, cuda:N (N counts GPUs from 0) or mps.")
+    if not name.startswith("cuda"):
+        return 0
+    number = int(name.partition(":")[2] or 0)
+    if reason := no_gpu(number):
+        raise GaqError(f"Found --device {name}, but {reason}; see `gaq-export doctor`.")
+    return number
 
 
 def _require_cuda(name: str, place: torch.device) -> None:

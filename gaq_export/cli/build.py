@@ -9,6 +9,7 @@ from gaq_export.cli import terminal
 from gaq_export.cli.choices import BACKENDS, COMPUTE, NUMBERS, PORTABLE
 from gaq_export.cli.options import (
     DEFAULT_RUN,
+    EngineDevice,
     Eta,
     GraphKind,
     Profile,
@@ -86,6 +87,7 @@ def build_engine(
             "float weights.",
         ),
     ] = None,
+    device: EngineDevice = "auto",
     require_db: RequireDb = None,
     quiet: Quiet = False,
 ) -> None:
@@ -96,6 +98,7 @@ def build_engine(
         from gaq_export import folders, pipeline
         from gaq_export.deploy.build import BuildOptions, build
         from gaq_export.deploy.record import GraphKind, Numbers, parse_choice
+        from gaq_export.devices import gpu_number
         from gaq_export.errors import GaqError
         from gaq_export.quantize.verdict import judge
         from gaq_export.run import Run
@@ -105,15 +108,17 @@ def build_engine(
         # Too few or too many numbers are a ValueError too.
         except ValueError:
             raise GaqError(f"--batch {batch!r}: give three numbers, such as 1,4,16.") from None
+        gpu = gpu_number(device)
         # `best_backend` is not the option's default, since it depends on the machine, and the help text must not.
         config = engines.EngineConfig(
-            backend=backend or engines.best_backend(),
+            backend=backend or engines.best_backend(gpu),
             batch=(smallest, best, largest),
             targets=tuple(target or ()),
             portable=tuple(portable or ()),
             threads=threads,
             compute=compute,
             stripped=strip_weights,
+            gpu=gpu,
         )
         # First of all, since the plan of a pack says which sampler is the default.
         if weights is not None:

@@ -12,6 +12,7 @@ from gaq_export.cli.options import (
     DEFAULT_RUN,
     MOST_IMAGES,
     Block,
+    EngineDevice,
     EvaluationFolder,
     Quiet,
     Ray,
@@ -51,6 +52,7 @@ def evaluate(
     ] = "inception",
     workers: Workers = None,
     ray: Ray = None,
+    device: EngineDevice = "auto",
     out: Annotated[Path, typer.Option(help="Folder for images, features and evaluation.json.")] = Path("evaluation"),
     quiet: Quiet = False,
 ) -> None:
@@ -60,6 +62,7 @@ def evaluate(
     chance.
     """
     with one_line_errors():
+        from gaq_export.devices import gpu_number
         from gaq_export.errors import GaqError
         from gaq_export.evaluation import evaluate as evaluation
         from gaq_export.evaluation.feature_extractors import find_extractor
@@ -74,7 +77,8 @@ def evaluate(
                 result = evaluation.evaluate_sets(images, reference, extractor, out=out, on_step=display.measure)
             else:
                 count = workers or os.cpu_count() or 1  # cpu_count may not know
-                drawing = evaluation.DrawingOptions(num=num, out=out, seed=seed, workers=count, ray=ray)
+                gpu = gpu_number(device)
+                drawing = evaluation.DrawingOptions(num=num, out=out, seed=seed, workers=count, ray=ray, gpu=gpu)
                 result = evaluation.evaluate_engines(
                     engine or [], extractor, drawing, data=data, on_step=display.measure
                 )
@@ -118,11 +122,13 @@ def report(
         ),
     ] = 3,
     block: Block = None,
+    device: EngineDevice = "auto",
     out: Annotated[Path | None, typer.Option(help="HTML file; by default report.html in the run folder.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page about an engine: images, noise, size, arithmetic, speed, and what is inside its plan."""
     with one_line_errors():
+        from gaq_export.devices import gpu_number
         from gaq_export.report.inspection import InspectionOptions
         from gaq_export.report.report import ReportOptions
         from gaq_export.report.write import write_report
@@ -130,6 +136,12 @@ def report(
         with Display(quiet) as display:
             display.stage("loading the model")
             inspection = InspectionOptions(block=block, images=images)
-            options = ReportOptions(engine=engine, evaluation=evaluation, inspection=inspection, rounds=rounds)
+            options = ReportOptions(
+                engine=engine,
+                evaluation=evaluation,
+                inspection=inspection,
+                rounds=rounds,
+                gpu=gpu_number(device),
+            )
             path = write_report(folder=run, out=out, options=options, on_step=display.measure)
         typer.echo(path)

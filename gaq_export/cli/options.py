@@ -137,6 +137,9 @@ Spacing = Annotated[
     _option(f"How the steps are spread over the timesteps: {SPACINGS}; from-2 and so on too.", panel=_SAMPLER),
 ]
 Eta = Annotated[float | None, _option("Noise that DDIM adds in each step, 0 to 1.", panel=_SAMPLER, min=0, max=1)]
+EngineDevice = Annotated[
+    str, _option("GPU for engines of GPUs: cuda:N, counted from 0; the first by default.", "--device")
+]
 Workers = Annotated[
     int | None,
     _option(

@@ -9,6 +9,7 @@ from gaq_export.cli.options import (
     MOST_BATCH,
     MOST_IMAGES,
     Classes,
+    EngineDevice,
     Eta,
     Guidance,
     Prompts,
@@ -71,6 +72,7 @@ def sample(
     ] = None,
     workers: Workers = None,
     ray: Ray = None,
+    device: EngineDevice = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     quiet: Quiet = False,
 ) -> None:
@@ -80,10 +82,12 @@ def sample(
     """
     with one_line_errors():
         import os
+        from dataclasses import replace
 
         import engines
         from gaq_export import pipeline
         from gaq_export.deploy.record import record_of
+        from gaq_export.devices import gpu_number
         from gaq_export.errors import GaqError
         from gaq_export.models.conditioning_request import ConditioningRequest
         from gaq_export.sampling.prompts import condition_engine
@@ -93,6 +97,7 @@ def sample(
             raise GaqError(
                 f"--compare writes a PNG for each image: --num {_PNGS} at most, and no --shard, --workers or --ray."
             )
+        gpu = gpu_number(device)
         file = engines.load_engine_file(engine)
         recorded = record_of(file).provenance
         # Of the engine's record, so that an option changes one thing and the rest is as calibrated.
@@ -100,10 +105,10 @@ def sample(
         with Display(quiet) as display:
             display.stage("loading the engine")
             request = ConditioningRequest(classes=classes, prompts=prompts, guidance=guidance)
-            conditioning = condition_engine(file, request)
+            conditioning = condition_engine(replace(file, gpu=gpu), request)
             if many:
                 # Processes would take turns on one GPU, each with a copy of the engine in it.
-                cores = 1 if "tensorrt" in file.backend else os.cpu_count() or 1
+                cores = 1 if engines.find_backend(file.backend).on_gpu else os.cpu_count() or 1
                 streamed = pipeline.sample_shards(
                     engine,
                     num=num,
@@ -115,6 +120,7 @@ def sample(
                     conditioning=conditioning,
                     workers=cores if workers is None else workers,
                     ray=ray,
+                    gpu=gpu,
                     on_images=display.images,
                 )
             else:
@@ -127,6 +133,7 @@ def sample(
                     out=out,
                     compare=compare,
                     conditioning=conditioning,
+                    gpu=gpu,
                     on_step=display.draw,
                 )
         warn_if_meaningless(recorded.random_weights)

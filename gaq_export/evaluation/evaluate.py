@@ -62,6 +62,7 @@ class DrawingOptions:
         seed: of the first image.
         workers: processes that draw.
         ray: address of a Ray cluster that draws instead, None for none.
+        gpu: number of the GPU, for engines of GPUs.
     """
 
     num: int
@@ -69,6 +70,7 @@ class DrawingOptions:
     seed: int = 0
     workers: int = 1
     ray: str | None = None
+    gpu: int = 0
 
     def __post_init__(self) -> None:
         check_seeds(self.seed, 3 * self.num)  # the reference has twice as many images, of the seeds that follow
@@ -120,7 +122,7 @@ def evaluate_engines(
     Raises:
         GaqError: engines of different models or samplers, or what `sample_shards` raises.
     """
-    opened = _open(files)
+    opened = {name: replace(file, gpu=drawing.gpu) for name, file in _open(files).items()}
     first = next(iter(opened.values()))
     origin = record_of(first).provenance
     model = find_model(origin, model, first.path.parent)
@@ -162,7 +164,7 @@ def _open(files: Sequence[Path]) -> dict[str, EngineFile]:
 def _build_exact(file: EngineFile, model: LoadedModel, folder: Path) -> EngineFile:
     """Build an engine of the float network."""
     # By the same backend, so that its images differ from the quantized ones by quantization alone.
-    config = EngineConfig(backend=file.backend)
+    config = EngineConfig(backend=file.backend, gpu=file.gpu)
     return build_float(model, folder / FLOAT, sampler=record_of(file).provenance.sampler, config=config)
 
 
@@ -187,6 +189,7 @@ def _draw(name: str, engine: Path, drawing: DrawingOptions, on_step: OnStage) ->
         shard=min(SHARD, drawing.num),
         workers=drawing.workers,
         ray=drawing.ray,
+        gpu=drawing.gpu,
         on_images=partial(on_step, f"drawing ({name})"),
     )
     return open_images(folder)

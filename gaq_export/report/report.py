@@ -58,12 +58,14 @@ class ReportOptions:
         evaluation: folder that `evaluate` wrote; the usual one if None, provided that it is about this engine.
         inspection: what is measured inside the calibration; its number of images is that of the pictures too.
         rounds: how often the loop is timed; 0 for no timing.
+        gpu: number of the GPU, for an engine of GPUs.
     """
 
     engine: Path | None = None
     evaluation: Path | None = None
     inspection: InspectionOptions = field(default_factory=InspectionOptions)
     rounds: int = 3
+    gpu: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ def measure(
     run = Run(folder=folder)
     plan = load_plan(run.plan)
     record = runs.read_record(run)
-    file = engine_of(run, record, options.engine)
+    file = replace(engine_of(run, record, options.engine), gpu=options.gpu)
     session.require_pictures(file)  # before anything that takes minutes
     evaluation = evaluation_of(options.evaluation, file)
     model = find_model(provenance_of(plan), model, folder)

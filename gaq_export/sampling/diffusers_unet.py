@@ -8,6 +8,7 @@ pipeline does its own guidance, and makes no correction.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -41,6 +42,7 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     Args:
         source: the engine file.
+        gpu: number of the GPU, for an engine of GPUs.
 
     Raises:
         EngineError: the file is damaged, or the engine cannot run here.
@@ -48,9 +50,9 @@ class EngineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    def __init__(self, source: str | Path | EngineFile) -> None:
+    def __init__(self, source: str | Path | EngineFile, *, gpu: int = 0) -> None:
         super().__init__()
-        self.file = source if isinstance(source, EngineFile) else load_engine_file(source)
+        self.file = replace(source if isinstance(source, EngineFile) else load_engine_file(source), gpu=gpu)
         provenance = record_of(self.file).provenance
         self.register_to_config(**provenance.network_config)
         # The one tensor that `to` can move: ModelMixin reads its device and dtype from it.

@@ -49,6 +49,7 @@ class Request:
         batch: images at a time, within the engine's profile; its best batch if None.
         sampler: what to draw with; the engine's if None. An engine of whole steps takes no other.
         conditioning: what to draw; what the engine's record says if None.
+        gpu: number of the GPU, from 0, for an engine of GPUs; on a Ray cluster Ray chooses.
 
     Raises:
         GaqError: no images, none at a time, or seeds that are negative or beyond 63 bits.
@@ -59,6 +60,7 @@ class Request:
     batch: int | None = None
     sampler: SamplerSpec | None = None
     conditioning: Conditioning | None = None
+    gpu: int = 0
 
     def __post_init__(self) -> None:
         _at_least_one(("images to draw", self.num), ("images at a time", self.batch))
@@ -73,6 +75,7 @@ class RequestFields(TypedDict, total=False):  # so that type checkers know the k
     batch: int | None
     sampler: SamplerSpec | None
     conditioning: Conditioning | None
+    gpu: int
 
 
 def sample(
@@ -94,7 +97,7 @@ def sample(
         compare: draw the same images with the float model too, side by side with PSNR.
         model: the float model for `compare`; loaded again from the engine's record if None.
         on_step: called with who draws ("engine" or "float"), network calls done, and network calls in all.
-        fields: which images, the fields of `Request`: num, seed, batch, sampler, conditioning.
+        fields: which images, and where, the fields of `Request`: num, seed, batch, sampler, conditioning, gpu.
 
     Raises:
         GaqError, EngineError: a batch outside the profile, a sampler that the engine does not have, an engine that
@@ -184,7 +187,7 @@ def sample_shards(
 
 def _load(engine: str | Path, request: Request) -> tuple[EngineFile, Sampling]:
     """Return the engine file, and how it draws what was requested; raise as `sample` does."""
-    file = engines.load_engine_file(engine)
+    file = replace(engines.load_engine_file(engine), gpu=request.gpu)
     return file, session.sampling_of(file, request.sampler, request.conditioning)
 
 

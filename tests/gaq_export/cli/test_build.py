@@ -68,6 +68,8 @@ def test_a_plan_of_other_weights_is_one_line(home_copy: Path, tmp_path: Path) ->
     [
         (("--backend", "openvno"), "Unknown backend 'openvno'. Choose one of ['tensorrt', 'tensorrt-rtx', 'openvino'"),
         (("--backend", "openvino", "--batch", "4"), "--batch '4': give three numbers, such as 1,4,16."),
+        (("--backend", "openvino", "--device", "cuda:99"), "Found --device cuda:99, but "),
+        (("--backend", "openvino", "--device", "gpu"), "Found the device 'gpu'; give auto, cpu, cuda, cuda:N"),
         (("--backend", "openvino", "--batch", "4,2,1"), "Batch profile (4, 2, 1) is not in order"),
         (
             ("--backend", "openvino", "--batch", "1,4,9999999999999"),
