@@ -67,7 +67,7 @@ class Cuda(Protocol):
         """
 
     def close(self) -> None:
-        """Free all that is left: memory, streams, kernels, and the hold on the context."""
+        """Free all that is left: memory, streams, kernels, and the hold on the context; twice is harmless."""
 
 
 def missing() -> str | None:
@@ -109,7 +109,7 @@ class ByPyCuda:
 
         cuda.init()
         self._cuda = cuda
-        self._context = cuda.Device(gpu).retain_primary_context()
+        self._context: Any = cuda.Device(gpu).retain_primary_context()  # None once it is closed
         # PyCUDA frees what is no longer referred to.
         self._memory: dict[Address, Any] = {}
         self._streams: dict[Stream, Any] = {}
@@ -174,12 +174,14 @@ class ByPyCuda:
 
     def close(self) -> None:
         """See `Cuda`."""
+        if self._context is None:
+            return
         with self.current():
             for address in tuple(self._memory):
                 self.free(address)
             self._streams.clear()
             self._modules.clear()
-        del self._context
+        self._context = None
 
 
 class ByCudaBindings:
@@ -194,7 +196,7 @@ class ByCudaBindings:
         self._modules: list[Any] = []
         self._call(driver.cuInit, 0)
         self._device = self._call(driver.cuDeviceGet, gpu)
-        self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
+        self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._device)  # None once it is closed
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
         """Call the driver; return what it gave, None if that is nothing, or raise EngineError."""
@@ -265,6 +267,8 @@ class ByCudaBindings:
 
     def close(self) -> None:
         """See `Cuda`."""
+        if self._context is None:
+            return
         with self.current():
             for address in tuple(self._memory):
                 self.free(address)
@@ -274,6 +278,7 @@ class ByCudaBindings:
                 self._call(self._cuda.cuModuleUnload, module)
             self._streams.clear()
             self._modules.clear()
+        self._context = None
         self._call(self._cuda.cuDevicePrimaryCtxRelease, self._device)
 
 

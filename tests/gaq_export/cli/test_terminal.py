@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from calib.plan import load_plan
-from engines import EngineFile
+from engines import EngineFile, PortabilityCost, Portable
 from engines.driver import Gpu
 from engines.machine import Machine
 from gaq_export.cli import terminal
@@ -56,6 +56,10 @@ def test_other_engines_parts_and_why_it_did_not_run_are_named(built: Built, pari
     more = replace(
         built, others=(built.file,), decoder=part, texts=(replace(part, parity=parity),), parity=None, not_run="no GPU"
     )
+    cost = PortabilityCost(bytes=2_000_000, plain_bytes=1_500_000)
+    portable = replace(built.file, portable=(Portable.GPU,), audit=replace(built.file.audit, portability=cost))
+    line = "portable (gpu): 2.00 MB in place of 1.50; time not measured, since it cannot run here"
+    assert line in terminal.audit_lines(replace(built, file=portable))
     assert terminal.audit_lines(more)[4:] == [
         "unet.plan takes over where W4A8 is enough",
         "unet.plan makes images of the latents, in float32",
