@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,35 @@ from gaq_export.errors import GaqError
 from gaq_export.models.loader import LoadedModel, load_model
 from gaq_export.models.provenance import provenance_of
 from gaq_export.pipeline import calibrate, preset
+from gaq_export.quantize import noise_sqnr
 from gaq_export.quantize.presets import CalibrationOptions, Preset
 from gaq_export.quantize.verdict import Verdict, judge
 from gaq_export.run import Run
 from gpu_records import NotRun, Report, Request, attempt
 
 NEVER = 1 << 62  # iterations before one is captured
+FRESH = 2  # trajectories on which the large model's plans are compared
 LARGE = "large"  # run folders
 FIRST, AGAIN, PLAIN, HOST = "first", "again", "kernel-by-kernel", "host"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SameCodes:
-    """The share of equal codes of two plans: of all, and of the layer with the fewest."""
+    """The share of equal codes of two plans: of all, and of each layer."""
 
     share: float
-    worst: float
-    layer: str
+    layers: Mapping[str, float]
 
     @property
     def facts(self) -> dict[str, Any]:
         """For a finding."""
+        worst = min(self.layers, key=self.layers.__getitem__)
         return {
             "equal codes, %": 100 * self.share,
-            "equal codes of the worst layer, %": 100 * self.worst,
-            "the worst layer": self.layer,
+            "equal codes of the median layer, %": 100 * statistics.median(self.layers.values()),
+            "equal codes of the worst layer, %": 100 * self.layers[worst],
+            "the worst layer": worst,
+            "equal codes by layer, %": {name: 100 * share for name, share in self.layers.items()},
         }
 
 
@@ -70,7 +75,9 @@ def calibrate_large(request: Request, report: Report) -> None:
         facts |= _judged(judge(folder, model))
     if by_cpu is not None:
         with attempt("codes beside the CPU's plan", report) as facts:
-            facts |= _same_plans(load_plan(Run(folder=folder).plan), by_cpu).facts
+            ours = load_plan(Run(folder=folder).plan)
+            facts |= _same_plans(ours, by_cpu).facts
+            facts |= _difference(*(_held_out_db(model, plan) for plan in (ours, by_cpu)))
 
 
 def calibrate_again(request: Request, report: Report) -> None:
@@ -108,11 +115,7 @@ def compare_with_twin(request: Request, report: Report) -> None:
         facts |= _same_plans(load_plan(Run(folder=device).plan), load_plan(Run(folder=host).plan)).facts
         model = load_model(request.small)
         ours, theirs = judge(device, model), judge(host, model)
-        facts |= {
-            "held-out SQNR of the device, dB": ours.mean_db,
-            "held-out SQNR of the CPU, dB": theirs.mean_db,
-            "difference, dB": ours.mean_db - theirs.mean_db,
-        }
+        facts |= _difference(ours.mean_db, theirs.mean_db)
 
 
 def _small_preset(request: Request) -> Preset:
@@ -154,14 +157,26 @@ def _judged(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _held_out_db(model: LoadedModel, plan: QuantPlan) -> float:
+    """Return the mean SQNR of the predicted noise; not by `judge`, which would write beside the CPU's plan."""
+    return float(noise_sqnr.of_plan(model, plan, FRESH, lambda what, done, total: None).both.mean())
+
+
+def _difference(device: float, cpu: float) -> dict[str, float]:
+    return {
+        "held-out SQNR of the device, dB": device,
+        "held-out SQNR of the CPU, dB": cpu,
+        "difference, dB": device - cpu,
+    }
+
+
 def _same_plans(a: QuantPlan, b: QuantPlan) -> SameCodes:
     """Compare the codes of two plans; raise GaqError if they are not of one network and one config."""
     if provenance_of(a).fingerprint != provenance_of(b).fingerprint:
         raise GaqError("The plans are of other weights, so their codes cannot be compared.")
     if a.config != b.config:
         raise GaqError("The plans were calibrated with other settings, so their codes cannot be compared.")
-    equal = {name: (layer.codes == b.layers[name].codes).double().mean() for name, layer in a.layers.items()}
+    equal = {name: float((layer.codes == b.layers[name].codes).double().mean()) for name, layer in a.layers.items()}
     sizes = {name: layer.codes.numel() for name, layer in a.layers.items()}
-    worst = min(equal, key=lambda name: float(equal[name]))
-    total = sum(float(equal[name]) * sizes[name] for name in equal) / sum(sizes.values())
-    return SameCodes(share=total, worst=float(equal[worst]), layer=worst)
+    total = sum(equal[name] * sizes[name] for name in equal) / sum(sizes.values())
+    return SameCodes(share=total, layers=equal)

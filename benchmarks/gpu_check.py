@@ -240,7 +240,7 @@ def page(check: Check, results: Mapping[str, Result]) -> Iterator[str]:
 def _rows(finding: Finding) -> Iterator[tuple[str, str, str]]:
     part = plain(finding.part)
     for name, value in finding.facts.items():
-        if value is not None:
+        if value is not None and not isinstance(value, dict):  # of every layer, say: in the JSON alone
             yield part, plain(name), _text(value)
             part = ""  # said once
     if finding.failed is not None:

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
+import gpu_calibration
 import gpu_check
 from engines.driver import no_gpu
 from gpu_check import Check, Status
@@ -118,3 +119,12 @@ def test_layers_are_compared_one_by_one(tmp_path: Path) -> None:
     assert next(name for name, db in differ.items() if db < 20) == "conv"
     assert differ.keys() == same.keys()
     assert np.isfinite(list(differ.values())).all()
+
+
+def test_the_codes_of_every_layer_are_in_the_json_and_the_page_names_the_worst() -> None:
+    facts = gpu_calibration.SameCodes(share=0.99, layers={"a": 1.0, "b": 0.5, "c": 0.75}).facts
+    assert facts["the worst layer"] == "b"
+    assert (facts["equal codes of the worst layer, %"], facts["equal codes of the median layer, %"]) == (50, 75)
+    rows = list(gpu_check._rows(Finding(part="codes", facts=facts)))
+    assert len(rows) == len(facts) - 1
+    assert not any("by layer" in name for _, name, _ in rows)
