@@ -3,8 +3,9 @@
     make gpu-check
 
 Each stage is a process with a limit of time; a stage that fails, crashes or is cut off never stops the next one. The
-page and the JSON beside it are written anew after every result. Without a GPU nothing is run, nor written; `--rehearse`
-runs the code of every stage on the CPU, at a size at which the numbers mean nothing.
+page and the JSON beside it are written anew after every result. Without a GPU nothing is run, and a page
+is written only to `--out`; `--rehearse` runs the code of every stage on the CPU, at a size at which the numbers mean
+nothing.
 """
 
 import json
@@ -97,6 +98,12 @@ def main(
             print(f"gpu-check: not run: {reason}")
             for stage in stages.values():
                 print(f"{stage.title}: not run")
+            if out is not None:  # without it nothing is written, so that no checkout is changed
+                request = Request(model=model, weights=weights, folder="", images=images, tf32=tf32)
+                check = Check(machine=_machine(), request=request, notes=(), out=out, stages=stages)
+                write(
+                    check, {n: Result(title=s.title, status=Status.NOT_RUN, reason=reason) for n, s in stages.items()}
+                )
             return
         model, weights, notes = _known_model(STANDS_IN if rehearse else model, weights)
         with tempfile.TemporaryDirectory() as scratch:

@@ -24,11 +24,14 @@ from tests.engines.conftest import tiny_feeds, tiny_model
 @pytest.mark.skipif(no_gpu() is None, reason="this machine has an NVIDIA GPU")
 def test_without_a_gpu_it_says_so_and_is_content(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
-    found = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, script, "--out", "page.md"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.startswith("gpu-check: not run: no NVIDIA ")
     assert "Calibration: not run" in found.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert "| Calibration | not run: no NVIDIA " in (tmp_path / "page.md").read_text()
+    stages = json.loads((tmp_path / "page.json").read_bytes())["stages"]
+    assert {stage["status"] for stage in stages.values()} == {"not run"}
 
 
 STAGES = """
