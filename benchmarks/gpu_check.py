@@ -105,7 +105,7 @@ def main(
                     check, {n: Result(title=s.title, status=Status.NOT_RUN, reason=reason) for n, s in stages.items()}
                 )
             return
-        model, weights, notes = _known_model(STANDS_IN if rehearse else model, weights)
+        model, weights, notes = _known_model(STANDS_IN if rehearse and weights is None else model, weights)
         with tempfile.TemporaryDirectory() as scratch:
             request = Request(
                 model=model,
@@ -261,7 +261,9 @@ def _text(value: Any) -> str:
 
 
 def _kinds() -> list[str]:
-    return [f"{backend}/{compute}" for backend, computes in GPU_BACKENDS.items() for compute in computes]
+    """Return the engines, "backend/type": each backend's default type first, then the other types."""
+    kinds = [(rank, backend, c) for backend, computes in GPU_BACKENDS.items() for rank, c in enumerate(computes)]
+    return [f"{backend}/{compute}" for _, backend, compute in sorted(kinds, key=lambda kind: kind[0])]
 
 
 def _chosen(only: str, kinds: list[str]) -> dict[str, Stage]:

@@ -48,37 +48,42 @@ def report_engine(kind: str, request: Request, report: Report) -> None:
     with attempt(kind, report) as facts:
         run = Path(request.folder, RUN)  # the first engine calibrates, the next ones find the plan
         calibrate(model, preset("tiny", CalibrationOptions(wbits=4)), folder=run, sampler=spec)
-        facts |= examine(model, spec, run, backend, compute, request.engine_batch)
+        batch = request.engine_batch
+        config = EngineConfig(backend=backend, batch=(1, batch, batch), compute=compute)
+        # Beside float once for each backend, since that builds another engine.
+        facts |= examine(model, spec, run, config, timing=compute == engines.BACKENDS[backend].computes[0])
 
 
-def examine(model: LoadedModel, spec: SamplerSpec, run: Path, backend: str, compute: str, batch: int) -> dict[str, Any]:
+def examine(model: LoadedModel, spec: SamplerSpec, run: Path, config: EngineConfig, *, timing: bool) -> dict[str, Any]:
     """Build one engine and measure it.
 
     Returns:
         "build_seconds", "plan_bytes", "parity_db" and "required_db" (at the worst step), "loop_seconds" (of each
         round), "kernel_seconds" (of one loop, by the runtime's profiler; TensorRT only), "memory_bytes",
-        "batch_difference" (of an image alone and in a batch), "worst_layers" (TensorRT only).
+        "batch_difference" (of an image alone and in a batch), "worst_layers" (TensorRT only),
+        "against_float" (a line; with `timing` only).
 
     Raises:
         EngineError, GaqError: The backend refused, or computes something else.
     """
-    config = EngineConfig(backend=backend, batch=(1, batch, batch), compute=compute)
     with tempfile.TemporaryDirectory() as name:
-        built = build_engine(folder=run, out=Path(name, "unet.plan"), config=config, model=model)
+        built = build_engine(folder=run, out=Path(name, "unet.plan"), config=config, model=model, timing=timing)
         assert built.parity is not None
         result = {
             "build_seconds": built.file.build_seconds,
             "plan_bytes": built.file.path.stat().st_size,
             "parity_db": built.parity.sqnr_db[built.parity.worst],
             "required_db": built.parity.required_db(built.parity.worst),
-            **_loops(built.file, model, spec, batch),
+            **_loops(built.file, config.batch[2]),
         }
-        if backend.startswith("tensorrt"):
+        if built.timing is not None:
+            result["against_float"] = built.timing.line
+        if config.backend.startswith("tensorrt"):
             result |= _by_polygraphy(built.file, model, spec, run)
     return result
 
 
-def _loops(file: EngineFile, model: LoadedModel, spec: SamplerSpec, batch: int) -> dict[str, Any]:
+def _loops(file: EngineFile, batch: int) -> dict[str, Any]:
     before = _memory()
     with engines.open_engine(file) as engine:
         draw = session.draw_with_engine(engine, file, session.sampling_of(file))
@@ -165,7 +170,9 @@ def page(findings: Sequence[Finding], batch: int) -> Iterator[str]:
     for kind, one in by_kind.items():
         if one.failed is not None:
             yield f"\n{kind.replace('/', ', ')}: **failed**, {plain(one.failed)}"
-        elif "worst_layers" in one.facts:
+        if "against_float" in one.facts:
+            yield f"\n{kind.replace('/', ', ')}: {one.facts['against_float']}."
+        if "worst_layers" in one.facts:
             worst = ", ".join(f"{name} {db:.0f} dB" for name, db in one.facts["worst_layers"].items())
             yield f"\n{kind.replace('/', ', ')}: the layers furthest from ONNX Runtime by Polygraphy: {worst}."
 
