@@ -211,8 +211,8 @@ class ResNet56(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Return the pooled last layer, (N, 64); `x` is in [-1, 1] and is normalised here as in training."""
         # ImageNet's statistics, which that repository trains CIFAR-10 with.
-        mean = torch.tensor((0.485, 0.456, 0.406), device=x.device)[:, None, None]
-        deviation = torch.tensor((0.229, 0.224, 0.225), device=x.device)[:, None, None]
+        mean = torch.tensor((0.485, 0.456, 0.406)).to(x.device)[:, None, None]
+        deviation = torch.tensor((0.229, 0.224, 0.225)).to(x.device)[:, None, None]
         h = F.relu(self.bn1(self.conv1(((x + 1) / 2 - mean) / deviation)))
         pooled: Tensor = self.layer3(self.layer2(self.layer1(h))).mean((2, 3))  # (N, 64, 8, 8) -> (N, 64)
         return pooled
