@@ -27,7 +27,8 @@ def layer_macs(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def count(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            weight = module.get_parameter("weight")
+            weight = module.weight  # of a fake-quantized network it is no parameter
+            assert isinstance(weight, Tensor)
             # Each output is a sum over one row of the weight, C_in / groups * kh * kw numbers of a convolution.
             macs[name] = macs.get(name, 0) + out.numel() * weight[0].numel()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from calib.choices import Cache
 from calib.devices import HOST
 from engines.driver import no_gpu
 from gaq_export.errors import GaqError
@@ -26,10 +27,12 @@ class Device:
     Attributes:
         place: the device, as PyTorch has it.
         tf32: whether a CUDA GPU may round products of float32 to TensorFloat-32, which is faster and less exact.
+        cache: where a calibration puts its recordings; no bit depends on it.
     """
 
     place: torch.device = HOST
     tf32: bool = False
+    cache: Cache = Cache.AUTO
 
     @property
     def kind(self) -> str:
@@ -40,18 +43,19 @@ class Device:
 ON_HOST = Device()
 
 
-def find_device(name: str | torch.device = "auto", *, tf32: bool = False) -> Device:
+def find_device(name: str | torch.device = "auto", *, tf32: bool = False, cache: Cache = Cache.AUTO) -> Device:
     """Return the device that a user named.
 
     Args:
         name: "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda", "cuda:N" or "mps"; or PyTorch's own.
         tf32: see `Device`.
+        cache: see `Device`.
 
     Raises:
         GaqError: the name is none of these, or there is no such device here.
     """
     if isinstance(name, torch.device):
-        return Device(place=name, tf32=tf32)
+        return Device(place=name, tf32=tf32, cache=cache)
     if not _PATTERN.fullmatch(name):
         raise GaqError(f"Found the device {name!r}; give auto, cpu, cuda, cuda:N (N counts GPUs from 0) or mps.")
     if name == "auto":
@@ -65,7 +69,14 @@ def find_device(name: str | torch.device = "auto", *, tf32: bool = False) -> Dev
         if not torch.backends.mps.is_available():
             raise GaqError("Found --device mps, but there is no GPU of Apple's here; use --device cpu.")
         place = torch.device("mps", 0)
-    return Device(place=place, tf32=tf32)
+    return Device(place=place, tf32=tf32, cache=cache)
+
+
+def describe_torch() -> str:
+    """Return the version of PyTorch and what --device auto takes, with the reason where that is not a CUDA GPU."""
+    if torch.cuda.is_available():
+        return f"{torch.__version__}, computes on cuda ({torch.cuda.get_device_name(0)})"
+    return f"{torch.__version__}, computes on cpu: {_why_no_cuda()}"
 
 
 def gpu_number(name: str) -> int:
@@ -88,9 +99,16 @@ def gpu_number(name: str) -> int:
 
 def _require_cuda(name: str, place: torch.device) -> None:
     if not torch.cuda.is_available():
-        # `doctor` says the same of GPUs; PyTorch may lack CUDA though there is one.
-        reason = no_gpu() or f"torch {torch.__version__} is a build without CUDA, or for another driver"
-        raise GaqError(f"Found --device {name}, but {reason}; see `gaq-export doctor`, or use --device cpu.")
+        raise GaqError(f"Found --device {name}, but {_why_no_cuda()}; see `gaq-export doctor`, or use --device cpu.")
     count = torch.cuda.device_count()
     if (place.index or 0) >= count:
         raise GaqError(f"Found --device {name}, but this machine has {count} GPUs, numbered from 0.")
+
+
+def _why_no_cuda() -> str:
+    # PyTorch may lack CUDA though there is a GPU.
+    if reason := no_gpu():
+        return reason
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return f"torch {torch.__version__} is for CUDA {torch.version.cuda}, which the driver here does not run"

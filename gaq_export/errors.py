@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 _NO_MEMORY = re.compile("(?i)can't allocate memory|out of memory|cannot allocate|failed to allocate|bad_alloc")
+_NO_GPU_MEMORY = re.compile("(?i)(?:cuda|mps)\\b.*out of memory")
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
@@ -48,6 +49,11 @@ def used_up(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return f"No space left on the disk{where}: make room. The same command continues with what is finished."
+    if isinstance(error, RuntimeError) and _NO_GPU_MEMORY.search(str(error)):
+        return (
+            f"Out of memory on the GPU ({one_line(error)[:100]}): give calibrate --cache host, or choose --device cpu, "
+            "a smaller --batch or --preset. The same command continues with what is finished, on the same device."
+        )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         return (
             f"Out of memory ({one_line(error)[:100]}): close other programs, or choose fewer --workers, a smaller "

@@ -101,7 +101,8 @@ def claim(run: Run, settings: Mapping[str, Any]) -> None:
     """Write the settings to a new folder, or make sure that a run with the same settings is continued.
 
     Raises:
-        GaqError: the folder holds a run with other settings, or its record cannot be read.
+        GaqError: the folder holds a run with other settings or of another kind of device, or its record cannot be
+            read.
         CalibError: the folder cannot be written.
     """
     record = _read(run)
@@ -111,6 +112,15 @@ def claim(run: Run, settings: Mapping[str, Any]) -> None:
     old = record.settings
     # Keys of both: a setting that only one version of this tool knows differs too.
     differing = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+    if differing == ["device"]:
+        began = old.get("device", "cpu")
+        # "cuda with TF32" is two options.
+        options = f"--device {began}".replace(" with TF32", " --tf32")
+        without = " without --tf32" if began == "cuda" and "device" in settings else ""
+        raise GaqError(
+            f"{run.folder} holds a run that began on {began}, now {settings.get('device', 'cpu')}: give "
+            f"{options}{without}, or another --run."
+        )
     if differing:
         key = differing[0]
         raise GaqError(

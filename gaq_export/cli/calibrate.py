@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,12 @@ from gaq_export.cli import terminal
 from gaq_export.cli.options import (
     DEFAULT_RUN,
     MOST_WORKERS,
+    CacheName,
     CellRay,
     Classes,
     Convention,
     CorrectionRule,
+    DeviceName,
     Eta,
     Guidance,
     Iterations,
@@ -32,9 +34,11 @@ from gaq_export.cli.options import (
     SamplerName,
     Spacing,
     Steps,
+    Tf32,
     Trajectories,
     WeightBits,
     Weights,
+    device_of,
     drawn_with,
     find_model,
     one_line_errors,
@@ -43,6 +47,7 @@ from gaq_export.cli.progress import Display
 
 if TYPE_CHECKING:
     from calib.plan import QuantPlan
+    from gaq_export.cluster.connection import Cluster
     from gaq_export.comparison.auto import Tried
     from gaq_export.comparison.runner import Measure
     from gaq_export.models.loader import LoadedModel
@@ -119,6 +124,9 @@ def calibrate(
     spacing: Spacing = None,
     eta: Eta = None,
     ray: CellRay = None,
+    device: DeviceName = "auto",
+    tf32: Tf32 = False,
+    cache: CacheName = "auto",
     run: RunFolder = DEFAULT_RUN,
     quiet: Quiet = False,
 ) -> None:
@@ -135,6 +143,8 @@ def calibrate(
 
         if ray is not None and recipe != "auto":
             raise GaqError("--ray spreads the candidates of --recipe auto over a cluster: leave it out otherwise.")
+        # On a cluster the device is one of its workers', and this machine may lack it.
+        place = device_of(device, tf32, cache) if ray is None else None
         options = presets.CalibrationOptions(
             wbits=wbits,
             abits=presets.parse_widths(abits),
@@ -157,6 +167,8 @@ def calibrate(
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
             loaded = drawn_with(loaded, name=sampler, steps=steps, spacing=spacing, eta=eta)
+            if place is not None:
+                loaded = loaded.on(place)
             calibrate_with = partial(
                 pipeline.calibrate,
                 callbacks=CalibrationCallbacks(
@@ -170,7 +182,9 @@ def calibrate(
                 if ray is None:
                     tried = auto.choose(loaded, candidates, run, partial(calibrate_with, loaded), display.measure)
                 else:
-                    loaded, tried = _choose_on(ray, loaded, candidates, run, display.measure)
+                    loaded, tried = _choose_on(
+                        ray, partial(_on_cluster, loaded, device, tf32), candidates, run, display.measure
+                    )
                 typer.echo(auto.explain(tried))
                 best = tried[0].recipe
             plan = calibrate_with(loaded, settings(best), folder=run)
@@ -228,6 +242,9 @@ def compare(
         int | None, typer.Option(min=1, max=MOST_WORKERS, help="Calibrations at a time, one thread each; by default 1.")
     ] = None,
     ray: CellRay = None,
+    device: DeviceName = "auto",
+    tf32: Tf32 = False,
+    cache: CacheName = "auto",
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the pages from the results that exist.")
     ] = False,
@@ -246,11 +263,17 @@ def compare(
 
         if ray is not None and workers is not None:
             raise GaqError("--workers and --ray exclude each other: a cluster runs as many as it has GPUs or cores.")
+        # On a cluster the device is one of its workers', and this machine may lack it.
+        place = device_of(device, tf32, cache) if ray is None else None
         with Display(quiet) as display, ExitStack() as stack:
             display.stage("loading the model")
             loaded = find_model(model, weights, classes, prompts, guidance)
             loaded = drawn_with(loaded, name=sampler, steps=steps, spacing=spacing, eta=eta)
-            loaded, measure = _measured_on(stack, ray, loaded)
+            measure = None
+            if ray is not None:
+                loaded, measure = _measured_on(stack, ray, partial(_on_cluster, loaded, device, tf32))
+            elif place is not None:
+                loaded = loaded.on(place)
             comparison = spec.Comparison(
                 yardstick=Yardstick(model=loaded, folder=folder, images=images, data=data, classifier=features),
                 preset=spec.adjusted_preset(preset, iterations, calibration_images),
@@ -304,31 +327,39 @@ def models() -> None:
 
 
 def _choose_on(
-    address: str, model: "LoadedModel", candidates: Mapping[str, "Preset"], folder: Path, on_step: "OnStage"
+    address: str,
+    place: Callable[["Cluster"], "LoadedModel"],
+    candidates: Mapping[str, "Preset"],
+    folder: Path,
+    on_step: "OnStage",
 ) -> tuple["LoadedModel", list["Tried"]]:
     """Choose a recipe on a Ray cluster; return the model, which says where it was calibrated, and all results."""
-    from dataclasses import replace
-
     from gaq_export.cluster.connection import connected
     from gaq_export.comparison import on_cluster
 
     with connected(address) as cluster:
-        model = replace(model, device=on_cluster.find_place("auto", cluster))
+        model = place(cluster)
         return model, on_cluster.choose(model, candidates, folder, cluster, on_step)
 
 
-def _measured_on(stack: ExitStack, address: str | None, model: "LoadedModel") -> tuple["LoadedModel", "Measure | None"]:
-    """Return the model, which says where its cells compute, and what measures them on a Ray cluster if there is one."""
-    if address is None:
-        return model, None
-    from dataclasses import replace
-
+def _measured_on(
+    stack: ExitStack, address: str, place: Callable[["Cluster"], "LoadedModel"]
+) -> tuple["LoadedModel", "Measure"]:
+    """Return the model, which says where its cells compute, and what measures them on a Ray cluster."""
     from gaq_export.cluster.connection import connected
     from gaq_export.comparison import on_cluster
 
     cluster = stack.enter_context(connected(address))
-    model = replace(model, device=on_cluster.find_place("auto", cluster))
-    return model, partial(on_cluster.run, cluster=cluster)
+    return place(cluster), partial(on_cluster.run, cluster=cluster)
+
+
+def _on_cluster(model: "LoadedModel", device: str, tf32: bool, cluster: "Cluster") -> "LoadedModel":
+    """Return the model, still on the host, which says on what its cells compute."""
+    from dataclasses import replace
+
+    from gaq_export.comparison import on_cluster
+
+    return replace(model, device=on_cluster.find_place(device, cluster, tf32=tf32))
 
 
 def _bits_of(plan: "QuantPlan", wbits: int, abits: str, *, mixed: bool) -> str:

@@ -12,12 +12,15 @@ from gaq_export.cli.options import (
     DEFAULT_RUN,
     MOST_IMAGES,
     Block,
-    EngineDevice,
+    BothDevices,
+    DeviceName,
     EvaluationFolder,
     Quiet,
     Ray,
     RunArgument,
+    Tf32,
     Workers,
+    device_of,
     one_line_errors,
 )
 from gaq_export.cli.progress import Display
@@ -52,7 +55,8 @@ def evaluate(
     ] = "inception",
     workers: Workers = None,
     ray: Ray = None,
-    device: EngineDevice = "auto",
+    device: BothDevices = "auto",
+    tf32: Tf32 = False,
     out: Annotated[Path, typer.Option(help="Folder for images, features and evaluation.json.")] = Path("evaluation"),
     quiet: Quiet = False,
 ) -> None:
@@ -77,8 +81,15 @@ def evaluate(
                 result = evaluation.evaluate_sets(images, reference, extractor, out=out, on_step=display.measure)
             else:
                 count = workers or os.cpu_count() or 1  # cpu_count may not know
-                gpu = gpu_number(device)
-                drawing = evaluation.DrawingOptions(num=num, out=out, seed=seed, workers=count, ray=ray, gpu=gpu)
+                drawing = evaluation.DrawingOptions(
+                    num=num,
+                    out=out,
+                    seed=seed,
+                    workers=count,
+                    ray=ray,
+                    gpu=gpu_number(device),
+                    device=device_of(device, tf32),
+                )
                 result = evaluation.evaluate_engines(
                     engine or [], extractor, drawing, data=data, on_step=display.measure
                 )
@@ -93,6 +104,8 @@ def inspect(
     images: Annotated[
         int, typer.Option(min=1, max=_MOST_SHOWN, help="Fresh images on which the predicted noise is compared.")
     ] = 8,
+    device: DeviceName = "auto",
+    tf32: Tf32 = False,
     out: Annotated[Path | None, typer.Option(help="HTML file; by default inspect.html in the run folder.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -102,7 +115,10 @@ def inspect(
 
         with Display(quiet) as display:
             display.stage("loading the model")
-            path = pipeline.inspect(folder=run, out=out, block=block, images=images, on_step=display.measure)
+            place = device_of(device, tf32)
+            path = pipeline.inspect(
+                folder=run, out=out, block=block, images=images, device=place, on_step=display.measure
+            )
         typer.echo(path)
 
 
@@ -122,7 +138,8 @@ def report(
         ),
     ] = 3,
     block: Block = None,
-    device: EngineDevice = "auto",
+    device: BothDevices = "auto",
+    tf32: Tf32 = False,
     out: Annotated[Path | None, typer.Option(help="HTML file; by default report.html in the run folder.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -142,6 +159,7 @@ def report(
                 inspection=inspection,
                 rounds=rounds,
                 gpu=gpu_number(device),
+                device=device_of(device, tf32),
             )
             path = write_report(folder=run, out=out, options=options, on_step=display.measure)
         typer.echo(path)

@@ -15,6 +15,7 @@ from gaq_export.graph.profiles import PROFILES
 from gaq_export.quantize.presets import PRESETS
 
 if TYPE_CHECKING:
+    from gaq_export.devices import Device
     from gaq_export.diffusion.schedule import SamplerSpec
     from gaq_export.models.loader import LoadedModel
 
@@ -30,6 +31,7 @@ _MODEL = "Model and what it draws"
 _QUANTIZATION = "Quantization"
 _SAMPLER = "Sampler"
 _DRAWING = "Drawing"
+_DEVICE = "Device"
 
 
 def _option(help_text: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
@@ -159,6 +161,40 @@ CellRay = Annotated[
     ),
 ]
 
+DeviceName = Annotated[
+    str,
+    _option(
+        "Where PyTorch computes: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:N (counted from 0) "
+        "or mps.",
+        "--device",
+        panel=_DEVICE,
+        envvar="GAQ_EXPORT_DEVICE",
+    ),
+]
+BothDevices = Annotated[
+    str,
+    _option(
+        "Where PyTorch computes, and which GPU runs engines of GPUs: auto (a CUDA GPU if there is one, else the CPU), "
+        "cpu, cuda, cuda:N (counted from 0) or mps.",
+        "--device",
+        panel=_DEVICE,
+        envvar="GAQ_EXPORT_DEVICE",
+    ),
+]
+Tf32 = Annotated[
+    bool,
+    _option("Let a CUDA GPU round products of float32 to TensorFloat-32: faster, less exact.", "--tf32", panel=_DEVICE),
+]
+CacheName = Annotated[
+    str,
+    _option(
+        f"Where a calibration on a GPU puts its recordings: {either(settings.Cache)}. By default where there is room. "
+        "No number depends on it.",
+        "--cache",
+        panel=_DEVICE,
+    ),
+]
+
 GraphKind = Annotated[
     str,
     _option(f"{GRAPHS}: a whole denoising step of one sampler, or the network alone, for any sampler."),
@@ -244,6 +280,18 @@ def drawn_with(model: "LoadedModel", **options: object) -> "LoadedModel":
     if options.get("name") is None and model.instead:
         typer.echo(f"note: {replace(changed, instead=model.instead).sampler_note}", err=True)
     return changed
+
+
+def device_of(name: str, tf32: bool, cache: str = "auto") -> "Device":
+    """Return the device of --device, --tf32 and --cache.
+
+    Raises:
+        GaqError: an unknown name, or no such device here.
+    """
+    from gaq_export.deploy.record import parse_choice
+    from gaq_export.devices import find_device
+
+    return find_device(name, tf32=tf32, cache=parse_choice("cache", cache, settings.Cache))
 
 
 def find_model(

@@ -8,8 +8,8 @@ import typer
 from gaq_export.cli.options import (
     MOST_BATCH,
     MOST_IMAGES,
+    BothDevices,
     Classes,
-    EngineDevice,
     Eta,
     Guidance,
     Prompts,
@@ -18,7 +18,9 @@ from gaq_export.cli.options import (
     SamplerName,
     Spacing,
     Steps,
+    Tf32,
     Workers,
+    device_of,
     one_line_errors,
     replace_options,
     warn_if_meaningless,
@@ -72,7 +74,8 @@ def sample(
     ] = None,
     workers: Workers = None,
     ray: Ray = None,
-    device: EngineDevice = "auto",
+    device: BothDevices = "auto",
+    tf32: Tf32 = False,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     quiet: Quiet = False,
 ) -> None:
@@ -87,7 +90,7 @@ def sample(
         import engines
         from gaq_export import pipeline
         from gaq_export.deploy.record import record_of
-        from gaq_export.devices import gpu_number
+        from gaq_export.devices import ON_HOST, gpu_number
         from gaq_export.errors import GaqError
         from gaq_export.models.conditioning_request import ConditioningRequest
         from gaq_export.sampling.prompts import condition_engine
@@ -98,6 +101,8 @@ def sample(
                 f"--compare writes a PNG for each image: --num {_PNGS} at most, and no --shard, --workers or --ray."
             )
         gpu = gpu_number(device)
+        # An engine needs no GPU of PyTorch's.
+        place = device_of(device, tf32) if compare else ON_HOST
         file = engines.load_engine_file(engine)
         recorded = record_of(file).provenance
         # Of the engine's record, so that an option changes one thing and the rest is as calibrated.
@@ -134,6 +139,7 @@ def sample(
                     compare=compare,
                     conditioning=conditioning,
                     gpu=gpu,
+                    device=place,
                     on_step=display.draw,
                 )
         warn_if_meaningless(recorded.random_weights)

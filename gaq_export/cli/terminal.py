@@ -113,7 +113,7 @@ def print_evaluation(evaluation: "Evaluation") -> None:
 
 def print_diagnosis(diagnosis: "Diagnosis") -> None:
     """Print what a machine has, and for each backend what it can do here and what it lacks."""
-    _print_lines(machine_lines(diagnosis.machine))
+    _print_lines([*machine_lines(diagnosis.machine), f"PyTorch: {diagnosis.pytorch}"])
     rows = []
     for name, problems in diagnosis.backends.items():
         # Once, if the same problem keeps it from building and running.

@@ -33,6 +33,7 @@ from calib.records import Finite, read_kept_record, signed
 from calib.surgery import apply_surgery
 from engines import EngineConfig
 from gaq_export.deploy import session
+from gaq_export.devices import ON_HOST
 from gaq_export.diffusion.batching import draw_in_batches
 from gaq_export.diffusion.conditioning import ConditionalNetwork, bind
 from gaq_export.diffusion.denoiser import engine_denoiser
@@ -152,7 +153,7 @@ def prepare(yardstick: Yardstick) -> None:
     signal = _held_out(yardstick).epsilon.double().square().flatten(1).sum(1)  # (S, N, C, H, W) -> (S,)
     frechet = None
     if yardstick.computed_by is ComputedBy.ENGINE:
-        model = yardstick.model
+        model = yardstick.model.on(ON_HOST)
         save_onnx(export_float(model.network, model.shape, model.condition_inputs), yardstick.float_graph)
     if yardstick.images:
         sets = _float_images(yardstick)
@@ -210,6 +211,7 @@ def quantized(yardstick: Yardstick, plan: QuantPlan) -> Iterator[ConditionalNetw
     if yardstick.computed_by is ComputedBy.PYTORCH or plan.step_bits is not None:
         yield fake_quantized(model.network, plan)
         return
+    model = model.on(ON_HOST)  # where graphs are exported
     network = apply_surgery(model.network, plan.surgery)
     unchanged = network is model.network  # then the graph that `prepare` exported serves
     graph = ir.load(yardstick.float_graph) if unchanged else export_float(network, model.shape, model.condition_inputs)

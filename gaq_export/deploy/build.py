@@ -34,6 +34,7 @@ from gaq_export.deploy.record import (
     parse_choice,
 )
 from gaq_export.deploy.submodels import Part
+from gaq_export.devices import ON_HOST
 from gaq_export.diffusion.schedule import SamplerSpec, timesteps
 from gaq_export.errors import GaqError
 from gaq_export.graph.export import export_float
@@ -216,7 +217,7 @@ def _prepare(run: Run, options: BuildOptions, model: LoadedModel | None) -> _Job
     sha256 = engines.sha256_of(run.plan)
     profile = _profile(backend, options.numbers, plan)
     provenance = provenance_of(plan)
-    model = find_model(provenance, model, run.folder)
+    model = find_model(provenance, model, run.folder).on(ON_HOST)  # where graphs are exported
     sampler = options.sampler or provenance.sampler
     turns = _turns(plan, sampler, model.schedule.num_train, options.graph)
     record = EngineRecord(
@@ -338,6 +339,7 @@ def build_float(
         config: backend and batch profile; the best backend present if None.
         compute: type of its arithmetic, in place of the one in `config`.
     """
+    model = model.on(ON_HOST)  # where graphs are exported
     spec = sampler or model.spec.sampler
     config = replace(config or EngineConfig(backend=engines.best_backend()), compute=compute)
     network = export_float(model.network, model.shape, model.condition_inputs)

@@ -16,6 +16,7 @@ from calib.step_bits import at_bits
 from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy.record import GraphKind, parse_choice
+from gaq_export.devices import ON_HOST
 from gaq_export.diffusion.schedule import SamplerSpec
 from gaq_export.errors import GaqError
 from gaq_export.graph.export import export_float
@@ -106,7 +107,7 @@ def export_onnx(
     find_profile(profile)  # an unknown one is refused before anything is read
     run = Run(folder=Path(folder))
     plan = load_plan(run.plan)
-    model = find_model(provenance_of(plan), model, run.folder)
+    model = find_model(provenance_of(plan), model, run.folder).on(ON_HOST)  # where graphs are exported
     if out is not None:
         taken = [*runs.files_of_calibration(run), *runs.files_of_engines(run), *files_of_model(model)]
         folders.check_outputs([out], [*taken, run.inspection, run.report])

@@ -18,6 +18,7 @@ from gaq_export import folders
 from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
 from gaq_export.deploy.record import record_of
+from gaq_export.devices import ON_HOST, Device
 from gaq_export.diffusion.batching import check_seeds
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.errors import GaqError
@@ -63,6 +64,7 @@ class DrawingOptions:
         workers: processes that draw.
         ray: address of a Ray cluster that draws instead, None for none.
         gpu: number of the GPU, for engines of GPUs.
+        device: where a float model that is loaded again computes, to compare the predicted noise.
     """
 
     num: int
@@ -71,6 +73,7 @@ class DrawingOptions:
     workers: int = 1
     ray: str | None = None
     gpu: int = 0
+    device: Device = ON_HOST
 
     def __post_init__(self) -> None:
         check_seeds(self.seed, 3 * self.num)  # the reference has twice as many images, of the seeds that follow
@@ -125,7 +128,7 @@ def evaluate_engines(
     opened = {name: replace(file, gpu=drawing.gpu) for name, file in _open(files).items()}
     first = next(iter(opened.values()))
     origin = record_of(first).provenance
-    model = find_model(origin, model, first.path.parent)
+    model = find_model(origin, model, first.path.parent, drawing.device)
     taken = [file for engine in opened.values() for file in files_of(engine.path)]
     written = [drawing.out / RECORD, *files_of(drawing.out / FLOAT)]
     folders.check_outputs(written, [*taken, *files_of_model(model), *([] if data is None else [data])])

@@ -103,6 +103,8 @@ class LoadedModel:
             GaqError: There is no such device here.
         """
         device = device if isinstance(device, Device) else find_device(device, tf32=tf32)
+        if device == self.device:
+            return self
         decoder = self.decoder and on_device(self.decoder, device.place)
         return replace(self, module=on_device(self.module, device.place), decoder=decoder, device=device)
 
@@ -133,7 +135,9 @@ class LoadedModel:
         return replace(self.sampling(sampler), decode=decode)
 
 
-def load_model(name: str | None = None, weights: str | Path | WeightSource | None = None) -> LoadedModel:
+def load_model(
+    name: str | None = None, weights: str | Path | WeightSource | None = None, device: Device | str = ON_HOST
+) -> LoadedModel:
     """Load a model by name, from a folder, or with random weights.
 
     Without `weights`, a name is looked for in the folder that GAQ_EXPORT_MODELS names (one sub-folder per model),
@@ -145,10 +149,17 @@ def load_model(name: str | None = None, weights: str | Path | WeightSource | Non
         weights: A diffusers folder; an original checkpoint (`ldm_checkpoint`), or a folder with its `model.ckpt`;
             "random" or "random:SEED" for random weights; "hub:OWNER/NAME" or "hub:OWNER/NAME@COMMIT"; or the
             `source` of an earlier `LoadedModel`.
+        device: Where it computes: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:
-        GaqError: If the model is unknown, unreachable, damaged, or of a kind that is not supported.
+        GaqError: If the model is unknown, unreachable, damaged, or of a kind that is not supported; if there is no such
+            device here.
     """
+    place = device if isinstance(device, Device) else find_device(device)  # before anything is read
+    return _load(name, weights).on(place)
+
+
+def _load(name: str | None, weights: str | Path | WeightSource | None) -> LoadedModel:
     if weights is None:
         return _by_name(_known(name))
     source = weights if isinstance(weights, WeightSource) else WeightSource.parse(str(weights))

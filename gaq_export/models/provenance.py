@@ -16,6 +16,7 @@ from pydantic import Field
 from calib.plan import QuantPlan
 from calib.records import Count, Finite, Positive, Text, check_record
 from calib.surgery import apply_surgery
+from gaq_export.devices import ON_HOST, Device
 from gaq_export.diffusion.conditioning import LABELS, Conditioning
 from gaq_export.diffusion.schedule import NoiseSchedule, SamplerSpec, timesteps
 from gaq_export.errors import GaqError
@@ -244,13 +245,16 @@ def load_conditioning(provenance: Provenance, folder: Path) -> Conditioning | No
     return conditioning
 
 
-def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) -> LoadedModel:
+def find_model(
+    provenance: Provenance, model: LoadedModel | None, folder: Path, device: Device = ON_HOST
+) -> LoadedModel:
     """Return the recorded float model with the recorded conditioning.
 
     Args:
         provenance: of a plan or an engine.
         model: the model, which is checked; loaded again if None.
         folder: the folder of the plan or engine.
+        device: where a model that is loaded again computes.
 
     Raises:
         GaqError: it is another model, has another decoder, or cannot be loaded.
@@ -258,7 +262,7 @@ def find_model(provenance: Provenance, model: LoadedModel | None, folder: Path) 
     if model is None:
         if provenance.source == MODULE:
             raise GaqError(f"{provenance.name!r} is a module of your own: call this from Python with model=wrap(...).")
-        model = load_model(provenance.name, provenance.source)
+        model = load_model(provenance.name, provenance.source, device)
     # Compared by content and not by name or path: any copy of the same weights will do.
     if model.fingerprint != provenance.fingerprint:
         raise GaqError(

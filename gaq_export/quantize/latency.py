@@ -19,6 +19,7 @@ from torch import nn
 import engines
 from calib import affine
 from calib.config import FLOAT_BITS, QuantConfig
+from calib.devices import HOST, on_device
 from calib.files import write_atomically
 from calib.plan import Grid, LayerQuant, QuantPlan
 from calib.records import Count, Positive, read_kept_record, signed
@@ -90,7 +91,7 @@ class StepClock:
         ):
             return {int(bits): ms for bits, ms in cached.milliseconds.items()}  # JSON has no integer keys
         # Exported once, as a proto that `_build` reads anew for each width, because Q/DQ is inserted in place.
-        exported = ir.to_proto(export_float(network, self.model.shape, self.model.condition_inputs))
+        exported = ir.to_proto(export_float(on_device(network, HOST), self.model.shape, self.model.condition_inputs))
         with tempfile.TemporaryDirectory() as scratch:
             calls = {}
             for bits in widths:

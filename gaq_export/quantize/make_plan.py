@@ -82,6 +82,7 @@ def make_plan(
             config,
             timesteps=model.schedule.num_train,
             folder=folder if k == 0 else folder.with_name(f"{folder.name}-round-{k + 1}"),
+            cache=model.device.cache,
             clock=clock,
             on_progress=callbacks.on_progress,
         )

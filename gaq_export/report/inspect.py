@@ -7,6 +7,7 @@ from calib.files import write_atomically
 from calib.plan import load_plan
 from gaq_export import folders
 from gaq_export import run as runs
+from gaq_export.devices import ON_HOST, Device
 from gaq_export.models.loader import LoadedModel
 from gaq_export.models.provenance import files_of_model, find_model, provenance_of
 from gaq_export.quantize.noise_sqnr import OnStage
@@ -23,6 +24,7 @@ def inspect(
     block: str | None = None,
     images: int = 8,
     model: LoadedModel | None = None,
+    device: Device = ON_HOST,
     on_step: OnStage = lambda what, done, total: None,
 ) -> Path:
     """Write one HTML page about a finished calibration, and return its path.
@@ -33,6 +35,7 @@ def inspect(
         block: which block to measure closely; the one with the largest loss at nearest rounding if None.
         images: fresh trajectories on which the predicted noise is compared with the float model's.
         model: the float model; loaded again by the plan's provenance if None.
+        device: where a model that is loaded again computes.
         on_step: called with (what is being done, done, total).
 
     Raises:
@@ -41,7 +44,7 @@ def inspect(
     run = Run(folder=Path(folder))
     plan = load_plan(run.plan)
     path = Path(out or run.inspection)
-    model = find_model(provenance_of(plan), model, run.folder)
+    model = find_model(provenance_of(plan), model, run.folder, device)
     check_page(run, path, model)
     options = InspectionOptions(block=block, images=images)
     calibrated = Calibrated(model=model, plan=plan)

@@ -28,6 +28,7 @@ from gaq_export.deploy import session
 from gaq_export.deploy.build import build_float
 from gaq_export.deploy.float_timing import float_compute
 from gaq_export.deploy.record import record_of
+from gaq_export.devices import ON_HOST, Device
 from gaq_export.diffusion.batching import Draw, draw_in_batches
 from gaq_export.diffusion.conditioning import bind
 from gaq_export.diffusion.denoiser import Denoiser
@@ -59,6 +60,7 @@ class ReportOptions:
         inspection: what is measured inside the calibration; its number of images is that of the pictures too.
         rounds: how often the loop is timed; 0 for no timing.
         gpu: number of the GPU, for an engine of GPUs.
+        device: where a float model that is loaded again computes.
     """
 
     engine: Path | None = None
@@ -66,6 +68,7 @@ class ReportOptions:
     inspection: InspectionOptions = field(default_factory=InspectionOptions)
     rounds: int = 3
     gpu: int = 0
+    device: Device = ON_HOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +187,7 @@ def measure(
     file = replace(engine_of(run, record, options.engine), gpu=options.gpu)
     session.require_pictures(file)  # before anything that takes minutes
     evaluation = evaluation_of(options.evaluation, file)
-    model = find_model(provenance_of(plan), model, folder)
+    model = find_model(provenance_of(plan), model, folder, options.device)
     inspect.check_page(run, out, model)
     folders.check_outputs([out], [*engines.files.files_of(file.path), *([evaluation.path] if evaluation else [])])
     others = session.others_of(file)

@@ -16,6 +16,7 @@ from engines.files import files_of
 from gaq_export import folders
 from gaq_export.deploy import session
 from gaq_export.deploy.record import record_of
+from gaq_export.devices import ON_HOST, Device
 from gaq_export.diffusion.batching import Draw, OnProgress, check_seeds, draw_in_batches
 from gaq_export.diffusion.conditioning import Conditioning
 from gaq_export.diffusion.loop import Sampling
@@ -50,6 +51,7 @@ class Request:
         sampler: what to draw with; the engine's if None. An engine of whole steps takes no other.
         conditioning: what to draw; what the engine's record says if None.
         gpu: number of the GPU, from 0, for an engine of GPUs; on a Ray cluster Ray chooses.
+        device: where a float model that is loaded again for `compare` draws.
 
     Raises:
         GaqError: no images, none at a time, or seeds that are negative or beyond 63 bits.
@@ -61,6 +63,7 @@ class Request:
     sampler: SamplerSpec | None = None
     conditioning: Conditioning | None = None
     gpu: int = 0
+    device: Device = ON_HOST
 
     def __post_init__(self) -> None:
         _at_least_one(("images to draw", self.num), ("images at a time", self.batch))
@@ -76,6 +79,7 @@ class RequestFields(TypedDict, total=False):  # so that type checkers know the k
     sampler: SamplerSpec | None
     conditioning: Conditioning | None
     gpu: int
+    device: Device
 
 
 def sample(
@@ -97,7 +101,8 @@ def sample(
         compare: draw the same images with the float model too, side by side with PSNR.
         model: the float model for `compare`; loaded again from the engine's record if None.
         on_step: called with who draws ("engine" or "float"), network calls done, and network calls in all.
-        fields: which images, and where, the fields of `Request`: num, seed, batch, sampler, conditioning, gpu.
+        fields: which images, and where, the fields of `Request`: num, seed, batch, sampler, conditioning, gpu,
+            device.
 
     Raises:
         GaqError, EngineError: a batch outside the profile, a sampler that the engine does not have, an engine that
@@ -111,7 +116,7 @@ def sample(
     steps = sampling.sampler.steps
     png_folder.check_writable(Path(out))
     # Loaded before drawing begins, so that a model that cannot be loaded is reported at once.
-    float_model = find_model(record_of(file).provenance, model, file.path.parent) if compare else None
+    float_model = find_model(record_of(file).provenance, model, file.path.parent, request.device) if compare else None
     with session.open_engines(file) as opened, session.open_decoder(file) as decode:
         started = time.perf_counter()  # opening an engine is not drawing
         draw = session.draw_with_engine(opened, file, replace(sampling, decode=decode))

@@ -31,6 +31,7 @@ from calib.records import Count, Sha256, Text, check_record, read_record
 from gaq_export import folders
 from gaq_export import run as runs
 from gaq_export.deploy.onnx_artifact import export_onnx
+from gaq_export.devices import ON_HOST
 from gaq_export.errors import GaqError
 from gaq_export.evaluation.evaluate import DEFAULT, RECORD, Evaluation
 from gaq_export.models import hub, text_encoder
@@ -121,7 +122,7 @@ def write_pack(
         GaqError, CalibError: no plan, another model, one that cannot be loaded again, or a place that is taken.
     """
     plan = load_plan(run.plan)
-    model = find_model(provenance_of(plan), model, run.folder)
+    model = find_model(provenance_of(plan), model, run.folder).on(ON_HOST)
     out = out or run.folder / FOLDER
     folders.check_replaceable(out, MARK)
     contents = _contents(run, plan, model, options)  # before anything is written, since it may raise

@@ -118,3 +118,22 @@ def test_only_our_own_command_line_is_recorded(
 def test_peak_memory_is_that_of_this_process() -> None:
     peak = peak_memory_mib()
     assert peak is None or 50 < peak < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "advice"),
+    [
+        (None, "cuda", "began on cpu, now cuda: give --device cpu, or another --run."),
+        ("cuda", None, "began on cuda, now cpu: give --device cuda, or another --run."),
+        ("cuda", "cuda with TF32", "began on cuda, now cuda with TF32: give --device cuda without --tf32, or another"),
+        ("cuda with TF32", None, "began on cuda with TF32, now cpu: give --device cuda --tf32, or another --run."),
+    ],
+)
+def test_a_run_continues_on_the_kind_of_device_it_began_on(
+    began: str | None, now: str | None, advice: str, tmp_path: Path
+) -> None:
+    there = Run(folder=tmp_path / "there")
+    first, second = ({**SETTINGS, **({"device": kind} if kind else {})} for kind in (began, now))
+    claim(there, first)
+    with pytest.raises(GaqError, match=advice):
+        claim(there, second)

@@ -223,3 +223,21 @@ def test_a_flipped_byte_in_what_is_kept_gives_the_same_plan_and_the_log_says_so(
     assert (run_copy / "plan.safetensors").read_bytes() == plan
     for file in spoilt:
         assert f"{file} is damaged, altered or of another version: it is made again." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("calibrate", "--model", "ddpm-mnist", "--run", "run"),
+        ("compare", "ddpm-mnist"),
+        ("inspect", "run"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_one_line(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused(tmp_path, *words, "--device", "cuda")
+    assert line.startswith("error: Found --device cuda, but ")
+    assert line.endswith("; see `gaq-export doctor`, or use --device cpu.")

@@ -38,7 +38,10 @@ def test_a_place_that_the_system_refuses_becomes_one_line(tmp_path: Path, capsys
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"),
             "error: Out",
         ),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "error: Out of memory (CUDA out of memory."),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "error: Out of memory on the GPU (CUDA out of memory.",
+        ),
         (
             OSError(errno.ENOSPC, "No space left on device", "a/unet.plan"),
             "error: No space left on the disk for a/unet",

@@ -104,7 +104,7 @@ def test_a_machine_is_described_by_what_it_has() -> None:
 
 def test_what_keeps_a_backend_from_building_and_running_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     backends = {"tensorrt": ("no driver", "no driver"), "openvino": (None, None)}
-    terminal.print_diagnosis(Diagnosis(machine=MACHINE, backends=backends, best=None))
+    terminal.print_diagnosis(Diagnosis(machine=MACHINE, backends=backends, best=None, pytorch="2.9, computes on cpu"))
     shown = capsys.readouterr().out
     assert shown.count("no driver") == 1
     assert "build-engine takes: nothing, see above\n" in shown
