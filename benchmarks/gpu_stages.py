@@ -149,8 +149,8 @@ def engine(kind: str, request: Request, report: Report) -> None:
 
 STAGES: Mapping[str, Stage] = {
     "calibration": Stage(title="Calibration", share=0.35, run=calibration),
-    "same-numbers": Stage(title="The same numbers again, and on the CPU", share=0.2, run=same_numbers),
-    "pictures": Stage(title="Pictures of the fake-quantized network", share=0.28, run=pictures),
+    "same-numbers": Stage(title="The same numbers again, and on the CPU", share=0.25, run=same_numbers),
+    "pictures": Stage(title="Pictures of the fake-quantized network", share=0.23, run=pictures),
     "loop": Stage(title="Our loop, with a stand-in for the network", share=0.05, run=loop_tests),
 }
 ENGINES_SHARE = 0.12  # of the time, for all engines together
