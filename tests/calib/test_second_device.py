@@ -134,7 +134,8 @@ def test_a_plan_does_not_depend_on_where_the_network_lives(
         isinstance(tensor, DeviceTensor) for q in plan.layers.values() for tensor in (q.codes, q.weight_scale)
     )
     equal = [torch.equal(plan.layers[n].codes, q.codes) for n, q in expected.layers.items()]
-    assert plan.layers.keys() == expected.layers.keys() and all(equal)
+    assert plan.layers.keys() == expected.layers.keys()
+    assert all(equal)
     x, t = data.inputs(slice(4))
     there = fake_quantized(moved, plan)(*replace(data, device=device_of(moved)).inputs(slice(4)))
     assert isinstance(there, DeviceTensor)
