@@ -23,14 +23,17 @@ mean square of J: the paper gives no eta, and this one depends neither on the sc
 the samples of a mini-batch happen to cancel.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from calib.blocks import BlockIO
 from calib.choices import OmegaRule, SoftmaxOver
@@ -133,7 +136,8 @@ def align_scores(
     point, losses = _flattened(loss, logits)
     index = _draw(torch.arange(len(data.train)), config.batch, generator)  # (n,)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-        jacobian = _jacobian(losses, point, data.train.take(index))
+        attention = _attention_bytes(losses, point, data.train.take(index[:1]))
+        jacobian = _jacobian(losses, point, data.train.take(index), attention)
         size = _root_mean_square(jacobian)
         if size == 0:  # every loss is flat here, so no weights are better than others
             return scores
@@ -144,7 +148,10 @@ def align_scores(
             members = [(data.group == k).nonzero()[:, 0] for k in torch.unique(data.group)]
             order = torch.randperm(len(members), generator=generator).tolist()
             drawn = [_draw(members[k], config.validation_batch, generator) for k in order]
-            tasks = [_mean(losses, data.validation.take(task)) for task in drawn]
+            parts = [data.validation.take(task) for task in drawn]
+            largest = 0 if point.device == HOST else max(attention, 4 * len(point))
+            apart = largest * sum(map(len, parts)) > ON_DEVICE
+            tasks: list[Loss] = [Apart(losses, part) if apart else _mean(losses, part) for part in parts]
             return RULES[config.rule](jacobian, config.inner_step / size, point, tasks, omega.to(point.device))
 
         return _descend(gradient, scores, index, config)
@@ -229,8 +236,35 @@ def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return pool[torch.randperm(len(pool), generator=generator)[:count]]
 
 
+class Apart:
+    """The mean loss of some samples whose derivatives are worked out one after another: at once they take too much.
+
+    Args:
+        losses: of samples, as a function of the logits.
+        io: the samples, in memory.
+    """
+
+    def __init__(self, losses: Callable[[Tensor, BlockIO], Tensor], io: BlockIO) -> None:
+        self._losses = [_mean(losses, io.take(index)) for index in torch.split(torch.arange(len(io)), 1)]
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """Return the loss () of logits (P,)."""
+        return torch.stack([loss(p) for loss in self._losses]).mean()
+
+    def gradient(self, p: Tensor) -> Tensor:
+        """Return that of the loss (P,)."""
+        return sum((grad(loss)(p) for loss in self._losses), torch.zeros_like(p)) / len(self._losses)
+
+    def times_hessian(self, p: Tensor, u: Tensor) -> Tensor:
+        """Return H u (P,)."""
+        total = torch.zeros_like(p)
+        for loss in self._losses:
+            total += vjp(grad(loss), p)[1](u)[0]
+        return total / len(self._losses)
+
+
 def _gradients(tasks: Sequence[Loss]) -> Callable[[Tensor], Tensor]:
-    return lambda p: torch.stack([grad(task)(p) for task in tasks])
+    return lambda p: torch.stack([task.gradient(p) if isinstance(task, Apart) else grad(task)(p) for task in tasks])
 
 
 def _gradients_and_hessians(tasks: Sequence[Loss], p: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -238,8 +272,18 @@ def _gradients_and_hessians(tasks: Sequence[Loss], p: Tensor) -> tuple[Tensor, C
 
     The pullback of g gives sum_k H_k^T u_k, and a Hessian is symmetric.
     """
+    apart = [task for task in tasks if isinstance(task, Apart)]  # all of them, or none
+    if apart:
+        return _gradients(tasks)(p), lambda u: _sum_of_products(apart, p, u)
     g, pullback, *_ = vjp(_gradients(tasks), p)
     return g, lambda u: pullback(u)[0]
+
+
+def _sum_of_products(tasks: Sequence[Apart], p: Tensor, u: Tensor) -> Tensor:
+    total = torch.zeros_like(p)
+    for task, row in zip(tasks, u, strict=True):
+        total += task.times_hessian(p, row)
+    return total
 
 
 def _pairs(groups: int) -> float:
@@ -269,8 +313,34 @@ def _root_mean_square(jacobian: Tensor) -> float:
     return torch.stack(squares).mean().sqrt().item()
 
 
-def _jacobian(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: BlockIO) -> Tensor:
-    """Return J (n, P), row i the gradient of sample i's loss."""
+class _Attention(TorchFunctionMode):
+    """Sees how large the largest matrix of attention probabilities is, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: int = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, and note its size if it is attention."""
+        if func is F.scaled_dot_product_attention:
+            query_key: tuple[Tensor, Tensor] = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
+            q, k = query_key
+            self.largest = max(self.largest, 4 * math.prod(q.shape[:-1]) * k.shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_bytes(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: BlockIO) -> int:
+    """Return the bytes of one sample's attention probabilities, 0 on the host, where memory is not as scarce."""
+    if point.device == HOST:
+        return 0
+    seen = _Attention()
+    with torch.no_grad(), seen:
+        losses(point, io)
+    return seen.largest
+
+
+def _jacobian(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: BlockIO, attention: int = 0) -> Tensor:
+    """Return J (n, P), row i the gradient of sample i's loss; `attention` is what `_attention_bytes` found."""
 
     def one(p: Tensor, inputs: tuple[object, ...], target: Tensor) -> Tensor:
         return losses(p, io.single(inputs, target))[0]
@@ -278,7 +348,7 @@ def _jacobian(losses: Callable[[Tensor, BlockIO], Tensor], point: Tensor, io: Bl
     axes = tuple(0 if b else None for b in io.batched)  # leaves that all samples share are not mapped over
     over_samples = vmap(grad(one), in_dims=(None, axes, 0))  # one gradient a sample, at once
     # In chunks, since each gradient needs the memory of a backward pass.
-    chunk = max(1, min(CHUNK, ON_DEVICE // (4 * len(point))))
+    chunk = max(1, min(CHUNK, ON_DEVICE // max(4 * len(point), attention)))
     large = 4 * len(io) * len(point) > ON_DEVICE
     rows = torch.empty(len(io), len(point), device=HOST if large else point.device)
     for index in torch.split(torch.arange(len(io)), chunk):

@@ -178,3 +178,30 @@ def test_only_the_scores_of_the_mini_batch_move() -> None:
     train = recording(torch.linspace(-1, 2, 12)[:, None])
     moved = aligned(pull, train, settings) != initial_scores(settings, 12, torch.Generator())
     assert moved.sum() == 4
+
+
+@pytest.mark.parametrize("rule", omega.RULES)
+def test_samples_one_after_another_give_what_all_at_once_give(rule: omega.OmegaRule) -> None:
+    class Rows:
+        """As much of a recording as a loss takes here."""
+
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x = x
+
+        def __len__(self) -> int:
+            return len(self.x)
+
+        def take(self, index: torch.Tensor) -> "Rows":
+            return Rows(self.x[index])
+
+    def losses(p: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return (rows.x @ p.reshape(4, 3)).tanh().square().sum(1) * p.square().sum()
+
+    generator = torch.Generator().manual_seed(0)
+    point, jacobian, weights = (torch.randn(size, generator=generator) for size in ((12,), (6, 12), (6,)))
+    groups = [Rows(torch.randn(2, 4, generator=generator)) for _ in range(3)]
+    apart, together = (
+        omega.RULES[rule](jacobian, 0.1, point, [task(losses, rows) for rows in groups], weights)
+        for task in (omega.Apart, omega._mean)
+    )
+    torch.testing.assert_close(apart, together)
