@@ -48,12 +48,12 @@ class Drawer:
     open: Callable[[LoadedModel], AbstractContextManager[ConditionalNetwork]]
 
 
-def drawers(model: LoadedModel, spec: SamplerSpec) -> list[Drawer]:
+def drawers(model: LoadedModel, spec: SamplerSpec, *, by_engine: bool = True) -> list[Drawer]:
     """Return who may draw a float model's trajectories, the fastest first; the last one always can."""
     if model.device.kind != ON_HOST.kind:
         return [Drawer(name=model.device.kind, group=network_group(model), open=_network)]
     plain = Drawer(name="", group=GROUP, open=_network)
-    if FEATURE not in (cpu_features() or ()) or engines.find_backend(BACKEND).can_run():
+    if not by_engine or FEATURE not in (cpu_features() or ()) or engines.find_backend(BACKEND).can_run():
         return [plain]
     if spec.steps * _multiplications(model) < LARGE:
         return [plain]

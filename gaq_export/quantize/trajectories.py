@@ -68,7 +68,7 @@ def collect(
     """
     if images < 2:
         raise GaqError(f"Found {images} calibration images; at least 2 are needed (one of them validates).")
-    choice = drawers(model, spec) if by_engine else drawers(model, spec)[-1:]
+    choice = drawers(model, spec, by_engine=by_engine)
     for drawer in choice:
         count = -(-images // drawer.group)  # rounded up
         groups = _Groups(model=model, spec=spec, seed=seed, drawer=drawer, count=count)

@@ -142,7 +142,7 @@ def test_the_calibration_set_is_what_the_network_is_called_with(guidance: float,
     model = made("text", texts(guidance))
     seen: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     handle = model.network.register_forward_pre_hook(lambda module, args: seen.append(args))
-    data = collect(model, SPEC, images=4, folder=tmp_path)
+    data = collect(model, SPEC, images=4, folder=tmp_path, by_engine=False)
     handle.remove()
     for place, rows in enumerate((data.x, data.t, data.cond["encoder_hidden_states"])):
         called = [args[place] if place < 2 else args[2]["encoder_hidden_states"] for args in seen]
@@ -150,7 +150,7 @@ def test_the_calibration_set_is_what_the_network_is_called_with(guidance: float,
     assert data.step.tolist() == [step for step in range(4) for _ in range(4 if guidance == 1 else 8)]
     again = collect(model, SPEC, images=4, folder=tmp_path)  # kept
     assert torch.equal(again.x, data.x)
-    other = collect(replace(model, conditioning=texts(5.0)), SPEC, images=4, folder=tmp_path)
+    other = collect(replace(model, conditioning=texts(5.0)), SPEC, images=4, folder=tmp_path, by_engine=False)
     assert not torch.equal(other.x, data.x[-len(other.x) :])
 
 
