@@ -193,10 +193,11 @@ def noise_errors(
     starts = range(0, HELD_OUT, BATCH)
     # One denoiser a batch, because conditioning depends on which images are in it.
     bound = [bind(network, conditioning, HELD_OUT_SEEDS[i : i + BATCH], apart=True) for i in starts]
+    place = yardstick.model.device.place  # an engine takes tensors of any device
 
     def denoise(x: Tensor, t: Tensor, /) -> Tensor:
         parts = zip(bound, torch.split(x, BATCH), torch.split(t, BATCH), strict=True)
-        return torch.cat([denoiser(images, times) for denoiser, images, times in parts])
+        return torch.cat([denoiser(images.to(place), times.to(place)).cpu() for denoiser, images, times in parts])
 
     return squared_errors(_held_out(yardstick), denoise, correction)
 

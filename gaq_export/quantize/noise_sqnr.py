@@ -80,10 +80,10 @@ def follow(leader: Denoiser, seeds: Sequence[int], sampling: Sampling, visit: Vi
 
 
 def record(leader: Denoiser, seeds: Sequence[int], sampling: Sampling) -> Trajectory:
-    """Return the whole trajectory of a denoiser; arguments as for `follow`."""
+    """Return the whole trajectory of a denoiser, on the host; arguments as for `follow`."""
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
     follow(leader, seeds, sampling, lambda *step: steps.append(step))
-    x, t, epsilon = (torch.stack(part) for part in zip(*steps, strict=True))  # S x (N, ...) -> (S, N, ...)
+    x, t, epsilon = (torch.stack(part).cpu() for part in zip(*steps, strict=True))  # S x (N, ...) -> (S, N, ...)
     return Trajectory(x=x, t=t, epsilon=epsilon)
 
 

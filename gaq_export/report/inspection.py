@@ -206,7 +206,7 @@ def layer_ranges(model: LoadedModel, plan: QuantPlan) -> tuple[LayerRange, ...]:
     for name, q in plan.layers.items():
         weight = model.network.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        widest = weight.detach().flatten(1).abs().amax(1)  # (C, ...) -> (C,)
+        widest = weight.detach().flatten(1).abs().amax(1).cpu()  # (C, ...) -> (C,); a plan is on the host
         # A channel of zeros is covered by any grid.
         covered = torch.where(widest > 0, q.weight_scale * integer_range(q.weight_bits)[1] / widest, 1.0)
         ranges.append(
